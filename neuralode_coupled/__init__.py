@@ -1,0 +1,39 @@
+"""Coupled neural ODEs: networks whose activations and weights evolve together.
+
+    dz/dt = f(z, theta(t)),    dw/dt = q(w; p),    theta(t) = int K(t - s) w(s) ds
+
+(ANODEV2, NeurIPS 2019), as one augmented vector field for torchdiffeq and torchdyn, and as a layer with exact
+discretise-then-optimise gradients.
+"""
+
+from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, Stats
+from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdvection, Static
+from neuralode_coupled.field import CoupledField, FlatField
+from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
+from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.per_step import PerStep
+from neuralode_coupled.solve import Solution, solve
+
+from . import models  # isort: skip  (after the layers that it is made of)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backprop",
+    "ContinuousAdjoint",
+    "CoupledField",
+    "CoupledODE",
+    "Dirac",
+    "DiscreteAdjoint",
+    "EvolutionOperator",
+    "FlatField",
+    "PerStep",
+    "ReactionDiffusionAdvection",
+    "SampleAndHold",
+    "Solution",
+    "Static",
+    "Stats",
+    "TimeKernel",
+    "models",
+    "solve",
+]

@@ -1,0 +1,24 @@
+"""Shape aliases: one place for the names that signatures use."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Float[Tensor, "batch *features"]
+"""z: a batch of activations, any floating dtype."""
+
+Trajectory = Float[Tensor, "time batch *features"]
+"""z at several times, the time axis first."""
+
+Weight = Float[Tensor, "*weight"]
+"""w or theta: one evolving parameter."""
+
+WeightPath = Float[Tensor, "time *weight"]
+"""One evolving parameter at several times, the time axis first."""
+
+StageWeights = Float[Tensor, "steps stages *weight"]
+"""theta[n, i]: what stage i of activation step n uses of one parameter."""
+
+State = tuple[Tensor, ...]
+"""The state of an ODE as torchdiffeq passes it: a tuple of tensors of any shapes."""

@@ -1,0 +1,16 @@
+"""How gradients come back through a solve."""
+
+from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
+from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
+from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats
+
+__all__ = [
+    "Backprop",
+    "ContinuousAdjoint",
+    "DiscreteAdjoint",
+    "Flow",
+    "GradientMethod",
+    "Operands",
+    "Plan",
+    "Stats",
+]

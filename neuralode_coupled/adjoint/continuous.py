@@ -1,0 +1,110 @@
+"""Optimise-then-discretise: torchdiffeq's continuous adjoint, for comparison and as the Neural ODE's own method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchdiffeq import odeint_adjoint
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.problem import Flow, Plan, Problem, Stats
+
+
+@dataclass(frozen=True)
+class ContinuousAdjoint:
+    """The adjoint equations (7) as a differential equation of their own, solved backwards with the state
+    (``torchdiffeq.odeint_adjoint``).
+
+    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the state alone. The
+    gradient is *not* that of the discrete map: it differs by the discretisation error of two solves, and where the
+    reversed state drifts away (ReLU networks, contracting dynamics) it can be arbitrarily wrong (arXiv:1902.10298). Not for
+    stochastic dynamics: the backward solve draws other random numbers.
+
+    Args:
+        rtol: relative tolerance of the adjoint solve, for adaptive methods.
+        atol: absolute tolerance of the adjoint solve, for adaptive methods.
+        method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
+    """
+
+    rtol: float = 1e-7
+    atol: float = 1e-9
+    method: str | None = None
+
+    def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
+        """See `GradientMethod`. Outputs hold z alone."""
+        plan, y0, flows = problem.continuous()
+        z, found = y0, {0: y0}
+        for flow in flows:
+            marks = sorted({flow.first, flow.last, *(n for n in plan.save if flow.first < n < flow.last)})
+            states = self._solve(problem, plan, flow, (*z, *flow.carried), marks)
+            found |= {n: tuple(part[i] for part in states[: len(y0)]) for i, n in enumerate(marks) if i > 0}
+            z = found[flow.last]
+        return [found[n] for n in plan.save], plan.stats
+
+    def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
+        field = _VectorField(problem, plan, flow)
+        t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
+        options = {"grid_constructor": field.grid}
+        adjoint_method = self.method or problem.method
+        states = odeint_adjoint(
+            field,
+            y,
+            t,
+            method=problem.method,
+            options=options,
+            adjoint_method=adjoint_method,
+            adjoint_options=options if adjoint_method == problem.method else {},
+            adjoint_rtol=self.rtol,
+            adjoint_atol=self.atol,
+            adjoint_params=flow.params,
+        )
+        # From here on torchdiffeq calls the field for the backward solve only.
+        field.backward = True
+        return states
+
+
+def _time_dtype(y: Tensor) -> torch.dtype:
+    return torch.float64 if y.dtype == torch.float64 else torch.float32
+
+
+class _VectorField(nn.Module):
+    """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the midpoint of
+    the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
+
+    def __init__(self, problem: Problem, plan: Plan, flow: Flow) -> None:
+        super().__init__()
+        self.plan, self.flow = plan, flow
+        self.times = [problem.time(n) for n in range(flow.first, flow.last + 1)]
+        self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
+        self.n = flow.first
+        self.backward = False
+
+    def grid(self, func: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
+        """The steps between the first and the last of ``t``, whichever way they run."""
+        h = abs(self.times[1] - self.times[0])
+        steps = max(round(abs(float(t[-1] - t[0])) / h), 1)
+        fractions = torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
+        return torch.cat([t[:1], t[0] + fractions * (t[-1] - t[0]), t[-1:]])
+
+    def forward(self, t: Tensor, y: State) -> State:
+        buffers = self.plan.buffers[self.n]
+        if self.backward:
+            self.plan.stats.recomputed += 1
+            buffers = tuple(buffer.clone() for buffer in buffers)
+        else:
+            self.plan.stats.evaluations += 1
+        return self.flow.slope(self.n, t, y, buffers)
+
+    def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""
+        self._enter(float(t0) + self.direction * abs(float(dt)) / 2)
+
+    def callback_step_adjoint(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq begins a step of the adjoint solve."""
+        self._enter(float(t0) - self.direction * abs(float(dt)) / 2)
+
+    def _enter(self, middle: float) -> None:
+        inside = [i for i, t in enumerate(self.times[:-1]) if self.direction * (middle - t) > 0]
+        self.n = self.flow.first + (inside[-1] if inside else 0)

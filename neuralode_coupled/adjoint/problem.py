@@ -1,0 +1,124 @@
+"""What a gradient method is given: a solve as discrete steps, or as a continuous flow. It sees neither layers nor kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from neuralode_coupled._types import State
+
+
+@dataclass
+class Stats:
+    """What a solve cost.
+
+    Attributes:
+        evaluations: evaluations of the dynamics in the forward pass.
+        recomputed: evaluations repeated by backward passes so far.
+        accepted: steps taken.
+        rejected: steps tried and thrown away by an adaptive method.
+    """
+
+    evaluations: int = 0
+    recomputed: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The tensors that gradients flow to, as a structure of tuples.
+
+    Attributes:
+        y0: the initial state.
+        inputs: ``inputs[n]`` are the tensors that step ``n`` alone uses, such as its stage weights.
+        shared: the tensors that every step uses, such as static parameters.
+    """
+
+    y0: State
+    inputs: tuple[State, ...]
+    shared: State
+
+    def flatten(self) -> list[Tensor]:
+        """All tensors in a row: y0, then the inputs step by step, then the shared ones."""
+        return [*self.y0, *(tensor for row in self.inputs for tensor in row), *self.shared]
+
+    def restore(self, flat: list) -> Operands:
+        """The same structure around other leaves."""
+        leaves = iter(flat)
+        y0 = tuple(next(leaves) for _ in self.y0)
+        inputs = tuple(tuple(next(leaves) for _ in row) for row in self.inputs)
+        return Operands(y0, inputs, tuple(leaves))
+
+
+StepFunction = Callable[[int, State, State, State, State], State]
+"""``step(n, y, inputs, shared, buffers) -> y``: a pure function but for what it writes into ``buffers``."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a solve, without its tensors.
+
+    Attributes:
+        step: one step.
+        count: how many there are.
+        save: the ascending indices (0 .. count) of the states that are returned.
+        buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
+        module: whose train/eval flags a recomputation must reproduce.
+        stages: evaluations of the dynamics a step.
+    """
+
+    step: StepFunction
+    count: int
+    save: tuple[int, ...]
+    buffers: tuple[State, ...]
+    module: nn.Module
+    stages: int
+    stats: Stats = field(default_factory=Stats)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """An interval on which the system is one smooth vector field, for continuous adjoints.
+
+    Attributes:
+        slope: ``slope(n, t, y, buffers) -> dy/dt`` within step ``n`` of the grid.
+        first, last: the indices of the interval's ends on the grid.
+        carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
+        params: the other tensors that gradients flow to.
+    """
+
+    slope: Callable[[int, Tensor, State, State], State]
+    first: int
+    last: int
+    carried: State
+    params: State
+
+
+class Problem(Protocol):
+    """A solve as `GradientMethod.integrate` sees it."""
+
+    method: str
+
+    def discrete(self) -> tuple[Plan, Operands]:
+        """The solve as steps."""
+        ...
+
+    def continuous(self) -> tuple[Plan, State, list[Flow]]:
+        """The solve as flows in a row (the plan's ``step`` is then unused), and the initial state."""
+        ...
+
+    def time(self, n: int) -> float:
+        """The time of grid point ``n``."""
+        ...
+
+
+class GradientMethod(Protocol):
+    """How gradients come back through a solve: one object with one method."""
+
+    def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
+        """The states at the plan's ``save`` indices, differentiable, and what the solve cost."""
+        ...

@@ -1,0 +1,161 @@
+"""One coupled solve as a gradient method sees it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import Flow, Operands, Plan
+from neuralode_coupled.evolution import Static
+from neuralode_coupled.field import CoupledField, check_slope
+from neuralode_coupled.kernels import SampleAndHold
+from neuralode_coupled.runge_kutta import step
+from neuralode_coupled.stage_weights import Scheme
+
+
+class CoupledProblem:
+    """A coupled solve as steps of the activation ODE, or as flows.
+
+    Static parameters, and evolving ones whose operator is `Static`, are shared by all steps; stage weights and the
+    parameters of per-step modules belong to one step each.
+    """
+
+    def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor, save: tuple[int, ...]) -> None:
+        self.field, self.scheme, self.z0, self.save = field, scheme, z0, save
+        self.method = scheme.method.name
+        self.moving = [name for name in field.names if not isinstance(field.operator(name), Static)]
+        prefixes = tuple(prefix for prefix, _ in field.per_step)
+        shared = {
+            name: p
+            for name, p in field.dynamics.named_parameters()
+            if name not in self.moving and not (prefixes and name.startswith(prefixes))
+        }
+        self.shared_names, self.shared = list(shared), tuple(shared.values())
+        self.own_names, self.own = self._rows("named_parameters")
+        self.buffer_names, self.buffers = self._rows("named_buffers")
+
+    def time(self, n: int) -> float:
+        """The time of grid point ``n``."""
+        return self.scheme.grid.time(n)
+
+    def discrete(self) -> tuple[Plan, Operands]:
+        """The solve as Runge-Kutta steps. Each step's inputs are its stage weights, then its own parameters."""
+        plan = self._plan()
+        plan.stats.evaluations = plan.count * plan.stages
+        theta = [weights.unbind() for weights in self.stage_weights().values()]
+        inputs = tuple((*(by_step[n] for by_step in theta), *self.own[n]) for n in range(plan.count))
+        return plan, Operands((self.z0,), inputs, self.shared)
+
+    def continuous(self) -> tuple[Plan, State, list[Flow]]:
+        """The solve as flows: the augmented field where the kernel has memory states, one flow a sample where it holds."""
+        plan = self._plan()
+        if isinstance(self.field.kernel, SampleAndHold):
+            flows = self._held_flows(plan)
+        elif self.field.kernel.memory == 0:
+            flows = [self._augmented_flow(plan)]
+        else:
+            raise ValueError(f"ContinuousAdjoint has no flow for {self.field.kernel}: use DiscreteAdjoint()")
+        return plan, (self.z0,), flows
+
+    def stage_weights(self) -> dict[str, Tensor]:
+        """theta[n, i] of every parameter that moves. Weights evolve in their own precision, also under autocast."""
+        scheme, w0 = self.scheme, self.field.evolving()
+        with torch.autocast(self.z0.device.type, enabled=False):
+            return {
+                name: scheme.stage_weights(self.field.operator(name), self.field.kernel, w0[name])
+                for name in self.moving
+            }
+
+    def _plan(self) -> Plan:
+        grid, method = self.scheme.grid, self.scheme.method
+        return Plan(self._step, grid.steps, self.save, self.buffers, self.field.dynamics, method.stages)
+
+    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> State:
+        """One Runge-Kutta step of the activation ODE with the step's own weights."""
+        theta, own = inputs[: len(self.moving)], inputs[len(self.moving) :]
+        by_stage = [stages.unbind() for stages in theta]
+        constant = self._named(shared, own, buffers)
+
+        def slope(i: int, stage: State) -> State:
+            weights = {name: rows[min(i, len(rows) - 1)] for name, rows in zip(self.moving, by_stage, strict=True)}
+            t = self._time_tensor(self.scheme.grid.time(n, self.scheme.method.c[i]), stage[0])
+            return (self._evaluate(t, stage[0], constant | weights, first=n == 0 and i == 0),)
+
+        return step(slope, y, self.scheme.grid.h, self.scheme.method)[0]
+
+    def _evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
+        """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
+        try:
+            dz = self.field.evaluate(t, z, tensors)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not first or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}: {error}"
+            ) from error
+        # Under autocast f may return another precision; the state keeps its own.
+        return check_slope(dz, z).to(z.dtype)
+
+    def _time_tensor(self, t: float, z: Tensor) -> Tensor | None:
+        if not self.field.takes_time:
+            return None
+        # Filled on the device: copying a number there would make the host wait.
+        return torch.full((), t, dtype=z.dtype, device=z.device)
+
+    def _rows(self, members: str) -> tuple[list[str], tuple[State, ...]]:
+        """Parameters or buffers that differ from step to step, under the names of the first copy: (names, a row a step).
+
+        Buffers outside of per-step modules are in every row too: any step may modify them.
+        """
+        names, columns, steps = [], [], self.scheme.grid.steps
+        if members == "named_buffers":
+            prefixes = tuple(prefix for prefix, _ in self.field.per_step)
+            for name, buffer in self.field.dynamics.named_buffers():
+                if not (prefixes and name.startswith(prefixes)):
+                    names.append(name)
+                    columns.append([buffer] * steps)
+        for prefix, module in self.field.per_step:
+            by_copy = [dict(getattr(copy, members)()) for copy in module.copies]
+            for name in by_copy[0]:
+                names.append(f"{prefix}copies.0.{name}")
+                columns.append([tensors[name] for tensors in by_copy])
+        return names, tuple(zip(*columns, strict=True)) if columns else ((),) * steps
+
+    def _named(self, shared: State, own: State, buffers: State) -> dict[str, Tensor]:
+        names = (*self.shared_names, *self.own_names, *self.buffer_names)
+        return dict(zip(names, (*shared, *own, *buffers), strict=True))
+
+    def _augmented_flow(self, plan: Plan) -> Flow:
+        """(z, w) as one system; Static parameters stay outside of the state."""
+        w0 = self.field.evolving()
+
+        def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
+            z, *w = y
+            tensors = self._named(self.shared, self.own[n], buffers) | dict(zip(self.moving, w, strict=True))
+            dz = self._evaluate(t, z, tensors, first=n == 0)
+            return (
+                dz,
+                *(self.field.operator(name)(t, part) for name, part in zip(self.moving, w, strict=True)),
+            )
+
+        evolution = [p for name in self.moving for p in self.field.operator(name).parameters()]
+        params = (*self.shared, *dict.fromkeys(evolution), *(p for row in self.own for p in row))
+        return Flow(slope, 0, plan.count, tuple(w0[name] for name in self.moving), params)
+
+    def _held_flows(self, plan: Plan) -> list[Flow]:
+        """One flow for each sample, in which the weights are constants."""
+        theta = self.stage_weights()
+        samples = self.field.kernel.samples
+        share = plan.count // samples
+        return [self._held_flow(theta, k * share, (k + 1) * share) for k in range(samples)]
+
+    def _held_flow(self, theta: dict[str, Tensor], first: int, last: int) -> Flow:
+        held = {name: weights[first, 0] for name, weights in theta.items()}
+
+        def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
+            tensors = self._named(self.shared, self.own[n], buffers) | held
+            return (self._evaluate(t, y[0], tensors, first=n == 0),)
+
+        own = [p for row in self.own[first:last] for p in row]
+        return Flow(slope, first, last, (), (*self.shared, *held.values(), *own))

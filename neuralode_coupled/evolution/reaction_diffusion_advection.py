@@ -1,0 +1,177 @@
+"""Turing's reaction-diffusion-advection over a filter's own pixels (Eqs. 8 and 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Weight, WeightPath
+from neuralode_coupled.evolution.base import EvolutionOperator
+from neuralode_coupled.evolution.spectral import Spectrum
+
+Form = Literal["ode", "propagator"]
+Scope = Literal["layer", "filter", "kernel"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "identity": None,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+class ReactionDiffusionAdvection(EvolutionOperator):
+    """``dw/dt = sigma(tau Lap w + upsilon . grad w + rho w)`` on a periodic grid of pixels (Eq. 8), or its propagator
+    ``w(t + dt) = sigma(F^-1[exp((-tau |k|^2 + i k.upsilon + rho) dt) F[w]])`` (Eq. 9).
+
+    With ``sigma`` the identity the two are the same flow, one integrated and one exact; with another ``sigma`` they
+    are different models. Space is measured in pixels: ``tau`` in pixels^2 a unit of time, ``upsilon`` in pixels a
+    unit of time (positive: the pattern moves towards lower indices), ``rho`` in 1 / time. All coefficients start at
+    zero, so that with the identity training starts from the Neural ODE.
+
+    The field is what remains of a weight behind its two channel axes: a convolution ``(out, in, *pixels)`` of any
+    dimension holds ``out * in`` fields; a linear layer ``(out, in)`` is one two-dimensional field, for which the
+    three scopes coincide.
+
+    Args:
+        form: ``"propagator"`` (Eq. 9, exact in time) or ``"ode"`` (Eq. 8, integrated by the solver).
+        activation: sigma, by name or an elementwise function.
+        scope: who shares coefficients: the whole ``"layer"``, every output ``"filter"``, or every single ``"kernel"``.
+        diffusion, advection, reaction: which of the three terms there are.
+        nonnegative_diffusion: use ``max(tau, 0)``; negative diffusion sharpens, and grows without bound in time.
+
+    Attributes:
+        diffusion: tau, of shape ``scope``: ``()``, ``(out,)`` or ``(out, in)``; None where the term is absent.
+        advection: upsilon, of shape ``(*scope, spatial axes)``; None where the term is absent.
+        reaction: rho, of shape ``scope``; None where the term is absent.
+
+    Raises:
+        ValueError: for an unknown form, activation or scope, if no term is left, or when bound to a parameter with
+            fewer than two axes or of another shape than before.
+    """
+
+    diffusion: nn.Parameter | None
+    advection: nn.Parameter | None
+    reaction: nn.Parameter | None
+
+    def __init__(
+        self,
+        form: Form = "propagator",
+        activation: str | Callable[[Tensor], Tensor] = "identity",
+        scope: Scope = "filter",
+        *,
+        diffusion: bool = True,
+        advection: bool = True,
+        reaction: bool = True,
+        nonnegative_diffusion: bool = False,
+    ) -> None:
+        super().__init__()
+        if form not in get_args(Form):
+            raise ValueError(f"unknown form {form!r}: choose one of {', '.join(get_args(Form))}")
+        if scope not in get_args(Scope):
+            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(Scope))}")
+        if isinstance(activation, str) and activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)} or a function")
+        if not (diffusion or advection or reaction):
+            raise ValueError("no term is left: enable diffusion, advection or reaction, or use Static()")
+        self.form = form
+        self.scope = scope
+        self.sigma = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.terms = {"diffusion": diffusion, "advection": advection, "reaction": reaction}
+        self.nonnegative_diffusion = nonnegative_diffusion
+        self.weight_shape: tuple[int, ...] | None = None
+        for term in self.terms:
+            self.register_parameter(term, None)
+
+    def extra_repr(self) -> str:
+        terms = ", ".join(term for term, present in self.terms.items() if present)
+        return f"form={self.form!r}, scope={self.scope!r}, {terms}"
+
+    def bind(self, weight: Weight) -> Self:
+        """Create the coefficients for parameters of this shape, all zero; see the base class."""
+        shape = tuple(weight.shape)
+        if len(shape) < 2:
+            raise ValueError(
+                f"reaction-diffusion-advection needs a weight of at least 2 axes (a field of pixels), got shape {shape}: "
+                "leave it out of `evolve`, or give it another operator"
+            )
+        if self.weight_shape is not None:
+            # One operator may serve several parameters: then they must have its coefficients' groups and pixels.
+            if _layout(shape, self.scope) != _layout(self.weight_shape, self.scope):
+                raise ValueError(
+                    f"this operator has coefficients for weights of shape {self.weight_shape} (scope {self.scope!r}), "
+                    f"and cannot be shared with one of shape {shape}: use scope='layer' or an operator of its own"
+                )
+            return self
+        groups, pixels = _layout(shape, self.scope)
+        self.weight_shape = shape
+        self.spectrum = Spectrum(pixels, weight.dtype, weight.device)
+        shapes = {"diffusion": groups, "advection": (*groups, len(pixels)), "reaction": groups}
+        for term, present in self.terms.items():
+            if present:
+                zeros = torch.zeros(shapes[term], dtype=weight.dtype, device=weight.device)
+                self.register_parameter(term, nn.Parameter(zeros))
+        return self
+
+    def forward(self, t: Tensor, w: Weight) -> Weight:
+        """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is no flow."""
+        if self.form == "propagator" and self.sigma is not None:
+            raise ValueError(
+                "the propagator form with a nonlinear activation (Eq. 9) is a map from step to step, not a vector field: "
+                "use form='ode' with a general-purpose solver, or nc.solve"
+            )
+        w = self._ungroup(self.spectrum.generate(self._group(w), *self._coefficients()), w)
+        return w if self.sigma is None else self.sigma(w)
+
+    @property
+    def propagate(self) -> Callable[[Tensor, float], Tensor]:
+        """``propagate(w, dt)``: Eq. 9 over a time ``dt``; only in the propagator form (absent in the ODE form)."""
+        if self.form == "ode":
+            raise AttributeError("form='ode' is integrated by the solver")
+        return self._propagate
+
+    @property
+    def trajectory(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """``trajectory(w0, times)``: w at all times in one product; only for a propagator with sigma = identity."""
+        if self.form == "ode" or self.sigma is not None:
+            raise AttributeError("only the linear propagator reaches every time in one product")
+        return self._trajectory
+
+    def _propagate(self, w: Weight, dt: float) -> Weight:
+        times = torch.full((1,), float(dt), dtype=w.dtype, device=w.device)
+        w = self._trajectory(w, times)[0]
+        return w if self.sigma is None else self.sigma(w)
+
+    def _trajectory(self, w0: Weight, times: Tensor) -> WeightPath:
+        return self._ungroup(self.spectrum.propagate(self._group(w0), times, *self._coefficients()), w0)
+
+    def _coefficients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """tau (groups,), upsilon (groups, axes), rho (groups,); None where the term is absent."""
+        tau, upsilon, rho = self.diffusion, self.advection, self.reaction
+        if tau is not None and self.nonnegative_diffusion:
+            tau = tau.clamp(min=0)
+        return (
+            None if tau is None else tau.reshape(-1),
+            None if upsilon is None else upsilon.reshape(-1, upsilon.shape[-1]),
+            None if rho is None else rho.reshape(-1),
+        )
+
+    def _group(self, w: Tensor) -> Tensor:
+        """(out, in, *pixels) -> (groups, fields a group, *pixels)."""
+        groups, pixels = _layout(tuple(w.shape), self.scope)
+        return w.reshape(math.prod(groups), -1, *pixels)
+
+    @staticmethod
+    def _ungroup(fields: Tensor, w: Tensor) -> Tensor:
+        """(..., groups, fields a group, *pixels) -> (..., *shape of w)."""
+        pixels = fields.ndim - (w.ndim if w.ndim > 2 else 4)
+        return fields.reshape(*fields.shape[:pixels], *w.shape)
+
+
+def _layout(shape: tuple[int, ...], scope: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of the coefficients and the grid of pixels of one field."""
+    if len(shape) == 2:  # a linear layer is one two-dimensional field
+        return (), shape
+    return {"layer": (), "filter": shape[:1], "kernel": shape[:2]}[scope], shape[2:]

@@ -1,0 +1,259 @@
+"""The coupled system (Eq. 5) as one augmented vector field that general-purpose solvers integrate."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from einops import pack, unpack
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neuralode_coupled._types import Activation, State
+from neuralode_coupled.evolution import EvolutionOperator
+from neuralode_coupled.kernels import Dirac, TimeKernel
+from neuralode_coupled.per_step import per_step_modules
+
+Evolution = nn.Module | Mapping[str, nn.Module] | Callable[[str, Tensor], nn.Module]
+Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+
+
+class CoupledField(nn.Module):
+    """``dz/dt = f(z, theta(t))`` and ``dw/dt = q(w; p)`` as one vector field (Eqs. 5b, 5c, 5d).
+
+    Give it to ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor
+    states see `FlatField`; `nc.solve` takes advantage of the structure.
+
+    Args:
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
+            other parameters are static.
+        evolution: q. One operator, copied for each evolving parameter; or a mapping from parameter name or pattern to
+            operator, in which the same object named twice is shared; or a callable ``(name, weight) -> operator``.
+        kernel: K; `Dirac` by default.
+        evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
+            By default every parameter with at least two axes.
+
+    Raises:
+        TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
+        ValueError: if a pattern matches nothing, a parameter has no operator, or an operator cannot take a parameter.
+    """
+
+    def __init__(
+        self,
+        dynamics: nn.Module,
+        evolution: Evolution,
+        kernel: TimeKernel | None = None,
+        evolve: Evolve = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dynamics, nn.Module):
+            raise TypeError(f"dynamics must be an nn.Module f(z) or f(t, z), got {type(dynamics).__name__}")
+        kernel = Dirac() if kernel is None else kernel
+        if not isinstance(kernel, TimeKernel):
+            raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {kernel!r}")
+        self.dynamics = dynamics
+        self.kernel = kernel
+        self.takes_time = _takes_time(dynamics)
+        self.per_step = tuple(per_step_modules(dynamics))
+        self.names = _select(dynamics, self.per_step, evolve)
+        self._aliases = _aliases(dynamics)
+        # "/" because a module's name must not contain the dots of a parameter's.
+        self.evolution = nn.ModuleDict(
+            {name.replace(".", "/"): op for name, op in _assign(evolution, self.evolving()).items()}
+        )
+
+    def operator(self, name: str) -> nn.Module:
+        """The evolution operator of one evolving parameter."""
+        return self.evolution[name.replace(".", "/")]
+
+    def evolving(self) -> dict[str, nn.Parameter]:
+        """w0: the evolving parameters themselves, by name."""
+        parameters = dict(self.dynamics.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def initial_state(self, z0: Activation) -> State:
+        """``(z0, *w0)``, with the parameters themselves, so that gradients reach them.
+
+        Raises:
+            TypeError: if z0 is not a floating-point tensor.
+            ValueError: if its dtype or device is not that of the weights, or the kernel has no finite realisation.
+        """
+        self._require_realisation()
+        check_activation(self, z0)
+        return (z0, *self.evolving().values())
+
+    def forward(self, t: Tensor, state: State) -> State:
+        """The derivatives ``(dz/dt, *dw/dt)``, each of the shape of its part of the state.
+
+        Args:
+            t: the time, a scalar tensor.
+            state: ``(z, *w)`` as `initial_state` orders it.
+
+        Raises:
+            ValueError: if the state has other parts or shapes than `initial_state` gives, if ``dynamics`` changes the
+                shape of z, or if the kernel or a per-step module needs the steps that only `nc.solve` knows.
+        """
+        self._require_realisation()
+        if self.per_step:
+            raise ValueError(
+                "dynamics has parameters of their own for every step (PerStep), and a general-purpose solver does not say "
+                "which step it is in: use nc.solve"
+            )
+        self._check_state(state)
+        dz = check_slope(self.evaluate(t, state[0], self.weights(state)), state[0])
+        dw = [self.operator(name)(t, w) for name, w in zip(self.names, state[1:], strict=True)]
+        return (dz, *dw)
+
+    def activation(self, state: State) -> Tensor:
+        """z, the first part of the state."""
+        return state[0]
+
+    def weights(self, state: State) -> dict[str, Tensor]:
+        """theta: the weights in force at this state, by parameter name."""
+        return dict(zip(self.names, state[1:], strict=True))
+
+    def evaluate(self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
+        arguments = (t, z) if self.takes_time else (z,)
+        tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
+        # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
+        return functional_call(self.dynamics, tensors, arguments, tie_weights=False)
+
+    def _require_realisation(self) -> None:
+        if self.kernel.memory is None:
+            raise ValueError(
+                f"{self.kernel} has no finite number of memory states, which a general-purpose solver needs (Dirac has): "
+                "use nc.solve or nc.CoupledODE, which take every kernel"
+            )
+
+    def _check_state(self, state: State) -> None:
+        shapes = [tuple(w.shape) for w in self.evolving().values()]
+        got = [tuple(part.shape) for part in state[1:]]
+        if got != shapes:
+            raise ValueError(f"the state must be (z, *w) with weights of shapes {shapes}, got {got}: see initial_state")
+
+
+class FlatField(nn.Module):
+    """A `CoupledField` on one flat tensor, for torchdyn's ``NeuralODE`` and ``ODEProblem`` and other one-tensor solvers.
+
+    Args:
+        field: the coupled field.
+        z0: an activation of the shape that will be integrated.
+    """
+
+    def __init__(self, field: CoupledField, z0: Activation) -> None:
+        super().__init__()
+        self.field = field
+        _, self.shapes = pack(list(field.initial_state(z0)), "*")
+
+    def pack(self, state: State) -> Float[Tensor, " n"]:
+        """All parts of the state, one after the other. Raises ValueError for parts of other shapes."""
+        flat, shapes = pack(list(state), "*")
+        if shapes != self.shapes:
+            raise ValueError(f"this field packs parts of shapes {self.shapes}, got {shapes}")
+        return flat
+
+    def unpack(self, flat: Float[Tensor, "*time n"]) -> State:
+        """The parts of a flat state; a leading time axis is kept."""
+        if flat.ndim == 1:
+            return tuple(unpack(flat, self.shapes, "*"))
+        return tuple(unpack(flat, self.shapes, "time *"))
+
+    def initial_state(self, z0: Activation) -> Float[Tensor, " n"]:
+        """``field.initial_state(z0)``, packed."""
+        return self.pack(self.field.initial_state(z0))
+
+    def forward(self, t: Tensor, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The derivative of the flat state."""
+        return self.pack(self.field(t, self.unpack(x)))
+
+
+def check_activation(field: CoupledField, z0: Tensor) -> None:
+    """Raise the TypeError or ValueError that a user should see for a z0 that the field cannot take."""
+    if not isinstance(z0, Tensor) or not z0.is_floating_point():
+        what = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
+        raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
+    if z0.ndim < 1:
+        raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
+    parameter = next(iter(field.parameters()), None)
+    if parameter is None:
+        return
+    if z0.device != parameter.device:
+        raise ValueError(f"z0 is on {z0.device}, the weights are on {parameter.device}: move one of them with .to(...)")
+    if z0.dtype != parameter.dtype and not torch.is_autocast_enabled(z0.device.type):
+        raise ValueError(
+            f"z0 is {z0.dtype}, the weights are {parameter.dtype}: convert one of them, or solve under torch.autocast"
+        )
+
+
+def check_slope(dz: Tensor, z: Tensor) -> Tensor:
+    """dz, or the ValueError that a user should see for dynamics that change the state's shape."""
+    if dz.shape != z.shape:
+        raise ValueError(f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}")
+    return dz
+
+
+def _takes_time(dynamics: nn.Module) -> bool:
+    """Whether dynamics is ``f(t, z)`` (True) or ``f(z)`` (False)."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(dynamics.forward).parameters.values()
+    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    if len(required) not in (1, 2):
+        raise TypeError(f"dynamics must be f(z) or f(t, z), but its forward takes {required or 'no named argument'}")
+    return len(required) == 2
+
+
+def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every name of each tensor that the module holds under several, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for members in (dynamics.named_parameters, dynamics.named_buffers):
+        for name, tensor in members(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return {group[0]: tuple(group) for group in names.values() if len(group) > 1}
+
+
+def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], evolve: Evolve) -> tuple[str, ...]:
+    """The names of the evolving parameters, in the module's order; those of single steps cannot evolve."""
+    prefixes = tuple(name for name, _ in per_step)
+    parameters = {name: p for name, p in dynamics.named_parameters() if not (prefixes and name.startswith(prefixes))}
+    if evolve is None:
+        return tuple(name for name, p in parameters.items() if p.ndim >= 2)
+    if callable(evolve):
+        return tuple(name for name, p in parameters.items() if evolve(name, p))
+    patterns = [evolve] if isinstance(evolve, str) else list(evolve)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise ValueError(f"evolve={pattern!r} matches no parameter of dynamics: it has {', '.join(parameters)}")
+    return tuple(name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """One bound operator for each evolving parameter."""
+    operators: dict[str, nn.Module] = {}
+    for name, weight in weights.items():
+        if isinstance(evolution, nn.Module):
+            operator = copy.deepcopy(evolution)
+        elif isinstance(evolution, Mapping):
+            operator = _matching(evolution, name)
+        else:
+            operator = evolution(name, weight)
+        if not isinstance(operator, nn.Module):
+            raise TypeError(f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {operator!r}")
+        try:
+            operators[name] = operator.bind(weight) if isinstance(operator, EvolutionOperator) else operator
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
+    return operators
+
+
+def _matching(evolution: Mapping[str, nn.Module], name: str) -> nn.Module:
+    if name in evolution:
+        return evolution[name]
+    for pattern, operator in evolution.items():
+        if fnmatchcase(name, pattern):
+            return operator
+    raise ValueError(f"no operator for parameter {name!r} among {list(evolution)}: add one, or '*': nc.Static()")

@@ -1,0 +1,116 @@
+"""The coupled solve as a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Activation, Trajectory, WeightPath
+from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.evolution import Static
+from neuralode_coupled.field import CoupledField, Evolution, Evolve
+from neuralode_coupled.kernels import TimeKernel
+from neuralode_coupled.solve import Times, build_scheme, solve, times
+
+
+class CoupledODE(nn.Module):
+    """``z0 -> z(t1)`` of the coupled system (Eq. 5), for use inside ``nn.Sequential``.
+
+    Args:
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z.
+        evolution: q; `Static` by default. See `CoupledField` for mappings and callables.
+        kernel: K; `Dirac` by default.
+        steps: the number of activation steps.
+        t: the interval of time.
+        method: the Runge-Kutta method, see `solve`.
+        weight_steps: the number of steps of the weights' own grid.
+        weight_method: the method on it.
+        adjoint: how gradients come back; `DiscreteAdjoint` by default.
+        evolve: which parameters evolve, see `CoupledField`.
+
+    Attributes:
+        field: the `CoupledField`.
+        stats: what the last forward pass cost, and the backward passes through it since; None before the first.
+
+    Raises:
+        TypeError, ValueError: as `CoupledField` and `solve` do, here or at the first forward pass.
+    """
+
+    def __init__(
+        self,
+        dynamics: nn.Module,
+        evolution: Evolution | None = None,
+        kernel: TimeKernel | None = None,
+        *,
+        steps: int,
+        t: tuple[float, float] = (0.0, 1.0),
+        method: str = "euler",
+        weight_steps: int | None = None,
+        weight_method: str | None = None,
+        adjoint: GradientMethod | None = None,
+        evolve: Evolve = None,
+    ) -> None:
+        super().__init__()
+        self.field = CoupledField(dynamics, Static() if evolution is None else evolution, kernel, evolve)
+        self.t = times(t)
+        self.steps = steps
+        self.method = method
+        self.weight_steps = weight_steps
+        self.weight_method = weight_method
+        self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
+        self.stats: Stats | None = None
+        self._scheme()  # a layer that cannot be solved fails where it is made
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
+
+    def forward(self, z0: Activation) -> Activation:
+        """z(t1), of the shape of z0."""
+        solution = self._solve(z0, self.t)
+        return solution[-1]
+
+    def trajectory(self, z0: Activation, t: Times) -> Trajectory:
+        """z at the given times of the layer's interval: (len(t), *shape of z0).
+
+        Raises ValueError for times outside of the interval or out of order.
+        """
+        wanted = self._inside(t)
+        ends = sorted({*self.t, *wanted}, reverse=self.t[0] > self.t[1])
+        solution = self._solve(z0, tuple(ends))
+        return solution[[ends.index(time) for time in wanted]]
+
+    def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
+        """w(t) of every evolving parameter, by name: (len(t), *weight). Raises ValueError for times outside."""
+        wanted, scheme = self._inside(t), self._scheme()
+        return {
+            name: scheme.at(self.field.operator(name), w0, list(wanted)) for name, w0 in self.field.evolving().items()
+        }
+
+    def regularization(self, w0: float = 1.0, p: float = 1.0) -> Tensor:
+        """R(w0, p) = (w0 |w0|^2 + p |p|^2) / 2 (Eq. 5a), a scalar: regularisation acts on these, not on theta(t)."""
+        initial = sum((w.square().sum() for w in self.field.evolving().values()), start=0.0)
+        coefficients = sum((c.square().sum() for c in self.field.evolution.parameters()), start=0.0)
+        return (w0 * initial + p * coefficients) / 2
+
+    def _scheme(self):
+        return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
+
+    def _solve(self, z0: Tensor, t: tuple[float, ...]) -> Tensor:
+        solution = solve(
+            self.field,
+            z0,
+            t,
+            steps=self.steps,
+            method=self.method,
+            weight_steps=self.weight_steps,
+            weight_method=self.weight_method,
+            adjoint=self.adjoint,
+        )
+        self.stats = solution.stats
+        return solution.z
+
+    def _inside(self, t: Times) -> tuple[float, ...]:
+        wanted = times(t) if len(t) > 1 else (float(t[0]),)
+        low, high = min(self.t), max(self.t)
+        if min(wanted) < low or max(wanted) > high:
+            raise ValueError(f"times must lie in the layer's interval {self.t}, got {list(wanted)}")
+        return wanted

@@ -1,0 +1,106 @@
+"""A network and a variant by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from neuralode_coupled.adjoint import ContinuousAdjoint, DiscreteAdjoint, GradientMethod
+from neuralode_coupled.evolution import ReactionDiffusionAdvection, Static
+from neuralode_coupled.field import Evolution
+from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
+from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
+
+NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
+    "alexnet": alexnet,
+    "resnet4": resnet4,
+    "resnet10": resnet10,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a network's ODE blocks are solved.
+
+    Attributes:
+        evolves: whether the weights evolve (reaction-diffusion-advection) or stay (q = 0).
+        steps: the default number of activation steps.
+        weight_steps: the number of steps of the weights' own grid; None for the activations'.
+        kernel: K, made for a number of activation steps.
+        adjoint: how gradients come back.
+    """
+
+    evolves: bool
+    steps: int
+    weight_steps: int | None
+    kernel: Callable[[int], TimeKernel]
+    adjoint: GradientMethod
+
+
+VARIANTS: dict[str, Variant | None] = {
+    "baseline": None,
+    "node": Variant(False, 2, None, lambda steps: Dirac(), ContinuousAdjoint()),
+    "anode": Variant(False, 2, None, lambda steps: Dirac(), DiscreteAdjoint()),
+    "anodev2-1": Variant(True, 5, None, lambda steps: Dirac(), DiscreteAdjoint()),
+    "anodev2-2": Variant(True, 2, 10, SampleAndHold, DiscreteAdjoint()),
+}
+
+
+def build(
+    name: str,
+    variant: str = "baseline",
+    *,
+    steps: int | None = None,
+    method: str = "euler",
+    evolution: Evolution | None = None,
+    adjoint: GradientMethod | None = None,
+    channels: int = 3,
+    classes: int = 10,
+) -> nn.Sequential:
+    """One of the paper's networks for (batch, channels, 32, 32) images.
+
+    Args:
+        name: ``"alexnet"``, ``"resnet4"`` or ``"resnet10"``.
+        variant: ``"baseline"`` (residual blocks), ``"node"`` (q = 0, continuous adjoint), ``"anode"`` (q = 0, DTO),
+            ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"`` (weights evolve by 10 steps and
+            are applied at 2).
+        steps: the number of activation steps, in place of the variant's own.
+        method: the Runge-Kutta method of the ODE blocks.
+        evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
+        adjoint: how gradients come back, in place of the variant's own.
+        channels: the images' channels.
+        classes: the number of logits.
+
+    Raises:
+        ValueError: for an unknown name or variant, or what `CoupledODE` cannot solve.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NETWORKS)}")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    chosen = VARIANTS[variant]
+
+    def block(dynamics: Callable[[int], nn.Module]) -> nn.Module:
+        if chosen is None:
+            return Residual(dynamics(1))
+        count = chosen.steps if steps is None else steps
+        q = Static() if not chosen.evolves else ReactionDiffusionAdvection() if evolution is None else evolution
+        return CoupledODE(
+            dynamics(max(count, 1)),
+            q,
+            chosen.kernel(count),
+            steps=count,
+            method=method,
+            weight_steps=chosen.weight_steps,
+            adjoint=chosen.adjoint if adjoint is None else adjoint,
+        )
+
+    return NETWORKS[name](block, channels, classes)
+
+
+def coupled_layers(model: nn.Module) -> dict[str, CoupledODE]:
+    """The coupled layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CoupledODE)}

@@ -1,0 +1,117 @@
+"""The weight side of a coupled solve: from w0 and p to the weights that each Runge-Kutta stage uses.
+
+    w0, p --(evolution ODE on its own grid)--> w_0 .. w_M --(kernel)--> theta[n, i]
+
+All of it is ordinary differentiable PyTorch: autograd through it is the discrete beta equation (7c) and (7d), (7e).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import StageWeights, Weight, WeightPath
+from neuralode_coupled.evolution import closed_form
+from neuralode_coupled.kernels import TimeKernel
+from neuralode_coupled.runge_kutta import Tableau, step
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``steps`` equal steps from ``t0`` to ``t1`` (which may lie before ``t0``)."""
+
+    t0: float
+    t1: float
+    steps: int
+
+    @property
+    def h(self) -> float:
+        """The length of one step, negative where time runs backwards."""
+        return (self.t1 - self.t0) / self.steps
+
+    def time(self, n: int, fraction: float = 0.0) -> float:
+        """The time ``fraction`` of the way through step ``n``."""
+        return self.t0 + (n + fraction) * self.h
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A coupled discretisation, and the weight side of it.
+
+    Args:
+        grid: the grid of the activation ODE.
+        method: the method that integrates it.
+        weight_grid: the grid of the evolution ODE.
+        weight_method: the method that integrates it, where an operator has no closed form.
+    """
+
+    grid: Grid
+    method: Tableau
+    weight_grid: Grid
+    weight_method: Tableau
+
+    def stage_weights(self, operator: nn.Module, kernel: TimeKernel, w0: Weight) -> StageWeights:
+        """theta of shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it.
+
+        Weights on the activations' own grid, used as they are (``K = delta``), are the stage states of the weights'
+        own Runge-Kutta step: the coupled system is then solved by one method on one grid.
+        """
+        if kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method):
+            return self.stages(operator, w0)
+        return kernel.stage_weights(self.path(operator, w0), self.grid.steps, self.method.c)
+
+    def path(self, operator: nn.Module, w0: Weight) -> WeightPath:
+        """w at the ``M + 1`` points of its own grid, ends included."""
+        if hasattr(operator, "trajectory"):
+            return operator.trajectory(w0, self._times(w0, [0.0], last=True))
+        path = [w0]
+        for n in range(self.weight_grid.steps):
+            path.append(self._step(operator, path[-1], n, self.weight_grid.h)[0])
+        return torch.stack(path)
+
+    def stages(self, operator: nn.Module, w0: Weight) -> StageWeights:
+        """w at the stage times of every step: (M, stages, *weight)."""
+        if hasattr(operator, "trajectory"):
+            times = self._times(w0, list(self.weight_method.c), last=False)
+            return operator.trajectory(w0, times).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
+        w, stages = w0, []
+        for n in range(self.weight_grid.steps):
+            w, inner = self._step(operator, w, n, self.weight_grid.h)
+            stages.append(torch.stack(inner))
+        return torch.stack(stages)
+
+    def at(self, operator: nn.Module, w0: Weight, times: list[float]) -> WeightPath:
+        """w at any times: from the last grid point before, one step of the length that remains."""
+        if hasattr(operator, "trajectory"):
+            elapsed = torch.tensor(times, dtype=w0.dtype) - self.weight_grid.t0
+            return operator.trajectory(w0, elapsed.to(w0.device))
+        path, found = self.path(operator, w0).unbind(), []
+        for t in times:
+            n = min(max(int((t - self.weight_grid.t0) / self.weight_grid.h), 0), self.weight_grid.steps - 1)
+            rest = t - self.weight_grid.time(n)
+            exact = abs(rest) <= 1e-12 * abs(self.weight_grid.h)
+            found.append(path[n] if exact else self._step(operator, path[n], n, rest)[0])
+        return torch.stack(found)
+
+    def _step(self, operator: nn.Module, w: Tensor, n: int, h: float) -> tuple[Tensor, list[Tensor]]:
+        """One step of the evolution ODE: the next w, and w at the stages."""
+        propagate = closed_form(operator)
+        if propagate is not None:
+            return propagate(w, h), [w if c == 0 else propagate(w, c * h) for c in self.weight_method.c]
+
+        def q(i: int, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            t = torch.full((), self.weight_grid.time(n) + self.weight_method.c[i] * h, dtype=w.dtype, device=w.device)
+            return (operator(t, y[0]),)
+
+        (w,), inner = step(q, (w,), h, self.weight_method)
+        return w, [y[0] for y in inner]
+
+    def _times(self, w0: Tensor, fractions: list[float], last: bool) -> Tensor:
+        """Times since t0 of the given fractions of every step; made on w0's device, so that nothing is copied there."""
+        n = torch.arange(self.weight_grid.steps, dtype=w0.dtype, device=w0.device)
+        times = torch.stack([(n + fraction) * self.weight_grid.h for fraction in fractions], dim=-1).flatten()
+        if last:
+            times = torch.cat([times, torch.full_like(times[:1], self.weight_grid.t1 - self.weight_grid.t0)])
+        return times
