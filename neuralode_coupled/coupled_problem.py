@@ -48,14 +48,14 @@ class CoupledProblem:
         return plan, Operands((self.z0,), inputs, self.shared)
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
-        """The solve as flows: the augmented field where the kernel has memory states, one flow a sample where it holds."""
-        plan = self._plan()
-        if isinstance(self.field.kernel, SampleAndHold):
-            flows = self._held_flows(plan)
-        elif self.field.kernel.memory == 0:
+        """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""
+        plan, kernel = self._plan(), self.field.kernel
+        if isinstance(kernel, SampleAndHold):
+            flows = self._held_flows(plan, kernel.samples)
+        elif kernel.memory == 0:
             flows = [self._augmented_flow(plan)]
         else:
-            raise ValueError(f"ContinuousAdjoint has no flow for {self.field.kernel}: use DiscreteAdjoint()")
+            raise ValueError(f"ContinuousAdjoint has no flow for {kernel}: use DiscreteAdjoint()")
         return plan, (self.z0,), flows
 
     def stage_weights(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class CoupledProblem:
         return torch.full((), t, dtype=z.dtype, device=z.device)
 
     def _rows(self, members: str) -> tuple[list[str], tuple[State, ...]]:
-        """Parameters or buffers that differ from step to step, under the names of the first copy: (names, a row a step).
+        """Parameters or buffers of single steps under the names of the first copy: (names, one row for each step).
 
         Buffers outside of per-step modules are in every row too: any step may modify them.
         """
@@ -143,10 +143,9 @@ class CoupledProblem:
         params = (*self.shared, *dict.fromkeys(evolution), *(p for row in self.own for p in row))
         return Flow(slope, 0, plan.count, tuple(w0[name] for name in self.moving), params)
 
-    def _held_flows(self, plan: Plan) -> list[Flow]:
+    def _held_flows(self, plan: Plan, samples: int) -> list[Flow]:
         """One flow for each sample, in which the weights are constants."""
         theta = self.stage_weights()
-        samples = self.field.kernel.samples
         share = plan.count // samples
         return [self._held_flow(theta, k * share, (k + 1) * share) for k in range(samples)]
 

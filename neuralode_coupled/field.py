@@ -25,8 +25,8 @@ Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 class CoupledField(nn.Module):
     """``dz/dt = f(z, theta(t))`` and ``dw/dt = q(w; p)`` as one vector field (Eqs. 5b, 5c, 5d).
 
-    Give it to ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor
-    states see `FlatField`; `nc.solve` takes advantage of the structure.
+    Give it to ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of
+    one-tensor states see `FlatField`; `nc.solve` takes advantage of the structure.
 
     Args:
         dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
@@ -56,7 +56,7 @@ class CoupledField(nn.Module):
         if not isinstance(kernel, TimeKernel):
             raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {kernel!r}")
         self.dynamics = dynamics
-        self.kernel = kernel
+        self.kernel: TimeKernel = kernel
         self.takes_time = _takes_time(dynamics)
         self.per_step = tuple(per_step_modules(dynamics))
         self.names = _select(dynamics, self.per_step, evolve)
@@ -100,7 +100,7 @@ class CoupledField(nn.Module):
         self._require_realisation()
         if self.per_step:
             raise ValueError(
-                "dynamics has parameters of their own for every step (PerStep), and a general-purpose solver does not say "
+                "dynamics has parameters for every single step (PerStep), and a general-purpose solver does not say "
                 "which step it is in: use nc.solve"
             )
         self._check_state(state)
@@ -126,7 +126,7 @@ class CoupledField(nn.Module):
     def _require_realisation(self) -> None:
         if self.kernel.memory is None:
             raise ValueError(
-                f"{self.kernel} has no finite number of memory states, which a general-purpose solver needs (Dirac has): "
+                f"{self.kernel} has no finite memory, which a general-purpose solver needs (Dirac has): "
                 "use nc.solve or nc.CoupledODE, which take every kernel"
             )
 
@@ -138,7 +138,8 @@ class CoupledField(nn.Module):
 
 
 class FlatField(nn.Module):
-    """A `CoupledField` on one flat tensor, for torchdyn's ``NeuralODE`` and ``ODEProblem`` and other one-tensor solvers.
+    """A `CoupledField` on one flat tensor, for torchdyn's ``NeuralODE`` and ``ODEProblem`` and other one-tensor
+    solvers.
 
     Args:
         field: the coupled field.
@@ -157,19 +158,28 @@ class FlatField(nn.Module):
             raise ValueError(f"this field packs parts of shapes {self.shapes}, got {shapes}")
         return flat
 
-    def unpack(self, flat: Float[Tensor, "*time n"]) -> State:
-        """The parts of a flat state; a leading time axis is kept."""
-        if flat.ndim == 1:
-            return tuple(unpack(flat, self.shapes, "*"))
-        return tuple(unpack(flat, self.shapes, "time *"))
+    def unpack(self, flat: Float[Tensor, "*lead n"]) -> State:
+        """The parts of a flat state; leading axes (times, torchdyn's batch of one) are kept."""
+        rows = unpack(flat.reshape(-1, flat.shape[-1]), self.shapes, "lead *")
+        return tuple(part.reshape(*flat.shape[:-1], *part.shape[1:]) for part in rows)
 
     def initial_state(self, z0: Activation) -> Float[Tensor, " n"]:
         """``field.initial_state(z0)``, packed."""
         return self.pack(self.field.initial_state(z0))
 
-    def forward(self, t: Tensor, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The derivative of the flat state."""
-        return self.pack(self.field(t, self.unpack(x)))
+    def forward(self, t: Tensor, x: Float[Tensor, "*one n"], args: object = None) -> Float[Tensor, "*one n"]:
+        """The derivative of the flat state, which may have a batch axis of one (torchdyn's interpolated adjoint's).
+
+        torchdyn passes ``args`` along to every vector field.
+        """
+        if x.numel() != x.shape[-1]:
+            raise ValueError(f"a flat state is one state, (n,) or (1, n), got shape {tuple(x.shape)}")
+        dx = self.pack(self.field(t, self.unpack(x.reshape(-1))))
+        if torch.is_grad_enabled():
+            # w0 enters through the initial state alone. torchdyn's adjoints want a gradient, zero, from every
+            # parameter at every evaluation, and give one they miss the wrong shape.
+            dx = dx + sum(0 * w.reshape(-1)[0] for w in self.field.evolving().values())
+        return dx.reshape(x.shape)
 
 
 def check_activation(field: CoupledField, z0: Tensor) -> None:

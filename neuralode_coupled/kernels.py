@@ -1,12 +1,14 @@
 """The time-convolution kernels K of ``theta(t) = int K(t - s) w(s) ds`` (Eq. 5d).
 
 On a grid a kernel is a matrix ``kappa``: row ``(n, i)`` says of which evolved weights ``w_0 .. w_M`` the stage ``i`` of
-activation step ``n`` is made. Changing the configuration of a model is changing its kernel: `Dirac` is configuration one,
-`SampleAndHold` configuration two.
+activation step ``n`` is made. Changing the configuration of a model is changing its kernel: `Dirac` is configuration
+one, `SampleAndHold` configuration two.
 """
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -43,6 +45,10 @@ class TimeKernel(nn.Module):
         rows = self.kappa(steps, c, len(path) - 1)
         return torch.tensordot(rows.to(path), path, dims=1)
 
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int) -> None:
+        """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
+        self.kappa(steps, c, weight_steps)
+
     def kappa(self, steps: int, c: tuple[float, ...], weight_steps: int) -> Tensor:
         """The kernel as a matrix of shape (N, stages, M + 1); raises ValueError where the grids do not fit."""
         rows, columns = self._selected(steps, c, weight_steps), weight_steps + 1
@@ -68,10 +74,10 @@ class Dirac(TimeKernel):
         ratio = weight_steps / steps
         picked = [[(n + fraction) * ratio for fraction in c] for n in range(steps)]
         if any(abs(x - round(x)) > 1e-9 * max(1.0, x) for row in picked for x in row):
+            needed = steps * math.lcm(*(Fraction(fraction).limit_denominator(1000).denominator for fraction in c))
             raise ValueError(
-                f"Dirac() needs the weights at every stage time (fractions {c} of each of {steps} steps), and a grid of "
-                f"weight_steps={weight_steps} misses some: leave weight_steps out, or make it a multiple of "
-                f"{steps} that contains them"
+                f"Dirac() needs the weights at every stage of {steps} steps, and weight_steps={weight_steps} misses "
+                f"some: make weight_steps a multiple of {needed}, or leave weight_steps and weight_method out"
             )
         return [[round(x) for x in row] for row in picked]
 
@@ -122,7 +128,7 @@ class SampleAndHold(TimeKernel):
     def _steps_a_sample(self, steps: int) -> int:
         if steps % self.samples:
             raise ValueError(
-                f"SampleAndHold(samples={self.samples}) changes its weights inside a step when there are {steps} steps: "
+                f"SampleAndHold(samples={self.samples}) would change its weights inside a step of {steps} steps: "
                 f"make steps a multiple of {self.samples}"
             )
         return steps // self.samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
@@ -87,9 +88,11 @@ class CoupledODE(nn.Module):
 
     def regularization(self, w0: float = 1.0, p: float = 1.0) -> Tensor:
         """R(w0, p) = (w0 |w0|^2 + p |p|^2) / 2 (Eq. 5a), a scalar: regularisation acts on these, not on theta(t)."""
-        initial = sum((w.square().sum() for w in self.field.evolving().values()), start=0.0)
-        coefficients = sum((c.square().sum() for c in self.field.evolution.parameters()), start=0.0)
-        return (w0 * initial + p * coefficients) / 2
+        total = torch.zeros((), device=next(self.parameters()).device)
+        for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
+            for tensor in tensors:
+                total = total + weight / 2 * tensor.square().sum()
+        return total
 
     def _scheme(self):
         return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
@@ -109,7 +112,7 @@ class CoupledODE(nn.Module):
         return solution.z
 
     def _inside(self, t: Times) -> tuple[float, ...]:
-        wanted = times(t) if len(t) > 1 else (float(t[0]),)
+        wanted = times(t, fewest=1)
         low, high = min(self.t), max(self.t)
         if min(wanted) < low or max(wanted) > high:
             raise ValueError(f"times must lie in the layer's interval {self.t}, got {list(wanted)}")

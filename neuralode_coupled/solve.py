@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Solution:
 
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name."""
-        return weights_in_force(self._field, self._scheme, times(t))
+        return weights_in_force(self._field, self._scheme, times(t, fewest=1))
 
 
 def solve(
@@ -63,7 +64,8 @@ def solve(
         steps: the number of equal steps from the first to the last time.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
             ``"heun3"``.
-        weight_steps: the number of steps of the weights' own grid; by default the activations', where the kernel allows it.
+        weight_steps: the number of steps of the weights' own grid; by default the activations' where the kernel
+            allows it.
         weight_method: the method on it, where an operator has no closed form; by default that of the activations.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
 
@@ -110,20 +112,23 @@ def build_scheme(
                 f"solve with steps={len(module)}, or build the dynamics for {steps}"
             )
     fine = field.kernel.weight_steps(steps) if weight_steps is None else weight_steps
-    return Scheme(
+    scheme = Scheme(
         Grid(t[0], t[-1], steps),
         tableau(method),
         Grid(t[0], t[-1], fine),
         tableau(method if weight_method is None else weight_method),
     )
+    if not scheme.together(field.kernel):
+        field.kernel.check(steps, scheme.method.c, fine)
+    return scheme
 
 
-def times(t: Times) -> tuple[float, ...]:
-    """Times as numbers, checked."""
+def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
+    """Times as numbers; raises ValueError unless there are enough and they are strictly monotone."""
     values = tuple(float(value) for value in (t.tolist() if isinstance(t, Tensor) else t))
-    rising = [b > a for a, b in zip(values, values[1:], strict=False)]
-    if len(values) < 2 or (any(rising) and not all(rising)) or len(set(values)) < len(values):
-        raise ValueError(f"t must hold at least two strictly increasing or decreasing times, got {list(values)}")
+    rising = [b > a for a, b in pairwise(values)]
+    if len(values) < fewest or (any(rising) and not all(rising)) or len(set(values)) < len(values):
+        raise ValueError(f"t must hold at least {fewest} strictly increasing or decreasing times, got {list(values)}")
     return values
 
 

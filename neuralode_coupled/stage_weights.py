@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight, WeightPath
-from neuralode_coupled.evolution import closed_form
+from neuralode_coupled.evolution import all_at_once, closed_form
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
 
@@ -52,20 +52,25 @@ class Scheme:
     weight_grid: Grid
     weight_method: Tableau
 
+    def together(self, kernel: TimeKernel) -> bool:
+        """Whether weights and activations advance by one method on one grid, the weights used as they are."""
+        return kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method)
+
     def stage_weights(self, operator: nn.Module, kernel: TimeKernel, w0: Weight) -> StageWeights:
         """theta of shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it.
 
         Weights on the activations' own grid, used as they are (``K = delta``), are the stage states of the weights'
         own Runge-Kutta step: the coupled system is then solved by one method on one grid.
         """
-        if kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method):
+        if self.together(kernel):
             return self.stages(operator, w0)
         return kernel.stage_weights(self.path(operator, w0), self.grid.steps, self.method.c)
 
     def path(self, operator: nn.Module, w0: Weight) -> WeightPath:
         """w at the ``M + 1`` points of its own grid, ends included."""
-        if hasattr(operator, "trajectory"):
-            return operator.trajectory(w0, self._times(w0, [0.0], last=True))
+        trajectory = all_at_once(operator)
+        if trajectory is not None:
+            return trajectory(w0, self._times(w0, [0.0], last=True))
         path = [w0]
         for n in range(self.weight_grid.steps):
             path.append(self._step(operator, path[-1], n, self.weight_grid.h)[0])
@@ -73,9 +78,10 @@ class Scheme:
 
     def stages(self, operator: nn.Module, w0: Weight) -> StageWeights:
         """w at the stage times of every step: (M, stages, *weight)."""
-        if hasattr(operator, "trajectory"):
+        trajectory = all_at_once(operator)
+        if trajectory is not None:
             times = self._times(w0, list(self.weight_method.c), last=False)
-            return operator.trajectory(w0, times).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
+            return trajectory(w0, times).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
         w, stages = w0, []
         for n in range(self.weight_grid.steps):
             w, inner = self._step(operator, w, n, self.weight_grid.h)
@@ -84,9 +90,10 @@ class Scheme:
 
     def at(self, operator: nn.Module, w0: Weight, times: list[float]) -> WeightPath:
         """w at any times: from the last grid point before, one step of the length that remains."""
-        if hasattr(operator, "trajectory"):
+        trajectory = all_at_once(operator)
+        if trajectory is not None:
             elapsed = torch.tensor(times, dtype=w0.dtype) - self.weight_grid.t0
-            return operator.trajectory(w0, elapsed.to(w0.device))
+            return trajectory(w0, elapsed.to(w0.device))
         path, found = self.path(operator, w0).unbind(), []
         for t in times:
             n = min(max(int((t - self.weight_grid.t0) / self.weight_grid.h), 0), self.weight_grid.steps - 1)
@@ -109,7 +116,7 @@ class Scheme:
         return w, [y[0] for y in inner]
 
     def _times(self, w0: Tensor, fractions: list[float], last: bool) -> Tensor:
-        """Times since t0 of the given fractions of every step; made on w0's device, so that nothing is copied there."""
+        """Times since t0 of the given fractions of every step; made on w0's device: nothing is copied there."""
         n = torch.arange(self.weight_grid.steps, dtype=w0.dtype, device=w0.device)
         times = torch.stack([(n + fraction) * self.weight_grid.h for fraction in fractions], dim=-1).flatten()
         if last:

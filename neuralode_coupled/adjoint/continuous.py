@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ class ContinuousAdjoint:
 
     Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the state alone. The
     gradient is *not* that of the discrete map: it differs by the discretisation error of two solves, and where the
-    reversed state drifts away (ReLU networks, contracting dynamics) it can be arbitrarily wrong (arXiv:1902.10298). Not for
-    stochastic dynamics: the backward solve draws other random numbers.
+    reversed state drifts away (ReLU networks, contracting dynamics) it can be arbitrarily wrong (arXiv:1902.10298).
+    Not for stochastic dynamics: the backward solve draws other random numbers.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods.
@@ -62,7 +63,7 @@ class ContinuousAdjoint:
         )
         # From here on torchdiffeq calls the field for the backward solve only.
         field.backward = True
-        return states
+        return cast("tuple[Tensor, ...]", states)
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:
@@ -70,8 +71,8 @@ def _time_dtype(y: Tensor) -> torch.dtype:
 
 
 class _VectorField(nn.Module):
-    """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the midpoint of
-    the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
+    """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the
+    midpoint of the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
 
     def __init__(self, problem: Problem, plan: Plan, flow: Flow) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.problem import Operands, Plan
@@ -142,8 +142,8 @@ class _Sweep:
         ]
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
         with torch.enable_grad(), self.replay.again(n) as buffers:
-            parts = [tuple(leaves[:width]), tuple(leaves[width:ahead]), tuple(leaves[ahead:])]
-            y_next = self.plan.step(n, *parts, buffers)
+            u, v = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
+            y_next = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
         found = iter(_vjp(y_next, alpha, [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]))
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
@@ -173,15 +173,16 @@ class _Sum:
         self._owned = [False] * size
 
     def add(self, terms: list[Tensor | None]) -> None:
-        both = [i for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None]
-        ours = [i for i in both if self._owned[i]]
-        theirs = [i for i in both if not self._owned[i]]
+        both = [
+            (i, a, b) for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None
+        ]
+        ours, theirs = [row for row in both if self._owned[row[0]]], [row for row in both if not self._owned[row[0]]]
         if ours:
-            torch._foreach_add_([self.total[i] for i in ours], [terms[i] for i in ours])
+            _foreach_add_([a for _, a, _ in ours], [b for _, _, b in ours])
         if theirs:
             # The first term may be shared with autograd: it must not be written into.
-            fresh = torch._foreach_add([self.total[i] for i in theirs], [terms[i] for i in theirs])
-            for i, tensor in zip(theirs, fresh, strict=True):
+            fresh = _foreach_add([a for _, a, _ in theirs], [b for _, _, b in theirs])
+            for (i, _, _), tensor in zip(theirs, fresh, strict=True):
                 self.total[i], self._owned[i] = tensor, True
         for i, term in enumerate(terms):
             if self.total[i] is None:

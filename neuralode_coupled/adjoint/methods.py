@@ -14,8 +14,8 @@ from neuralode_coupled.adjoint.problem import Problem, Stats
 class Backprop:
     """Autograd through the unrolled solve.
 
-    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for solves
-    whose graph does not fit into memory: use `DiscreteAdjoint`.
+    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for
+    solves whose graph does not fit into memory: use `DiscreteAdjoint`.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
@@ -31,8 +31,8 @@ class DiscreteAdjoint:
     Cost: one more forward pass (each step is recomputed once). Memory: one state a step and one step's graph,
     O(L) + O(N_t). Exact for the discrete map, to the rounding of `Backprop`. Random numbers, running statistics,
     autocast and train/eval flags of the forward pass are reproduced; a second backward (``retain_graph=True``) and a
-    double backward (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose forward pass
-    has other side effects: they happen once more a step.
+    double backward (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose
+    forward pass has other side effects: they happen once more a step.
 
     Args:
         checkpoints: how many states to store; None (every step's) is the only choice so far.

@@ -1,4 +1,4 @@
-"""What a gradient method is given: a solve as discrete steps, or as a continuous flow. It sees neither layers nor kernels."""
+"""What a gradient method is given: a solve as discrete steps, or as flows. It sees neither layers nor kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Recomputing a step in the world in which it first ran.
 
 A step's result can depend on more than its arguments: random numbers, buffers that it updates itself (running
-statistics, the vectors of a spectral norm), autocast, and the train/eval flags of its modules. The forward pass records them;
-a recomputation sees the same values and leaves no trace.
+statistics, the vectors of a spectral norm), autocast, and the train/eval flags of its modules. The forward pass
+records them; a recomputation sees the same values and leaves no trace.
 """
 
 from __future__ import annotations

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Weight, WeightPath
 
+Propagate = Callable[[Tensor, float], Tensor]
+Trajectory = Callable[[Tensor, Tensor], Tensor]
+
 
 class EvolutionOperator(nn.Module):
     """The right-hand side q of the evolution ODE ``dw/dt = q(w; p)`` (Eq. 5c) of one parameter.
 
-    A subclass writes ``forward(t, w) -> dw/dt``, with ``t`` a scalar tensor and ``w`` and the result of the shape of the
-    evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too. An operator that
-    can solve its own equation writes ``propagate(w, dt) -> w(t + dt)`` as well and is then used through it. One for which
-    that flow has the semigroup property may write ``trajectory(w0, times) -> w`` at all times at once.
+    A subclass writes ``forward(t, w) -> dw/dt``, with ``t`` a scalar tensor and ``w`` and the result of the shape of
+    the evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too. An operator that
+    can solve its own equation writes ``propagate(w, dt) -> w(t + dt)`` as well and is then used through it. One for
+    which that flow has the semigroup property may write ``trajectory(w0, times) -> w`` at all times at once.
     """
 
     def bind(self, weight: Weight) -> Self:
@@ -31,9 +34,14 @@ class EvolutionOperator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(t, w) -> dw/dt")
 
 
-def closed_form(operator: nn.Module) -> Callable[[Tensor, float], Tensor] | None:
+def closed_form(operator: nn.Module) -> Propagate | None:
     """The operator's ``propagate``, or None where its equation has to be solved numerically."""
-    return getattr(operator, "propagate", None)
+    return cast("Propagate | None", getattr(operator, "propagate", None))
+
+
+def all_at_once(operator: nn.Module) -> Trajectory | None:
+    """The operator's ``trajectory``, or None where it can only go from step to step."""
+    return cast("Trajectory | None", getattr(operator, "trajectory", None))
 
 
 class Static(EvolutionOperator):

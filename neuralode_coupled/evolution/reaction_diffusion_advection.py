@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         shape = tuple(weight.shape)
         if len(shape) < 2:
             raise ValueError(
-                f"reaction-diffusion-advection needs a weight of at least 2 axes (a field of pixels), got shape {shape}: "
+                f"reaction-diffusion-advection needs a weight of at least 2 axes, a field of pixels, got {shape}: "
                 "leave it out of `evolve`, or give it another operator"
             )
         if self.weight_shape is not None:
@@ -119,7 +119,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is no flow."""
         if self.form == "propagator" and self.sigma is not None:
             raise ValueError(
-                "the propagator form with a nonlinear activation (Eq. 9) is a map from step to step, not a vector field: "
+                "the propagator form with a nonlinear activation (Eq. 9) is a map, not a vector field: "
                 "use form='ode' with a general-purpose solver, or nc.solve"
             )
         w = self._ungroup(self.spectrum.generate(self._group(w), *self._coefficients()), w)

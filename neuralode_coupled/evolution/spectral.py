@@ -29,8 +29,10 @@ class Spectrum(nn.Module):
         dense: force matrices (True) or the FFT (False); by default by size.
     """
 
-    wavenumbers: Tensor
     laplacian: Tensor
+    wavenumbers: Tensor
+    modes: Tensor
+    terms: Tensor
 
     def __init__(
         self,

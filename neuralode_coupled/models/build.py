@@ -65,8 +65,8 @@ def build(
     Args:
         name: ``"alexnet"``, ``"resnet4"`` or ``"resnet10"``.
         variant: ``"baseline"`` (residual blocks), ``"node"`` (q = 0, continuous adjoint), ``"anode"`` (q = 0, DTO),
-            ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"`` (weights evolve by 10 steps and
-            are applied at 2).
+            ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"`` (weights evolve by 10
+            steps and are applied at 2).
         steps: the number of activation steps, in place of the variant's own.
         method: the Runge-Kutta method of the ODE blocks.
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.

@@ -1,0 +1,90 @@
+"""The layer: inside other modules, saved and loaded, its trajectories and its regulariser."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import neuralode_coupled as nc
+from tests import oracle
+
+
+@pytest.fixture
+def layer():
+    dynamics = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+    return oracle.randomize(nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=4))
+
+
+def test_it_is_a_layer_among_others(layer):
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Flatten(), nn.Linear(3 * 16, 2))
+    assert model(torch.randn(5, 1, 4, 4)).shape == (5, 2)
+    assert "steps=4, method='euler'" in repr(model)
+
+
+def test_it_trains():
+    """Ten steps of gradient descent lower the loss, through w0 and the coefficients alike."""
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nc.ReactionDiffusionAdvection(), steps=3)
+    z0, target = torch.randn(32, 4), torch.randn(32, 4)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+    losses = []
+    for _ in range(10):
+        optimiser.zero_grad()
+        loss = (layer(z0) - target).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all((c != 0).any() for c in layer.field.evolution.parameters())
+
+
+def test_state_dicts_copies_and_dtypes_round_trip(layer):
+    z0 = torch.randn(2, 3, 5, 5)
+    other = nc.CoupledODE(
+        nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()), nc.ReactionDiffusionAdvection(), steps=4
+    )
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(z0), layer(z0))
+    assert torch.equal(copy.deepcopy(layer)(z0), layer(z0))
+    assert torch.allclose(copy.deepcopy(layer).double()(z0.double()).float(), layer(z0), atol=1e-5)
+
+
+def test_trajectories(layer):
+    z0 = torch.randn(2, 3, 5, 5)
+    path = layer.trajectory(z0, [0.0, 0.25, 0.6, 1.0])
+    assert path.shape == (4, 2, 3, 5, 5)
+    assert torch.equal(path[0], z0)
+    assert torch.equal(path[-1], layer(z0))
+    # Interior times alone leave the grid as it is.
+    assert torch.equal(layer.trajectory(z0, [0.25, 0.6]), path[1:3])
+    weights = layer.weight_trajectory([0.0, 1.0])["0.weight"]
+    w0 = layer.field.dynamics[0].weight
+    assert torch.equal(weights[0], w0)
+    assert torch.allclose(weights[1], layer.field.operator("0.weight").propagate(w0, 1.0))
+    for trajectory in (lambda t: layer.trajectory(z0, t), layer.weight_trajectory):
+        with pytest.raises(ValueError, match=r"must lie in the layer's interval \(0\.0, 1\.0\), got \[0\.5, 1\.5\]"):
+            trajectory([0.5, 1.5])
+
+
+def test_regularization_acts_on_w0_and_p(layer):
+    w0 = layer.field.dynamics[0].weight.square().sum()
+    p = sum(c.square().sum() for c in layer.field.evolution.parameters())
+    assert torch.allclose(layer.regularization(), (w0 + p) / 2)
+    assert torch.allclose(layer.regularization(w0=0.0, p=3.0), 1.5 * p)
+    found = torch.autograd.grad(layer.regularization(), layer.field.dynamics[0].weight)[0]
+    assert torch.equal(found, layer.field.dynamics[0].weight)
+
+
+def test_the_core_needs_neither_torchvision_nor_lightning():
+    """A broken torchvision must not break `import neuralode_coupled`."""
+    probe = (
+        "import sys, neuralode_coupled; "
+        "heavy = {'torchvision', 'torchdyn', 'pytorch_lightning', 'matplotlib', 'sklearn', 'typer', 'rich'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"imported: {result.stderr}"
