@@ -69,9 +69,10 @@ class CoupledProblem:
 
     def _plan(self) -> Plan:
         grid, method = self.scheme.grid, self.scheme.method
-        return Plan(self._step, grid.steps, self.save, self.buffers, self.field.dynamics, method.stages)
+        emits = tuple(int(n + 1 in self.save) for n in range(grid.steps))
+        return Plan(self._step, grid.steps, emits, self.buffers, self.field.dynamics, method.stages)
 
-    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> State:
+    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
         theta, own = inputs[: len(self.moving)], inputs[len(self.moving) :]
         by_stage = [stages.unbind() for stages in theta]
@@ -82,7 +83,8 @@ class CoupledProblem:
             t = self._time_tensor(self.scheme.grid.time(n, self.scheme.method.c[i]), stage[0])
             return (self._evaluate(t, stage[0], constant | weights, first=n == 0 and i == 0),)
 
-        return step(slope, y, self.scheme.grid.h, self.scheme.method)[0]
+        y, _ = step(slope, y, self.scheme.grid.h, self.scheme.method)
+        return y, ((y,) if n + 1 in self.save else ())
 
     def _evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""

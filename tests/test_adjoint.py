@@ -350,7 +350,11 @@ def test_the_discrete_adjoint_stores_one_state_a_step():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"checkpoints": 0}, "checkpoints=0"), ({"storage": "tape"}, "storage='tape'")]
+    ("options", "message"),
+    [
+        ({"checkpoints": 0}, r"at least 1 \(the initial state\) or None .* got 0"),
+        ({"storage": "tape"}, "unknown storage 'tape': choose one of device, cpu, disk"),
+    ],
 )
 def test_unknown_choices_of_the_discrete_adjoint(options, message):
     with pytest.raises(ValueError, match=message):

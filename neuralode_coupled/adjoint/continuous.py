@@ -38,11 +38,11 @@ class ContinuousAdjoint:
         plan, y0, flows = problem.continuous()
         z, found = y0, {0: y0}
         for flow in flows:
-            marks = sorted({flow.first, flow.last, *(n for n in plan.save if flow.first < n < flow.last)})
+            marks = sorted({flow.first, flow.last, *(n for n in problem.save if flow.first < n < flow.last)})
             states = self._solve(problem, plan, flow, (*z, *flow.carried), marks)
             found |= {n: tuple(part[i] for part in states[: len(y0)]) for i, n in enumerate(marks) if i > 0}
             z = found[flow.last]
-        return [found[n] for n in plan.save], plan.stats
+        return [found[n] for n in problem.save], plan.stats
 
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
         field = _VectorField(problem, plan, flow)

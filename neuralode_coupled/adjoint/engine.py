@@ -4,7 +4,7 @@ Backward through ``y_{n+1} = S_n(y_n, u_n, v)`` is the discrete alpha equation o
 
     alpha_n, gamma_n, dv += vjp of S_n at (y_n, u_n, v) applied to alpha_{n+1},        n = N - 1 .. 0,
 
-each step recomputed from its stored state, so that one step's graph exists at a time. (The paper's multipliers are the
+each step recomputed from a stored state, so that one step's graph exists at a time. (The paper's multipliers are the
 negatives: its Lagrangian has alpha(1) = -dJ/dz(1).)
 """
 
@@ -16,97 +16,159 @@ import torch
 from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.checkpointing import (
+    Advance,
+    DiskStore,
+    HostStore,
+    Load,
+    Reverse,
+    Schedule,
+    Storage,
+    schedule,
+    store,
+)
 from neuralode_coupled.adjoint.problem import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
 
+Gradients = list[Tensor | None]
+
 
 def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
-    """The saved states by a plain loop: autograd, if it is on, stores every step's graph.
+    """The emitted states by a plain loop: autograd, if it is on, stores every step's graph.
 
     With ``replay`` the steps are repeated in the world of an earlier forward pass.
     """
-    saved: list[State] = [operands.y0] if 0 in plan.save else []
+    emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):
         if replay is None:
-            y = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
         else:
             with replay.again(n) as buffers:
-                y = plan.step(n, y, operands.inputs[n], operands.shared, buffers)
-        if n + 1 in plan.save:
-            saved.append(y)
-    return saved
+                y, out = plan.step(n, y, operands.inputs[n], operands.shared, buffers)
+        emitted.extend(out)
+    return emitted
 
 
-def checkpointed(plan: Plan, operands: Operands) -> list[State]:
-    """The saved states, differentiable by recomputing each step from its stored state."""
+def checkpointed(
+    plan: Plan, operands: Operands, checkpoints: int | None = None, storage: Storage = "device"
+) -> list[State]:
+    """The emitted states, differentiable by recomputing each step from a stored state."""
     flat = operands.flatten()
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)):
         return unroll(plan, operands)
     width = len(operands.y0)
-    leaves = _Checkpointed.apply(plan, operands.restore([None] * len(flat)), *flat)
-    saved = [tuple(leaves[i : i + width]) for i in range(0, len(leaves), width)]
-    # The initial state is itself: gradients reach it without passing through the steps.
-    return [operands.y0, *saved] if 0 in plan.save else saved
+    structure = operands.restore([None] * len(flat))
+    chosen = schedule(plan.count, checkpoints)
+    replay = Replay(plan, operands.y0[0].device)
+    kept = store(storage, len(chosen.stored), operands.y0)
+    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, *flat)
+    emitted = leaves[: sum(plan.emits) * width]
+    return [tuple(emitted[i : i + width]) for i in range(0, len(emitted), width)]
 
 
 class _Checkpointed(torch.autograd.Function):
-    """The steps as one node of autograd's graph. ``structure`` says how the flat tensors are arranged."""
+    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones.
+
+    ``structure`` says how the flat tensors are arranged.
+    """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, structure: Operands, *flat: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        plan: Plan,
+        structure: Operands,
+        chosen: Schedule,
+        replay: Replay,
+        kept: HostStore | DiskStore | None,
+        *flat: Tensor,
+    ) -> tuple[Tensor, ...]:
         # Detached, because autocast would otherwise cache casts made here and hand them, without a graph, to the
         # code outside that uses the same parameters.
         operands = structure.restore([tensor.detach() for tensor in flat])
-        replay = Replay(plan, operands.y0[0].device)
-        y, states, saved = operands.y0, [], []
+        wanted, y = set(chosen.stored), operands.y0
+        emitted: list[Tensor] = []
+        stored: list[Tensor] = []
         for n in range(plan.count):
-            states.extend(y)
+            # The initial state is an input: autograd keeps it.
+            if n > 0 and n in wanted:
+                stored.extend(y) if kept is None else kept.put(n, y)
             with replay.record(n):
-                y = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-            if n + 1 in plan.save:
-                saved.extend(y)
-        width = len(operands.y0)
-        ctx.save_for_backward(*flat, *states[width:])
-        ctx.plan, ctx.structure, ctx.replay = plan, structure, replay
+                y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            emitted.extend(part for state in out for part in state)
+        return (*emitted, *_apart(stored, emitted))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, *flat = inputs
+        ctx.outputs = sum(ctx.plan.emits) * len(ctx.structure.y0)
+        ctx.mark_non_differentiable(*output[ctx.outputs :])
+        ctx.save_for_backward(*flat, *output[ctx.outputs :])
         ctx.set_materialize_grads(False)
-        return tuple(saved)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan, structure, replay = ctx.plan, ctx.structure, ctx.replay
-        width, size = len(structure.y0), len(structure.flatten())
-        flat, states = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
-        needed = list(ctx.needs_input_grad[2:])
-        by_state = [grads[i : i + width] for i in range(0, len(grads), width)]
-        arriving = dict(zip([n for n in plan.save if n > 0], by_state, strict=True))
+        size = len(structure.flatten())
+        flat, stored = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
+        needed = list(ctx.needs_input_grad[-size:])
+        arriving = _by_step(plan, len(structure.y0), grads[: ctx.outputs])
+        operands = structure.restore(flat)
         with replay.world():
             if torch.is_grad_enabled():
-                found = _differentiable(plan, structure.restore(flat), needed, arriving, replay)
+                found = _differentiable(plan, operands, needed, arriving, replay)
             else:
-                rows = [tuple(flat[:width]), *(states[i : i + width] for i in range(0, len(states), width))]
-                sweep = _Sweep(plan, structure.restore(flat), structure.restore(needed), replay)
-                found = sweep.run(rows, arriving)
-        return None, None, *found
+                states = _Stored(ctx.schedule, operands.y0, stored, ctx.kept)
+                found = _Sweep(plan, operands, structure.restore(needed), replay).run(ctx.schedule, states, arriving)
+        return None, None, None, None, None, *found
+
+
+def _apart(stored: list[Tensor], emitted: list[Tensor]) -> list[Tensor]:
+    """A state that is both emitted and stored is one memory, but must be two outputs."""
+    out = {id(part) for part in emitted}
+    return [part.detach() if id(part) in out else part for part in stored]
+
+
+def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
+    """The gradients that arrive at what each step emitted, flat."""
+    found, start = [], 0
+    for count in plan.emits:
+        found.append(list(grads[start : start + count * width]))
+        start += count * width
+    return found
 
 
 def _differentiable(
-    plan: Plan, operands: Operands, needed: list[bool], arriving: dict[int, tuple], replay: Replay
-) -> list[Tensor | None]:
+    plan: Plan, operands: Operands, needed: list[bool], arriving: list[list[Tensor | None]], replay: Replay
+) -> Gradients:
     """The gradient as a differentiable function (``create_graph=True``): the unrolled solve, exact but storing all."""
-    saved = dict(zip(plan.save, unroll(plan, operands, replay), strict=True))
-    pairs = [
-        (y, grad)
-        for n, row in arriving.items()
-        for y, grad in zip(saved[n], row, strict=True)
-        if grad is not None and y.requires_grad
-    ]
+    emitted = [part for state in unroll(plan, operands, replay) for part in state]
+    grads = [grad for row in arriving for grad in row]
     wanted = [tensor for tensor, need in zip(operands.flatten(), needed, strict=True) if need]
-    if not pairs:
-        return [None] * len(needed)
-    outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+    found = iter(_vjp(emitted, grads, wanted, create_graph=True))
     return [next(found) if need else None for need in needed]
+
+
+class _Stored:
+    """The stored states of one backward pass. It adds states of its own; those of the forward pass stay."""
+
+    def __init__(
+        self, chosen: Schedule, y0: State, stored: tuple[Tensor, ...], kept: HostStore | DiskStore | None
+    ) -> None:
+        width = len(y0)
+        rows = [stored[i : i + width] for i in range(0, len(stored), width)]
+        self._states: dict[int, State] = {0: y0}
+        self._kept = kept
+        self._elsewhere = set() if kept is None else set(chosen.stored) - {0}
+        if kept is None:
+            self._states |= dict(zip(chosen.stored[1:], rows, strict=True))
+
+    def put(self, n: int, state: State) -> None:
+        self._states[n] = state
+
+    def get(self, n: int, last: bool) -> State:
+        if n not in self._states and self._kept is not None and n in self._elsewhere:
+            return self._kept.get(n)
+        return self._states.pop(n) if last else self._states[n]
 
 
 class _Sweep:
@@ -120,19 +182,35 @@ class _Sweep:
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
         self.first = asked[0] if asked else plan.count
 
-    def run(self, states: list[State], arriving: dict[int, tuple]) -> list[Tensor | None]:
+    def run(self, chosen: Schedule, states: _Stored, arriving: list[list[Tensor | None]]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``."""
-        inputs: list[list[Tensor | None]] = [[None] * len(row) for row in self.operands.inputs]
-        alpha: list[Tensor | None] = [None] * len(self.operands.y0)
-        for n in reversed(range(self.first, self.plan.count)):
-            alpha = _add(alpha, arriving.get(n + 1))
-            if any(part is not None for part in alpha):
-                alpha, inputs[n] = self._step(n, states[n], alpha)
+        inputs: list[Gradients] = [[None] * len(row) for row in self.operands.inputs]
+        alpha: Gradients = [None] * len(self.operands.y0)
+        y = self.operands.y0
+        for action in chosen.program:
+            match action:
+                case Load(n, last):
+                    y = states.get(n, last)
+                case Advance(first, end, keep):
+                    if keep:
+                        states.put(first, y)
+                    y = self._advance(first, end, y)
+                case Reverse(n) if n >= self.first:
+                    if any(part is not None for part in (*alpha, *arriving[n])):
+                        alpha, inputs[n] = self._reverse(n, y, alpha, arriving[n])
+                case Reverse(_):
+                    break
         if self.first > 0:
             alpha = [None] * len(alpha)
         return [*alpha, *(grad for row in inputs for grad in row), *self.shared.total]
 
-    def _step(self, n: int, y: State, alpha: list[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _advance(self, first: int, end: int, y: State) -> State:
+        for n in range(first, end):
+            with self.replay.again(n) as buffers:
+                y, _ = self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
+        return y
+
+    def _reverse(self, n: int, y: State, alpha: Gradients, arriving: Gradients) -> tuple[Gradients, Gradients]:
         """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
         wanted_y = [n > self.first or need for need in self.needed.y0]
         wanted = [*wanted_y, *self.needed.inputs[n], *self.needed.shared]
@@ -143,36 +221,32 @@ class _Sweep:
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
         with torch.enable_grad(), self.replay.again(n) as buffers:
             u, v = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
-            y_next = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
-        found = iter(_vjp(y_next, alpha, [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]))
+            y_next, emitted = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
+        outputs = [*y_next, *(part for state in emitted for part in state)]
+        asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+        found = iter(_vjp(outputs, [*alpha, *arriving], asked))
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
         return grads[:width], grads[width:ahead]
 
 
-def _vjp(outputs: State, alpha: list[Tensor | None], leaves: list[Tensor]) -> list[Tensor | None]:
-    """alpha^T d outputs / d leaves; None where there is no dependence."""
-    pairs = [(y, a) for y, a in zip(outputs, alpha, strict=True) if a is not None and y.requires_grad]
+def _vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_graph: bool = False) -> Gradients:
+    """grads^T d outputs / d leaves; None where there is no dependence."""
+    pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
     if not pairs or not leaves:
         return [None] * len(leaves)
     heads, weights = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(heads, leaves, weights, allow_unused=True))
-
-
-def _add(alpha: list[Tensor | None], more: tuple[Tensor | None, ...] | None) -> list[Tensor | None]:
-    if more is None:
-        return alpha
-    return [b if a is None else a if b is None else a + b for a, b in zip(alpha, more, strict=True)]
+    return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
 
 
 class _Sum:
     """A running sum of lists of tensors, some of them None, in one fused addition a list."""
 
     def __init__(self, size: int) -> None:
-        self.total: list[Tensor | None] = [None] * size
+        self.total: Gradients = [None] * size
         self._owned = [False] * size
 
-    def add(self, terms: list[Tensor | None]) -> None:
+    def add(self, terms: Gradients) -> None:
         both = [
             (i, a, b) for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None
         ]

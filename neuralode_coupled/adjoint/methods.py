@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.checkpointing import Storage, check_storage
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
-from neuralode_coupled.adjoint.problem import Problem, Stats
+from neuralode_coupled.adjoint.problem import Operands, Problem, Stats
 
 
 @dataclass(frozen=True)
@@ -21,37 +21,43 @@ class Backprop:
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         plan, operands = problem.discrete()
-        return unroll(plan, operands), plan.stats
+        return _with_start(problem, operands, unroll(plan, operands)), plan.stats
 
 
 @dataclass(frozen=True)
 class DiscreteAdjoint:
     """Discretise-then-optimise (DTO) with checkpointing: the paper's choice, after ANODE (arXiv:1902.10298).
 
-    Cost: one more forward pass (each step is recomputed once). Memory: one state a step and one step's graph,
-    O(L) + O(N_t). Exact for the discrete map, to the rounding of `Backprop`. Random numbers, running statistics,
-    autocast and train/eval flags of the forward pass are reproduced; a second backward (``retain_graph=True``) and a
-    double backward (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose
-    forward pass has other side effects: they happen once more a step.
+    Cost: one more forward pass with ``checkpoints=None`` (each step is recomputed once); with fewer states more
+    steps are recomputed, the fewest possible. Memory: the stored states and one step's graph, O(L) + O(N_t). Exact
+    for the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
+    the forward pass are reproduced; a second backward (``retain_graph=True``) and a double backward
+    (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose forward pass has
+    other side effects: they happen once more at every recomputation.
 
     Args:
-        checkpoints: how many states to store; None (every step's) is the only choice so far.
-        storage: where; ``"device"`` is the only choice so far.
+        checkpoints: how many states to store, the initial one included: None for every step's, ``m`` for Revolve's
+            schedule with m states, 1 for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
+        storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
 
     Raises:
-        ValueError: for any other value.
+        TypeError, ValueError: for checkpoints below 1 or an unknown storage.
+        OSError: at the solve, if the disk has no room for the states.
     """
 
-    checkpoints: None = None
-    storage: Literal["device"] = "device"
+    checkpoints: int | None = None
+    storage: Storage = "device"
 
     def __post_init__(self) -> None:
-        if self.checkpoints is not None:
-            raise ValueError(f"checkpoints={self.checkpoints!r}: only None (every step's state) is available")
-        if self.storage != "device":
-            raise ValueError(f"storage={self.storage!r}: only 'device' is available")
+        check_storage(self.checkpoints, self.storage)
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         plan, operands = problem.discrete()
-        return checkpointed(plan, operands), plan.stats
+        emitted = checkpointed(plan, operands, self.checkpoints, self.storage)
+        return _with_start(problem, operands, emitted), plan.stats
+
+
+def _with_start(problem: Problem, operands: Operands, emitted: list[State]) -> list[State]:
+    """The initial state in front, where it is wanted: gradients reach it without passing through the steps."""
+    return [operands.y0, *emitted] if 0 in problem.save else emitted

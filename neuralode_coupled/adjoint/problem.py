@@ -54,8 +54,9 @@ class Operands:
         return Operands(y0, inputs, tuple(leaves))
 
 
-StepFunction = Callable[[int, State, State, State, State], State]
-"""``step(n, y, inputs, shared, buffers) -> y``: a pure function but for what it writes into ``buffers``."""
+StepFunction = Callable[[int, State, State, State, State], tuple[State, tuple[State, ...]]]
+"""``step(n, y, inputs, shared, buffers) -> (y, emitted)``: the next state, and the states that the solve returns from
+within this step (its end, or interpolations). A pure function but for what it writes into ``buffers``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Plan:
     Attributes:
         step: one step.
         count: how many there are.
-        save: the ascending indices (0 .. count) of the states that are returned.
+        emits: how many states each step emits.
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
         module: whose train/eval flags a recomputation must reproduce.
         stages: evaluations of the dynamics a step.
@@ -73,7 +74,7 @@ class Plan:
 
     step: StepFunction
     count: int
-    save: tuple[int, ...]
+    emits: tuple[int, ...]
     buffers: tuple[State, ...]
     module: nn.Module
     stages: int
@@ -102,9 +103,11 @@ class Problem(Protocol):
     """A solve as `GradientMethod.integrate` sees it."""
 
     method: str
+    save: tuple[int, ...]
+    """The ascending indices (0 .. number of steps) of the grid points whose states are wanted."""
 
     def discrete(self) -> tuple[Plan, Operands]:
-        """The solve as steps."""
+        """The solve as steps, each of which emits its end where that is wanted."""
         ...
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
@@ -120,5 +123,5 @@ class GradientMethod(Protocol):
     """How gradients come back through a solve: one object with one method."""
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
-        """The states at the plan's ``save`` indices, differentiable, and what the solve cost."""
+        """The states at the ``save`` indices, differentiable, and what the solve cost."""
         ...
