@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
+from torch.autograd import forward_ad
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import (
@@ -53,9 +55,14 @@ def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list
 def checkpointed(
     plan: Plan, operands: Operands, checkpoints: int | None = None, storage: Storage = "device"
 ) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state."""
+    """The emitted states, differentiable by recomputing each step from a stored state.
+
+    Inside of ``torch.func`` transforms and forward-mode differentiation the steps are unrolled: those differentiate what
+    they trace, to any order and direction, and a node of its own would hide the steps from them.
+    """
     flat = operands.flatten()
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)):
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
+    if not wanted or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return unroll(plan, operands)
     width = len(operands.y0)
     structure = operands.restore([None] * len(flat))

@@ -1,0 +1,135 @@
+"""Schedules of stored states: exact whatever is stored and wherever, and never more work than the optimum."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import neuralode_coupled as nc
+from neuralode_coupled.adjoint.checkpointing import schedule
+from tests import oracle
+
+
+class Noisy(nn.Module):
+    """Everything that a recomputation can get wrong: random numbers, statistics by step and shared, time."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.own = nc.PerStep(nn.BatchNorm1d(4), steps)
+        self.drop = nn.Dropout(0.4)
+        self.outer = nn.utils.spectral_norm(nn.Linear(4, 4))
+
+    def forward(self, t, z):
+        return self.outer(self.drop(torch.tanh(self.own(self.inner(z)) + t)))
+
+
+@given(st.integers(1, 9), st.integers(1, 10), st.sampled_from(["device", "cpu", "disk"]), st.integers(0, 2**20))
+def test_gradients_do_not_depend_on_what_is_stored_or_where(steps, checkpoints, storage, seed):
+    """The same numbers, to the last bit, as with every state stored."""
+    found = []
+    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, storage)):
+        torch.manual_seed(seed)
+        layer = nc.CoupledODE(
+            Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
+        )
+        oracle.randomize(layer.double())
+        z0 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        loss = (layer.trajectory(z0, [0.0, 1.0]) ** 2).sum()
+        random_state = torch.get_rng_state()
+        found.append(oracle.gradients(loss, {"z0": z0, **dict(layer.named_parameters())}))
+        assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 30])
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 4, 7, 50, None])
+def test_recomputation_is_the_optimum(steps, checkpoints):
+    """Counted by the solve, predicted by the schedule, and bounded from below by dynamic programming."""
+    layer = nc.CoupledODE(nn.Linear(2, 2), steps=steps, method="midpoint", adjoint=nc.DiscreteAdjoint(checkpoints))
+    layer(torch.randn(1, 2)).sum().backward()
+    stored = steps if checkpoints is None else min(checkpoints, steps)
+    assert layer.stats.recomputed == 2 * schedule(steps, checkpoints).recomputed == 2 * _fewest(steps, stored)
+    assert len(schedule(steps, checkpoints).stored) <= stored
+
+
+def test_a_second_backward_finds_the_stored_states_again():
+    for storage in ("device", "cpu", "disk"):
+        layer = nc.CoupledODE(nn.Linear(4, 4), steps=7, adjoint=nc.DiscreteAdjoint(3, storage))
+        z = layer(torch.randn(2, 4)).sum()
+        first = torch.autograd.grad(z, list(layer.parameters()), retain_graph=True)
+        second = torch.autograd.grad(z, list(layer.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_files_go_with_the_graph_and_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Breaks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.calls = nn.Parameter(torch.ones(())), 0
+
+        def forward(self, z):
+            self.calls += 1
+            if self.calls == 8:
+                raise RuntimeError("broken")
+            return self.scale * z
+
+    dynamics = Breaks()
+    layer = nc.CoupledODE(dynamics, steps=6, adjoint=nc.DiscreteAdjoint(storage="disk"))
+    z = layer(torch.randn(2, 4))
+    assert len(list(tmp_path.glob("*/*.pt"))) == 5  # the initial state is the caller's
+    with pytest.raises(RuntimeError, match="broken"):
+        z.sum().backward()
+    dynamics.calls = 3
+    with pytest.raises(RuntimeError, match="broken"):
+        layer(torch.randn(2, 4))
+    del z
+    gc.collect()
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_full_disk_is_noticed_before_the_solve(monkeypatch):
+    usage = type("Usage", (), {"free": 10})()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    layer = nc.CoupledODE(nn.Linear(4, 4), steps=3, adjoint=nc.DiscreteAdjoint(storage="disk"))
+    with pytest.raises(OSError, match=r"needs 3 states of 32 bytes, and .* has 10 bytes free: use fewer checkpoints"):
+        layer(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"checkpoints": 0}, ValueError, r"at least 1 \(the initial state\) or None .* got 0"),
+        ({"checkpoints": 2.0}, TypeError, r"a whole number or None .* got 2\.0"),
+        ({"storage": "tape"}, ValueError, "unknown storage 'tape': choose one of device, cpu, disk"),
+    ],
+)
+def test_choices_that_make_no_sense(options, error, message):
+    with pytest.raises(error, match=message):
+        nc.DiscreteAdjoint(**options)
+
+
+@cache
+def _fewest(steps: int, stored: int, free_descent: bool = True) -> int:
+    """The fewest steps a backward pass must repeat, by dynamic programming over where to store the next state.
+
+    ``free_descent``: the steps to the first stored states were the forward pass's.
+    """
+    if steps == 1:
+        return 1
+    if stored == 1:
+        return steps * (steps + 1) // 2
+    return min(
+        (0 if free_descent else k) + _fewest(steps - k, stored - 1, free_descent) + _fewest(k, stored, False)
+        for k in range(1, steps)
+    )
