@@ -6,7 +6,7 @@
 discretise-then-optimise gradients.
 """
 
-from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, Stats
+from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, ReversibleAdjoint, Stats
 from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import CoupledField, FlatField
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
@@ -29,6 +29,7 @@ __all__ = [
     "FlatField",
     "PerStep",
     "ReactionDiffusionAdvection",
+    "ReversibleAdjoint",
     "SampleAndHold",
     "Solution",
     "Static",

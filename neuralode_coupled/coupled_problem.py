@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint import Flow, Operands, Plan
+from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
-from neuralode_coupled.runge_kutta import step
+from neuralode_coupled.runge_kutta import increment, step
 from neuralode_coupled.stage_weights import Scheme
 
 
@@ -47,6 +49,20 @@ class CoupledProblem:
         inputs = tuple((*(by_step[n] for by_step in theta), *self.own[n]) for n in range(plan.count))
         return plan, Operands((self.z0,), inputs, self.shared)
 
+    def reversible(self) -> tuple[Plan, Operands]:
+        """The solve as half steps, there and back over each step; both use the step's own parameters and buffers."""
+        method, grid = self.scheme.method, self.scheme.grid
+        there = [weights.unbind() for weights in self.stage_weights().values()]
+        back = [weights.unbind() for weights in self.stage_weights(backwards=True).values()]
+        inputs = tuple(
+            (*(by_step[n] for by_step in theta), *self.own[n]) for n in range(grid.steps) for theta in (there, back)
+        )
+        emits = tuple(m % 2 * int(m // 2 + 1 in self.save) for m in range(2 * grid.steps))
+        buffers = tuple(row for row in self.buffers for _ in range(2))
+        stats = Stats(evaluations=2 * grid.steps * method.stages)
+        plan = Plan(self._increment, 2 * grid.steps, emits, buffers, self.field.dynamics, method.stages, stats)
+        return plan, Operands((self.z0,), inputs, self.shared)
+
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
         """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""
         plan, kernel = self._plan(), self.field.kernel
@@ -58,33 +74,52 @@ class CoupledProblem:
             raise ValueError(f"ContinuousAdjoint has no flow for {kernel}: use DiscreteAdjoint()")
         return plan, (self.z0,), flows
 
-    def stage_weights(self) -> dict[str, Tensor]:
-        """theta[n, i] of every parameter that moves. Weights evolve in their own precision, also under autocast."""
-        scheme, w0 = self.scheme, self.field.evolving()
+    def stage_weights(self, backwards: bool = False) -> dict[str, Tensor]:
+        """theta[n, i] of every parameter that moves; ``backwards``: for steps taken from their end to their start.
+
+        Weights evolve in their own precision, also under autocast.
+        """
+        scheme, w0, kernel = self.scheme, self.field.evolving(), self.field.kernel
         with torch.autocast(self.z0.device.type, enabled=False):
             return {
-                name: scheme.stage_weights(self.field.operator(name), self.field.kernel, w0[name])
+                name: scheme.stage_weights(self.field.operator(name), kernel, w0[name], backwards)
                 for name in self.moving
             }
 
     def _plan(self) -> Plan:
         grid, method = self.scheme.grid, self.scheme.method
         emits = tuple(int(n + 1 in self.save) for n in range(grid.steps))
-        return Plan(self._step, grid.steps, emits, self.buffers, self.field.dynamics, method.stages)
+        return Plan(self._step, grid.steps, emits, self.buffers, self.field.dynamics, method.stages, Stats())
 
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
+        slope = self._slopes(n, self.scheme.grid.time(n), self.scheme.grid.h, inputs, shared, buffers)
+        y, _ = step(slope, y, self.scheme.grid.h, self.scheme.method)
+        return y, ((y,) if n + 1 in self.save else ())
+
+    def _increment(
+        self, m: int, y: State, inputs: State, shared: State, buffers: State
+    ) -> tuple[State, tuple[State, ...]]:
+        """The increment of the method over step ``m // 2``, from its start, or for odd ``m`` from its end."""
+        grid = self.scheme.grid
+        start, h = (grid.time(m // 2 + 1), -grid.h) if m % 2 else (grid.time(m // 2), grid.h)
+        slope = self._slopes(m // 2, start, h, inputs, shared, buffers)
+        return increment(slope, y, h, self.scheme.method), ()
+
+    def _slopes(
+        self, n: int, start: float, h: float, inputs: State, shared: State, buffers: State
+    ) -> Callable[[int, State], State]:
+        """f at the stages of a step of length ``h`` from ``start``."""
         theta, own = inputs[: len(self.moving)], inputs[len(self.moving) :]
         by_stage = [stages.unbind() for stages in theta]
         constant = self._named(shared, own, buffers)
 
         def slope(i: int, stage: State) -> State:
             weights = {name: rows[min(i, len(rows) - 1)] for name, rows in zip(self.moving, by_stage, strict=True)}
-            t = self._time_tensor(self.scheme.grid.time(n, self.scheme.method.c[i]), stage[0])
+            t = self._time_tensor(start + self.scheme.method.c[i] * h, stage[0])
             return (self._evaluate(t, stage[0], constant | weights, first=n == 0 and i == 0),)
 
-        y, _ = step(slope, y, self.scheme.grid.h, self.scheme.method)
-        return y, ((y,) if n + 1 in self.save else ())
+        return slope
 
     def _evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""

@@ -104,12 +104,26 @@ def step(f: Callable[[int, State], State], y: State, dt: float | Tensor, method:
     Returns:
         The state at the end of the step, and the stage states ``y_i`` (the first is ``y`` itself).
     """
+    slopes, stages = _evaluate(f, y, dt, method)
+    return _combine(y, slopes, method.b, dt), stages
+
+
+def increment(f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau) -> State:
+    """What `step` adds to ``y``, without the rounding of the addition."""
+    slopes, _ = _evaluate(f, y, dt, method)
+    return _combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt)
+
+
+def _evaluate(
+    f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau
+) -> tuple[list[State], list[State]]:
+    """The slopes at all stages, and the stage states."""
     slopes: list[State] = []
     stages: list[State] = []
     for i, row in enumerate(method.a):
         stages.append(_combine(y, slopes, row, dt))
         slopes.append(f(i, stages[-1]))
-    return _combine(y, slopes, method.b, dt), stages
+    return slopes, stages
 
 
 def _combine(y: State, slopes: list[State], weights: tuple[float, ...], dt: float | Tensor) -> State:

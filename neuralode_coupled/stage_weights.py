@@ -56,15 +56,19 @@ class Scheme:
         """Whether weights and activations advance by one method on one grid, the weights used as they are."""
         return kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method)
 
-    def stage_weights(self, operator: nn.Module, kernel: TimeKernel, w0: Weight) -> StageWeights:
+    def stage_weights(
+        self, operator: nn.Module, kernel: TimeKernel, w0: Weight, backwards: bool = False
+    ) -> StageWeights:
         """theta of shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it.
 
         Weights on the activations' own grid, used as they are (``K = delta``), are the stage states of the weights'
-        own Runge-Kutta step: the coupled system is then solved by one method on one grid.
+        own Runge-Kutta step: the coupled system is then solved by one method on one grid. With ``backwards`` the stage
+        times count from the end of each step towards its start.
         """
-        if self.together(kernel):
-            return self.stages(operator, w0)
-        return kernel.stage_weights(self.path(operator, w0), self.grid.steps, self.method.c)
+        c = tuple(1 - fraction for fraction in self.method.c) if backwards else self.method.c
+        if not self.together(kernel):
+            return kernel.stage_weights(self.path(operator, w0), self.grid.steps, c)
+        return self.at_fractions(operator, w0, c) if backwards else self.stages(operator, w0)
 
     def path(self, operator: nn.Module, w0: Weight) -> WeightPath:
         """w at the ``M + 1`` points of its own grid, ends included."""
@@ -78,15 +82,23 @@ class Scheme:
 
     def stages(self, operator: nn.Module, w0: Weight) -> StageWeights:
         """w at the stage times of every step: (M, stages, *weight)."""
-        trajectory = all_at_once(operator)
-        if trajectory is not None:
-            times = self._times(w0, list(self.weight_method.c), last=False)
-            return trajectory(w0, times).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
+        if all_at_once(operator) is not None:
+            return self.at_fractions(operator, w0, self.weight_method.c)
         w, stages = w0, []
         for n in range(self.weight_grid.steps):
             w, inner = self._step(operator, w, n, self.weight_grid.h)
             stages.append(torch.stack(inner))
         return torch.stack(stages)
+
+    def at_fractions(self, operator: nn.Module, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
+        """w at the given fractions of every step: (M, fractions, *weight)."""
+        trajectory = all_at_once(operator)
+        if trajectory is not None:
+            path = trajectory(w0, self._times(w0, list(fractions), last=False))
+        else:
+            grid = self.weight_grid
+            path = self.at(operator, w0, [grid.time(n, f) for n in range(grid.steps) for f in fractions])
+        return path.unflatten(0, (self.weight_grid.steps, len(fractions)))
 
     def at(self, operator: nn.Module, w0: Weight, times: list[float]) -> WeightPath:
         """w at any times: from the last grid point before, one step of the length that remains."""

@@ -3,6 +3,7 @@
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
 from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats
+from neuralode_coupled.adjoint.reversible import ReversibleAdjoint
 
 __all__ = [
     "Backprop",
@@ -12,5 +13,6 @@ __all__ = [
     "GradientMethod",
     "Operands",
     "Plan",
+    "ReversibleAdjoint",
     "Stats",
 ]

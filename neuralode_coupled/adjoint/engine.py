@@ -10,12 +10,14 @@ negatives: its Lagrangian has alpha(1) = -dJ/dz(1).)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import (
@@ -55,15 +57,17 @@ def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list
 def checkpointed(
     plan: Plan, operands: Operands, checkpoints: int | None = None, storage: Storage = "device"
 ) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state.
-
-    Inside of ``torch.func`` transforms and forward-mode differentiation the steps are unrolled: those differentiate what
-    they trace, to any order and direction, and a node of its own would hide the steps from them.
-    """
+    """The emitted states, differentiable by recomputing each step from a stored state."""
     flat = operands.flatten()
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
-    if not wanted or _are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if traced(flat):
         return unroll(plan, operands)
+    if torch.compiler.is_compiling():
+        if checkpoints is not None or storage != "device":
+            raise ValueError(
+                f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={checkpoints}, storage={storage!r}: "
+                "leave them out, or do not compile the layer"
+            )
+        return _compiled(plan, operands)
     width = len(operands.y0)
     structure = operands.restore([None] * len(flat))
     chosen = schedule(plan.count, checkpoints)
@@ -71,7 +75,35 @@ def checkpointed(
     kept = store(storage, len(chosen.stored), operands.y0)
     leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, *flat)
     emitted = leaves[: sum(plan.emits) * width]
-    return [tuple(emitted[i : i + width]) for i in range(0, len(emitted), width)]
+    return arranged(emitted, width)
+
+
+def traced(flat: list[Tensor]) -> bool:
+    """Whether a solve is to be unrolled rather than a node of autograd's graph.
+
+    So it is where nothing needs a gradient, and inside of ``torch.func`` transforms and forward-mode
+    differentiation: those differentiate what they trace, to any order and direction, and a node of its own would
+    hide the steps from them.
+    """
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
+    return not wanted or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
+    """States of ``width`` tensors out of a flat row of tensors."""
+    return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+def _compiled(plan: Plan, operands: Operands) -> list[State]:
+    """The same for ``torch.compile``, which knows activation checkpointing: it recomputes each step from its state,
+    with the random numbers of the forward pass, inside of its own backward graph."""
+    emitted: list[State] = []
+    y = operands.y0
+    for n in range(plan.count):
+        arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+        y, out = checkpoint(plan.step, *arguments, use_reentrant=False)
+        emitted.extend(out)
+    return emitted
 
 
 class _Checkpointed(torch.autograd.Function):
@@ -122,7 +154,8 @@ class _Checkpointed(torch.autograd.Function):
         operands = structure.restore(flat)
         with replay.world():
             if torch.is_grad_enabled():
-                found = _differentiable(plan, operands, needed, arriving, replay)
+                arrived = list(grads[: ctx.outputs])
+                found = differentiate_unrolled(lambda ops: unroll(plan, ops, replay), operands, arrived, needed)
             else:
                 states = _Stored(ctx.schedule, operands.y0, stored, ctx.kept)
                 found = _Sweep(plan, operands, structure.restore(needed), replay).run(ctx.schedule, states, arriving)
@@ -144,14 +177,16 @@ def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[l
     return found
 
 
-def _differentiable(
-    plan: Plan, operands: Operands, needed: list[bool], arriving: list[list[Tensor | None]], replay: Replay
+def differentiate_unrolled(
+    run: Callable[[Operands], list[State]], operands: Operands, grads: Gradients, needed: list[bool]
 ) -> Gradients:
-    """The gradient as a differentiable function (``create_graph=True``): the unrolled solve, exact but storing all."""
-    emitted = [part for state in unroll(plan, operands, replay) for part in state]
-    grads = [grad for row in arriving for grad in row]
-    wanted = [tensor for tensor, need in zip(operands.flatten(), needed, strict=True) if need]
-    found = iter(_vjp(emitted, grads, wanted, create_graph=True))
+    """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``: exact but
+    storing all."""
+    # A tensor can stand in several places, and each place has its own gradient: hence the views.
+    views = [tensor.view_as(tensor) for tensor in operands.flatten()]
+    emitted = [part for state in run(operands.restore(views)) for part in state]
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    found = iter(vjp(emitted, grads, wanted, create_graph=True))
     return [next(found) if need else None for need in needed]
 
 
@@ -161,13 +196,11 @@ class _Stored:
     def __init__(
         self, chosen: Schedule, y0: State, stored: tuple[Tensor, ...], kept: HostStore | DiskStore | None
     ) -> None:
-        width = len(y0)
-        rows = [stored[i : i + width] for i in range(0, len(stored), width)]
         self._states: dict[int, State] = {0: y0}
         self._kept = kept
         self._elsewhere = set() if kept is None else set(chosen.stored) - {0}
         if kept is None:
-            self._states |= dict(zip(chosen.stored[1:], rows, strict=True))
+            self._states |= dict(zip(chosen.stored[1:], arranged(stored, len(y0)), strict=True))
 
     def put(self, n: int, state: State) -> None:
         self._states[n] = state
@@ -183,7 +216,7 @@ class _Sweep:
 
     def __init__(self, plan: Plan, operands: Operands, needed: Operands, replay: Replay) -> None:
         self.plan, self.operands, self.needed, self.replay = plan, operands, needed, replay
-        self.shared = _Sum(len(operands.shared))
+        self.shared = Sum(len(operands.shared))
         # Below the first step that anybody asked for there is nothing to do.
         everywhere = any(needed.y0) or any(needed.shared)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
@@ -231,13 +264,13 @@ class _Sweep:
             y_next, emitted = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
         outputs = [*y_next, *(part for state in emitted for part in state)]
         asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-        found = iter(_vjp(outputs, [*alpha, *arriving], asked))
+        found = iter(vjp(outputs, [*alpha, *arriving], asked))
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
         return grads[:width], grads[width:ahead]
 
 
-def _vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_graph: bool = False) -> Gradients:
+def vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_graph: bool = False) -> Gradients:
     """grads^T d outputs / d leaves; None where there is no dependence."""
     pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
     if not pairs or not leaves:
@@ -246,7 +279,12 @@ def _vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_g
     return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
 
 
-class _Sum:
+def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:
+    """The sum, part by part, where None is zero."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(alpha, more, strict=True)]
+
+
+class Sum:
     """A running sum of lists of tensors, some of them None, in one fused addition a list."""
 
     def __init__(self, size: int) -> None:

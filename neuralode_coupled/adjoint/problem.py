@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class Plan:
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
         module: whose train/eval flags a recomputation must reproduce.
         stages: evaluations of the dynamics a step.
+        stats: where the solve counts what it costs.
     """
 
     step: StepFunction
@@ -78,7 +79,7 @@ class Plan:
     buffers: tuple[State, ...]
     module: nn.Module
     stages: int
-    stats: Stats = field(default_factory=Stats)
+    stats: Stats
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Problem(Protocol):
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The solve as steps, each of which emits its end where that is wanted."""
+        ...
+
+    def reversible(self) -> tuple[Plan, Operands]:
+        """The solve as half steps: ``step(2 n, y, ...)`` gives the method's increment from y over step ``n``, and
+        ``step(2 n + 1, y, ...)`` that over the same step backwards, from its end."""
         ...
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:

@@ -39,7 +39,9 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         form: ``"propagator"`` (Eq. 9, exact in time) or ``"ode"`` (Eq. 8, integrated by the solver).
         activation: sigma, by name or an elementwise function.
         scope: who shares coefficients: the whole ``"layer"``, every output ``"filter"``, or every single ``"kernel"``.
-        diffusion, advection, reaction: which of the three terms there are.
+        diffusion: whether there is the term tau Lap w.
+        advection: whether there is the term upsilon . grad w.
+        reaction: whether there is the term rho w.
         nonnegative_diffusion: use ``max(tau, 0)``; negative diffusion sharpens, and grows without bound in time.
 
     Attributes:
