@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
-DEMO_EPOCHS ?= 10
+DEMO_EPOCHS ?= 8
 
 .PHONY: help demo test lint types docs clean
 

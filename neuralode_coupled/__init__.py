@@ -6,7 +6,14 @@
 discretise-then-optimise gradients.
 """
 
-from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, ReversibleAdjoint, Stats
+from neuralode_coupled.adjoint import (
+    Backprop,
+    ContinuousAdjoint,
+    DiscreteAdjoint,
+    GradientMethod,
+    ReversibleAdjoint,
+    Stats,
+)
 from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import CoupledField, FlatField
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
@@ -27,6 +34,7 @@ __all__ = [
     "DiscreteAdjoint",
     "EvolutionOperator",
     "FlatField",
+    "GradientMethod",
     "PerStep",
     "ReactionDiffusionAdvection",
     "ReversibleAdjoint",

@@ -87,8 +87,8 @@ class Scheme:
         w, stages = w0, []
         for n in range(self.weight_grid.steps):
             w, inner = self._step(operator, w, n, self.weight_grid.h)
-            stages.append(torch.stack(inner))
-        return torch.stack(stages)
+            stages.extend(inner)
+        return torch.stack(stages).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
 
     def at_fractions(self, operator: nn.Module, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
         """w at the given fractions of every step: (M, fractions, *weight)."""

@@ -144,6 +144,7 @@ def test_unknown_names_list_the_choices(arguments, message):
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"variant": "baseline", "method": "foo"}, "unknown method 'foo': choose one of euler"),
         ({"method": "implicit_adams"}, "unknown method 'implicit_adams': choose one of euler"),
         ({"variant": "anodev2-2", "steps": 12}, "weight_steps=10 misses: make weight_steps a multiple of 11"),
     ],

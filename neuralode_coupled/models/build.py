@@ -13,6 +13,7 @@ from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
+from neuralode_coupled.runge_kutta import tableau
 
 NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
     "alexnet": alexnet,
@@ -82,6 +83,7 @@ def build(
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     chosen = VARIANTS[variant]
+    tableau(method)  # unknown methods are refused for the baseline too, which has no use for one
 
     def block(dynamics: Callable[[int], nn.Module]) -> nn.Module:
         if chosen is None:

@@ -1,0 +1,224 @@
+"""The command line: ``neuralode-coupled train`` and ``neuralode-coupled compare``.
+
+What needs more than a moment to import is imported by the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from neuralode_coupled.runs import Experiment, Result, RunFolder
+
+app = typer.Typer(
+    name="neuralode-coupled",
+    help="Train and compare coupled neural ODEs (ANODEV2) on images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+BAD_INPUT, FAILED = 2, 1
+"""Exit codes: the command cannot be carried out as it stands; a run started and did not end well."""
+
+Model = Annotated[str, typer.Option(help="alexnet, resnet4 or resnet10.")]
+Data = Annotated[
+    str, typer.Option(help="digits (embedded), cifar10 (downloaded) or folder (ROOT/{train,test}/CLASS/*).")
+]
+DataRoot = Annotated[Path | None, typer.Option(help="Where the images are, for cifar10 and folder.")]
+Epochs = Annotated[int, typer.Option(help="Number of epochs; the learning rate falls after 3/7 and 5/7 of them.")]
+Limit = Annotated[int | None, typer.Option(help="Use only so many training images, all classes in proportion.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images a batch on each device; by default 64 for digits, else 256.")
+]
+Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the first epochs.")]
+Method = Annotated[str, typer.Option(help="Solver of the ODE blocks: euler, midpoint or rk4.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default the variant's own.")]
+Precision = Annotated[str, typer.Option(help="As Lightning names it: 32-true, bf16-mixed, 16-mixed, 64-true.")]
+Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu ...")]
+Devices = Annotated[str, typer.Option(help="How many devices, or which: 2, or 0,3.")]
+Strategy = Annotated[str, typer.Option(help="auto, ddp ...")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default what torch chooses.")]
+Progress = Annotated[
+    bool, typer.Option("--progress/--no-progress", help="Show a progress bar. A terminal is needed for it.")
+]
+
+
+@app.command(epilog="Example: neuralode-coupled train --variant anodev2-1 --epochs 10 --out runs/digits")
+def train(
+    *,
+    folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
+    model: Model = "resnet4",
+    variant: Annotated[str, typer.Option(help="baseline, node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
+    data: Data = "digits",
+    data_root: DataRoot = None,
+    epochs: Epochs = 10,
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    lr: Rate = 0.1,
+    method: Method = "euler",
+    steps: Steps = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    precision: Precision = "32-true",
+    accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    strategy: Strategy = "auto",
+    threads: Threads = None,
+    progress: Progress = True,
+) -> None:
+    """Train one network.
+
+    The folder gets metrics.csv (one row an epoch), the same for TensorBoard,
+    the best and the last checkpoint, and at the end result.json. A finished
+    run is not repeated; one that was killed continues with --resume.
+    """
+    with _bad_input():
+        experiment = Experiment(
+            model=model,
+            variant=variant,
+            data=data,
+            data_root=None if data_root is None else str(data_root),
+            epochs=epochs,
+            seed=seed,
+            limit=limit,
+            batch_size=batch_size,
+            lr=lr,
+            method=method,
+            steps=steps,
+            precision=precision,
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            threads=threads,
+        )
+        run = RunFolder(folder)
+        from neuralode_coupled import training
+
+        run.check(training.resolve(experiment), resume=True)
+        result = run.result()
+        if result is not None:
+            _line(f"{folder} is finished already: {_accuracies(result)}")
+            return
+        bar = progress and out.is_terminal
+        ready = training.prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
+    if ready.done:
+        _line(f"continuing after epoch {ready.done} of {epochs}")
+    try:
+        result = ready.run()
+    except training.Diverged as error:
+        _stop(error, FAILED)
+    if ready.trainer.is_global_zero:
+        _line(f"{_accuracies(result)}; see {folder}")
+
+
+@app.command(epilog="Example: neuralode-coupled compare --variants baseline,anodev2-1 --seeds 0,1 --out runs/compare")
+def compare(
+    *,
+    folder: Annotated[Path, typer.Option("--out", help="The folder of the runs, the table and the figures.")],
+    model: Model = "resnet4",
+    variants: Annotated[
+        str, typer.Option(help="Which, separated by commas; see train.")
+    ] = "baseline,anode,anodev2-1,anodev2-2",
+    seeds: Annotated[str, typer.Option(help="Each variant is trained once for each, separated by commas.")] = "0",
+    data: Data = "digits",
+    data_root: DataRoot = None,
+    epochs: Epochs = 10,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    lr: Rate = 0.1,
+    method: Method = "euler",
+    steps: Steps = None,
+    precision: Precision = "32-true",
+    accelerator: Accelerator = "auto",
+    devices: Devices = "1",
+    strategy: Strategy = "auto",
+    threads: Threads = None,
+    progress: Progress = True,
+) -> None:
+    """Train several variants of one network, and compare them.
+
+    Each run has its own process, and its folder OUT/MODEL-VARIANT-seedN.
+    Finished runs are not repeated, unfinished ones continue. Then come a table
+    (table.csv, table.md) and two figures: the learning curves, and filters
+    evolving over time.
+    """
+    with _bad_input():
+        experiment = Experiment(
+            model=model,
+            data=data,
+            data_root=None if data_root is None else str(data_root),
+            epochs=epochs,
+            limit=limit,
+            batch_size=batch_size,
+            lr=lr,
+            method=method,
+            steps=steps,
+            precision=precision,
+            accelerator=accelerator,
+            devices=devices,
+            strategy=strategy,
+            threads=threads,
+        )
+        from neuralode_coupled import compare as comparison
+
+        chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
+    failures = comparison.run(chosen, progress=progress, report=_line)
+    for failure in failures:
+        err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
+    comparison.present(folder, chosen, out)
+    if failures:
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextlib.contextmanager
+def _bad_input() -> Iterator[None]:
+    """What is raised here is the user's to mend: one line, and no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _stop(error, BAD_INPUT)
+
+
+def _stop(error: Exception, code: int) -> NoReturn:
+    err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+    raise typer.Exit(code) from error
+
+
+def _line(text: str) -> None:
+    out.print(escape(text), soft_wrap=True)
+
+
+def _accuracies(result: Result) -> str:
+    return (
+        f"test accuracy {100 * result.final_accuracy:.2f}% after epoch {result.epochs} "
+        f"(best {100 * result.best_accuracy:.2f}%)"
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError as error:
+        raise ValueError(f"seeds must be whole numbers separated by commas, got {text!r}") from error
+
+
+if __name__ == "__main__":
+    main()

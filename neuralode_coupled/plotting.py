@@ -1,0 +1,195 @@
+"""Figures of training runs and of evolving filters. They are returned, not shown: ``figure.savefig("x.png")``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import ScalarFormatter
+
+from neuralode_coupled.evolution import Static
+from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.runs import Row
+
+# Line style and marker tell the variants apart where colours do not.
+_STYLES = (
+    ("#0072b2", "-", "o"),
+    ("#d55e00", "--", "s"),
+    ("#009e73", "-.", "^"),
+    ("#cc79a7", ":", "D"),
+    ("#000000", (0, (5, 1, 1, 1, 1, 1)), "v"),
+)
+_MARKS = 8
+
+_COLUMNS, _ROWS = 6, 6
+_TILE = 0.85  # inches
+_HARDLY = 0.5
+"""Filters that change by a smaller part of themselves are shown with their change as well."""
+
+_SIGNED = "cividis"
+"""Dark to bright in a row, so that signs survive a black and white print."""
+
+
+def learning_curves(runs: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
+    """Test accuracy in % and training loss against the epoch.
+
+    Args:
+        runs: for each variant, the epochs of each of its seeds. Bold lines are means over the seeds, thin ones single
+            seeds.
+
+    Raises:
+        ValueError: if there is no epoch to show.
+    """
+    if not any(len(rows) for seeds in runs.values() for rows in seeds):
+        raise ValueError("there are no learning curves to draw: no run has finished an epoch")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    accuracy, loss = figure.subplots(1, 2)
+    for (variant, seeds), style in zip(runs.items(), cycle(_STYLES), strict=False):
+        _draw_curves(accuracy, variant, seeds, "test/accuracy", 100.0, style)
+        _draw_curves(loss, variant, seeds, "train/loss", 1.0, style)
+    accuracy.set(xlabel="epoch", ylabel="test accuracy (%)", title="Test accuracy")
+    loss.set(xlabel="epoch", ylabel="cross entropy", title="Training loss", yscale="log")
+    for axes in (accuracy, loss):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    loss.yaxis.set_major_formatter(ScalarFormatter())
+    loss.yaxis.set_minor_formatter(ScalarFormatter())
+    accuracy.legend(handlelength=3.5)
+    return figure
+
+
+def filters_over_time(
+    layer: CoupledODE,
+    name: str | None = None,
+    times: Sequence[float] | None = None,
+    filters: Sequence[int] | None = None,
+) -> Figure:
+    """A few filters of an evolving convolution, a row each, at several times, a column each.
+
+    Of each filter the input channel that changes most is shown. Every row has its own symmetric colour scale. Where
+    filters hardly change, the change w(t) - w(0) follows in a row below.
+
+    Args:
+        layer: a coupled layer.
+        name: the evolving parameter; the first evolving convolution by default.
+        times: increasing times of the layer's interval; six equidistant ones by default.
+        filters: indices of filters; by default those that change most.
+
+    Raises:
+        ValueError: if the layer has no evolving convolution, or none of that name, or no such filter or time.
+    """
+    rows = _ROWS if filters is None else 2 * len(filters)
+    columns = _COLUMNS if times is None else len(times)
+    figure = Figure(figsize=(_TILE * (columns + 1.2), _TILE * (rows + 1)), layout="constrained")
+    _draw_filters(figure, layer, name, times, filters)
+    return figure
+
+
+def filters_of_variants(layers: Mapping[str, CoupledODE]) -> Figure:
+    """`filters_over_time` of one layer for each variant, side by side. Raises ValueError as that does, or for none."""
+    if not layers:
+        raise ValueError("there are no filters to draw: give at least one layer that evolves")
+    size = (_TILE * (_COLUMNS + 1.2) * len(layers), _TILE * (_ROWS + 1))
+    figure = Figure(figsize=size, layout="constrained")
+    blocks = figure.subfigures(1, len(layers), squeeze=False)[0]
+    for block, (variant, layer) in zip(blocks, layers.items(), strict=True):
+        _draw_filters(block, layer, None, None, None, title=f"{variant}: ")
+    return figure
+
+
+def evolving_filters(layer: CoupledODE) -> list[str]:
+    """The names of the layer's evolving convolutions: parameters of four axes whose operator is not `Static`."""
+    return [
+        name
+        for name, weight in layer.field.evolving().items()
+        if weight.ndim == 4 and not isinstance(layer.field.operator(name), Static)
+    ]
+
+
+def _draw_curves(
+    axes: Axes, variant: str, seeds: Sequence[Sequence[Row]], column: str, scale: float, style: tuple
+) -> None:
+    colour, line, marker = style
+    curves = [[scale * row[column] for row in rows] for rows in seeds if rows]
+    if not curves:
+        return
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=line, linewidth=0.6, alpha=0.6)
+    # A run that failed on its way counts as far as it came.
+    longest = max(map(len, curves))
+    mean = [float(np.mean([curve[i] for curve in curves if i < len(curve)])) for i in range(longest)]
+    every = max(longest // _MARKS, 1)
+    axes.plot(
+        range(1, longest + 1),
+        mean,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markevery=every,
+        markersize=4,
+        label=variant,
+    )
+
+
+def _draw_filters(
+    figure: Figure | SubFigure,
+    layer: CoupledODE,
+    name: str | None,
+    times: Sequence[float] | None,
+    filters: Sequence[int] | None,
+    title: str = "",
+) -> None:
+    name = _convolution(layer, name)
+    shown_times = np.linspace(layer.t[0], layer.t[1], _COLUMNS).tolist() if times is None else list(times)
+    with torch.no_grad():
+        start = layer.weight_trajectory(layer.t)[name][0].double().cpu().numpy()
+        path = layer.weight_trajectory(shown_times)[name].double().cpu().numpy()
+    change = np.sqrt(np.square(path - start).sum((-2, -1)).max(0))
+    kernels = _most_changing(change, filters)
+    moved = max(change[i, j] / max(float(np.linalg.norm(start[i, j])), 1e-12) for i, j in kernels)
+    if moved >= _HARDLY:
+        rows = [(f"filter {i}, channel {j}", path[:, i, j]) for i, j in kernels]
+    else:
+        some = kernels if filters is not None else kernels[: _ROWS // 2]
+        rows = []
+        for i, j in some:
+            rows += [(f"filter {i}, channel {j}", path[:, i, j]), ("its change", path[:, i, j] - start[i, j])]
+    figure.suptitle(f"{title}{name} (moves by up to {moved:.2g} times w(0))", fontsize=10)
+    grid = figure.subplots(len(rows), len(shown_times), squeeze=False)
+    for axes, (label, images) in zip(grid, rows, strict=True):
+        _draw_row(axes, label, images)
+    for axes, time in zip(grid[0], shown_times, strict=True):
+        axes.set_title(f"t = {time:.2g}", fontsize=8)
+
+
+def _draw_row(row: Sequence[Axes], label: str, images: Float[np.ndarray, "time height width"]) -> None:
+    scale = max(float(np.abs(images).max()), 1e-12)
+    for axes, image in zip(row, images, strict=True):
+        axes.imshow(image, cmap=_SIGNED, vmin=-scale, vmax=scale, interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+    row[0].set_ylabel(f"{label}\n±{scale:.2g}", fontsize=7, rotation=0, ha="right", va="center")
+
+
+def _convolution(layer: CoupledODE, name: str | None) -> str:
+    names = evolving_filters(layer)
+    if not names:
+        raise ValueError("this layer has no evolving convolution: its weights are static, or not of four axes")
+    if name is not None and name not in names:
+        raise ValueError(f"unknown evolving convolution {name!r}: choose one of {', '.join(names)}")
+    return names[0] if name is None else name
+
+
+def _most_changing(
+    change: Float[np.ndarray, "filters channels"], filters: Sequence[int] | None
+) -> list[tuple[int, int]]:
+    """(filter, channel) of the chosen filters, or of those that change most."""
+    chosen = np.argsort(-change.max(1), kind="stable")[:_ROWS].tolist() if filters is None else list(filters)
+    if not chosen or not all(0 <= i < len(change) for i in chosen):
+        raise ValueError(f"filters must be indices from 0 to {len(change) - 1}, got {chosen}")
+    return [(i, int(change[i].argmax())) for i in chosen]

@@ -1,0 +1,242 @@
+"""Run folders: what was run, how it went, and what it cost.
+
+config.json         the experiment, the classes and the versions
+metrics.csv         one row an epoch
+tensorboard/        the same for TensorBoard
+checkpoints/        best.ckpt (by test accuracy) and last.ckpt
+result.json         written when the run is finished
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, float]
+"""One epoch: ``epoch`` (from 1), ``train/loss``, ``train/accuracy``, ``test/loss``, ``test/accuracy`` (accuracies are
+fractions), ``lr``, ``evolution/*`` (norms of the evolution coefficients), ``seconds`` (of training) and ``memory`` (the
+peak so far, in bytes)."""
+
+_HOW_NOT_WHAT = frozenset({"accelerator", "strategy", "threads"})
+"""What an experiment may differ in and still be the same: it changes no more than round-off."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run. The fields are the options of ``neuralode-coupled train``.
+
+    Raises:
+        ValueError: for epochs, batch size, limit or threads below 1, a negative seed, or a learning rate that is not
+            positive.
+    """
+
+    model: str = "resnet4"
+    variant: str = "anodev2-1"
+    data: str = "digits"
+    data_root: str | None = None
+    epochs: int = 10
+    seed: int = 0
+    limit: int | None = None
+    batch_size: int | None = None
+    lr: float = 0.1
+    method: str = "euler"
+    steps: int | None = None
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: str = "1"
+    strategy: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "limit", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+
+    def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
+        """Where another experiment is not this one: a ``"name: this value, that value"`` each."""
+        return [
+            f"{name}: {mine!r} there, {theirs!r} asked for"
+            for name, mine, theirs in ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+            if mine != theirs and name not in _HOW_NOT_WHAT and name not in ignore
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a finished run went.
+
+    Attributes:
+        parameters: trainable parameters of the model.
+        best_accuracy: the highest test accuracy of any epoch, a fraction.
+        final_accuracy: the test accuracy after the last epoch, a fraction.
+        seconds: seconds an epoch of training (without testing), the median.
+        evaluations: evaluations of residual branches in one forward pass: those of the dynamics that coupled layers
+            count, and one for each plain residual block.
+        recomputed: how many of them a backward pass repeats.
+        memory: peak memory of training in bytes, see `PeakMemory`.
+        epochs: how many there were.
+        device: where it ran.
+        precision: in which precision.
+    """
+
+    parameters: int
+    best_accuracy: float
+    final_accuracy: float
+    seconds: float
+    evaluations: int
+    recomputed: int
+    memory: int
+    epochs: int
+    device: str
+    precision: str
+
+    @staticmethod
+    def summarise(rows: Sequence[Row], **costs: Any) -> Result:
+        """The result of a run with these epochs; ``costs`` are the other attributes."""
+        accuracies = [row["test/accuracy"] for row in rows]
+        return Result(
+            best_accuracy=max(accuracies),
+            final_accuracy=accuracies[-1],
+            seconds=statistics.median(row["seconds"] for row in rows),
+            memory=int(max(row["memory"] for row in rows)),
+            epochs=len(rows),
+            **costs,
+        )
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made by `claim`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+
+    def experiment(self) -> Experiment | None:
+        """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
+        if not self.config.exists():
+            return None
+        try:
+            return Experiment(**json.loads(self.config.read_text())["experiment"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.config} is damaged ({error}): delete the folder, or use another") from error
+
+    def class_names(self) -> list[str]:
+        """The names of the classes that the run's model tells apart, in the order of its logits."""
+        return json.loads(self.config.read_text())["classes"]
+
+    def result(self) -> Result | None:
+        """The result; None for a run that is not finished, or was killed while it wrote its result."""
+        try:
+            return Result(**json.loads((self.path / "result.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def check(self, experiment: Experiment, *, resume: bool) -> None:
+        """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``)."""
+        there = self.experiment()
+        if there is None:
+            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+                raise ValueError(f"{self.path} exists and holds something else than a run: choose another folder")
+            return
+        differences = there.differences(experiment)
+        if differences:
+            raise ValueError(
+                f"{self.path} holds another experiment's run ({'; '.join(differences)}): choose another folder"
+            )
+        if not resume and self.result() is None:
+            raise ValueError(
+                f"{self.path} holds an unfinished run: continue it with --resume, or choose another folder"
+            )
+
+    def claim(self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str]) -> None:
+        """Make the folder and write ``config.json``."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        content = {"experiment": asdict(experiment), "classes": list(class_names), "versions": versions}
+        write_atomically(self.config, json.dumps(content, indent=2) + "\n")
+
+    def finish(self, result: Result) -> None:
+        """Write ``result.json``: the run is finished."""
+        write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+
+    def rows(self) -> list[Row]:
+        """The epochs so far."""
+        if not self.metrics.exists():
+            return []
+        with self.metrics.open(newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def write_rows(self, rows: Sequence[Row]) -> None:
+        """Write ``metrics.csv`` anew, all epochs of it. Floats keep every digit."""
+        names = list(rows[0])
+        lines = [",".join(names), *(",".join(_number(row[name]) for name in names) for row in rows)]
+        write_atomically(self.metrics, "\n".join(lines) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that readers, and the next run after a kill, find the old content or the new, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+class PeakMemory:
+    """The peak memory of what happens from now on, in bytes.
+
+    On CUDA it is the most that torch had allocated on the device, parameters included. On the CPU it is the process's
+    peak resident memory above the level now: Linux resets its high-water mark (``VmHWM``) on request; elsewhere the
+    high-water mark of the whole process is taken (``ru_maxrss``), which misses what stays below an earlier peak.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._resettable = True
+        except OSError:
+            self._resettable = False
+        self._before = self._resident_peak()
+
+    def read(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(self._resident_peak() - self._before, 0)
+
+    def _resident_peak(self) -> int:
+        if self._resettable:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+        import resource  # not everywhere: not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))

@@ -1,0 +1,138 @@
+"""What the figures show."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import neuralode_coupled as nc
+from neuralode_coupled import plotting
+
+
+def rows(*accuracies: float) -> list[dict[str, float]]:
+    return [{"test/accuracy": value, "train/loss": 1 - value} for value in accuracies]
+
+
+def layer(scale: float = 0.3) -> nc.CoupledODE:
+    made = nc.CoupledODE(
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)),
+        nc.ReactionDiffusionAdvection(),
+        steps=2,
+    )
+    for coefficient in made.field.evolution.parameters():
+        nn.init.normal_(coefficient, std=scale)
+    return made
+
+
+def images(figure) -> list[np.ndarray]:
+    return [axes.images[0].get_array() for axes in figure.axes]
+
+
+def drawn(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def test_learning_curves_are_means_with_the_seeds_as_thin_lines():
+    figure = plotting.learning_curves({"anode": [rows(0.2, 0.4), rows(0.4, 0.8)], "baseline": [rows(0.5)]})
+    accuracy, loss = figure.axes
+    thin, other, mean, single = accuracy.lines
+    assert thin.get_ydata() == pytest.approx([20, 40])
+    assert other.get_ydata() == pytest.approx([40, 80])
+    assert mean.get_ydata() == pytest.approx([30, 60])
+    assert mean.get_linewidth() > 2 * thin.get_linewidth()
+    assert single.get_xdata() == pytest.approx([1])
+    assert loss.lines[2].get_ydata() == pytest.approx([0.7, 0.4])
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["anode", "baseline"]
+    assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_variants_differ_without_colour_too():
+    figure = plotting.learning_curves({name: [rows(0.5, 0.6)] for name in "abcde"})
+    looks = {(str(line.get_linestyle()), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 5
+    assert len({line.get_marker() for line in figure.axes[0].lines}) == 5
+
+
+def test_a_seed_that_stopped_early_counts_as_far_as_it_came():
+    figure = plotting.learning_curves({"anode": [rows(0.2, 0.4, 0.6), rows(0.4)]})
+    assert figure.axes[0].lines[-1].get_ydata() == pytest.approx([30, 40, 60])
+
+
+def test_no_epoch_at_all_is_an_error():
+    for nothing in ({}, {"anode": []}, {"anode": [[]]}):
+        with pytest.raises(ValueError, match="no learning curves"):
+            plotting.learning_curves(nothing)
+
+
+def test_filters_are_the_layers_weights_at_the_times():
+    evolving = layer(scale=1.0)
+    figure = plotting.filters_over_time(evolving, times=[0.0, 0.5, 1.0], filters=[2, 0])
+    with torch.no_grad():
+        path = evolving.weight_trajectory([0.0, 0.5, 1.0])["0.weight"].double().numpy()
+    assert len(figure.axes) == 6
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["t = 0", "t = 0.5", "t = 1"]
+    for start, filter in ((0, 2), (3, 0)):
+        label = figure.axes[start].get_ylabel()
+        channel = int(label.split("channel ")[1].split("\n")[0])
+        assert label.startswith(f"filter {filter}, ")
+        for shown, expected in zip(images(figure)[start : start + 3], path[:, filter, channel], strict=True):
+            np.testing.assert_allclose(shown, expected)
+        scale = np.abs(path[:, filter, channel]).max()
+        assert figure.axes[start].images[0].get_clim() == pytest.approx((-scale, scale))
+    assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_filters_that_hardly_change_are_shown_with_their_change():
+    evolving = layer(scale=0.01)
+    figure = plotting.filters_over_time(evolving, name="1.weight", filters=[1])
+    first, second = images(figure)[:6], images(figure)[6:]
+    assert figure.axes[6].get_ylabel().startswith("its change")
+    for shown, change in zip(first, second, strict=True):
+        np.testing.assert_allclose(change, shown - first[0], atol=1e-12)
+    assert np.abs(second[-1]).max() > 0
+
+
+def test_by_default_the_filters_that_change_most_are_shown():
+    evolving = layer(scale=0.0)
+    with torch.no_grad():
+        evolving.field.operator("0.weight").reaction[3] = 2.0
+    assert plotting.filters_over_time(evolving).axes[0].get_ylabel().startswith("filter 3, ")
+
+
+def test_a_block_for_each_variant():
+    figure = plotting.filters_of_variants({"one": layer(), "two": layer()})
+    titles = [block.get_suptitle() for block in figure.subfigs]
+    assert titles[0].startswith("one: 0.weight")
+    assert titles[1].startswith("two: 0.weight")
+    assert drawn(figure).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no filters to draw"):
+        plotting.filters_of_variants({})
+
+
+def test_which_weights_are_evolving_filters():
+    assert plotting.evolving_filters(layer()) == ["0.weight", "1.weight"]
+    half = nc.CoupledODE(
+        nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)),
+        {"0.weight": nc.Static(), "1.weight": nc.ReactionDiffusionAdvection()},
+        steps=1,
+    )
+    assert plotting.evolving_filters(half) == ["1.weight"]
+    linear = nc.CoupledODE(nn.Linear(3, 3), nc.ReactionDiffusionAdvection(), steps=1)
+    assert plotting.evolving_filters(linear) == []
+
+
+def test_what_cannot_be_drawn():
+    with pytest.raises(ValueError, match="no evolving convolution"):
+        plotting.filters_over_time(nc.CoupledODE(nn.Conv2d(2, 2, 1), steps=1))
+    with pytest.raises(ValueError, match=r"unknown evolving convolution 'x': choose one of 0.weight, 1.weight"):
+        plotting.filters_over_time(layer(), name="x")
+    with pytest.raises(ValueError, match=r"indices from 0 to 3, got \[4\]"):
+        plotting.filters_over_time(layer(), filters=[4])
+    with pytest.raises(ValueError, match="interval"):
+        plotting.filters_over_time(layer(), times=[0.0, 2.0])

@@ -1,0 +1,170 @@
+"""Run folders: whose they are, and what is left after a kill."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from neuralode_coupled import runs
+from neuralode_coupled.runs import Experiment, PeakMemory, Result, RunFolder, write_atomically
+
+RESULT = Result(
+    parameters=10,
+    best_accuracy=0.75,
+    final_accuracy=0.5,
+    seconds=1.5,
+    evaluations=2,
+    recomputed=2,
+    memory=4096,
+    epochs=2,
+    device="cpu",
+    precision="32-true",
+)
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    claimed = RunFolder(tmp_path / "run")
+    claimed.claim(Experiment(), ["cat", "dog"], {"torch": "2"})
+    return claimed
+
+
+def row(epoch: int, accuracy: float = 0.5) -> runs.Row:
+    return {"epoch": float(epoch), "test/accuracy": accuracy, "seconds": 1 / 3, "memory": 2.0**31 + 1}
+
+
+def test_a_folder_remembers_its_experiment_classes_and_result(folder):
+    assert folder.experiment() == Experiment()
+    assert folder.class_names() == ["cat", "dog"]
+    assert json.loads(folder.config.read_text())["versions"] == {"torch": "2"}
+    assert folder.result() is None
+    folder.finish(RESULT)
+    assert folder.result() == RESULT
+
+
+def test_another_experiments_folder_is_refused_with_every_difference(folder):
+    other = Experiment(variant="anode", epochs=3)
+    with pytest.raises(ValueError, match=r"variant: 'anodev2-1' there, 'anode' asked for; epochs: 10 there, 3 asked"):
+        folder.check(other, resume=True)
+
+
+@pytest.mark.parametrize("how", [{"accelerator": "gpu"}, {"strategy": "ddp"}, {"threads": 2}])
+def test_where_a_run_is_continued_does_not_make_it_another(folder, how):
+    folder.check(replace(Experiment(), **how), resume=True)
+
+
+def test_an_unfinished_run_is_continued_only_if_asked(folder):
+    with pytest.raises(ValueError, match="unfinished run: continue it with --resume"):
+        folder.check(Experiment(), resume=False)
+    folder.check(Experiment(), resume=True)
+    folder.finish(RESULT)
+    folder.check(Experiment(), resume=False)
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="holds something else than a run"):
+            RunFolder(tmp_path).check(Experiment(), resume=resume)
+    with pytest.raises(ValueError, match="holds something else than a run"):
+        RunFolder(tmp_path / "photo.jpg").check(Experiment(), resume=False)
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "empty").check(Experiment(), resume=False)
+    RunFolder(tmp_path / "new").check(Experiment(), resume=False)
+
+
+@pytest.mark.parametrize("content", ["", '{"parameters": 1', '{"parameters": 1}', "[]", "null"])
+def test_a_half_written_result_is_no_result(folder, content):
+    (folder.path / "result.json").write_text(content)
+    assert folder.result() is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"experiment": {"planet": "Mars"}}', '{"experiment": {"epochs": 0}}'])
+def test_a_damaged_config_says_what_to_do(folder, content):
+    folder.config.write_text(content)
+    with pytest.raises(ValueError, match=r"config.json is damaged .*delete the folder"):
+        folder.experiment()
+
+
+def test_rows_come_back_to_the_last_digit(folder):
+    assert folder.rows() == []
+    rows = [row(1, 0.1 + 0.2), row(2, 1e-30)]
+    folder.write_rows(rows)
+    assert folder.rows() == rows
+    assert folder.metrics.read_text().splitlines()[1].startswith("1,0.30000000000000004,")
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def full(self, text):
+        with self.open("w") as file:
+            file.write(text[:1])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_result_is_the_summary_of_its_rows():
+    rows = [row(1, 0.2) | {"seconds": 9.0, "memory": 5.0}, row(2, 0.8) | {"seconds": 1.0, "memory": 7.0}, row(3, 0.6)]
+    result = Result.summarise(rows, parameters=1, evaluations=2, recomputed=3, device="cpu", precision="32-true")
+    assert (result.best_accuracy, result.final_accuracy, result.epochs) == (0.8, 0.6, 3)
+    assert result.seconds == 1.0
+    assert result.memory == 2**31 + 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be between 0"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+    ],
+)
+def test_numbers_that_make_no_experiment(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Experiment(**wrong)
+
+
+def test_peak_memory_sees_what_comes_and_goes_but_not_what_was_before():
+    size = 64 * 2**20
+    earlier = torch.ones(2 * size, dtype=torch.uint8)
+    del earlier
+    meter = PeakMemory(torch.device("cpu"))
+    assert meter.read() < size // 4
+    passing = torch.ones(size, dtype=torch.uint8)
+    del passing
+    assert 0.9 * size < meter.read() < 1.5 * size
+
+
+def test_peak_memory_without_a_mark_that_resets(monkeypatch):
+    def forbidden(self, text):
+        raise PermissionError("clear_refs")
+
+    monkeypatch.setattr(Path, "write_text", forbidden)
+    meter = PeakMemory(torch.device("cpu"))
+    before = meter.read()
+    # More than anything before, or the process's high-water mark would not move.
+    kept = torch.ones(1024 * 2**20, dtype=torch.uint8)
+    assert len(kept) > meter.read() > before
+
+
+@pytest.mark.gpu
+def test_peak_memory_on_cuda_is_what_torch_allocated():
+    meter = PeakMemory(torch.device("cuda"))
+    before = meter.read()
+    passing = torch.ones(64 * 2**20, dtype=torch.uint8, device="cuda")
+    del passing
+    assert meter.read() >= before + 64 * 2**20
