@@ -1,0 +1,108 @@
+"""Gradient error against the number of steps, for every gradient method.
+
+    python -m benchmarks.gradients
+
+The error of each method's float32 gradient against the exact gradient, in float64, of what it computed forward: that of
+the hand-written loop, or for `ReversibleAdjoint` of its own unrolled scheme. Relative, in the Euclidean norm, for each
+group of tensors: z0, w0, the evolution coefficients p, and the static parameters.
+Writes results/gradients.json and docs/figures/gradients.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import neuralode_coupled as nc
+from benchmarks.common import METHODS, block, by_hand, groups, start, write
+
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "gradients.png"
+HAND = "hand-written loop"
+
+Gradients = dict[str, list[Tensor]]
+
+
+def gradients(layer: nc.CoupledODE, run, z0: Tensor) -> Gradients:
+    """The gradients of the mean square of the output, by group."""
+    parts = groups(layer, z0)
+    flat = [tensor for group in parts.values() for tensor in group]
+    found = iter(torch.autograd.grad(run(z0).square().mean(), flat))
+    return {name: [next(found) for _ in group] for name, group in parts.items()}
+
+
+def exact(layer: nc.CoupledODE) -> Gradients:
+    """In float64: of the hand-written loop, or of the reversible scheme's unrolled solve."""
+    layer = copy.deepcopy(layer).double()
+    z0 = start(torch.float64)
+    if not isinstance(layer.adjoint, nc.ReversibleAdjoint):
+        return gradients(layer, by_hand(layer), z0)
+    parts = groups(layer, z0)
+    flat = [tensor for group in parts.values() for tensor in group]
+    # A backward pass that builds a graph goes through the unrolled solve.
+    found = iter(torch.autograd.grad(layer(z0).square().mean(), flat, create_graph=True))
+    return {name: [next(found).detach() for _ in group] for name, group in parts.items()}
+
+
+def errors(found: Gradients, reference: Gradients) -> dict[str, float]:
+    """Relative errors, by group."""
+
+    def norm(tensors: list[Tensor]) -> float:
+        return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
+
+    return {
+        name: norm([a.double() - b for a, b in zip(found[name], reference[name], strict=True)]) / norm(reference[name])
+        for name in reference
+    }
+
+
+def draw(results: dict[str, dict[str, dict[int, dict[str, float]]]]) -> Figure:
+    """The largest error of any group against the number of steps, a panel for each solver."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (solver, methods) in zip(
+        figure.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items(), strict=True
+    ):
+        for (name, by_steps), marker in zip(methods.items(), "osD^v<>P", strict=False):
+            axes.loglog(
+                list(by_steps), [max(e.values()) for e in by_steps.values()], marker=marker, label=name, markersize=4
+            )
+        axes.set(xlabel="steps", title=solver)
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel("largest relative error of any group")
+    figure.axes[-1].legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--solvers", nargs="+", default=["euler", "rk4"])
+    options = parser.parse_args()
+    results: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for solver in options.solvers:
+        results[solver] = {}
+        for name in (HAND, *METHODS):
+            results[solver][name] = {}
+            for steps in options.steps:
+                # The ODE form: the continuous adjoint then integrates the weights on the same grid as the others.
+                layer = block(steps, solver, METHODS.get(name), form="ode")
+                z0 = start()
+                found = gradients(layer, by_hand(layer) if name == HAND else layer, z0)
+                results[solver][name][steps] = errors(found, exact(layer))
+            largest = {n: f"{max(e.values()):.1e}" for n, e in results[solver][name].items()}
+            sys.stdout.write(f"{solver:6} {name:28} {largest}\n")
+            sys.stdout.flush()
+    path = write("gradients", {"relative_errors": results})
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(FIGURE, dpi=150)
+    sys.stdout.write(f"{path}\n{FIGURE}\n")
+
+
+if __name__ == "__main__":
+    main()

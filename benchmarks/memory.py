@@ -1,0 +1,107 @@
+"""Peak memory of a training step against the number of steps, for every gradient method.
+
+    python -m benchmarks.memory
+
+Each measurement is a process of its own, in which glibc gives freed tensors back at once (large allocations by mmap),
+so that the peak resident memory is what was live and not what the allocator kept. Writes results/memory.json and
+docs/figures/memory.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
+from neuralode_coupled.runs import PeakMemory
+
+STATE = int(np.prod(SHAPE)) * 4
+HAND = "hand-written loop"
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory.png"
+
+
+def measure(name: str, method: str, steps: int) -> int:
+    """Peak bytes above the level before the step; in this process."""
+    torch.set_num_threads(1)
+    layer = block(steps, method, METHODS.get(name))
+    run = by_hand(layer) if name == HAND else layer
+    z0 = start()
+    training_step(run if steps == 1 else by_hand(block(1, method)), z0)  # what libraries allocate once and keep
+    z0.grad = None
+    peak = PeakMemory(torch.device("cpu"))
+    training_step(run, z0)
+    return peak.read()
+
+
+def in_a_process(name: str, method: str, steps: int) -> int:
+    """The same in a fresh process."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    arguments = [sys.executable, "-m", "benchmarks.memory", "--one", name, method, str(steps)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout)
+
+
+def slope(peaks: dict[int, int]) -> float:
+    """States a step, by a line through the peaks."""
+    steps = sorted(peaks)
+    return float(np.polyfit(steps, [peaks[n] for n in steps], 1)[0] / STATE)
+
+
+def draw(results: dict[str, dict[int, int]]) -> Figure:
+    """Peak memory against the number of steps, both logarithmic."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, peaks), marker in zip(results.items(), "osD^v<>P", strict=False):
+        steps = sorted(peaks)
+        axes.loglog(steps, [peaks[n] / 2**20 for n in steps], marker=marker, label=name, markersize=4)
+    axes.set(xlabel="steps", ylabel="peak memory of a training step (MiB)", title="Euler, one state is 2 MiB")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--one", nargs=3, metavar=("METHOD", "SOLVER", "STEPS"), help="one measurement, in this process"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200])
+    parser.add_argument("--solver", default="euler")
+    options = parser.parse_args()
+    if options.one:
+        name, method, steps = options.one
+        sys.stdout.write(str(measure(name, method, int(steps))))
+        return
+    results = {
+        name: {n: in_a_process(name, options.solver, n) for n in options.steps if not (n > 100 and "1 state" in name)}
+        for name in (HAND, *METHODS)
+    }
+    slopes = {name: slope(peaks) for name, peaks in results.items()}
+    path = write(
+        "memory", {"state_bytes": STATE, "solver": options.solver, "peak_bytes": results, "states_a_step": slopes}
+    )
+    FIGURE.parent.mkdir(parents=True, exist_ok=True)
+    draw(results).savefig(FIGURE, dpi=150)
+    sys.stdout.write(
+        json.dumps(
+            {
+                "states a step": slopes,
+                "MiB": {k: {n: round(b / 2**20, 1) for n, b in v.items()} for k, v in results.items()},
+            },
+            indent=1,
+        )
+    )
+    sys.stdout.write(f"\n{path}\n{FIGURE}\n")
+
+
+if __name__ == "__main__":
+    main()
