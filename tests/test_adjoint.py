@@ -286,6 +286,27 @@ def test_autocast_does_not_lose_gradients_of_shared_parameters():
     assert torch.allclose(linear.weight.grad, 2 * alone, rtol=0.05, atol=0.05)
 
 
+def test_gradient_hooks_fire_once():
+    """On parameters and on modules, once a backward pass and once an evaluation, as without recomputation. (Forward
+    hooks run again with the recomputation, as under torch.utils.checkpoint: what they do may be part of f.)"""
+    dynamics = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=3)
+    fired = {"tensor": 0, "accumulated": 0, "module": 0, "forward": 0}
+
+    def count(name):
+        def hook(*args):
+            fired[name] += 1
+
+        return hook
+
+    dynamics[0].bias.register_hook(count("tensor"))
+    dynamics[0].weight.register_post_accumulate_grad_hook(count("accumulated"))
+    dynamics[0].register_full_backward_hook(count("module"))
+    dynamics[0].register_forward_hook(count("forward"))
+    layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert fired == {"tensor": 1, "accumulated": 1, "module": 3, "forward": 6}
+
+
 def test_frozen_parameters_get_nothing_and_cost_no_backward_step():
     """With only the last step's normalisation trainable, one step is recomputed."""
     dynamics = nn.Sequential(nn.Linear(4, 4), nc.PerStep(nn.LayerNorm(4), 5))

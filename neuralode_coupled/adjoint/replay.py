@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.problem import Plan
@@ -31,6 +32,12 @@ class Replay:
         self._modes = [module.training for module in plan.module.modules()]
         kinds = sorted({"cpu", device.type})
         self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+        # The state of a generator cannot be read while a CUDA graph is captured.
+        self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._capturing and any(m.training and m.p > 0 for m in plan.module.modules() if isinstance(m, _DropoutNd)):
+            raise RuntimeError(
+                "dropout inside of a CUDA graph cannot be replayed in the backward pass: use Backprop(), or p=0"
+            )
         self._random: list[tuple[Tensor, ...] | None] = []
         self._buffers: list[State] = []
         self._copies: dict[int, tuple[int, Tensor]] = {}
@@ -78,6 +85,8 @@ class Replay:
             yield scratch
 
     def _random_state(self) -> tuple[Tensor, ...]:
+        if self._capturing:
+            return ()
         if self._device.type == "cuda":
             return torch.get_rng_state(), torch.cuda.get_rng_state(self._device)
         return (torch.get_rng_state(),)
