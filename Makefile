@@ -35,7 +35,7 @@ types: $(VENV)/.installed
 	$(BIN)/pyright
 
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

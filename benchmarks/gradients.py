@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--solvers", nargs="+", default=["euler", "rk4"])
     options = parser.parse_args()
     results: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    path = None
     for solver in options.solvers:
         results[solver] = {}
         for name in (HAND, *METHODS):
@@ -98,7 +99,7 @@ def main() -> None:
             largest = {n: f"{max(e.values()):.1e}" for n, e in results[solver][name].items()}
             sys.stdout.write(f"{solver:6} {name:28} {largest}\n")
             sys.stdout.flush()
-    path = write("gradients", {"relative_errors": results})
+            path = write("gradients", {"relative_errors": results})
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(FIGURE, dpi=150)
     sys.stdout.write(f"{path}\n{FIGURE}\n")
