@@ -82,7 +82,7 @@ def main() -> None:
         sys.stdout.write(str(measure(name, method, int(steps))))
         return
     results = {
-        name: {n: in_a_process(name, options.solver, n) for n in options.steps if not (n > 100 and "1 state" in name)}
+        name: {n: in_a_process(name, options.solver, n) for n in options.steps if not (n > 50 and "1 state" in name)}
         for name in (HAND, *METHODS)
     }
     slopes = {name: slope(peaks) for name, peaks in results.items()}
