@@ -81,7 +81,7 @@ def draw(results: dict[str, dict[str, dict[int, dict[str, float]]]]) -> Figure:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--solvers", nargs="+", default=["euler", "rk4"])
     options = parser.parse_args()
     results: dict[str, dict[str, dict[int, dict[str, float]]]] = {}

@@ -10,6 +10,7 @@ docs/figures/memory.png.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -34,8 +35,9 @@ def measure(name: str, method: str, steps: int) -> int:
     layer = block(steps, method, METHODS.get(name))
     run = by_hand(layer) if name == HAND else layer
     z0 = start()
-    training_step(run if steps == 1 else by_hand(block(1, method)), z0)  # what libraries allocate once and keep
+    training_step(by_hand(block(1, method)), z0)  # what libraries allocate once and keep
     z0.grad = None
+    gc.collect()
     peak = PeakMemory(torch.device("cpu"))
     training_step(run, z0)
     return peak.read()

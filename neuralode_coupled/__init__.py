@@ -18,6 +18,7 @@ from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdve
 from neuralode_coupled.field import CoupledField, FlatField
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.per_step import PerStep
 from neuralode_coupled.solve import Solution, solve
 
@@ -44,5 +45,6 @@ __all__ = [
     "Stats",
     "TimeKernel",
     "models",
+    "odeint_dto",
     "solve",
 ]

@@ -155,7 +155,9 @@ class _Checkpointed(torch.autograd.Function):
         with replay.world():
             if torch.is_grad_enabled():
                 arrived = list(grads[: ctx.outputs])
-                found = differentiate_unrolled(lambda ops: unroll(plan, ops, replay), operands, arrived, needed)
+                found = differentiate_unrolled(
+                    lambda ops: unroll(plan, ops, replay), operands, arrived, needed, plan.captured
+                )
             else:
                 states = _Stored(ctx.schedule, operands.y0, stored, ctx.kept)
                 found = _Sweep(plan, operands, structure.restore(needed), replay).run(ctx.schedule, states, arriving)
@@ -178,16 +180,30 @@ def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[l
 
 
 def differentiate_unrolled(
-    run: Callable[[Operands], list[State]], operands: Operands, grads: Gradients, needed: list[bool]
+    run: Callable[[Operands], list[State]],
+    operands: Operands,
+    grads: Gradients,
+    needed: list[bool],
+    captured: int = 0,
 ) -> Gradients:
     """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``: exact but
-    storing all."""
+    storing all. See `Plan` for ``captured``."""
+    flat = operands.flatten()
+    handed = len(flat) - captured
     # A tensor can stand in several places, and each place has its own gradient: hence the views.
-    views = [tensor.view_as(tensor) for tensor in operands.flatten()]
+    views = [*(tensor.view_as(tensor) for tensor in flat[:handed]), *flat[handed:]]
     emitted = [part for state in run(operands.restore(views)) for part in state]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
-    found = iter(vjp(emitted, grads, wanted, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    found = vjp(emitted, grads, wanted, create_graph=True)
+    free = sum(needed[handed:])
+    if free:
+        # What reaches a captured tensor through the other operands (y0 = g(w)) flows there from their own gradients.
+        split = len(wanted) - free
+        again = vjp(wanted[:split], found[:split], wanted[split:], create_graph=True)
+        direct = [a if a is None or b is None else a - b for a, b in zip(found[split:], again, strict=True)]
+        found = [*found[:split], *direct]
+    every = iter(found)
+    return [next(every) if need else None for need in needed]
 
 
 class _Stored:
@@ -254,9 +270,11 @@ class _Sweep:
         """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
         wanted_y = [n > self.first or need for need in self.needed.y0]
         wanted = [*wanted_y, *self.needed.inputs[n], *self.needed.shared]
+        own = [*y, *self.operands.inputs[n], *self.operands.shared]
+        handed = len(own) - self.plan.captured
         leaves = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip([*y, *self.operands.inputs[n], *self.operands.shared], wanted, strict=True)
+            tensor.detach().requires_grad_(need) if i < handed else tensor
+            for i, (tensor, need) in enumerate(zip(own, wanted, strict=True))
         ]
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
         with torch.enable_grad(), self.replay.again(n) as buffers:

@@ -71,6 +71,8 @@ class Plan:
         module: whose train/eval flags a recomputation must reproduce.
         stages: evaluations of the dynamics a step.
         stats: where the solve counts what it costs.
+        captured: how many of the last shared tensors the steps reach by themselves, as a closure does, whatever they
+            are handed: gradients are asked for at those very tensors.
     """
 
     step: StepFunction
@@ -80,6 +82,7 @@ class Plan:
     module: nn.Module
     stages: int
     stats: Stats
+    captured: int = 0
 
 
 @dataclass(frozen=True)

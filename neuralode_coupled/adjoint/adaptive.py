@@ -1,0 +1,332 @@
+"""An ODE on the grid that an adaptive method accepts.
+
+torchdiffeq runs the forward pass without a graph, so that its error control, options and interpolation hold by
+construction; the accepted steps are recorded, and repeated in the backward pass by the method's own tableau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint  # by name: whoever puts odeint_dto in its place must not send it back here
+from torchdiffeq._impl.odeint import SOLVERS
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.dynamics import Dynamics
+from neuralode_coupled.adjoint.grid import Grid, Scalar, rows, share_out, time_tensor
+from neuralode_coupled.adjoint.interpolation import Quartic
+from neuralode_coupled.adjoint.problem import Operands, Plan, Stats
+from neuralode_coupled.runge_kutta import Tableau, step
+
+ADAPTIVE = tuple(
+    name for name in ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8", "tsit5") if name in SOLVERS
+)
+"""The adaptive explicit methods of the installed torchdiffeq."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An adaptive method as torchdiffeq steps with it.
+
+    Attributes:
+        method: the tableau of the state at a step's end.
+        middle: the weights of all slopes in the state at a step's middle, relative to the step.
+        reuses: whether the last slope is taken at the state at the step's end, so that the next step starts with it
+            ("first same as last"); the tableau then leaves that slope out.
+
+    Without ``reuses`` torchdiffeq starts the next step with the last slope all the same: it is that at a predicted
+    state, and the discrete map carries it along as part of the state.
+    """
+
+    method: Tableau
+    middle: tuple[float, ...]
+    reuses: bool
+
+
+@lru_cache
+def embedded(name: str) -> Embedded:
+    """torchdiffeq's coefficients of a method."""
+    theirs = SOLVERS[name].tableau
+    c = (0.0, *theirs.alpha.tolist())
+    a = ((), *(tuple(row.tolist()) for row in theirs.beta))
+    b = tuple(theirs.c_sol.tolist())
+    reuses = b[-1] == 0.0 and b[:-1] == a[-1]
+    used = len(b) - 1 if reuses else len(b)
+    method = Tableau(name, SOLVERS[name].order, c[:used], a[:used], b[:used])
+    return Embedded(method, tuple(SOLVERS[name].mid.tolist()), reuses)
+
+
+@dataclass
+class _Record:
+    """The accepted steps: starts, lengths (positive in either direction of time), states and first slopes there, and
+    whether a prescribed time cut them short."""
+
+    starts: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+    states: list[State] = field(default_factory=list)
+    slopes: list[State] = field(default_factory=list)
+    cut: list[Tensor] = field(default_factory=list)
+
+
+class _Observed:
+    """func as torchdiffeq calls it, recording the steps that are accepted.
+
+    Args:
+        dynamics: the right-hand side.
+        func: the user's, for its callbacks.
+        is_tuple: whether torchdiffeq hands over tuples.
+        record: where accepted steps go, if they are wanted.
+    """
+
+    def __init__(self, dynamics: Dynamics, func: Callable[..., Any], is_tuple: bool, record: _Record | None) -> None:
+        self._dynamics, self._func, self._is_tuple = dynamics, func, is_tuple
+        self.record = record
+        self.t: Tensor | None = None
+        self.y: State = ()
+        self.slope: State = ()
+        self._tried: Tensor | None = None
+        self._accepted = True
+        self._random: list[Tensor] = []
+
+    def __call__(self, t: Tensor, y: Any) -> Any:
+        state = tuple(y) if self._is_tuple else (y,)
+        self.slope = self._dynamics(t, state)
+        if self.record is not None and not self._random:
+            self._random = _random_state(state[0].device)
+        return self.slope if self._is_tuple else self.slope[0]
+
+    def callback_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
+        if self._accepted and self.record is not None:
+            # What the last evaluation gave is what the step starts with: of the step before, or after a jump.
+            self.record.slopes.append(tuple(part.detach() for part in self.slope))
+        self.t, self.y, self._tried, self._accepted = t, tuple(y) if self._is_tuple else (y,), dt, False
+        self._pass_on("callback_step", t, y, dt)
+
+    def callback_accept_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
+        self._accepted = True
+        if self.record is not None and self._tried is not None:
+            self.record.starts.append(t)
+            self.record.lengths.append(dt)
+            self.record.cut.append(dt != self._tried)
+            self.record.states.append(self.y)
+        self._pass_on("callback_accept_step", t, y, dt)
+
+    def callback_reject_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
+        self._pass_on("callback_reject_step", t, y, dt)
+
+    def _pass_on(self, name: str, *arguments: Any) -> None:
+        callback = getattr(self._func, name, None)
+        if callback is not None:
+            callback(*arguments)
+
+    def check_random(self, device: torch.device) -> None:
+        """Raise the ValueError for dynamics that draw random numbers again and again.
+
+        A draw at the very first evaluation alone is kept by the dynamics itself (the noise of a trace estimator).
+        """
+        after = _random_state(device)
+        if any(not torch.equal(a, b) for a, b in zip(self._random, after, strict=True)):
+            raise ValueError(
+                "func draws random numbers at its evaluations, which neither error control nor an exact gradient of an "
+                "adaptive method allows (is dropout in train mode?): use a fixed-grid method, or func.eval()"
+            )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@dataclass(frozen=True)
+class Solve:
+    """What an adaptive solve is given: see `odeint_dto`. ``t`` is on the state's device; ``arguments`` are
+    torchdiffeq's ``rtol``, ``atol``, ``method`` and ``options``."""
+
+    dynamics: Dynamics
+    func: Callable[..., Any]
+    is_tuple: bool
+    y0: State
+    t: Tensor
+    times: list[float]
+    arguments: dict[str, Any]
+
+    def forward(self, record: _Record | None) -> list[State]:
+        """The states at t[1:] by torchdiffeq, without a graph.
+
+        Raises:
+            ValueError: if the step size underflows, a state is not finite, or there are too many steps.
+        """
+        y0 = tuple(part.detach() for part in self.y0)
+        # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
+        shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
+        observed = _Observed(self.dynamics, self.func, self.is_tuple, record)
+        start = y0 if self.is_tuple else y0[0]
+        with torch.no_grad():
+            try:
+                found = self.dynamics.within(
+                    self.dynamics.in_forward(shared, y0[0].device),
+                    self.dynamics.buffers,
+                    lambda: odeint(observed, start, self.t.detach(), **self.arguments),
+                )
+            except AssertionError as error:
+                raise _explained(error, observed) from error
+            if record is not None:
+                observed.check_random(y0[0].device)
+                if record.slopes:
+                    record.slopes.append(tuple(part.detach() for part in observed.slope))
+        parts: State = found if self.is_tuple else (found,)  # pyright: ignore[reportAssignmentType]
+        return list(zip(*(part[1:].unbind() for part in parts), strict=True))
+
+    def discrete(self) -> tuple[Plan, Operands]:
+        """The accepted steps; the forward pass through them is a reading of what was recorded."""
+        record, method = _Record(), embedded(self.arguments["method"])
+        outputs = self.forward(record)
+        starts, lengths = torch.stack(record.starts), torch.stack(record.lengths)
+        lengths = lengths if self.times[-1] > self.times[0] else -lengths
+        cut = torch.stack(record.cut).tolist()
+        grid, shares = self._grid(starts, lengths, cut)
+        steps = AcceptedSteps(self.dynamics, grid, method, self._jumps(grid, cut, starts.dtype))
+        return steps.discrete(self.y0, record.states[1:], record.slopes[1:], outputs, shares)
+
+    def _grid(self, starts: Tensor, lengths: Tensor, cut: list[bool]) -> tuple[Grid, list[list[int]]]:
+        """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
+        ends = torch.cat([starts[1:], starts[-1:] + lengths[-1:]])
+        numbers = ends.tolist()
+        shares = share_out(self.times, numbers)
+        inputs: tuple[State, ...] = ((),) * len(shares)
+        if self.t.requires_grad:
+            first = cut.index(True) if True in cut else len(cut)
+            shift = (self.t[0] - self.t[0].detach()).to(starts.dtype)
+            n = torch.arange(len(cut), device=starts.device)
+            columns = (
+                starts + (n <= first) * shift,
+                lengths - (n == first) * shift,
+                ends + (n < first) * shift,
+            )
+            inputs = rows(columns, self.t.to(starts.dtype), shares)
+        outputs = [[self.times[j] for j in share] for share in shares]
+        return Grid(starts.tolist(), lengths.tolist(), numbers, outputs, inputs), shares
+
+    def _jumps(self, grid: Grid, cut: list[bool], dtype: torch.dtype) -> list[bool]:
+        """Whether each step ends at a discontinuity, behind which torchdiffeq evaluates func again."""
+        jump_t = self.arguments["options"].get("jump_t")
+        jumps = set() if jump_t is None else set(jump_t.to(dtype).tolist())
+        return [short and end in jumps for short, end in zip(cut, grid.end, strict=True)]
+
+
+def _explained(error: AssertionError, observed: _Observed) -> Exception:
+    """What the user should see for an assertion of torchdiffeq."""
+    message = str(error)
+    at = "?" if observed.t is None else f"{float(observed.t):g}"
+    if message.startswith("max_num_steps exceeded"):
+        return ValueError(f"max_num_steps exceeded at t = {at}: raise it in options, or loosen rtol and atol")
+    if not message.startswith(("underflow in dt", "non-finite values in state")):
+        return error
+    if not all(bool(part.isfinite().all()) for part in observed.y):
+        return ValueError(f"the state is not finite at t = {at}: func overflows before it, or y0 holds nan or inf")
+    if not all(bool(part.isfinite().all()) for part in observed.slope):
+        return ValueError(f"func returned a derivative that is not finite near t = {at}")
+    return ValueError(
+        f"the step size underflows at t = {at}: func is stiff or discontinuous there; loosen rtol and atol, use "
+        "float64, name discontinuities in options={'jump_t': ...}, or set options={'min_step': ...}"
+    )
+
+
+class AcceptedSteps:
+    """Repeats the accepted steps with their lengths held fixed.
+
+    Args:
+        dynamics: the right-hand side.
+        grid: the accepted steps.
+        method: the coefficients.
+        jumps: whether each step ends at a discontinuity.
+    """
+
+    def __init__(self, dynamics: Dynamics, grid: Grid, method: Embedded, jumps: list[bool]) -> None:
+        self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
+        self._side = 1 if grid.length[0] > 0 else -1
+        self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
+
+    def discrete(
+        self,
+        y0: State,
+        states: list[State],
+        slopes: list[State],
+        outputs: list[State],
+        shares: list[list[int]],
+    ) -> tuple[Plan, Operands]:
+        """The steps, with the states and slopes at their ends and the outputs that the forward pass found."""
+        count = len(shares)
+        # The solve's very last state is only ever seen through the outputs.
+        states = [*states, tuple(torch.empty_like(part) for part in y0)]
+        for n, share in enumerate(shares):
+            y_next = states[n] if self.method.reuses else (*states[n], *slopes[n])
+            self._recorded[n] = y_next, tuple(self._emit(outputs[j - 1]) for j in share)
+        plan = Plan(
+            self._step,
+            count,
+            self.grid.emits,
+            (self.dynamics.buffers,) * count,
+            self.dynamics.module,
+            self.method.method.stages,
+            Stats(),
+            self.dynamics.captured,
+        )
+        start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
+        return plan, Operands(start, self.grid.inputs, self.dynamics.shared)
+
+    def _emit(self, y: State) -> State:
+        """A state to return: what the discrete map carries besides is not, but has its place."""
+        return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
+
+    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        # The first call of each step is the forward pass, which has been made already; later ones recompute.
+        recorded = self._recorded.pop(n, None)
+        if recorded is not None:
+            return recorded
+        return self.dynamics.within(shared, buffers, lambda: self._increment(n, y, inputs, shared))
+
+    def _increment(self, n: int, y: State, inputs: State, shared: State) -> tuple[State, tuple[State, ...]]:
+        t0, dt, t1, outputs = self.grid.step(n, inputs)
+        carried: State = ()
+        if not self.method.reuses:
+            y, carried = y[: len(y) // 2], y[len(y) // 2 :]
+        slopes: list[State] = []
+
+        def slope(i: int, stage: State) -> State:
+            c = self.method.method.c[i]
+            if i == 0 and n > 0 and not self.method.reuses:
+                slopes.append(carried)
+            else:
+                t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
+                slopes.append(self.dynamics(time_tensor(t, stage[0], side), stage))
+            return slopes[-1]
+
+        y_next, _ = step(slope, y, dt, self.method.method)
+        self.dynamics.verify(slopes[1], (*y, *carried, *inputs), shared)
+        if self.method.reuses and len(outputs) > 0:
+            slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
+        emitted = self._interpolated(t0, dt, outputs, (y, y_next), slopes) if len(outputs) > 0 else ()
+        if self.method.reuses:
+            return y_next, emitted
+        # Behind a jump the carried slope is that of the other side.
+        last = self.dynamics(time_tensor(t1, y_next[0], self._side), y_next) if self.jumps[n] else slopes[-1]
+        return (*y_next, *last), emitted
+
+    def _before(self, n: int) -> int:
+        """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
+        return 0 if n == 0 else self._side if self.jumps[n - 1] else -self._side
+
+    def _interpolated(
+        self, t0: Scalar, dt: Scalar, outputs: Sequence[Scalar], ends: tuple[State, State], slopes: list[State]
+    ) -> tuple[State, ...]:
+        middle = ends[0]
+        for weight, row in zip(self.method.middle, slopes, strict=True):
+            if weight != 0.0:
+                middle = tuple(a + (dt * weight) * k for a, k in zip(middle, row, strict=True))
+        curve = Quartic(dt, ends, middle, (slopes[0], slopes[-1]))
+        return tuple(self._emit(curve((t - t0) / dt)) for t in outputs)

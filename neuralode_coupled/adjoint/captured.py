@@ -1,0 +1,84 @@
+"""What a plain callable uses without being given it: modules and tensors in closures, globals and attributes."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def captured(func: Callable[..., Any]) -> tuple[list[nn.Module], list[Tensor]]:
+    """The modules, and the tensors with a gradient, that a callable can reach by name; neither with duplicates."""
+    modules: list[nn.Module] = []
+    tensors: list[Tensor] = []
+    seen: dict[int, Any] = {}
+    queue: list[Any] = [func]
+    while queue:
+        thing = queue.pop(0)
+        if id(thing) in seen:
+            continue
+        # Kept, so that the identity of a temporary object is not given to another one.
+        seen[id(thing)] = thing
+        if isinstance(thing, nn.Module):
+            modules.append(thing)
+        elif isinstance(thing, Tensor):
+            tensors += [thing] if thing.requires_grad else []
+        else:
+            queue.extend(_within(thing))
+    return modules, tensors
+
+
+def _within(thing: Any) -> Iterator[Any]:
+    """What one object refers to, as far as a right-hand side is likely to be reached through it."""
+    if isinstance(thing, types.FunctionType):
+        yield from _names_of(thing)
+    elif isinstance(thing, types.MethodType):
+        yield thing.__func__
+        owner = thing.__self__
+        yield from (owner,) if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()
+    elif isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif isinstance(thing, list | tuple):
+        yield from thing
+    elif isinstance(thing, dict):
+        yield from thing.values()
+    elif callable(thing) and hasattr(thing, "__dict__") and not isinstance(thing, type):
+        yield from vars(thing).values()
+        yield type(thing).__call__
+
+
+def _names_of(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that has no value yet
+            continue
+    for name in function.__code__.co_names:
+        found = function.__globals__.get(name)
+        # Library functions are not searched: what they refer to is not the caller's.
+        if isinstance(found, nn.Module | Tensor | list | tuple | dict) or (
+            isinstance(found, types.FunctionType) and found.__module__ == function.__module__
+        ):
+            yield found
+    yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+
+
+def overlooked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Tensor | None:
+    """A leaf with a gradient that the outputs depend on other than through the known tensors, or None."""
+    known = list(known)
+    leaves = {id(tensor) for tensor in known}
+    seen = {tensor.grad_fn for tensor in known}
+    queue = [tensor.grad_fn for tensor in outputs]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in leaves:
+            return leaf
+        queue.extend(before for before, _ in node.next_functions)
+    return None

@@ -1,0 +1,75 @@
+"""The times of a solve: as numbers that decide, and as tensors where gradients flow to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Steps in time, backwards where the lengths are negative.
+
+    Attributes:
+        start, length, end: those of each step.
+        outputs: the times that are interpolated to within each step.
+        inputs: where a time carries a gradient, ``(start, length, end, *outputs)`` of each step as scalar tensors.
+    """
+
+    start: list[float]
+    length: list[float]
+    end: list[float]
+    outputs: list[list[float]]
+    inputs: tuple[State, ...]
+
+    def step(self, n: int, inputs: State) -> tuple[Scalar, Scalar, Scalar, Sequence[Scalar]]:
+        """Start, length, end and output times of a step, differentiable where its inputs are given."""
+        if inputs:
+            return inputs[0], inputs[1], inputs[2], inputs[3:]
+        return self.start[n], self.length[n], self.end[n], self.outputs[n]
+
+    @property
+    def emits(self) -> tuple[int, ...]:
+        """How many output times each step has."""
+        return tuple(len(times) for times in self.outputs)
+
+
+def share_out(t: Sequence[float], ends: Sequence[float]) -> list[list[int]]:
+    """The indices of the output times (all of t but the first) by the step that they lie in or at the end of."""
+    shares: list[list[int]] = [[] for _ in ends]
+    sign, n = (1 if t[-1] > t[0] else -1), 0
+    for j in range(1, len(t)):
+        # An end that is short of the last output by its rounding is still the last step's.
+        while n < len(ends) - 1 and sign * ends[n] < sign * t[j]:
+            n += 1
+        shares[n].append(j)
+    return shares
+
+
+def rows(columns: tuple[Tensor, Tensor, Tensor], t: Tensor, shares: list[list[int]]) -> tuple[State, ...]:
+    """`Grid.inputs` from the columns of starts, lengths and ends, and all times of the solve."""
+    out = t.unbind()
+    by_step = zip(*(column.unbind() for column in columns), strict=True)
+    return tuple((*row, *(out[j] for j in share)) for row, share in zip(by_step, shares, strict=True))
+
+
+def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:
+    """A time as func takes it: a scalar of the state's real dtype, on its device.
+
+    With ``side`` +1 or -1 it is the next number above or below, which is differentiated as if it were ``t``.
+    """
+    dtype = like.dtype.to_real()
+    # Filled on the device: copying a number there would make the host wait.
+    value = t.to(dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
+    if side == 0:
+        return value
+    near = value.detach()
+    beside = torch.nextafter(near, torch.full_like(near, side * torch.inf))
+    return value + (beside - near) if value.requires_grad else beside
