@@ -16,7 +16,16 @@ from neuralode_coupled.adjoint import (
 )
 from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import CoupledField, FlatField
-from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
+from neuralode_coupled.kernels import (
+    Box,
+    DensityKernel,
+    Dirac,
+    Erlang,
+    Exponential,
+    MatrixKernel,
+    SampleAndHold,
+    TimeKernel,
+)
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.per_step import PerStep
@@ -28,14 +37,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "Box",
     "ContinuousAdjoint",
     "CoupledField",
     "CoupledODE",
+    "DensityKernel",
     "Dirac",
     "DiscreteAdjoint",
+    "Erlang",
     "EvolutionOperator",
+    "Exponential",
     "FlatField",
     "GradientMethod",
+    "MatrixKernel",
     "PerStep",
     "ReactionDiffusionAdvection",
     "ReversibleAdjoint",

@@ -19,14 +19,18 @@ from neuralode_coupled.stage_weights import Scheme
 class CoupledProblem:
     """A coupled solve as steps of the activation ODE, or as flows.
 
-    Static parameters, and evolving ones whose operator is `Static`, are shared by all steps; stage weights and the
-    parameters of per-step modules belong to one step each.
+    Static parameters, and evolving ones whose operator is `Static` where the kernel keeps constants, are shared by all
+    steps; stage weights and the parameters of per-step modules belong to one step each.
     """
 
     def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor, save: tuple[int, ...]) -> None:
         self.field, self.scheme, self.z0, self.save = field, scheme, z0, save
         self.method = scheme.method.name
-        self.moving = [name for name in field.names if not isinstance(field.operator(name), Static)]
+        self.moving = [
+            name
+            for name in field.names
+            if not (field.kernel.keeps_constants and isinstance(field.operator(name), Static))
+        ]
         prefixes = tuple(prefix for prefix, _ in field.per_step)
         shared = {
             name: p
@@ -64,14 +68,20 @@ class CoupledProblem:
         return plan, Operands((self.z0,), inputs, self.shared)
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
-        """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""
+        """The solve as flows: the augmented field's where the kernel has memory, one for each sample held.
+
+        Raises ValueError for a kernel that is neither.
+        """
         plan, kernel = self._plan(), self.field.kernel
         if isinstance(kernel, SampleAndHold):
             flows = self._held_flows(plan, kernel.samples)
-        elif kernel.memory == 0:
+        elif kernel.memory is not None:
             flows = [self._augmented_flow(plan)]
         else:
-            raise ValueError(f"ContinuousAdjoint has no flow for {kernel}: use DiscreteAdjoint()")
+            raise ValueError(
+                f"ContinuousAdjoint needs a kernel with finite memory (Dirac, Exponential and Erlang have one) or "
+                f"SampleAndHold, got {kernel}: use DiscreteAdjoint(), which takes every kernel"
+            )
         return plan, (self.z0,), flows
 
     def stage_weights(self, backwards: bool = False) -> dict[str, Tensor]:
@@ -164,21 +174,19 @@ class CoupledProblem:
         return dict(zip(names, (*shared, *own, *buffers), strict=True))
 
     def _augmented_flow(self, plan: Plan) -> Flow:
-        """(z, w) as one system; Static parameters stay outside of the state."""
-        w0 = self.field.evolving()
+        """(z, w, memory) as one system; Static parameters stay outside of the state where they can."""
+        evolving = self.field.evolving()
 
         def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
-            z, *w = y
-            tensors = self._named(self.shared, self.own[n], buffers) | dict(zip(self.moving, w, strict=True))
-            dz = self._evaluate(t, z, tensors, first=n == 0)
-            return (
-                dz,
-                *(self.field.operator(name)(t, part) for name, part in zip(self.moving, w, strict=True)),
-            )
+            theta, derivatives = self.field.weight_side(t, self.moving, y[1:])
+            tensors = self._named(self.shared, self.own[n], buffers) | theta
+            return (self._evaluate(t, y[0], tensors, first=n == 0), *derivatives)
 
-        evolution = [p for name in self.moving for p in self.field.operator(name).parameters()]
-        params = (*self.shared, *dict.fromkeys(evolution), *(p for row in self.own for p in row))
-        return Flow(slope, 0, plan.count, tuple(w0[name] for name in self.moving), params)
+        weights = [p for name in self.moving for p in self.field.operator(name).parameters()]
+        weights.extend(self.field.kernel.parameters())
+        params = (*self.shared, *dict.fromkeys(weights), *(p for row in self.own for p in row))
+        w0 = tuple(evolving[name] for name in self.moving)
+        return Flow(slope, 0, plan.count, self.field.with_memory(w0), params)
 
     def _held_flows(self, plan: Plan, samples: int) -> list[Flow]:
         """One flow for each sample, in which the weights are constants."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -25,8 +25,10 @@ Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 class CoupledField(nn.Module):
     """``dz/dt = f(z, theta(t))`` and ``dw/dt = q(w; p)`` as one vector field (Eqs. 5b, 5c, 5d).
 
-    Give it to ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of
-    one-tensor states see `FlatField`; `nc.solve` takes advantage of the structure.
+    A kernel with finite memory adds the ODEs of its convolution: no more states for `Dirac`, one for each weight for
+    `Exponential`, k for `Erlang` of order k. Give the field to
+    ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor states
+    see `FlatField`; `nc.solve` takes advantage of the structure, and takes every kernel.
 
     Args:
         dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
@@ -76,7 +78,9 @@ class CoupledField(nn.Module):
         return {name: parameters[name] for name in self.names}
 
     def initial_state(self, z0: Activation) -> State:
-        """``(z0, *w0)``, with the parameters themselves, so that gradients reach them.
+        """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
+
+        The memory of a weight is w0 again, or zeros where the kernel's history is zero; see `TimeKernel`.
 
         Raises:
             TypeError: if z0 is not a floating-point tensor.
@@ -84,14 +88,14 @@ class CoupledField(nn.Module):
         """
         self._require_realisation()
         check_activation(self, z0)
-        return (z0, *self.evolving().values())
+        return (z0, *self.with_memory(tuple(self.evolving().values())))
 
     def forward(self, t: Tensor, state: State) -> State:
-        """The derivatives ``(dz/dt, *dw/dt)``, each of the shape of its part of the state.
+        """The derivatives ``(dz/dt, *dw/dt, *dmemory/dt)``, each of the shape of its part of the state.
 
         Args:
             t: the time, a scalar tensor.
-            state: ``(z, *w)`` as `initial_state` orders it.
+            state: ``(z, *w, *memory)`` as `initial_state` orders it.
 
         Raises:
             ValueError: if the state has other parts or shapes than `initial_state` gives, if ``dynamics`` changes the
@@ -104,17 +108,43 @@ class CoupledField(nn.Module):
                 "which step it is in: use nc.solve"
             )
         self._check_state(state)
-        dz = check_slope(self.evaluate(t, state[0], self.weights(state)), state[0])
-        dw = [self.operator(name)(t, w) for name, w in zip(self.names, state[1:], strict=True)]
-        return (dz, *dw)
+        theta, derivatives = self.weight_side(t, self.names, state[1:])
+        return (check_slope(self.evaluate(t, state[0], theta), state[0]), *derivatives)
 
     def activation(self, state: State) -> Tensor:
         """z, the first part of the state."""
         return state[0]
 
     def weights(self, state: State) -> dict[str, Tensor]:
-        """theta: the weights in force at this state, by parameter name."""
-        return dict(zip(self.names, state[1:], strict=True))
+        """theta: the weights in force at this state, by parameter name; parts may have leading axes (times).
+
+        Raises ValueError if the kernel has no finite realisation or the state has more or fewer parts than
+        `initial_state` gives.
+        """
+        self._require_realisation()
+        expected = len(self.with_memory(tuple(self.evolving().values())))
+        if len(state) - 1 != expected:
+            raise ValueError(f"the state must have {1 + expected} parts, got {len(state)}: see initial_state")
+        weights, memory = self._split(state[1:], len(self.names))
+        return {name: self.kernel.theta(w, m) for name, w, m in zip(self.names, weights, memory, strict=True)}
+
+    def with_memory(self, w0: State) -> State:
+        """``(*w0, *memory)``: initial weights, and behind them what the kernel remembers of each."""
+        return (*w0, *(part for w in w0 for part in self.kernel.initial_memory(w)))
+
+    def weight_side(self, t: Tensor, names: Sequence[str], state: State) -> tuple[dict[str, Tensor], State]:
+        """theta by name, and the derivatives ``(*dw/dt, *dmemory/dt)``, of the named weights.
+
+        Args:
+            t: the time, a scalar tensor.
+            names: the parameters whose weights and memory are in the state.
+            state: ``(*w, *memory)`` as `with_memory` orders it.
+        """
+        weights, memory = self._split(state, len(names))
+        theta = {name: self.kernel.theta(w, m) for name, w, m in zip(names, weights, memory, strict=True)}
+        dw = [self.operator(name)(t, w) for name, w in zip(names, weights, strict=True)]
+        pairs = zip(weights, memory, strict=True)
+        return theta, (*dw, *(part for w, m in pairs for part in self.kernel.memory_derivative(w, m)))
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
@@ -123,18 +153,25 @@ class CoupledField(nn.Module):
         # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
         return functional_call(self.dynamics, tensors, arguments, tie_weights=False)
 
+    def _split(self, state: State, count: int) -> tuple[State, list[State]]:
+        """``(*w, *memory)`` as the weights and the memory of each."""
+        size = self.kernel.memory or 0
+        starts = [count + i * size for i in range(count)]
+        return state[:count], [state[start : start + size] for start in starts]
+
     def _require_realisation(self) -> None:
         if self.kernel.memory is None:
             raise ValueError(
-                f"{self.kernel} has no finite memory, which a general-purpose solver needs (Dirac has): "
-                "use nc.solve or nc.CoupledODE, which take every kernel"
+                f"{self.kernel} has no finite memory, which a general-purpose solver needs (Dirac has one, and "
+                "so have Exponential and Erlang): use nc.solve or nc.CoupledODE, which take every kernel"
             )
 
     def _check_state(self, state: State) -> None:
-        shapes = [tuple(w.shape) for w in self.evolving().values()]
+        shapes = [tuple(part.shape) for part in self.with_memory(tuple(self.evolving().values()))]
         got = [tuple(part.shape) for part in state[1:]]
         if got != shapes:
-            raise ValueError(f"the state must be (z, *w) with weights of shapes {shapes}, got {got}: see initial_state")
+            parts = "(z, *w, *memory) with weights and memory" if self.kernel.memory else "(z, *w) with weights"
+            raise ValueError(f"the state must be {parts} of shapes {shapes}, got {got}: see initial_state")
 
 
 class FlatField(nn.Module):

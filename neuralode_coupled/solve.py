@@ -12,7 +12,6 @@ from neuralode_coupled._types import Activation, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.field import CoupledField, check_activation
-from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import tableau
 from neuralode_coupled.stage_weights import Grid, Scheme
 
@@ -39,8 +38,18 @@ class Solution:
         return f"Solution(z: {tuple(self.z.shape)}, t: {self.t}, {self.stats})"
 
     def weights(self, t: Times) -> dict[str, WeightPath]:
-        """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name."""
-        return weights_in_force(self._field, self._scheme, times(t, fewest=1))
+        """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
+
+        Raises ValueError for times out of order or outside of the solve's interval.
+        """
+        wanted, field, scheme = times(t, fewest=1), self._field, self._scheme
+        ends = scheme.grid.t0, scheme.grid.t1
+        if min(wanted) < min(ends) or max(wanted) > max(ends):
+            raise ValueError(f"times must lie in the solve's interval {ends}, got {list(wanted)}")
+        return {
+            name: scheme.in_force(field.operator(name), field.kernel, w0, list(wanted))
+            for name, w0 in field.evolving().items()
+        }
 
 
 def solve(
@@ -65,7 +74,7 @@ def solve(
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
             ``"heun3"``.
         weight_steps: the number of steps of the weights' own grid; by default the activations' where the kernel
-            allows it.
+            allows it. Kernels that average over the past err at second order in the length of these steps.
         weight_method: the method on it, where an operator has no closed form; by default that of the activations.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
 
@@ -119,7 +128,7 @@ def build_scheme(
         tableau(method if weight_method is None else weight_method),
     )
     if not scheme.together(field.kernel):
-        field.kernel.check(steps, scheme.method.c, fine)
+        field.kernel.check(steps, scheme.method.c, fine, scheme.grid.span)
     return scheme
 
 
@@ -140,18 +149,3 @@ def _bracket(grid: Grid, t: float) -> tuple[int, int, float]:
         return nearest, nearest, 0.0
     low = int(position)
     return low, low + 1, position - low
-
-
-def weights_in_force(field: CoupledField, scheme: Scheme, t: tuple[float, ...]) -> dict[str, WeightPath]:
-    """theta at the given times."""
-    found = {}
-    for name, w0 in field.evolving().items():
-        operator = field.operator(name)
-        if isinstance(field.kernel, SampleAndHold):
-            share = [(time - scheme.grid.t0) / (scheme.grid.t1 - scheme.grid.t0) for time in t]
-            samples = field.kernel.samples
-            held = [min(int(s * samples + 1e-9), samples - 1) for s in share]
-            found[name] = field.kernel.sampled(scheme.path(operator, w0))[held]
-        else:
-            found[name] = scheme.at(operator, w0, list(t))
-    return found

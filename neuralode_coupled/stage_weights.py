@@ -29,7 +29,12 @@ class Grid:
     @property
     def h(self) -> float:
         """The length of one step, negative where time runs backwards."""
-        return (self.t1 - self.t0) / self.steps
+        return self.span / self.steps
+
+    @property
+    def span(self) -> float:
+        """The length of the interval, negative where time runs backwards."""
+        return self.t1 - self.t0
 
     def time(self, n: int, fraction: float = 0.0) -> float:
         """The time ``fraction`` of the way through step ``n``."""
@@ -67,8 +72,17 @@ class Scheme:
         """
         c = tuple(1 - fraction for fraction in self.method.c) if backwards else self.method.c
         if not self.together(kernel):
-            return kernel.stage_weights(self.path(operator, w0), self.grid.steps, c)
+            return kernel.stage_weights(self.path(operator, w0), self.grid.steps, c, self.grid.span)
         return self.at_fractions(operator, w0, c) if backwards else self.stages(operator, w0)
+
+    def in_force(self, operator: nn.Module, kernel: TimeKernel, w0: Weight, times: list[float]) -> WeightPath:
+        """theta at any times of the interval: (len(times), *weight)."""
+        if kernel.memory == 0:
+            return self.at(operator, w0, times)
+        path = self.path(operator, w0)
+        fractions = (torch.tensor(times, dtype=torch.float64) - self.grid.t0) / self.grid.span
+        rows = kernel.kappa_at(fractions.to(w0.device), self.weight_grid.steps, self.grid.span)
+        return torch.tensordot(rows.to(path), path, dims=1)
 
     def path(self, operator: nn.Module, w0: Weight) -> WeightPath:
         """w at the ``M + 1`` points of its own grid, ends included."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -71,7 +71,11 @@ def coupled_problems(draw):
         method=draw(st.sampled_from(sorted(METHODS))),
     )
     z0 = torch.randn(draw(st.integers(1, 3)), *shape, dtype=torch.float64)
-    return oracle.randomize(layer).double(), z0
+    oracle.randomize(layer).double()
+    with torch.no_grad():
+        # Diffusion of the wrong sign can make weights, and with them everything, grow beyond any precision.
+        assume(float(layer(z0).abs().max()) < 1e3)
+    return layer, z0
 
 
 def gradients(layer, z0, adjoint, loss=lambda z: z.square().sum()):
