@@ -14,7 +14,15 @@ from neuralode_coupled.adjoint import (
     ReversibleAdjoint,
     Stats,
 )
-from neuralode_coupled.evolution import EvolutionOperator, ReactionDiffusionAdvection, Static
+from neuralode_coupled.evolution import (
+    ConvEvolution,
+    EvolutionOperator,
+    HyperNetwork,
+    LinearEvolution,
+    MLPEvolution,
+    ReactionDiffusionAdvection,
+    Static,
+)
 from neuralode_coupled.field import CoupledField, FlatField
 from neuralode_coupled.kernels import (
     Box,
@@ -31,7 +39,7 @@ from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.per_step import PerStep
 from neuralode_coupled.solve import Solution, solve
 
-from . import models  # isort: skip  (after the layers that it is made of)
+from . import kkt, models  # isort: skip  (after the layers that they are made of)
 
 __version__ = "0.1.0"
 
@@ -39,6 +47,7 @@ __all__ = [
     "Backprop",
     "Box",
     "ContinuousAdjoint",
+    "ConvEvolution",
     "CoupledField",
     "CoupledODE",
     "DensityKernel",
@@ -49,6 +58,9 @@ __all__ = [
     "Exponential",
     "FlatField",
     "GradientMethod",
+    "HyperNetwork",
+    "LinearEvolution",
+    "MLPEvolution",
     "MatrixKernel",
     "PerStep",
     "ReactionDiffusionAdvection",
@@ -58,6 +70,7 @@ __all__ = [
     "Static",
     "Stats",
     "TimeKernel",
+    "kkt",
     "models",
     "odeint_dto",
     "solve",

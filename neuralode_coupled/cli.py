@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from neuralode_coupled.runs import Experiment, Result, RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from neuralode_coupled.layer import CoupledODE
 
 app = typer.Typer(
     name="neuralode-coupled",
@@ -102,6 +108,7 @@ def train(
         )
         run = RunFolder(folder)
         from neuralode_coupled import training
+        from neuralode_coupled.evolution import NonFiniteWeights
 
         run.check(training.resolve(experiment), resume=True)
         result = run.result()
@@ -114,7 +121,7 @@ def train(
         _line(f"continuing after epoch {ready.done} of {epochs}")
     try:
         result = ready.run()
-    except training.Diverged as error:
+    except (training.Diverged, NonFiniteWeights) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
         _line(f"{_accuracies(result)}; see {folder}")
@@ -179,6 +186,58 @@ def compare(
         raise typer.Exit(FAILED)
 
 
+@app.command(epilog="Example: neuralode-coupled check --model resnet4 --variant anodev2-1")
+def check(
+    *,
+    model: Model = "resnet4",
+    variant: Annotated[str, typer.Option(help="node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
+    steps: Steps = None,
+    method: Method = "euler",
+    dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
+    seed: Annotated[int, typer.Option(help="Of weights, coefficients of the evolution and images.")] = 0,
+) -> None:
+    """Compare the gradients of a network's coupled layers.
+
+    For each layer, on random images: by DTO, by unrolled autograd, by the
+    continuous adjoint and by finite differences. The exit code is 1 if DTO
+    differs from unrolled autograd by more than rounding.
+    """
+    with _bad_input():
+        cases = _coupled_layers_and_inputs(model, variant, steps, method, dtype, seed)
+    from neuralode_coupled import kkt
+
+    exact = True
+    for name, (layer, z0) in cases.items():
+        result = kkt.check(layer, z0, show=False)
+        _line(f"layer {name} of {model} {variant}, z0 of shape {tuple(z0.shape)}, {dtype}")
+        _line(str(result))
+        exact = exact and result.exact
+    if not exact:
+        raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: neuralode-coupled filters --run runs/digits --out figures")
+def filters(
+    *,
+    folder: Annotated[Path, typer.Option("--out", help="The folder of the pictures.")],
+    size: Annotated[int, typer.Option(help="Pixels a side of the Gaussian filter; an odd number.")] = 33,
+    run: Annotated[Path | None, typer.Option(help="Draw the evolving filters of this trained run as well.")] = None,
+) -> None:
+    """Draw filters that evolve.
+
+    A Gaussian filter under diffusion, advection, reaction and all three, as a
+    picture (filters.png) and as an animation (filters.gif); with --run the
+    learned filters of each layer too (learned-LAYER.png).
+    """
+    with _bad_input():
+        from neuralode_coupled import gallery
+
+        gallery.gaussian(size)  # a size that will not do is refused before anything is written
+        learned = [] if run is None else gallery.draw_run(folder, run)
+        for path in [*gallery.draw(folder, size), *learned]:
+            _line(str(path))
+
+
 def main() -> None:
     """The console script."""
     app()
@@ -207,6 +266,37 @@ def _accuracies(result: Result) -> str:
         f"test accuracy {100 * result.final_accuracy:.2f}% after epoch {result.epochs} "
         f"(best {100 * result.best_accuracy:.2f}%)"
     )
+
+
+def _coupled_layers_and_inputs(
+    model: str, variant: str, steps: int | None, method: str, dtype: str, seed: int
+) -> dict[str, tuple[CoupledODE, Tensor]]:
+    """The coupled layers of a network by name, each with its activations for random images."""
+    import torch
+
+    from neuralode_coupled.models import build, coupled_layers
+
+    precisions = {"float64": torch.float64, "float32": torch.float32}
+    if dtype not in precisions:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(precisions)}")
+    torch.manual_seed(seed)
+    network = build(model, variant, steps=steps, method=method).to(precisions[dtype])
+    layers = coupled_layers(network)
+    if not layers:
+        raise ValueError(f"variant {variant!r} has no coupled layers to check: choose anode, anodev2-1 or another one")
+    inputs: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        # At their initial zeros the coefficients hide half of what there is to check.
+        for coefficient in layer.field.evolution.parameters():
+            torch.nn.init.normal_(coefficient, std=0.1)
+        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
+    with torch.no_grad():
+        network(torch.randn(4, 3, 32, 32, dtype=precisions[dtype]))
+    return {name: (layer, inputs[name]) for name, layer in layers.items()}
+
+
+def _keep_input(inputs: dict[str, Tensor], name: str, layer: CoupledODE, given: tuple[Tensor, ...]) -> None:
+    inputs[name] = given[0].detach()
 
 
 def _names(text: str) -> list[str]:

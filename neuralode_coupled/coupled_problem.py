@@ -9,7 +9,7 @@ from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import Static
+from neuralode_coupled.evolution import Static, check_finite
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
@@ -91,10 +91,13 @@ class CoupledProblem:
         """
         scheme, w0, kernel = self.scheme, self.field.evolving(), self.field.kernel
         with torch.autocast(self.z0.device.type, enabled=False):
-            return {
+            found = {
                 name: scheme.stage_weights(self.field.operator(name), kernel, w0[name], backwards)
                 for name in self.moving
             }
+        for name, theta in found.items():
+            check_finite(theta, name)
+        return found
 
     def _plan(self) -> Plan:
         grid, method = self.scheme.grid, self.scheme.method

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -86,12 +88,40 @@ class CoupledODE(nn.Module):
             name: scheme.at(self.field.operator(name), w0, list(wanted)) for name, w0 in self.field.evolving().items()
         }
 
-    def regularization(self, w0: float = 1.0, p: float = 1.0) -> Tensor:
-        """R(w0, p) = (w0 |w0|^2 + p |p|^2) / 2 (Eq. 5a), a scalar: regularisation acts on these, not on theta(t)."""
+    def regularization(
+        self, w0: float = 1.0, p: float = 1.0, *, kinetic: float = 0.0, displacement: float = 0.0
+    ) -> Tensor:
+        """R(w0, p) = (w0 |w0|^2 + p |p|^2 + kinetic int |dw/dt|^2 dt + displacement |w(t1) - w(t0)|^2) / 2 (Eq. 5a).
+
+        Regularisation acts on w0 and p, not on theta(t); the two terms on the path are functions of them. The kinetic
+        energy is that of w between the points of its own grid, ``sum_m |w_{m+1} - w_m|^2 / h_w``.
+
+        Args:
+            w0: the weight of the initial weights' part.
+            p: the weight of the part of the evolution operators' parameters.
+            kinetic: the weight of the kinetic energy of the evolving weights.
+            displacement: the weight of how far they get.
+
+        Returns:
+            A scalar, differentiable in w0 and p.
+
+        Raises:
+            ValueError: if a weight is negative, infinite or not a number.
+        """
+        for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be zero or a positive finite number, got {name}={weight!r}")
         total = torch.zeros((), device=next(self.parameters()).device)
         for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
             for tensor in tensors:
                 total = total + weight / 2 * tensor.square().sum()
+        if not kinetic and not displacement:
+            return total
+        scheme = self._scheme()
+        for name, weight in self.field.evolving().items():
+            path = scheme.path(self.field.operator(name), weight)
+            total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(scheme.weight_grid.h)
+            total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total
 
     def _scheme(self):

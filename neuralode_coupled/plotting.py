@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import ScalarFormatter
+from PIL import Image
 
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.layer import CoupledODE
@@ -27,7 +29,7 @@ _STYLES = (
 _MARKS = 8
 
 _COLUMNS, _ROWS = 6, 6
-_TILE = 0.85  # inches
+_TILE, _GALLERY_TILE = 0.85, 1.3  # inches
 _HARDLY = 0.5
 """Filters that change by a smaller part of themselves are shown with their change as well."""
 
@@ -109,6 +111,93 @@ def evolving_filters(layer: CoupledODE) -> list[str]:
         for name, weight in layer.field.evolving().items()
         if weight.ndim == 4 and not isinstance(layer.field.operator(name), Static)
     ]
+
+
+def filter_gallery(paths: Mapping[str, Float[np.ndarray, "time height width"]], times: Sequence[float]) -> Figure:
+    """Filters that evolve under several operators: a row each, a column a time, and cuts through the filter at the end.
+
+    All pictures have one grey scale and the same contours; darker is larger.
+
+    Args:
+        paths: for each operator, by its name, the filter at every time.
+        times: the times.
+
+    Raises:
+        ValueError: if there is nothing to draw, or a path has not one filter for each time.
+    """
+    _check_gallery(paths, times)
+    low, high = _range(paths)
+    size = (_GALLERY_TILE * (len(times) + 1.8), _GALLERY_TILE * (len(paths) + 0.25))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(
+        len(paths), len(times) + 1, squeeze=False, gridspec_kw={"width_ratios": [*[1.0] * len(times), 1.4]}
+    )
+    for row, (process, path) in zip(grid, paths.items(), strict=True):
+        for axes, image in zip(row, path, strict=False):
+            _draw_grey(axes, image, low, high)
+        row[0].set_ylabel(process)
+        _draw_cut(row[-1], path, times, low, high)
+    for axes, time in zip(grid[0], times, strict=False):
+        axes.set_title(f"t = {time:.2g}", fontsize=10)
+    grid[0, -1].set_title("along the diagonal", fontsize=10)
+    grid[0, -1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def filter_gallery_frames(
+    paths: Mapping[str, Float[np.ndarray, "time height width"]], times: Sequence[float]
+) -> list[Image.Image]:
+    """The frames of the same as an animation, one a time, the operators side by side.
+
+    Write them with ``frames[0].save("x.gif", save_all=True, append_images=frames[1:])``. Arguments and errors are
+    those of `filter_gallery`.
+    """
+    _check_gallery(paths, times)
+    low, high = _range(paths)
+    frames = []
+    for n, time in enumerate(times):
+        figure = Figure(figsize=(2.0 * len(paths), 2.5), dpi=80, layout="constrained")
+        for axes, (process, path) in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths.items(), strict=True):
+            _draw_grey(axes, path[n], low, high)
+            axes.set_title(process, fontsize=10)
+        figure.suptitle(f"t = {time:.2f}", fontsize=10)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        # Greys as such: a GIF has 256 colours, and these are all of them.
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("L"))
+    return frames
+
+
+def _check_gallery(paths: Mapping[str, np.ndarray], times: Sequence[float]) -> None:
+    if not paths or not len(times):
+        raise ValueError("there are no filters to draw: give at least one operator and one time")
+    for process, path in paths.items():
+        if path.ndim != 3 or len(path) != len(times):
+            raise ValueError(f"{process!r} must hold {len(times)} filters, (time, height, width), got {path.shape}")
+
+
+def _range(paths: Mapping[str, np.ndarray]) -> tuple[float, float]:
+    return min(float(path.min()) for path in paths.values()), max(float(path.max()) for path in paths.values())
+
+
+def _draw_grey(axes: Axes, image: Float[np.ndarray, "height width"], low: float, high: float) -> None:
+    axes.imshow(image, cmap="gray_r", vmin=low, vmax=high, interpolation="nearest")
+    levels = [level for level in np.linspace(low, high, 9)[1:-1] if image.min() < level < image.max()]
+    if levels:
+        colours = ["white" if level > (low + high) / 2 else "black" for level in levels]
+        axes.contour(image, levels=levels, colors=colours, linewidths=0.6)
+    axes.set(xticks=[], yticks=[])
+
+
+def _draw_cut(
+    axes: Axes, path: Float[np.ndarray, "time height width"], times: Sequence[float], low: float, high: float
+) -> None:
+    """The filter along its diagonal, first and last."""
+    for n, style in ((0, "--"), (-1, "-")):
+        axes.plot(path[n].diagonal(), style, color="black", linewidth=1, label=f"t = {times[n]:.2g}")
+    margin = 0.05 * (high - low) or 1.0
+    axes.set(ylim=(low - margin, high + margin), xticks=[])
+    axes.tick_params(labelsize=7)
 
 
 def _draw_curves(

@@ -505,6 +505,13 @@ def test_a_single_time_is_y0(method):
     assert torch.equal(y0[0].grad, torch.ones(2))
 
 
+def test_it_can_stand_in_torchdiffeqs_place(monkeypatch):
+    """The forward pass of an adaptive solve is torchdiffeq's own, whatever is put under its name."""
+    expected = torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3))
+    monkeypatch.setattr(torchdiffeq, "odeint", odeint_dto)
+    assert torch.equal(torchdiffeq.odeint(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3)), expected)
+
+
 def test_transforms_of_fixed_grids():
     net = nn.Linear(3, 3).double()
 

@@ -162,6 +162,14 @@ def test_per_step_modules_must_match_the_steps():
         nc.PerStep(nn.BatchNorm2d(3), 0)
 
 
+def test_weights_that_leave_the_numbers_are_named(field, z0):
+    """At which step, and of which parameter."""
+    with torch.no_grad():
+        field.operator("0.weight").reaction.fill_(1e200)
+    with pytest.raises(ValueError, match=r"the evolving weights of '0\.weight' are NaN or infinite from step 2 on"):
+        nc.solve(field, z0, steps=4)
+
+
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives_without_waiting_for_it(field, z0):
     """On the device, in float64, and with no host synchronisation in the fixed-grid path."""

@@ -63,9 +63,10 @@ def embedded(name: str) -> Embedded:
 
 @dataclass
 class _Record:
-    """The accepted steps: starts, lengths (positive in either direction of time), states and first slopes there, and
-    whether a prescribed time cut them short."""
+    """The accepted steps: starts, lengths (positive in either direction of time), states there, and whether a
+    prescribed time cut them short; first slopes too, and that behind the last, where the method ``carries`` them."""
 
+    carries: bool
     starts: list[Tensor] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
@@ -101,7 +102,7 @@ class _Observed:
         return self.slope if self._is_tuple else self.slope[0]
 
     def callback_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
-        if self._accepted and self.record is not None:
+        if self._accepted and self.record is not None and self.record.carries:
             # What the last evaluation gave is what the step starts with: of the step before, or after a jump.
             self.record.slopes.append(tuple(part.detach() for part in self.slope))
         self.t, self.y, self._tried, self._accepted = t, tuple(y) if self._is_tuple else (y,), dt, False
@@ -176,14 +177,15 @@ class Solve:
                 raise _explained(error, observed) from error
             if record is not None:
                 observed.check_random(y0[0].device)
-                if record.slopes:
+                if record.carries:
                     record.slopes.append(tuple(part.detach() for part in observed.slope))
         parts: State = found if self.is_tuple else (found,)  # pyright: ignore[reportAssignmentType]
         return list(zip(*(part[1:].unbind() for part in parts), strict=True))
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The accepted steps; the forward pass through them is a reading of what was recorded."""
-        record, method = _Record(), embedded(self.arguments["method"])
+        method = embedded(self.arguments["method"])
+        record = _Record(carries=not method.reuses)
         outputs = self.forward(record)
         starts, lengths = torch.stack(record.starts), torch.stack(record.lengths)
         lengths = lengths if self.times[-1] > self.times[0] else -lengths

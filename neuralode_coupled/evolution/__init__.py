@@ -1,6 +1,27 @@
 """The evolution operators q of ``dw/dt = q(w; p)``."""
 
-from neuralode_coupled.evolution.base import EvolutionOperator, Static, all_at_once, closed_form
+from neuralode_coupled.evolution.base import (
+    EvolutionOperator,
+    NonFiniteWeights,
+    Static,
+    all_at_once,
+    check_finite,
+    closed_form,
+)
+from neuralode_coupled.evolution.linear import LinearEvolution
+from neuralode_coupled.evolution.networks import ConvEvolution, HyperNetwork, MLPEvolution
 from neuralode_coupled.evolution.reaction_diffusion_advection import ReactionDiffusionAdvection
 
-__all__ = ["EvolutionOperator", "ReactionDiffusionAdvection", "Static", "all_at_once", "closed_form"]
+__all__ = [
+    "ConvEvolution",
+    "EvolutionOperator",
+    "HyperNetwork",
+    "LinearEvolution",
+    "MLPEvolution",
+    "NonFiniteWeights",
+    "ReactionDiffusionAdvection",
+    "Static",
+    "all_at_once",
+    "check_finite",
+    "closed_form",
+]

@@ -7,11 +7,16 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 
 from neuralode_coupled._types import Weight, WeightPath
 
 Propagate = Callable[[Tensor, float], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
+
+
+class NonFiniteWeights(ValueError):
+    """Evolving weights left the range of their dtype: the message says which and where."""
 
 
 class EvolutionOperator(nn.Module):
@@ -42,6 +47,51 @@ def closed_form(operator: nn.Module) -> Propagate | None:
 def all_at_once(operator: nn.Module) -> Trajectory | None:
     """The operator's ``trajectory``, or None where it can only go from step to step."""
     return cast("Trajectory | None", getattr(operator, "trajectory", None))
+
+
+def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise the ValueError that a user should see for an operator shared with a parameter that it does not fit.
+
+    Args:
+        operator: the operator, with parameters for earlier weights.
+        wanted: what its parameters would have to be made for.
+        bound: what they were made for.
+        shape: the shape of the further weight.
+    """
+    if wanted != bound:
+        raise ValueError(
+            f"{operator} has parameters for weights of layout {bound}, and cannot be shared with one of shape {shape}, "
+            f"layout {wanted}: give that one an operator of its own"
+        )
+
+
+def check_finite(path: WeightPath, name: str) -> None:
+    """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
+
+    On the CPU only: elsewhere looking would make the host wait. Not inside of ``torch.compile`` and ``torch.func``
+    transforms, which hide the numbers.
+
+    Args:
+        path: weights with an axis of steps in front, (steps, *weight) or (steps, stages, *weight).
+        name: the parameter's name, for the message.
+    """
+    if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return
+    path = path.detach()
+    if bool(path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again
+        return
+    finite = path.isfinite().flatten(1).all(1).tolist()
+    if all(finite):
+        return
+    step = finite.index(False)
+    raise NonFiniteWeights(
+        f"the evolving weights of {name!r} are NaN or infinite "
+        + (
+            f"from step {step} on: use more weight steps, smaller evolution coefficients or a lower learning rate"
+            if step
+            else "from the start: look at the parameter and at the coefficients of its evolution"
+        )
+    )
 
 
 class Static(EvolutionOperator):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator
+from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights
 from neuralode_coupled.evolution.spectral import Spectrum
 
 Form = Literal["ode", "propagator"]
@@ -37,7 +37,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     Args:
         form: ``"propagator"`` (Eq. 9, exact in time) or ``"ode"`` (Eq. 8, integrated by the solver).
-        activation: sigma, by name or an elementwise function.
+        activation: sigma, by name or an elementwise function (one with parameters, an ``nn.Module``, is trained too).
         scope: who shares coefficients: the whole ``"layer"``, every output ``"filter"``, or every single ``"kernel"``.
         diffusion: whether there is the term tau Lap w.
         advection: whether there is the term upsilon . grad w.
@@ -50,8 +50,10 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         reaction: rho, of shape ``scope``; None where the term is absent.
 
     Raises:
-        ValueError: for an unknown form, activation or scope, if no term is left, or when bound to a parameter with
-            fewer than two axes or of another shape than before.
+        TypeError: for an activation that is neither a name nor a function.
+        ValueError: for an unknown form, activation or scope, an activation that is not elementwise, if no term is left,
+            or when bound to a parameter with fewer than two axes or of another shape than before.
+        NonFiniteWeights: a ValueError, on the CPU, if a mode of a filter grows beyond the range of its dtype.
     """
 
     diffusion: nn.Parameter | None
@@ -80,7 +82,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
             raise ValueError("no term is left: enable diffusion, advection or reaction, or use Static()")
         self.form = form
         self.scope = scope
-        self.sigma = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.sigma = ACTIVATIONS[activation] if isinstance(activation, str) else _elementwise(activation)
         self.terms = {"diffusion": diffusion, "advection": advection, "reaction": reaction}
         self.nonnegative_diffusion = nonnegative_diffusion
         self.weight_shape: tuple[int, ...] | None = None
@@ -147,7 +149,24 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return w if self.sigma is None else self.sigma(w)
 
     def _trajectory(self, w0: Weight, times: Tensor) -> WeightPath:
-        return self._ungroup(self.spectrum.propagate(self._group(w0), times, *self._coefficients()), w0)
+        tau, upsilon, rho = self._coefficients()
+        # Elsewhere looking would make the host wait, and inside torch.compile it would break the graph.
+        if w0.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_overflow(times.detach(), tau, rho)
+        return self._ungroup(self.spectrum.propagate(self._group(w0), times, tau, upsilon, rho), w0)
+
+    @torch.no_grad()
+    def _check_overflow(self, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:
+        found = self.spectrum.overflow(times, tau, rho)
+        if found is None or self.weight_shape is None:
+            return
+        group, mode, exponent = found
+        where = _group_name(group, _layout(self.weight_shape, self.scope)[0])
+        raise NonFiniteWeights(
+            f"reaction-diffusion-advection overflows {times.dtype}: Fourier mode {mode} of {where} grows by "
+            f"exp({exponent:.4g}) within a time of {float(times.abs().max()):.4g}. Use nonnegative_diffusion=True, a "
+            "lower learning rate, or weight decay on the coefficients"
+        )
 
     def _coefficients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """tau (groups,), upsilon (groups, axes), rho (groups,); None where the term is absent."""
@@ -170,6 +189,34 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         """(..., groups, fields a group, *pixels) -> (..., *shape of w)."""
         pixels = fields.ndim - (w.ndim if w.ndim > 2 else 4)
         return fields.reshape(*fields.shape[:pixels], *w.shape)
+
+
+def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The activation, or the error that a user should see for one that is not a function of single entries."""
+    if not callable(activation):
+        raise TypeError(f"activation must be one of {', '.join(ACTIVATIONS)} or a function, got {activation!r}")
+    parameter = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
+    factory = {} if parameter is None else {"dtype": parameter.dtype, "device": parameter.device}
+    probe = torch.linspace(-1.5, 1.0, 6, **factory).reshape(2, 3)
+    try:
+        with torch.no_grad():
+            whole, alone = activation(probe), torch.stack([activation(x) for x in probe.reshape(6, 1)])
+        same = whole.shape == probe.shape and torch.allclose(whole.flatten(), alone.flatten())
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"activation {activation!r} is not elementwise: {error}") from error
+    if not same:
+        raise ValueError(
+            f"activation {activation!r} is not elementwise: each entry of its result must depend on the same entry of "
+            "its argument alone"
+        )
+    return activation
+
+
+def _group_name(group: int, groups: tuple[int, ...]) -> str:
+    """What the coefficients of one group belong to, in words."""
+    if len(groups) == 2:
+        return f"kernel {divmod(group, groups[1])}"
+    return f"filter {group}" if groups else "every field"
 
 
 def _layout(shape: tuple[int, ...], scope: str) -> tuple[tuple[int, ...], tuple[int, ...]]:

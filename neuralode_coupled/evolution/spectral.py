@@ -118,6 +118,19 @@ class Spectrum(nn.Module):
         matrix = matrix.reshape(len(times), -1, self.count, self.count)
         return w + (w.flatten(2) @ matrix).reshape(len(times), *w.shape)
 
+    def overflow(
+        self, times: Tensor, tau: Tensor | None, rho: Tensor | None
+    ) -> tuple[int, tuple[int, ...], float] | None:
+        """Where within ``times`` a mode grows beyond the dtype: its group, its indices in the discrete Fourier
+        transform and its exponent; None where all fit."""
+        growth, _ = self._rates(tau, None, rho)
+        peak = torch.maximum(growth * times.max(), growth * times.min())
+        if not bool(peak.max() > math.log(torch.finfo(peak.dtype).max)):
+            return None
+        worst = int(peak.argmax())
+        mode = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst % self.count), self.pixels))
+        return worst // self.count, mode, float(peak.flatten()[worst])
+
     def _rates(self, tau: Tensor | None, upsilon: Tensor | None, rho: Tensor | None) -> tuple[Tensor, Tensor]:
         """Growth -tau |k|^2 + rho and angular frequency k.upsilon of every mode: (groups, modes) each."""
         growth = self.laplacian.new_zeros(1, self.count)

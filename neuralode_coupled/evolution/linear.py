@@ -1,0 +1,146 @@
+"""Linear evolution: ``dw/dt = A w`` with a learned A, solved by the matrix exponential."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Weight, WeightPath
+from neuralode_coupled.evolution.base import EvolutionOperator, check_layout
+
+LinearScope = Literal["pixels", "channels"]
+Per = Literal["layer", "filter"]
+
+MOST_PIXELS = 1024
+"""Matrices over more pixels than this are refused: their exponential would cost more than any layer."""
+
+
+class LinearEvolution(EvolutionOperator):
+    """``dw/dt = A w``: the linear case of Eq. 5c, with its closed form ``w(t) = exp(A t) w(0)``.
+
+    Over ``"pixels"`` A is a full matrix that acts on the pixels of every kernel; it contains
+    reaction-diffusion-advection with the identity activation (there A is circulant with few coefficients). Over
+    ``"channels"`` A is ``U V^T`` of low rank and mixes the output channels; its exponential is
+    ``I + U t phi(t V^T U) V^T`` with ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
+
+    The flow starts as the identity: A is zero; of ``U V^T``, U is random and V zero, so that gradients flow.
+    ``torch.linalg.matrix_exp`` makes the host wait on CUDA: a solve with this operator cannot be captured in a graph.
+
+    Args:
+        scope: ``"pixels"``, for weights ``(out, in, *pixels)`` (a linear layer ``(out, in)`` is one field of
+            ``out * in`` pixels), or ``"channels"``, for weights ``(out, ...)``.
+        rank: the rank of A over channels, needed there and only there.
+        per: whether one matrix over pixels serves the whole ``"layer"``, or every output ``"filter"`` has its own.
+
+    Attributes:
+        matrix: A over pixels, ``(pixels, pixels)`` or ``(out, pixels, pixels)``; None over channels.
+        left: U over channels, ``(out, rank)``; None over pixels.
+        right: V over channels, ``(out, rank)``; None over pixels.
+
+    Raises:
+        ValueError: for an unknown scope or share, a rank that does not belong to the scope, or when bound to a
+            parameter with too few axes, fewer channels than the rank, too many pixels, or of another shape than before.
+    """
+
+    matrix: nn.Parameter | None
+    left: nn.Parameter | None
+    right: nn.Parameter | None
+
+    def __init__(self, scope: LinearScope = "pixels", rank: int | None = None, per: Per = "layer") -> None:
+        super().__init__()
+        for what, value, choices in (("scope", scope, LinearScope), ("per", per, Per)):
+            if value not in get_args(choices):
+                raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(get_args(choices))}")
+        if scope == "pixels" and rank is not None:
+            raise ValueError(f"rank={rank} belongs to scope='channels': over pixels the matrix is full")
+        if scope == "channels" and (rank is None or rank < 1):
+            raise ValueError(f"scope='channels' needs a rank of at least 1, got rank={rank}")
+        if scope == "channels" and per == "filter":
+            raise ValueError("per='filter' belongs to scope='pixels': over channels one matrix mixes the filters")
+        self.scope, self.rank, self.per = scope, rank, per
+        self.layout: tuple[int, ...] | None = None
+        for name in ("matrix", "left", "right"):
+            self.register_parameter(name, None)
+
+    def extra_repr(self) -> str:
+        return f"scope={self.scope!r}, " + (f"rank={self.rank}" if self.scope == "channels" else f"per={self.per!r}")
+
+    def bind(self, weight: Weight) -> Self:
+        """Create the matrices for parameters of this shape; see the base class."""
+        layout = self._layout(tuple(weight.shape))
+        if self.layout is not None:
+            check_layout(self, layout, self.layout, tuple(weight.shape))
+            return self
+        self.layout = layout
+        if self.scope == "pixels":
+            self.matrix = nn.Parameter(weight.new_zeros(*layout, layout[-1]))
+            return self
+        assert self.rank is not None
+        # Columns of about unit length: V alone sets the speed.
+        random = torch.randn(layout[0], self.rank, dtype=weight.dtype, device=weight.device)
+        self.left = nn.Parameter(random / math.sqrt(layout[0]))
+        self.right = nn.Parameter(weight.new_zeros(layout[0], self.rank))
+        return self
+
+    def forward(self, t: Tensor, w: Weight) -> Weight:
+        """dw/dt = A w, of the shape of ``w``."""
+        if self.matrix is not None:
+            return (self._fields(w) @ self.matrix.mT).reshape(w.shape)
+        left, right = self._factors()
+        return (left @ (right.mT @ w.flatten(1))).reshape(w.shape)
+
+    def propagate(self, w: Weight, dt: float) -> Weight:
+        """``exp(A dt) w``."""
+        return self.trajectory(w, torch.full((1,), float(dt), dtype=w.dtype, device=w.device))[0]
+
+    def trajectory(self, w0: Weight, times: Tensor) -> WeightPath:
+        """``exp(A t) w0`` at all times: (len(times), *shape of w0)."""
+        if self.matrix is not None:
+            t = times.reshape(-1, *[1] * self.matrix.ndim)
+            flow = torch.linalg.matrix_exp(t * self.matrix)
+            return (self._fields(w0) @ flow.mT).reshape(len(times), *w0.shape)
+        left, right = self._factors()
+        change = left @ (_integrated_exponential(right.mT @ left, times) @ (right.mT @ w0.flatten(1)))
+        return w0 + change.reshape(len(times), *w0.shape)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        assert self.left is not None
+        assert self.right is not None
+        return self.left, self.right
+
+    def _fields(self, w: Tensor) -> Tensor:
+        """(fields, pixels), or (out, in, pixels) where every filter has its own matrix."""
+        assert self.layout is not None
+        return w.reshape(*self.layout[:-1], -1, self.layout[-1])
+
+    def _layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What of a weight's shape the matrices depend on: (out,) over channels, (pixels,) or (out, pixels) over
+        pixels."""
+        fewest = 1 if self.scope == "channels" else 2
+        if len(shape) < fewest:
+            raise ValueError(
+                f"linear evolution over {self.scope} needs a weight of at least {fewest} axes, got {shape}: "
+                "leave it out of `evolve`, or give it another operator"
+            )
+        if self.scope == "channels":
+            if self.rank is not None and self.rank > shape[0]:
+                raise ValueError(f"rank={self.rank} is above the {shape[0]} output channels of a weight {shape}")
+            return shape[:1]
+        pixels = math.prod(shape if len(shape) == 2 else shape[2:])
+        if pixels > MOST_PIXELS:
+            raise ValueError(
+                f"a full matrix over the {pixels} pixels of a weight {shape} would have {pixels**2} entries "
+                f"(at most {MOST_PIXELS} pixels): use scope='channels' with a rank, or ReactionDiffusionAdvection()"
+            )
+        return (shape[0], pixels) if self.per == "filter" and len(shape) > 2 else (pixels,)
+
+
+def _integrated_exponential(x: Tensor, times: Tensor) -> Tensor:
+    """``int_0^t exp(s X) ds`` for every t: (times, n, n). It is the corner of a matrix exponential twice the size."""
+    n = len(x)
+    top = torch.cat([x, torch.eye(n, dtype=x.dtype, device=x.device)], dim=1)
+    block = torch.cat([top, torch.zeros_like(top)])
+    return torch.linalg.matrix_exp(times[:, None, None] * block)[:, :n, n:]

@@ -1,0 +1,113 @@
+"""The paper's Fig. 3: what each term of the evolution operator does to a Gaussian filter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuralode_coupled.evolution import ReactionDiffusionAdvection
+from neuralode_coupled.models import coupled_layers
+from neuralode_coupled.plotting import evolving_filters, filter_gallery, filter_gallery_frames, filters_over_time
+from neuralode_coupled.runs import RunFolder
+
+PROCESSES: dict[str, tuple[str, ...]] = {
+    "diffusion": ("diffusion",),
+    "advection": ("advection",),
+    "reaction": ("reaction",),
+    "all three": ("diffusion", "advection", "reaction"),
+}
+"""The terms of Eq. 8 that each row of the gallery has."""
+
+_COLUMNS, _FRAMES = 6, 26
+_FRAME_MILLISECONDS = 80
+
+
+def gaussian(size: int) -> Float[Tensor, "1 1 size size"]:
+    """A Gaussian filter of height 1 and a standard deviation of an eleventh of its size, in float64.
+
+    It lies a sixth of its size above and left of the centre, so that advection has room to move it across.
+
+    Raises ValueError unless ``size`` is odd and at least 5.
+    """
+    if size < 5 or size % 2 == 0:
+        raise ValueError(f"size must be odd and at least 5, to have a middle and room around it, got {size}")
+    x = torch.arange(size, dtype=torch.float64) - size // 2 + size // 6
+    profile = torch.exp(-x.square() / (2 * (size / 11) ** 2))
+    return torch.outer(profile, profile)[None, None]
+
+
+def evolution(process: str, size: int) -> ReactionDiffusionAdvection:
+    """The operator of one process for filters of ``size`` pixels a side, with the gallery's coefficients.
+
+    In units of the size they are the same for every size: within a unit of time diffusion doubles the variance of the
+    Gaussian, advection carries it a third of the size along both axes, and reaction doubles it.
+
+    Raises ValueError for an unknown process.
+    """
+    if process not in PROCESSES:
+        raise ValueError(f"unknown process {process!r}: choose one of {', '.join(PROCESSES)}")
+    terms = PROCESSES[process]
+    operator = ReactionDiffusionAdvection(
+        scope="layer",
+        diffusion="diffusion" in terms,
+        advection="advection" in terms,
+        reaction="reaction" in terms,
+    ).bind(gaussian(size))
+    values = {"diffusion": (size / 11) ** 2 / 2, "advection": -size / 3, "reaction": math.log(2)}
+    for term in terms:
+        operator.get_parameter(term).data.fill_(values[term])
+    return operator
+
+
+@torch.no_grad()
+def evolve(size: int, times: Sequence[float]) -> dict[str, Float[Tensor, "time size size"]]:
+    """The Gaussian filter under every process at the given times, by the exact propagator (Eq. 9)."""
+    start, at = gaussian(size), torch.tensor(times, dtype=torch.float64)
+    return {process: evolution(process, size).trajectory(start, at)[:, 0, 0] for process in PROCESSES}
+
+
+def draw(folder: Path, size: int) -> list[Path]:
+    """Write the gallery as ``filters.png`` and ``filters.gif``, and return their paths.
+
+    Raises ValueError for a size that is even or too small, OSError if the folder cannot be written.
+    """
+    few, many = (torch.linspace(0, 1, n, dtype=torch.float64).tolist() for n in (_COLUMNS, _FRAMES))
+    shown = {process: path.numpy() for process, path in evolve(size, few).items()}
+    moving = {process: path.numpy() for process, path in evolve(size, many).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, animation = folder / "filters.png", folder / "filters.gif"
+    filter_gallery(shown, few).savefig(picture, dpi=150)
+    first, *others = filter_gallery_frames(moving, many)
+    # The last frame stays for a second before the animation starts again.
+    durations = [_FRAME_MILLISECONDS] * (_FRAMES - 1) + [1000]
+    first.save(animation, save_all=True, append_images=others, duration=durations, loop=0)
+    return [picture, animation]
+
+
+def draw_run(folder: Path, run: Path) -> list[Path]:
+    """Write the evolving filters of a trained run (the paper's Figs. 4 to 6), a picture a layer; return their paths.
+
+    Raises ValueError if ``run`` holds no trained model, or one without evolving convolutions.
+    """
+    from neuralode_coupled.training import load_model
+
+    if not run.is_dir():
+        raise ValueError(f"there is no run folder {str(run)!r}")
+    layers = {
+        f"{layer}-{name}": (module, name)
+        for layer, module in coupled_layers(load_model(RunFolder(run))).items()
+        for name in evolving_filters(module)
+    }
+    if not layers:
+        raise ValueError(f"the model in {run} has no evolving filters: choose a run of anodev2-1 or anodev2-2")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for label, (module, name) in layers.items():
+        written.append(folder / f"learned-{label.replace('.', '-')}.png")
+        filters_over_time(module, name).savefig(written[-1], dpi=150)
+    return written
