@@ -73,7 +73,7 @@ def odeint_dto(
             ``callback_reject_step`` are called in the forward pass as torchdiffeq calls them.
         y0: the initial state, a tensor or a tuple of tensors of any shapes; one floating or complex dtype, one device.
         t: (times,), floating, strictly increasing or decreasing; on the CPU it makes no device wait.
-        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each tensor of y0.
+        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0.
         atol: the absolute tolerance, likewise.
         method: its name.
         options: those of the method, see above.
