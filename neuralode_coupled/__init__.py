@@ -20,6 +20,7 @@ from neuralode_coupled.evolution import (
     HyperNetwork,
     LinearEvolution,
     MLPEvolution,
+    NonFiniteWeights,
     ReactionDiffusionAdvection,
     Static,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "LinearEvolution",
     "MLPEvolution",
     "MatrixKernel",
+    "NonFiniteWeights",
     "PerStep",
     "ReactionDiffusionAdvection",
     "ReversibleAdjoint",

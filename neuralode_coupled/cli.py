@@ -1,4 +1,4 @@
-"""The command line: ``neuralode-coupled train`` and ``neuralode-coupled compare``.
+"""The command line: ``neuralode-coupled train``, ``compare``, ``check`` and ``filters``.
 
 What needs more than a moment to import is imported by the commands, so that ``--help`` is quick.
 """

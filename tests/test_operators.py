@@ -530,3 +530,23 @@ def test_compiled_code_is_not_interrupted_to_look():
 
     compiled = torch.compile(path, backend="eager", fullgraph=True)
     assert torch.equal(compiled(w), path(w))
+
+
+def test_ensembles_of_operators_under_vmap():
+    """Under vmap there is no value to look at: the checks stand aside."""
+    w = torch.randn(2, 2, 3, 3)
+    q = nc.ReactionDiffusionAdvection().bind(w)
+    coefficients = {name: 0.1 * torch.randn(3, *p.shape) for name, p in q.named_parameters()}
+
+    def path(coefficients):
+        tau, upsilon, rho = (coefficients[name] for name in ("diffusion", "advection", "reaction"))
+        times = torch.tensor([0.5])
+        q._check_overflow(times, tau, rho)
+        found = q.spectrum.propagate(w, times, tau, upsilon, rho)
+        check_finite(found, "w")
+        return found
+
+    together = torch.func.vmap(path)(coefficients)
+    for i in range(3):
+        alone = path({name: c[i] for name, c in coefficients.items()})
+        assert torch.allclose(together[i], alone, atol=1e-6)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -58,7 +59,6 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(small, tmp_path):
     assert result == folder.result()
     assert result.parameters == sum(p.numel() for p in nc.models.build("resnet4", "anodev2-2", classes=3).parameters())
     assert (result.evaluations, result.recomputed) == (2, 2)
-    assert result.memory > 0
     assert result.seconds > 0
     assert result.best_accuracy == max(row["test/accuracy"] for row in folder.rows())
     rows = folder.rows()
@@ -150,6 +150,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, tmp_pat
     # A run folder may be moved while it waits.
     moved = RunFolder(tmp_path / "moved")
     os.rename(killed.path, moved.path)
+    time.sleep(1.1)  # TensorBoard orders its files by the second they were made in
     result = train(small, moved, resume=True)
 
     assert untimed(moved) == untimed(unbroken)
@@ -160,8 +161,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, tmp_pat
     best = [torch.load(folder.best, weights_only=True)["epoch"] for folder in (unbroken, moved)]
     assert best[0] == best[1]
     curves = EventAccumulator(str(moved.path / "tensorboard")).Reload()
-    # TensorBoard orders its files by the second they were made in; here both may be of the same.
-    assert sorted(event.step for event in curves.Scalars("test/accuracy")) == [1, 2, 3, 4]
+    assert [event.step for event in curves.Scalars("test/accuracy")] == [1, 2, 3, 4]
 
 
 def test_a_run_killed_in_its_first_epoch_starts_again(small, tmp_path):

@@ -65,6 +65,14 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
         )
 
 
+def is_seen(flag: Tensor) -> bool:
+    """Whether a scalar is true; False under ``torch.func.vmap``, where it has no single value to look at."""
+    try:
+        return bool(flag)
+    except RuntimeError:
+        return False
+
+
 def check_finite(path: WeightPath, name: str) -> None:
     """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
 
@@ -78,7 +86,7 @@ def check_finite(path: WeightPath, name: str) -> None:
     if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return
     path = path.detach()
-    if bool(path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again
+    if not is_seen(~path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again
         return
     finite = path.isfinite().flatten(1).all(1).tolist()
     if all(finite):

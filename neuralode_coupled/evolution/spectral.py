@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled.evolution.base import is_seen
+
 DENSE_PIXELS = 64
 """Up to this many pixels a dense matrix, above it the FFT."""
 
@@ -125,7 +127,7 @@ class Spectrum(nn.Module):
         transform and its exponent; None where all fit."""
         growth, _ = self._rates(tau, None, rho)
         peak = torch.maximum(growth * times.max(), growth * times.min())
-        if not bool(peak.max() > math.log(torch.finfo(peak.dtype).max)):
+        if not is_seen(peak.max() > math.log(torch.finfo(peak.dtype).max)):
             return None
         worst = int(peak.argmax())
         mode = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst % self.count), self.pixels))
