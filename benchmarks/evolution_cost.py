@@ -1,0 +1,64 @@
+"""What the weights' evolution costs, as a share of the coupled block's forward pass.
+
+    python -m benchmarks.evolution_cost
+
+Batch 64, five Euler steps, configuration one. The weight side (w0 and p to the stage weights) is timed on its own
+beside the whole forward pass, in turns: the difference of two forward passes is below what a shared machine resolves.
+Writes results/evolution_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import neuralode_coupled as nc
+from benchmarks.common import block, write
+from neuralode_coupled.coupled_problem import CoupledProblem
+from neuralode_coupled.solve import build_scheme
+
+OPERATORS: dict[str, Callable[[], nn.Module]] = {
+    "propagator": nc.ReactionDiffusionAdvection,
+    "ode": lambda: nc.ReactionDiffusionAdvection(form="ode"),
+    "tanh propagator": lambda: nc.ReactionDiffusionAdvection(activation="tanh"),
+}
+
+
+def measure(operator: nn.Module, rounds: int) -> dict[str, float]:
+    """The weight side's share of the forward pass: median and quartiles over the rounds."""
+    layer = nc.CoupledODE(block(5, "euler").field.dynamics, operator, steps=5)
+    z0 = torch.randn(64, 16, 32, 32)
+    scheme = build_scheme(layer.field, layer.t, layer.steps, layer.method, None, None)
+    problem = CoupledProblem(layer.field, scheme, z0, (layer.steps,))
+    shares = []
+    for turn in range(rounds + 2):
+        begin = time.perf_counter()
+        layer(z0)
+        whole = time.perf_counter()
+        problem.stage_weights()
+        if turn >= 2:  # the first rounds warm up
+            shares.append((time.perf_counter() - whole) / (whole - begin))
+    low, middle, high = statistics.quantiles(shares, n=4)
+    return {"median": middle, "lower_quartile": low, "upper_quartile": high}
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    rounds = parser.parse_args().rounds
+    found = {name: measure(make(), rounds) for name, make in OPERATORS.items()}
+    for name, share in found.items():
+        spread = f"{share['lower_quartile']:.2%} .. {share['upper_quartile']:.2%}"
+        sys.stdout.write(f"{name:16} {share['median']:.2%} ({spread})\n")
+    sys.stdout.write(f"{write('evolution_cost', {'share_of_forward': found})}\n")
+
+
+if __name__ == "__main__":
+    main()
