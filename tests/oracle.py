@@ -102,6 +102,21 @@ def largest_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
     return float(torch.stack(errors).max())
 
 
+def numbers_stored(layer: nc.CoupledODE, z0: torch.Tensor) -> int:
+    """How many numbers a forward pass keeps for the backward besides the parameters, by autograd's own hooks."""
+    own = {p.data_ptr() for p in layer.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in own:
+            seen[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(z0)
+    return sum(seen.values())
+
+
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy in float64, with its own parameters and statistics."""
     return copy.deepcopy(model).double()
