@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch.autograd import forward_ad
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.adaptive import Solve
 from neuralode_coupled.adjoint.checkpointing import check_storage
 from neuralode_coupled.adjoint.dynamics import Dynamics
-from neuralode_coupled.adjoint.engine import checkpointed
+from neuralode_coupled.adjoint.engine import checkpointed, transformed
 from neuralode_coupled.adjoint.fixed_grid import Announce, FixedSteps, equal_steps, make_grid
 from neuralode_coupled.odeint_arguments import (
     ATOL,
@@ -110,7 +108,7 @@ def odeint_dto(
         arguments = {"rtol": rtol, "atol": atol, "method": name, "options": _as_tensors(chosen, t)}
         states = _adaptive(Solve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments), checkpoints)
     outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
-    if not _transformed():
+    if not transformed():
         check_finite(outputs, times)
     return outputs if is_tuple else outputs[0]
 
@@ -152,13 +150,13 @@ def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
 def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> list[State]:
     plan, operands = steps.discrete(y0)
     # Without a gradient to pass on there is no graph either, whatever func holds besides params.
-    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and _transformed())
+    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and transformed())
     with torch.set_grad_enabled(graph):
         return checkpointed(plan, operands, checkpoints)
 
 
 def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
-    if _transformed():
+    if transformed():
         raise ValueError(
             "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
             f"differentiation hide: choose one of {', '.join(METHODS)}"
@@ -172,10 +170,6 @@ def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
 
 def _wanted(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _transformed() -> bool:
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _as_tensors(options: dict[str, Any], t: Tensor) -> dict[str, Any]:

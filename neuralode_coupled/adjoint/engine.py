@@ -86,7 +86,12 @@ def traced(flat: list[Tensor]) -> bool:
     hide the steps from them.
     """
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
-    return not wanted or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not wanted or transformed()
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
