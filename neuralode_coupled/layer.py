@@ -12,7 +12,7 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
-from neuralode_coupled.solve import Times, build_scheme, solve, times
+from neuralode_coupled.solve import Times, build_scheme, states, times
 
 
 class CoupledODE(nn.Module):
@@ -68,18 +68,14 @@ class CoupledODE(nn.Module):
 
     def forward(self, z0: Activation) -> Activation:
         """z(t1), of the shape of z0."""
-        solution = self._solve(z0, self.t)
-        return solution[-1]
+        return self._solve(z0, self.t[-1:])[0]
 
     def trajectory(self, z0: Activation, t: Times) -> Trajectory:
         """z at the given times of the layer's interval: (len(t), *shape of z0).
 
         Raises ValueError for times outside of the interval or out of order.
         """
-        wanted = self._inside(t)
-        ends = sorted({*self.t, *wanted}, reverse=self.t[0] > self.t[1])
-        solution = self._solve(z0, tuple(ends))
-        return solution[[ends.index(time) for time in wanted]]
+        return torch.stack(self._solve(z0, self._inside(t)))
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight). Raises ValueError for times outside."""
@@ -127,19 +123,20 @@ class CoupledODE(nn.Module):
     def _scheme(self):
         return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
 
-    def _solve(self, z0: Tensor, t: tuple[float, ...]) -> Tensor:
-        solution = solve(
+    def _solve(self, z0: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
+        """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
+        z, self.stats, _ = states(
             self.field,
             z0,
-            t,
-            steps=self.steps,
-            method=self.method,
-            weight_steps=self.weight_steps,
-            weight_method=self.weight_method,
-            adjoint=self.adjoint,
+            (self.t[0], self.t[-1]),
+            wanted,
+            self.steps,
+            self.method,
+            self.weight_steps,
+            self.weight_method,
+            self.adjoint,
         )
-        self.stats = solution.stats
-        return solution.z
+        return z
 
     def _inside(self, t: Times) -> tuple[float, ...]:
         wanted = times(t, fewest=1)

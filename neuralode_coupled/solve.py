@@ -86,20 +86,37 @@ def solve(
         ValueError: for an unknown method, steps below one, times out of order, z0 on another device or of another dtype
             than the weights, dynamics that change the state's shape, or a kernel that the grid cannot represent.
     """
-    check_activation(field, z0)
     at = (0.0, 1.0) if t is None else times(t)
-    scheme = build_scheme(field, at, steps, method, weight_steps, weight_method)
+    choices = (steps, method, weight_steps, weight_method, adjoint)
     wanted = at[-1:] if t is None else at
+    z, stats, scheme = states(field, z0, (at[0], at[-1]), wanted, *choices)
+    return Solution(z[0] if t is None else torch.stack(z), wanted, stats, field, scheme)
+
+
+def states(
+    field: CoupledField,
+    z0: Activation,
+    ends: tuple[float, float],
+    wanted: tuple[float, ...],
+    steps: int,
+    method: str,
+    weight_steps: int | None,
+    weight_method: str | None,
+    adjoint: GradientMethod | None,
+) -> tuple[list[Activation], Stats, Scheme]:
+    """z at the times ``wanted`` of a solve from the first to the second of ``ends``, one tensor a time; see `solve`."""
+    check_activation(field, z0)
+    scheme = build_scheme(field, ends, steps, method, weight_steps, weight_method)
     brackets = [_bracket(scheme.grid, time) for time in wanted]
     save = tuple(sorted({n for low, high, _ in brackets for n in (low, high)}))
     problem = CoupledProblem(field, scheme, z0, save)
-    states, stats = (DiscreteAdjoint() if adjoint is None else adjoint).integrate(problem)
-    found = {n: state[0] for n, state in zip(save, states, strict=True)}
+    saved, stats = (DiscreteAdjoint() if adjoint is None else adjoint).integrate(problem)
+    found = {n: state[0] for n, state in zip(save, saved, strict=True)}
     z = [
         found[low] if low == high else torch.lerp(found[low], found[high], fraction) for low, high, fraction in brackets
     ]
     stats.accepted = steps
-    return Solution(z[0] if t is None else torch.stack(z), wanted, stats, field, scheme)
+    return z, stats, scheme
 
 
 def build_scheme(

@@ -88,3 +88,17 @@ def test_the_core_needs_neither_torchvision_nor_lightning():
     )
     result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"imported: {result.stderr}"
+
+
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2)])
+def test_the_memory_format_passes_through_the_layer_and_back(adjoint):
+    dynamics = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.ReLU())
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=3, adjoint=adjoint)
+    seen = []
+    dynamics[1].register_full_backward_hook(lambda module, inside, outside: seen.append(outside[0]))
+    z0 = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    z = layer(z0)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    z.square().sum().backward()
+    assert len(seen) == 3
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen)
