@@ -42,12 +42,33 @@ Data = Annotated[
 DataRoot = Annotated[Path | None, typer.Option(help="Where the images are, for cifar10 and folder.")]
 Epochs = Annotated[int, typer.Option(help="Number of epochs; the learning rate falls after 3/7 and 5/7 of them.")]
 Limit = Annotated[int | None, typer.Option(help="Use only so many training images, all classes in proportion.")]
+Validation = Annotated[
+    int | None, typer.Option(help="Keep so many training images back, and test on them in place of the test images.")
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images a batch on each device; by default 64 for digits, else 256.")
 ]
 Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the first epochs.")]
 Method = Annotated[str, typer.Option(help="Solver of the ODE blocks: euler, midpoint or rk4.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default the variant's own.")]
+EvolutionName = Annotated[
+    str | None,
+    typer.Option(
+        "--evolution",
+        help="Evolution operator of the anodev2 variants: rda (reaction-diffusion-advection, the default), "
+        "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank.",
+    ),
+]
+EvolutionRate = Annotated[
+    float, typer.Option("--evolution-lr", help="Factor on the learning rate for the operators' parameters.")
+]
+AdjointName = Annotated[
+    str | None,
+    typer.Option(
+        "--adjoint",
+        help="How gradients come back: backprop, discrete, reversible or continuous; by default the variant's own.",
+    ),
+]
 Precision = Annotated[str, typer.Option(help="As Lightning names it: 32-true, bf16-mixed, 16-mixed, 64-true.")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu ...")]
 Devices = Annotated[str, typer.Option(help="How many devices, or which: 2, or 0,3.")]
@@ -69,10 +90,14 @@ def train(
     epochs: Epochs = 10,
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     limit: Limit = None,
+    validation: Validation = None,
     batch_size: BatchSize = None,
     lr: Rate = 0.1,
     method: Method = "euler",
     steps: Steps = None,
+    evolution: EvolutionName = None,
+    evolution_lr: EvolutionRate = 1.0,
+    adjoint: AdjointName = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     precision: Precision = "32-true",
     accelerator: Accelerator = "auto",
@@ -96,10 +121,14 @@ def train(
             epochs=epochs,
             seed=seed,
             limit=limit,
+            validation=validation,
             batch_size=batch_size,
             lr=lr,
             method=method,
             steps=steps,
+            evolution=evolution,
+            evolution_lr=evolution_lr,
+            adjoint=adjoint,
             precision=precision,
             accelerator=accelerator,
             devices=devices,
@@ -140,10 +169,14 @@ def compare(
     data_root: DataRoot = None,
     epochs: Epochs = 10,
     limit: Limit = None,
+    validation: Validation = None,
     batch_size: BatchSize = None,
     lr: Rate = 0.1,
     method: Method = "euler",
     steps: Steps = None,
+    evolution: EvolutionName = None,
+    evolution_lr: EvolutionRate = 1.0,
+    adjoint: AdjointName = None,
     precision: Precision = "32-true",
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
@@ -165,10 +198,14 @@ def compare(
             data_root=None if data_root is None else str(data_root),
             epochs=epochs,
             limit=limit,
+            validation=validation,
             batch_size=batch_size,
             lr=lr,
             method=method,
             steps=steps,
+            evolution=evolution,
+            evolution_lr=evolution_lr,
+            adjoint=adjoint,
             precision=precision,
             accelerator=accelerator,
             devices=devices,

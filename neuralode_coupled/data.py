@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ DOWNLOADS = Path("~/.cache/neuralode-coupled")
 
 SPLITS = ("train", "test")
 _ORDER_SEED = 0
-"""Of the digits' split and of `limit`: fixed, so that runs with other seeds see the same images."""
+"""Of the digits' split, `limit` and `validation`: fixed, so that runs with other seeds see the same images."""
+
+_MEMORY_FORMAT = defaultdict(lambda: torch.contiguous_format, cpu=torch.channels_last)
 
 Batch = tuple[UInt8[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
 
@@ -62,6 +66,8 @@ class ImageData(pl.LightningDataModule):
         batch_size: images a batch on each device; by default 64 for digits, else 256.
         limit: use only so many training images, every class in proportion; all by default. The choice does not depend
             on ``seed``, and a smaller limit is a part of a larger one.
+        validation: keep so many of the training images back and test on them, in place of the test images. Which ones
+            depends neither on ``seed`` nor on ``limit``. For every choice that is made by looking at the accuracy.
         seed: of the order of the batches.
 
     Attributes:
@@ -82,6 +88,7 @@ class ImageData(pl.LightningDataModule):
         *,
         batch_size: int | None = None,
         limit: int | None = None,
+        validation: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,9 +100,10 @@ class ImageData(pl.LightningDataModule):
         self.batch_size = self.source.batch_size if batch_size is None else batch_size
         if self.batch_size < 1:
             raise ValueError(f"batch size must be at least 1, got {batch_size}")
-        if limit is not None and limit < self.classes:
-            raise ValueError(f"limit must be at least the number of classes, {self.classes}, got {limit}")
-        self.limit, self.seed = limit, seed
+        for what, count in (("limit", limit), ("validation", validation)):
+            if count is not None and count < self.classes:
+                raise ValueError(f"{what} must be at least the number of classes, {self.classes}, got {count}")
+        self.limit, self.validation, self.seed = limit, validation, seed
         self.train: ImageSet | None = None
         self.test: ImageSet | None = None
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -105,10 +113,19 @@ class ImageData(pl.LightningDataModule):
         self.source.prepare(self.root)
 
     def setup(self, stage: str | None = None) -> None:
-        """Decode the images, once. Raises ValueError for a limit above their number, or an image that is broken."""
+        """Decode the images, once.
+
+        Raises ValueError for more images than there are (``limit``, ``validation``), or an image that is broken.
+        """
         if self.train is None:
-            self.train = self.source.load(self.root, "train", self.limit)
-            self.test = self.source.load(self.root, "test", None)
+            kept_back = self.validation
+            self.train = self.source.load(
+                self.root, "train", partial(training_images, limit=self.limit, validation=kept_back)
+            )
+            if kept_back is None:
+                self.test = self.source.load(self.root, "test", every_image)
+            else:
+                self.test = self.source.load(self.root, "train", partial(validation_images, validation=kept_back))
             self._statistics = {torch.device("cpu"): channel_statistics(self.train.pixels)}
 
     def train_dataloader(self) -> DataLoader:
@@ -123,12 +140,16 @@ class ImageData(pl.LightningDataModule):
         return self._loader(images, batch_sampler=EvenBatches(len(images), self.batch_size, *self._shards()))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augmented (in training) and normalised images, in the model's dtype, and the labels."""
+        """Augmented (in training) and normalised images, in the model's dtype, and the labels.
+
+        On the CPU they are channels-last, and so is then every activation: its convolutions are about twice as fast so.
+        """
         pixels, labels = batch
         if self.trainer is not None and self.trainer.training:
             pixels = augment(pixels, flip=self.source.flips)
         dtype = torch.float32 if self.trainer is None else self.trainer.lightning_module.dtype
-        return self.normalise(pixels).to(dtype), labels
+        images = self.normalise(pixels).to(dtype)
+        return images.contiguous(memory_format=_MEMORY_FORMAT[images.device.type]), labels
 
     def normalise(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 32 32"]:
         """Float images of which the training set has mean 0 and variance 1 in every channel."""
@@ -221,6 +242,30 @@ def stratified_order(labels: Int[Tensor, " images"]) -> Int[Tensor, " images"]:
     return shuffled[position[shuffled].argsort(stable=True)]
 
 
+def every_image(labels: Int[Tensor, " images"]) -> Int[Tensor, " images"]:
+    """The indices of all images, in their own order."""
+    return torch.arange(len(labels))
+
+
+def training_images(
+    labels: Int[Tensor, " images"], limit: int | None, validation: int | None
+) -> Int[Tensor, " chosen"]:
+    """The indices of the images to train on; raises ValueError if that are more than there are."""
+    left = len(labels) - (validation or 0)
+    if left < 1 or (limit is not None and limit > left):
+        kept_back = f", of which validation keeps back {validation}" if validation else ""
+        raise ValueError(f"limit must be at most the number of training images, {len(labels)}{kept_back}, got {limit}")
+    return every_image(labels) if limit is None and not validation else stratified_order(labels)[:left][:limit]
+
+
+def validation_images(labels: Int[Tensor, " images"], validation: int) -> Int[Tensor, " chosen"]:
+    """The indices of the training images that are kept back: the last in the order of `stratified_order`."""
+    return stratified_order(labels)[-validation:]
+
+
+Choice = Callable[[Int[Tensor, " images"]], Int[Tensor, " chosen"]]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where images come from.
@@ -231,7 +276,7 @@ class Source:
         locate: the root that is used, from the one that was asked for.
         class_names: the classes found at a root.
         prepare: download to a root.
-        load: the images of a split at a root, and of those only so many.
+        load: the images of a split at a root, of which a function of all labels gives the indices.
     """
 
     batch_size: int
@@ -239,7 +284,7 @@ class Source:
     locate: Callable[[str | Path | None], Path | None]
     class_names: Callable[[Path | None], tuple[str, ...]]
     prepare: Callable[[Path | None], None]
-    load: Callable[[Path | None, str, int | None], ImageSet]
+    load: Callable[[Path | None, str, Choice], ImageSet]
 
 
 def source(name: str) -> Source:
@@ -249,21 +294,12 @@ def source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _limited(labels: Tensor, limit: int | None) -> Tensor:
-    """The indices of the images that are used."""
-    if limit is None:
-        return torch.arange(len(labels))
-    if limit > len(labels):
-        raise ValueError(f"limit must be at most the number of training images, {len(labels)}, got {limit}")
-    return stratified_order(labels)[:limit]
-
-
 def _digits_root(root: str | Path | None) -> None:
     if root is not None:
         raise ValueError(f"the digits are part of scikit-learn and need no root, got {str(root)!r}: leave it out")
 
 
-def _digits(root: Path | None, split: str, limit: int | None) -> ImageSet:
+def _digits(root: Path | None, split: str, choose: Choice) -> ImageSet:
     """One image in five is for testing."""
     from sklearn.datasets import load_digits
 
@@ -272,7 +308,7 @@ def _digits(root: Path | None, split: str, limit: int | None) -> ImageSet:
     order = stratified_order(labels)
     tests = -(-len(labels) // 5)
     chosen = order[:tests] if split == "test" else order[tests:]
-    chosen = chosen[_limited(labels[chosen], limit)]
+    chosen = chosen[choose(labels[chosen])]
     grey = torch.from_numpy(digits.images[chosen.numpy()])[:, None] * (255 / 16)
     large = functional.interpolate(grey, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return ImageSet(large.round().to(torch.uint8).repeat(1, 3, 1, 1), labels[chosen])
@@ -296,10 +332,10 @@ def _cifar10_dataset(root: Path | None, *, train: bool = True, download: bool = 
         ) from error
 
 
-def _cifar10(root: Path | None, split: str, limit: int | None) -> ImageSet:
+def _cifar10(root: Path | None, split: str, choose: Choice) -> ImageSet:
     dataset = _cifar10_dataset(root, train=split == "train")
     labels = torch.tensor(dataset.targets)
-    chosen = _limited(labels, limit)
+    chosen = choose(labels)
     pixels = torch.from_numpy(dataset.data)[chosen].permute(0, 3, 1, 2).contiguous()
     return ImageSet(pixels, labels[chosen])
 
@@ -333,7 +369,7 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _folder(root: Path | None, split: str, limit: int | None) -> ImageSet:
+def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     assert root is not None
     datasets = _torchvision_datasets()
     try:
@@ -341,7 +377,7 @@ def _folder(root: Path | None, split: str, limit: int | None) -> ImageSet:
     except FileNotFoundError as error:  # a class without images: torchvision's message names it
         raise ValueError(str(error)) from error
     labels = torch.tensor(dataset.targets)
-    chosen = _limited(labels, limit)
+    chosen = choose(labels)
     paths = [dataset.samples[i][0] for i in chosen.tolist()]
     pixels = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:

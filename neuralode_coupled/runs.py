@@ -36,8 +36,8 @@ class Experiment:
     """One training run. The fields are the options of ``neuralode-coupled train``.
 
     Raises:
-        ValueError: for epochs, batch size, limit or threads below 1, a negative seed, or a learning rate that is not
-            positive.
+        ValueError: for epochs, batch size, limit, validation or threads below 1, a negative seed, or a learning rate
+            that is not positive.
     """
 
     model: str = "resnet4"
@@ -47,10 +47,14 @@ class Experiment:
     epochs: int = 10
     seed: int = 0
     limit: int | None = None
+    validation: int | None = None
     batch_size: int | None = None
     lr: float = 0.1
     method: str = "euler"
     steps: int | None = None
+    evolution: str | None = None
+    evolution_lr: float = 1.0
+    adjoint: str | None = None
     precision: str = "32-true"
     accelerator: str = "auto"
     devices: str = "1"
@@ -58,14 +62,16 @@ class Experiment:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "limit", "batch_size", "threads"):
+        for name in ("epochs", "limit", "validation", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        for name in ("lr", "evolution_lr"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
         """Where another experiment is not this one: a ``"name: this value, that value"`` each."""

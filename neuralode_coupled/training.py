@@ -27,6 +27,7 @@ from torch.nn import functional
 
 import neuralode_coupled as nc
 from neuralode_coupled.data import ImageData, source
+from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
 
@@ -71,16 +72,19 @@ class Classifier(pl.LightningModule):
         model: images (batch, 3, 32, 32) to logits (batch, classes).
         epochs: the length of the schedule.
         lr: the learning rate of the first epochs.
+        evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
 
     Raises:
         Diverged: in training, once the loss is NaN or infinite.
     """
 
-    def __init__(self, model: nn.Module, *, epochs: int, lr: float = 0.1, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, epochs: int, lr: float = 0.1, evolution_lr: float = 1.0, seed: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
-        self.epochs, self.lr, self.seed = epochs, lr, seed
+        self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
         self._first_bad_step: Tensor | None = None
 
     def forward(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
@@ -98,14 +102,22 @@ class Classifier(pl.LightningModule):
         self._measure(batch, "test")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD over all parameters."""
-        return torch.optim.SGD(self.parameters(), self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        """SGD over all parameters, those of the evolution operators in a group of their own."""
+        layers = nc.models.coupled_layers(self.model).values()
+        coefficients = {id(p): p for layer in layers for p in layer.field.evolution.parameters()}
+        others = [p for p in self.parameters() if id(p) not in coefficients]
+        groups = [
+            {"params": parameters, "factor": factor}
+            for parameters, factor in ((others, 1.0), ([*coefficients.values()], self.evolution_lr))
+            if parameters
+        ]
+        return torch.optim.SGD(groups, self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def on_train_epoch_start(self) -> None:
         """Set what depends on the epoch: the learning rate and the random state."""
         # Not by a scheduler: Lightning saves checkpoints before it steps those.
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = learning_rate(self.lr, self.current_epoch, self.epochs)
+            group["lr"] = group["factor"] * learning_rate(self.lr, self.current_epoch, self.epochs)
         entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
 
@@ -301,7 +313,11 @@ def prepare(
         pl.seed_everything(experiment.seed, verbose=False)
         data = build_data(experiment)
         classifier = Classifier(
-            build_model(experiment, data.classes), epochs=experiment.epochs, lr=experiment.lr, seed=experiment.seed
+            build_model(experiment, data.classes),
+            epochs=experiment.epochs,
+            lr=experiment.lr,
+            evolution_lr=experiment.evolution_lr,
+            seed=experiment.seed,
         )
         done = finished_epochs(folder) if resume else 0
         trainer = _trainer(experiment, folder, done, progress, report)
@@ -342,6 +358,7 @@ def build_data(experiment: Experiment) -> ImageData:
         experiment.data_root,
         batch_size=experiment.batch_size,
         limit=experiment.limit,
+        validation=experiment.validation,
         seed=experiment.seed,
     )
 
@@ -349,7 +366,13 @@ def build_data(experiment: Experiment) -> ImageData:
 def build_model(experiment: Experiment, classes: int) -> nn.Module:
     """The experiment's model with fresh weights. Raises ValueError as `nc.models.build`."""
     return nc.models.build(
-        experiment.model, experiment.variant, steps=experiment.steps, method=experiment.method, classes=classes
+        experiment.model,
+        experiment.variant,
+        steps=experiment.steps,
+        method=experiment.method,
+        evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
+        adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
+        classes=classes,
     )
 
 

@@ -237,3 +237,23 @@ def test_cifar10_as_torchvision_holds_it(monkeypatch, tmp_path):
     whole = Datasets.CIFAR10(tmp_path, train=False, download=False)
     assert torch.equal(images.test.pixels[3, 1], torch.from_numpy(whole.data[3, :, :, 1]))
     assert images.batch_size == 256
+
+
+def test_validation_images_are_kept_back_from_training_and_tested_on():
+    every, images = ready(), ready(validation=100)
+    assert (len(images.train), len(images.test)) == (len(every.train) - 100, 100)
+    together = torch.cat([images.train.pixels, images.test.pixels]).flatten(1)
+    assert len(together.unique(dim=0)) == len(every.train.pixels.flatten(1).unique(dim=0))
+    assert images.test.labels.bincount().min() >= 9  # every class in proportion
+    limited = ready(validation=100, limit=50, seed=7)
+    assert len(limited.train) == 50
+    assert torch.equal(limited.test.pixels, images.test.pixels)
+
+
+def test_more_images_than_there_are_beside_the_validation_images():
+    with pytest.raises(ValueError, match="validation must be at least the number of classes, 10, got 5"):
+        ImageData(validation=5)
+    with pytest.raises(ValueError, match="1437, of which validation keeps back 1000, got 500"):
+        ready(validation=1000, limit=500)
+    with pytest.raises(ValueError, match="1437, of which validation keeps back 1437, got None"):
+        ready(validation=1437)

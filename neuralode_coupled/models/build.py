@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
-from neuralode_coupled.adjoint import ContinuousAdjoint, DiscreteAdjoint, GradientMethod
-from neuralode_coupled.evolution import ReactionDiffusionAdvection, Static
+from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
+from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.layer import CoupledODE
@@ -48,6 +49,41 @@ VARIANTS: dict[str, Variant | None] = {
     "anodev2-1": Variant(True, 5, None, lambda steps: Dirac(), DiscreteAdjoint()),
     "anodev2-2": Variant(True, 2, 10, SampleAndHold, DiscreteAdjoint()),
 }
+
+
+EVOLUTIONS: dict[str, Callable[[], EvolutionOperator]] = {
+    "rda": ReactionDiffusionAdvection,
+    "rda-nonnegative": lambda: ReactionDiffusionAdvection(nonnegative_diffusion=True),
+    "rda-tanh": lambda: ReactionDiffusionAdvection(activation="tanh"),
+    "rda-ode": lambda: ReactionDiffusionAdvection("ode"),
+    "rda-layer": lambda: ReactionDiffusionAdvection(scope="layer"),
+    "reaction": lambda: ReactionDiffusionAdvection(diffusion=False, advection=False),
+    "diffusion": lambda: ReactionDiffusionAdvection(advection=False, reaction=False),
+    "advection": lambda: ReactionDiffusionAdvection(diffusion=False, reaction=False),
+    "linear": LinearEvolution,
+    "low-rank": lambda: LinearEvolution("channels", rank=2),
+}
+"""Evolution operators by name, for the command line and the benchmarks; `build` takes any other as an object."""
+
+ADJOINTS: dict[str, Callable[[], GradientMethod]] = {
+    "backprop": Backprop,
+    "discrete": DiscreteAdjoint,
+    "reversible": ReversibleAdjoint,
+    "continuous": ContinuousAdjoint,
+}
+"""Gradient methods by name, likewise."""
+
+
+_T = TypeVar("_T")
+
+
+def by_name(what: str, name: str | None, choices: dict[str, Callable[[], _T]]) -> _T | None:
+    """A new object of that name, or None for None. Raises ValueError that shows the names there are."""
+    if name is None:
+        return None
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(choices)}")
+    return choices[name]()
 
 
 def build(
