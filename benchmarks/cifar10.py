@@ -1,0 +1,236 @@
+"""The paper's networks and variants on CIFAR-10: the runs behind Tables 1 to 4.
+
+    python -m benchmarks.cifar10 --data folder --data-root DIR --kind "JPEG copy" --limit 10000 --epochs 20 --budget 60
+
+Every run has a process of its own and a folder under --runs, where a broken run is taken up again; a finished one is
+not repeated. Its record goes to benchmarks/results/cifar10/SCHEDULE/, for `python -m benchmarks.cifar10_tables`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS
+from neuralode_coupled.compare import Planned, command
+from neuralode_coupled.models import NETWORKS, VARIANTS
+from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
+from neuralode_coupled.training import build_data, resolve
+
+CLASSES = 10
+CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")
+"""Variants, with ``@steps`` where the steps are not the variant's own, in the order in which the tables need them."""
+
+# Without these, glibc returns every large buffer to the system and faults it in again: a tenth of a training step.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000"
+
+Launch = Callable[[list[str], float | None], int | None]
+Report = Callable[[str], None]
+
+
+def say(text: str) -> None:
+    """A line for whoever watches."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def schedule_name(experiment: Experiment) -> str:
+    """A folder name for what all runs of one table have in common."""
+    parts = [f"epochs{experiment.epochs}", "all" if experiment.limit is None else f"images{experiment.limit}"]
+    plain = Experiment()
+    for name in ("validation", "batch_size", "lr", "method", "evolution", "evolution_lr", "precision"):
+        value = getattr(experiment, name)
+        if value not in (getattr(plain, name), 256 if name == "batch_size" else None):
+            parts.append(f"{name.replace('_', '-')}-{value}")
+    return "-".join(parts)
+
+
+def plan(
+    runs: Path, shared: Experiment, models: Sequence[str], variants: Sequence[str], seeds: Sequence[int]
+) -> list[Planned]:
+    """The runs in the order that fills the tables evenly: seed by seed, and the small networks first.
+
+    Raises:
+        ValueError: for unknown names, nothing to run, or data with other than ten classes.
+    """
+    for what, chosen, known in (("models", models, tuple(NETWORKS)), ("variants", variants, CHOICES)):
+        unknown = [name for name in chosen if name not in known]
+        if unknown or not chosen:
+            raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    shared = resolve(shared)
+    found = build_data(shared)
+    if found.classes != CLASSES:
+        raise ValueError(
+            f"the paper's tables are of CIFAR-10's {CLASSES} classes, and {found.root} has {found.classes} "
+            f"({', '.join(found.class_names)}): use `neuralode-coupled compare` for other data"
+        )
+    order = sorted(models, key=("resnet4", "resnet10", "alexnet").index)
+    planned = []
+    for seed in seeds:
+        for model in order:
+            for choice in variants:
+                folder = RunFolder(runs / schedule_name(shared) / f"{model}-{choice.replace('@', '-')}-seed{seed}")
+                planned.append(Planned(_experiment(shared, model, choice, seed), folder))
+    return planned
+
+
+def _experiment(shared: Experiment, model: str, choice: str, seed: int) -> Experiment:
+    """The continuous adjoint stays the Neural ODE's: it is what makes it one."""
+    variant, _, steps = choice.partition("@")
+    own = VARIANTS[variant]
+    keeps = own is None or variant == "node"
+    return replace(
+        shared,
+        model=model,
+        variant=variant,
+        seed=seed,
+        steps=int(steps) if steps else None,
+        adjoint=None if keeps else shared.adjoint,
+        evolution=shared.evolution if own is not None and own.evolves else None,
+    )
+
+
+def record(planned: Planned, kind: str) -> dict[str, Any]:
+    """What is kept of a finished run; paths of this machine are not."""
+    result, config = planned.folder.result(), json.loads(planned.folder.config.read_text())
+    assert result is not None
+    experiment = asdict(planned.experiment)
+    experiment.pop("data_root")
+    rows = planned.folder.rows()
+    return {
+        "data": {"name": "CIFAR-10", "kind": kind, "training images": planned.experiment.limit or "all"},
+        "schedule": schedule_name(planned.experiment),
+        "experiment": experiment,
+        "versions": config["versions"],
+        "result": asdict(result),
+        "epochs": rows,
+    }
+
+
+def keep(planned: Planned, kind: str, results: Path) -> Path:
+    """Write the record of a finished run into its schedule's folder."""
+    path = results / schedule_name(planned.experiment) / f"{planned.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(record(planned, kind), indent=1) + "\n")
+    return path
+
+
+def run(
+    runs: Sequence[Planned],
+    kind: str,
+    results: Path,
+    *,
+    budget: float | None = None,
+    launch: Launch | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    report: Report = say,
+) -> list[str]:
+    """Train what is not finished, one run after another, and return what failed, a line each.
+
+    Args:
+        runs: from `plan`.
+        kind: what the images are, in words.
+        results: where records go.
+        budget: minutes; the run in progress is then stopped, and goes on next time from its last epoch.
+        launch: runs ``neuralode-coupled`` with some arguments for at most so many seconds, and returns the exit code,
+            or None if the time was up.
+        clock: in seconds.
+        report: is told what happens, in lines.
+    """
+    end = None if budget is None else clock() + 60 * budget
+    failures = []
+    for number, planned in enumerate(runs, 1):
+        title = f"[{number}/{len(runs)}] {planned.name}"
+        if planned.folder.result() is None:
+            left = None if end is None else end - clock()
+            if left is not None and left <= 0:
+                report(f"{title}: the budget is spent")
+                break
+            report(title)
+            code = (launch or launch_process)(command(planned, progress=False), left)
+            if code is None:
+                report(f"{title}: the budget is spent; the run goes on next time")
+                break
+            if code != 0:
+                failures.append(f"{planned.name}: exit code {code}")
+                continue
+        report(f"{title}: {keep(planned, kind, results)}")
+    return failures
+
+
+def launch_process(arguments: list[str], seconds: float | None) -> int | None:
+    """Run ``neuralode-coupled`` in a process of its own, for at most so many seconds."""
+    environment = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC} | os.environ
+    started = subprocess.Popen([sys.executable, "-m", "neuralode_coupled.cli", *arguments], env=environment)
+    try:
+        return started.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        # Also after Ctrl-C: a run that goes on unseen would meet its own successor in the same folder.
+        if started.poll() is None:
+            started.terminate()
+            started.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = Experiment()
+    parser.add_argument("--models", default="resnet4", help="some of resnet4, resnet10, alexnet, by commas")
+    parser.add_argument("--variants", default=",".join(CHOICES[:5]), help=f"some of {', '.join(CHOICES)}")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--data", default="cifar10", help="cifar10 (downloaded) or folder")
+    parser.add_argument("--data-root")
+    parser.add_argument("--kind", help="what the images of a folder are; kept in the records")
+    parser.add_argument("--epochs", type=int, default=350)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--validation", type=int)
+    parser.add_argument("--lr", type=float, default=plain.lr)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--evolution")
+    parser.add_argument("--evolution-lr", type=float, default=plain.evolution_lr)
+    parser.add_argument("--adjoint", help="of anode and anodev2; backprop gives the same gradient, faster")
+    parser.add_argument("--precision", default=plain.precision)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS / "cifar10", help="records")
+    parser.add_argument("--budget", type=float, help="minutes")
+    chosen = vars(parser.parse_args(arguments))
+    try:
+        kind, results, budget, planned = _choices(chosen)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    failures = run(planned, kind, results, budget=budget)
+    if failures:
+        raise SystemExit("failed:\n" + "\n".join(failures))
+
+
+def _choices(chosen: dict[str, Any]) -> tuple[str, Path, float | None, list[Planned]]:
+    """The kind of the data, where results go, the budget and the runs; raises ValueError."""
+    lists = {name: [part.strip() for part in chosen.pop(name).split(",")] for name in ("models", "variants", "seeds")}
+    runs, results, budget, kind = (chosen.pop(name) for name in ("runs", "results", "budget", "kind"))
+    device = chosen.pop("device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or use --device cpu")
+    if chosen["data"] == "folder" and not kind:
+        raise ValueError('--data folder needs --kind, what the images are: --kind "JPEG copy"')
+    if budget is not None and budget <= 0:
+        raise ValueError(f"--budget must be a positive number of minutes, got {budget}")
+    shared = Experiment(**chosen, accelerator={"cuda": "gpu"}.get(device, device))
+    planned = plan(runs, shared, lists["models"], lists["variants"], [int(seed) for seed in lists["seeds"]])
+    return kind or "original", results, budget, planned
+
+
+if __name__ == "__main__":
+    main()
