@@ -1,4 +1,4 @@
-"""The command line: ``neuralode-coupled train``, ``compare``, ``check`` and ``filters``.
+"""The command line: ``neuralode-coupled train``, ``compare``, ``check``, ``filters`` and ``transport``.
 
 What needs more than a moment to import is imported by the commands, so that ``--help`` is quick.
 """
@@ -275,6 +275,46 @@ def filters(
             _line(str(path))
 
 
+@app.command(epilog="Example: neuralode-coupled transport --out runs/transport")
+def transport(
+    *,
+    folder: Annotated[Path, typer.Option("--out", help="The folder of the results and the pictures.")],
+    velocities: Annotated[
+        str, typer.Option(help="constant, linear, exponential, sinusoidal, sign-changing; some, separated by commas.")
+    ] = "constant,linear,exponential,sinusoidal,sign-changing",
+    seed: Annotated[int, typer.Option(help="Of the signals and the initial weights.")] = 0,
+    steps: Annotated[int, typer.Option(help="Activation steps; a multiple of 4, the observed times.")] = 16,
+    method: Method = "rk4",
+    iterations: Annotated[int, typer.Option(help="Of L-BFGS, at most.")] = 150,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Learn again what is in --out already.")] = False,
+) -> None:
+    """Learn transport with a velocity that changes in time (the paper's Fig. 2).
+
+    One convolution learns dz/dt = c(t) dz/dx from four observed times: with
+    constant weights (Neural ODE, ANODE), and with weights that evolve. Each
+    velocity gets a file of results; finished ones are not repeated. Then come
+    a table, a picture (transport.png) and an animation (transport.gif).
+    """
+    with _bad_input():
+        from neuralode_coupled import transport as problem
+
+        config = problem.Config(seed, steps, method, iterations)
+        chosen = _names(velocities)
+        problem.check(chosen)
+        done = {} if fresh else {name: problem.load(folder, name, config) for name in chosen}
+        folder.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for name in chosen:
+        outcome = done.get(name)
+        if outcome is None:
+            outcome = problem.learn(name, config, report=_line)
+            problem.save(outcome, folder)
+        outcomes.append(outcome)
+    out.print(problem.table(outcomes))
+    for path in problem.draw(folder, outcomes):
+        _line(str(path))
+
+
 def main() -> None:
     """The console script."""
     app()
@@ -337,7 +377,7 @@ def _keep_input(inputs: dict[str, Tensor], name: str, layer: CoupledODE, given: 
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",")]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _seeds(text: str) -> list[int]:
