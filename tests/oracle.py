@@ -22,10 +22,15 @@ SCHEMES = {
 
 def randomize(module: nn.Module, scale: float = 0.2) -> nn.Module:
     """Give every evolution coefficient a random value: at their initial zeros half of the mathematics is invisible."""
-    for operator in module.modules():
-        if isinstance(operator, nc.ReactionDiffusionAdvection):
-            for coefficient in operator.parameters():
-                nn.init.normal_(coefficient, std=scale)
+    found: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        if isinstance(
+            part, nc.CoupledField | nc.EvolutionOperator
+        ):  # a user's own operator is known by its field alone
+            operators = part.evolution if isinstance(part, nc.CoupledField) else part
+            found |= {id(coefficient): coefficient for coefficient in operators.parameters()}
+    for coefficient in found.values():
+        nn.init.normal_(coefficient, std=scale)
     return module
 
 

@@ -31,6 +31,17 @@ class TimeDependent(nn.Module):
         return torch.tanh(self.mix(z) + t * self.gate) * self.gate
 
 
+class Swinging(nn.Module):
+    """A user's own q, which depends on the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, t, w):
+        return self.rate * torch.cos(3 * t) * w
+
+
 def convolutional() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Softplus(), nn.Conv2d(5, 3, (3, 1), padding=(1, 0)))
 
@@ -51,6 +62,12 @@ OPERATORS = {
     "ode": lambda: nc.ReactionDiffusionAdvection(form="ode", scope="layer"),
     "tanh map": lambda: nc.ReactionDiffusionAdvection(activation="tanh"),
     "tanh flow": lambda: nc.ReactionDiffusionAdvection(form="ode", activation="tanh", scope="kernel"),
+    "linear, pixels": nc.LinearEvolution,
+    "linear, channels": lambda: nc.LinearEvolution("channels", rank=2),
+    "convolution": lambda: nc.ConvEvolution(2),
+    "perceptron of t": lambda: nc.MLPEvolution(3, time=True, scope="filter"),
+    "hypernetwork": lambda: nc.HyperNetwork(2, 3),
+    "of one's own, of t": Swinging,
 }
 
 

@@ -79,6 +79,15 @@ def test_evolving_weights_learn_the_exponential_and_constant_ones_cannot(exponen
     assert len(set(exponential.models["anode"].velocity)) == 1
 
 
+def test_the_picture_shows_the_signal_beside_its_own_solution(exponential):
+    """The reaction operator is right to 1e-3: its line must lie on the exact one."""
+    axes = transport.picture([exponential]).axes[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    exact = torch.as_tensor(lines["exact"])
+    assert float((torch.as_tensor(lines["ANODEV2, q = reaction"]) - exact).abs().max()) < 0.02
+    assert float((torch.as_tensor(lines["ANODE (q = 0, DTO)"]) - exact).abs().max()) > 0.1
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not():
     short = Config(steps=8, iterations=3)
     first = transport.learn("constant", short)

@@ -15,8 +15,8 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from neuralode_coupled.transport.learn import MODELS, Outcome
-from neuralode_coupled.transport.problem import POINTS, VELOCITIES, exact, signals
+from neuralode_coupled.transport.learn import MODELS, Outcome, unseen_signals
+from neuralode_coupled.transport.problem import POINTS, VELOCITIES, exact
 
 # Line style tells the models apart where colours do not.
 _STYLES = (("#009e73", ":"), ("#d55e00", "--"), ("#0072b2", "-."), ("#cc79a7", (0, (4, 1, 1, 1, 1, 1))))
@@ -89,7 +89,7 @@ def animation(outcome: Outcome) -> list[Image.Image]:
 
 def _draw_signal(axes: Axes, outcome: Outcome, n: int) -> None:
     velocity, config = VELOCITIES[outcome.velocity], outcome.config
-    z0 = signals(1, 2 * config.seed + 1)
+    z0 = unseen_signals(config)[:1]
     truth = exact(z0, [velocity.distance(config.times[n])])[0, 0, 0]
     axes.plot(range(POINTS), truth.numpy(), **_TRUE)
     for name, learned, style in _lines(outcome):

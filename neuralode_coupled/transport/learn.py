@@ -157,6 +157,11 @@ def learn(velocity: str, config: Config, report: Callable[[str], None] | None = 
     return Outcome(velocity, config, found, versions | {"python": platform.python_version()})
 
 
+def unseen_signals(config: Config) -> Signals:
+    """The signals of testing, from a stream of their own."""
+    return signals(_TEST, 2 * config.seed + 1)
+
+
 def _learn(model: Model, velocity: str, config: Config) -> Learned:
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(config.seed)
@@ -165,8 +170,7 @@ def _learn(model: Model, velocity: str, config: Config) -> Learned:
     field = CoupledField(convolution, model.evolution())
     torch.random.set_rng_state(torch_state)
     distances = [VELOCITIES[velocity].distance(t) for t in config.times]
-    # Signals of training and of testing come from streams of their own.
-    train, test = signals(_TRAIN, 2 * config.seed), signals(_TEST, 2 * config.seed + 1)
+    train, test = signals(_TRAIN, 2 * config.seed), unseen_signals(config)
 
     def run(z0: Signals) -> Tensor:
         adjoint = model.adjoint()
