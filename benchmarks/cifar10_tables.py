@@ -275,14 +275,32 @@ def _complain(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
+def put(page: Path, name: str, text: str) -> None:
+    """Replace what stands on a page between ``<!-- name -->`` and ``<!-- end of name -->``.
+
+    Raises ValueError if the page has no such place.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{page} has no place for the tables: it needs a line {begin} and a line {end}")
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="records of one schedule")
+    parser.add_argument("--page", type=Path, help="write them into this page instead of printing them")
+    chosen = parser.parse_args(arguments)
     try:
-        runs = read(parser.parse_args(arguments).folder)
-    except ValueError as error:
+        text = report(read(chosen.folder))
+        if chosen.page is None:
+            sys.stdout.write(text)
+        else:
+            put(chosen.page, f"tables of {chosen.folder.name}", text)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    sys.stdout.write(report(runs))
 
 
 if __name__ == "__main__":

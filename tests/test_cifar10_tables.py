@@ -236,3 +236,29 @@ def test_a_half_written_record_is_skipped_and_said_so(images, tmp_path):
 def test_records_name_a_folder(images, tmp_path):
     planned = cifar10.plan(tmp_path, shared(images), ["resnet4"], ["baseline"], [0])[0]
     assert planned.folder.path == RunFolder(tmp_path / "epochs1-all-batch-size-10" / "resnet4-baseline-seed0").path
+
+
+SCHEDULES = sorted((Path(__file__).parent.parent / "benchmarks" / "results" / "cifar10").glob("*"))
+
+
+@pytest.mark.parametrize("folder", SCHEDULES, ids=lambda folder: folder.name)
+def test_the_page_shows_what_the_records_say(folder):
+    page = Path(__file__).parent.parent / "docs" / "reproduction.md"
+    assert cifar10_tables.report(read(folder)) in page.read_text()
+
+
+def test_tables_are_put_in_their_place_on_a_page(images, tmp_path, capsys):
+    folder = next(records(tmp_path, images, {"baseline": [0.5]}).iterdir())
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n<!-- tables of {folder.name} -->\nold\n<!-- end of tables of {folder.name} -->\nbelow\n")
+    for _ in range(2):
+        cifar10_tables.main([str(folder), "--page", str(page)])
+    text = page.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert text.count("Table 3") == 1
+    assert "old" not in text
+    page.write_text("nothing\n")
+    with pytest.raises(SystemExit):
+        cifar10_tables.main([str(folder), "--page", str(page)])
+    assert "has no place for the tables" in capsys.readouterr().err
