@@ -80,8 +80,10 @@ class Residuals:
 
     Attributes:
         discrete: of ``"7a"`` to ``"7e"`` in their discrete form: rounding, if all is well.
-        continuous: of the differential equations ``"7a"`` and ``"7c"`` at the points of the grid, the time derivatives
-            by finite differences of the method's order; empty where they are not defined.
+        continuous: of the same in their continuous form. ``"7a"`` and ``"7c"`` are differential equations at the points
+            of the grid, with time derivatives by finite differences; ``"7b"`` holds for the integral over each step,
+            and in ``"7d"`` and ``"7e"`` the gradients meet the integrals of (7c)'s and (7e)'s right-hand sides over
+            the interval. All shrink at the method's order. Empty where they are not defined.
         reason: why they are not; empty where they are.
     """
 
@@ -209,7 +211,7 @@ def residuals(
         reason = _no_continuous_form(layer)
         if reason:
             return Residuals(discrete, {}, reason)
-        return Residuals(discrete, _continuous_residuals(steps, found))
+        return Residuals(discrete, _continuous_residuals(steps, found, *objective))
 
     return _substitute(layer, evaluate)
 
@@ -426,28 +428,46 @@ def _no_continuous_form(layer: CoupledODE) -> str:
     return ""
 
 
-def _continuous_residuals(steps: _Steps, found: Multipliers) -> dict[str, float]:
-    """``d alpha/dt + f_z^T alpha`` and ``d beta/dt + q_w^T beta + f_theta^T alpha`` at the points of the grid."""
+def _continuous_residuals(steps: _Steps, found: Multipliers, delivered: Tensors, regular: Tensors) -> dict[str, float]:
+    """(7a) and (7c) as differential equations at the points of the grid, (7b), (7d) and (7e) as integrals."""
     scheme = steps.scheme
     every = scheme.weight_grid.steps // scheme.grid.steps
     w = {name: torch.stack(path[::every]) for name, path in steps.w.items()}
     beta = {name: path[::every] for name, path in found.beta.items()}
     order, h = scheme.method.order, scheme.grid.h
-    slopes = {name: _time_derivative(path, h, order) for name, path in beta.items()}
-    right_a, right_c, left_c = [], [], []
+    right_a: list[Tensor] = []
+    gamma: dict[str, list[Tensor]] = {name: [] for name in w}
+    right_c: dict[str, list[Tensor]] = {name: [] for name in w}
+    beta_p: list[Tensors] = []
     for n, t in enumerate(found.t):
         z, theta = _leaf(steps.z[n]), {name: _leaf(path[n]) for name, path in w.items()}
         f = steps.field.evaluate(_time(t, z), z, theta)
-        f_z, *gamma = _pull(f, [z, *theta.values()], found.alpha[n])
+        f_z, *f_theta = _pull(f, [z, *theta.values()], found.alpha[n])
         right_a.append(-f_z)
-        for name, gamma_t in zip(theta, gamma, strict=True):
+        beta_p.append({name: torch.zeros_like(leaf) for name, leaf in steps.p.items()})
+        for name, gamma_t in zip(theta, f_theta, strict=True):
             q = steps.field.operator(name)(_time(t, theta[name]), theta[name])
-            right_c.append(-_pull(q, [theta[name]], beta[name][n])[0] - gamma_t)
-            left_c.append(slopes[name][n])
-    left_a = list(_time_derivative(found.alpha, h, order))
+            q_w, *q_p = _pull(q, [theta[name], *steps.p.values()], beta[name][n])
+            gamma[name].append(gamma_t)
+            right_c[name].append(-q_w - gamma_t)
+            beta_p[n] = {key: beta_p[n][key] + part for key, part in zip(steps.p, q_p, strict=True)}
+    left_c = [row for path in beta.values() for row in _time_derivative(path, h, order)]
+    integrals_b = [row for path in gamma.values() for row in _integrals(torch.stack(path), h, order)]
+    w0_by_7 = {
+        FIELD + name: regular[FIELD + name] + _integrals(torch.stack(rows), h, order).sum(0)
+        for name, rows in right_c.items()
+    }
+    p_by_7 = {
+        name: regular[name] - _integrals(torch.stack([row[name] for row in beta_p]), h, order).sum(0)
+        for name in steps.p
+    }
+    floor = _norm(delivered.values()) / 100
     return {
-        "7a": _error(left_a, right_a, _norm(found.alpha)),
-        "7c": _error(left_c, right_c, _norm(beta.values())),
+        "7a": _error(list(_time_derivative(found.alpha, h, order)), right_a, _norm(found.alpha)),
+        "7b": _error([row for rows in found.gamma.values() for row in rows.sum(1)], integrals_b, floor),
+        "7c": _error(left_c, [row for rows in right_c.values() for row in rows], _norm(beta.values())),
+        "7d": _error([delivered[name] for name in w0_by_7], list(w0_by_7.values()), floor),
+        "7e": _error([delivered[name] for name in p_by_7], list(p_by_7.values()), floor),
     }
 
 
@@ -462,6 +482,19 @@ def _time_derivative(path: Tensor, h: float, order: int) -> Tensor:
         weights = torch.linalg.solve(moments, torch.eye(order + 1, dtype=torch.float64)[1])
         derivative.append(torch.tensordot(weights.to(path), path[first : first + order + 1], dims=1) / h)
     return torch.stack(derivative)
+
+
+def _integrals(path: Tensor, h: float, order: int) -> Tensor:
+    """The integral over each interval, of the polynomial of the given order through the points around it."""
+    found = []
+    for n in range(len(path) - 1):
+        first = min(max(n - order // 2, 0), len(path) - 1 - order)
+        offsets = torch.arange(first, first + order + 1, dtype=torch.float64) - n
+        # Exact for polynomials: sum_j c_j x_j^k is int_0^1 x^k dx.
+        moments = 1 / torch.arange(1, order + 2, dtype=torch.float64)
+        weights = torch.linalg.solve(torch.linalg.vander(offsets).T, moments)
+        found.append(h * torch.tensordot(weights.to(path), path[first : first + order + 1], dims=1))
+    return torch.stack(found)
 
 
 def _compare(
