@@ -122,7 +122,7 @@ def test_the_differential_equations_hold_at_the_methods_order(method, z0):
         assert slope > ORDER[method] - 0.35, (equation, residual)
 
 
-@pytest.mark.parametrize("method", ["midpoint", "heun3"])
+@pytest.mark.parametrize("method", RUNGE_KUTTA)
 def test_otd_and_dto_converge_to_each_other_in_every_group(method, z0):
     grids = (8, 16, 32)
     results = [kkt.check(smooth_layer(steps, method), z0, energy, show=False) for steps in grids]

@@ -135,6 +135,36 @@ def test_without_evolution_beta_is_the_sum_of_what_gamma_is_yet_to_bring(problem
         assert torch.equal(beta[-1], torch.zeros_like(beta[-1]))
 
 
+FLOWS = sorted(OPERATORS.keys() - {"tanh map"})
+"""Operators that are vector fields: the others have no continuous adjoint."""
+
+CONTINUOUS = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
+"""Methods that torchdiffeq has as well, and their orders."""
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**20), st.sampled_from(FLOWS), st.sampled_from(sorted(CONTINUOUS)))
+def test_otd_and_dto_converge_to_each_other_at_the_methods_order(seed, operator, method):
+    """Whatever the flow of the weights: the continuous adjoint's error falls by 2^order with every halving."""
+    errors = []
+    for steps in (8, 16, 32):
+        torch.manual_seed(seed)
+        dynamics = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
+        layer = nc.CoupledODE(dynamics, OPERATORS[operator](), steps=steps, method=method)
+        oracle.randomize(layer, 0.1).double()
+        z0 = torch.randn(3, 4, dtype=torch.float64)
+        found = [oracle.gradients(*_loss_and_tensors(layer, z0, a)) for a in (nc.ContinuousAdjoint(), nc.Backprop())]
+        errors.append(oracle.largest_error(*found))
+    # Rounding, and what the first grid is too coarse for.
+    assert errors[-1] < max(errors[0] / 2 ** (2 * CONTINUOUS[method] - 1), 1e-9), errors
+
+
+def _loss_and_tensors(layer, z0, adjoint):
+    layer.adjoint = adjoint
+    start = z0.clone().requires_grad_()
+    return energy(layer(start)), {"z0": start, **dict(layer.named_parameters())}
+
+
 class Network(nn.Module):
     """A two-layer network as q, acting on a row of embeddings."""
 
