@@ -3,7 +3,8 @@
     python -m benchmarks.cifar10 --data folder --data-root DIR --kind "JPEG copy" --limit 10000 --epochs 20 --budget 60
 
 Every run has a process of its own and a folder under --runs, where a broken run is taken up again; a finished one is
-not repeated. Its record goes to benchmarks/results/cifar10/SCHEDULE/, for `python -m benchmarks.cifar10_tables`.
+not repeated, nor is one that has a record. Records go to
+benchmarks/results/cifar10/SCHEDULE/, for `python -m benchmarks.cifar10_tables`.
 """
 
 from __future__ import annotations
@@ -119,10 +120,24 @@ def record(planned: Planned, kind: str) -> dict[str, Any]:
 
 def keep(planned: Planned, kind: str, results: Path) -> Path:
     """Write the record of a finished run into its schedule's folder."""
-    path = results / schedule_name(planned.experiment) / f"{planned.name}.json"
+    path = _place(planned, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record(planned, kind), indent=1) + "\n")
     return path
+
+
+def recorded(planned: Planned, results: Path) -> bool:
+    """Whether there is a record of this very run: its folder may have stayed on another machine."""
+    try:
+        experiment = json.loads(_place(planned, results).read_text())["experiment"]
+        there = Experiment(**experiment, data_root=planned.experiment.data_root)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return not there.differences(planned.experiment)
+
+
+def _place(planned: Planned, results: Path) -> Path:
+    return results / schedule_name(planned.experiment) / f"{planned.name}.json"
 
 
 def run(
@@ -151,6 +166,9 @@ def run(
     failures = []
     for number, planned in enumerate(runs, 1):
         title = f"[{number}/{len(runs)}] {planned.name}"
+        if recorded(planned, results):
+            report(f"{title}: recorded already")
+            continue
         if planned.folder.result() is None:
             left = None if end is None else end - clock()
             if left is not None and left <= 0:

@@ -93,6 +93,25 @@ def test_a_run_that_is_finished_is_not_repeated_and_a_failed_one_is_told(images,
     assert kept == ["resnet4-baseline-seed0.json", "resnet4-node-seed0.json"]
 
 
+def test_a_run_with_a_record_is_not_repeated_where_its_folder_is_not(images, tmp_path):
+    records(tmp_path, images, {"baseline": [0.5]})
+    started = []
+
+    def launch(arguments, seconds):
+        started.append(arguments[arguments.index("--lr") + 1])
+        return 1
+
+    for rate in (0.1, 0.2):
+        plan = cifar10.plan(tmp_path / "elsewhere", shared(images, lr=rate), ["resnet4"], ["baseline"], [0])
+        cifar10.run(plan, "test", tmp_path / "records", launch=launch, report=lambda text: None)
+    assert started == ["0.2"]
+    (path,) = (tmp_path / "records").glob("*/*.json")
+    path.write_text("{")
+    plan = cifar10.plan(tmp_path / "elsewhere", shared(images), ["resnet4"], ["baseline"], [0])
+    cifar10.run(plan, "test", tmp_path / "records", launch=launch, report=lambda text: None)
+    assert started == ["0.2", "0.1"]
+
+
 def test_the_budget_stops_runs_and_starts_no_more(images, tmp_path):
     plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node"], [0])
     now, given, said = [0.0], [], []
