@@ -35,7 +35,7 @@ from neuralode_coupled.kernels import (
     SampleAndHold,
     TimeKernel,
 )
-from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.layer import CoupledODE, bake
 from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.per_step import PerStep
 from neuralode_coupled.solve import Solution, solve
@@ -72,6 +72,7 @@ __all__ = [
     "Static",
     "Stats",
     "TimeKernel",
+    "bake",
     "kkt",
     "models",
     "odeint_dto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.bake import baked
+from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
@@ -120,6 +123,22 @@ class CoupledODE(nn.Module):
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total
 
+    def bake(self) -> nn.Sequential:
+        """The layer as it is now in plain PyTorch: a residual block of fixed weights for each step, no ODE in it.
+
+        After training theta does not depend on the data. The result computes what the layer computes (in its present
+        train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient. See
+        `nc.bake` for whole models.
+
+        Raises:
+            ValueError: if the evolving weights are not finite.
+        """
+        scheme = self._scheme()
+        like = next(self.parameters(), torch.zeros(()))
+        with torch.no_grad():
+            theta = CoupledProblem(self.field, scheme, like, (self.steps,)).stage_weights()
+        return baked(self.field, scheme, theta)
+
     def _scheme(self):
         return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
 
@@ -144,3 +163,19 @@ class CoupledODE(nn.Module):
         if min(wanted) < low or max(wanted) > high:
             raise ValueError(f"times must lie in the layer's interval {self.t}, got {list(wanted)}")
         return wanted
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """A copy of a model in which every coupled layer is baked, for ``torch.export``, ONNX and other runtimes.
+
+    Args:
+        model: any module; it is left as it is.
+
+    Raises:
+        ValueError: if there is no coupled layer in it, or as `CoupledODE.bake`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, CoupledODE)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no coupled layer to bake: it is plain PyTorch already")
+    # A copy takes what stands in `memo` for an object, wherever the object occurs.
+    return copy.deepcopy(model, {id(layer): layer.bake() for layer in layers})
