@@ -14,6 +14,7 @@ from neuralode_coupled.adjoint import (
     ReversibleAdjoint,
     Stats,
 )
+from neuralode_coupled.couple import couple
 from neuralode_coupled.evolution import (
     ConvEvolution,
     EvolutionOperator,
@@ -73,6 +74,7 @@ __all__ = [
     "Stats",
     "TimeKernel",
     "bake",
+    "couple",
     "kkt",
     "models",
     "odeint_dto",

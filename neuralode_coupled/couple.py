@@ -1,0 +1,269 @@
+"""Converting existing models: residual branches become coupled layers, with the weights that are there as w0."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from neuralode_coupled._types import Activation
+from neuralode_coupled.adjoint import GradientMethod
+from neuralode_coupled.encoder_layer import CoupledEncoderLayer
+from neuralode_coupled.field import Evolution, Evolve
+from neuralode_coupled.kernels import TimeKernel
+from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.per_step import PerStep
+from neuralode_coupled.residual import NotResidual, Stage, adds_around, stages
+
+Skip = Literal["auto", "inside", "around", "none"]
+_Layer = Callable[[nn.Module], CoupledODE]
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class AddedAround(nn.Module):
+    """A coupled layer whose result the module around it adds to its input: ``g(z) = z(t1) - z``.
+
+    Args:
+        layer: the coupled layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Activation) -> Activation:
+        """What is to be added to z, of its shape."""
+        return self.layer(z) - z
+
+
+class WithoutInput(nn.Module):
+    """``f(z) - z``: the vector field of which one Euler step of length one is the plain layer f itself.
+
+    Args:
+        module: f, which keeps the shape of z.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Activation) -> Activation:
+        """The slope, of the shape of z."""
+        result = self.module(z)
+        if result.shape != z.shape:
+            raise ValueError(f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it")
+        return result - z
+
+
+def couple(
+    model: nn.Module,
+    targets: str | Iterable[str],
+    evolution: Evolution | None = None,
+    kernel: TimeKernel | None = None,
+    *,
+    steps: int | None = 1,
+    method: str = "euler",
+    t: tuple[float, float] = (0.0, 1.0),
+    weight_steps: int | None = None,
+    weight_method: str | None = None,
+    adjoint: GradientMethod | None = None,
+    evolve: Evolve = None,
+    skip: Skip = "auto",
+    per_step: bool = True,
+) -> nn.Module:
+    """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
+
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with the default ``steps=1`` the converted
+    model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
+    operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
+    pretrained weights before converting, because names in the state dict change.
+
+    Args:
+        model: any module, in float32 or float64.
+        targets: names of submodules, or patterns (``"layer*.1"``; a star does not reach over a dot, unless nothing
+            matches otherwise). A target is a block that adds its input itself
+            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
+            a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
+        evolution: q, see `CoupledField`; names of parameters count from the branch. `Static` by default.
+        kernel: K, copied for each target; `Dirac` by default.
+        steps, method, t, weight_steps, weight_method, adjoint, evolve: as in `CoupledODE`.
+        skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
+            plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` finds out
+            between the first two by tracing the code.
+        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. Without
+            it all steps share one; general-purpose solvers need that.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if the model is not a module.
+        ValueError: for targets that match nothing, are not residual (what was found is said), change their input in
+            place, are converted already or lie inside of each other, models in half precision, an unknown ``skip``, and
+            as `CoupledODE`. The model is then as it was. A branch that changes the shape shows in the first forward
+            pass.
+    """
+    names = _checked(model, targets, skip)
+    options = {
+        "steps": steps,
+        "method": method,
+        "t": t,
+        "weight_steps": weight_steps,
+        "weight_method": weight_method,
+        "adjoint": adjoint,
+        "evolve": evolve,
+    }
+
+    def layer(branch: nn.Module) -> CoupledODE:
+        branch = _with_norms_per_step(branch, steps) if per_step and steps is not None and steps > 1 else branch
+        made = CoupledODE(branch, evolution, copy.deepcopy(kernel), **options)
+        made.training = branch.training
+        return made
+
+    # All or nothing: whatever cannot be converted shows before anything is replaced.
+    converted: dict[int, nn.Module] = {}
+    for name in names:
+        target = model.get_submodule(name)
+        try:
+            converted[id(target)] = _convert(model, name, skip, layer)
+        except ValueError as error:
+            raise ValueError(f"target {name!r}: {error}") from error
+    for module in (part for new in converted.values() for part in _after(new)):
+        # What a layer returns may be a state that its backward pass starts from.
+        module.inplace = False
+    model = _replace(model, converted)
+    new = {id(module) for module in converted.values()}
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in new for layer in encoder.layers):
+            # Its fast path packs padded sequences into nested tensors, and looks for the original's linear layers.
+            encoder.use_nested_tensor = False
+    return model
+
+
+def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[str]:
+    """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if skip not in get_args(Skip):
+        raise ValueError(f"unknown skip {skip!r}: choose one of {', '.join(get_args(Skip))}")
+    half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise ValueError(
+            f"the model is in half precision ({half} is {model.get_parameter(half).dtype}), in which weights cannot "
+            "evolve: convert it with .float(), and train under torch.autocast"
+        )
+    modules = dict(model.named_modules())
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    chosen: list[str] = []
+    for pattern in patterns:
+        matching = _matching(pattern, list(modules))
+        if not matching:
+            known = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+            raise ValueError(f"targets={pattern!r} matches no submodule: there are {', '.join(known) or 'none'}")
+        chosen.extend(name for name in matching if name not in chosen)
+    coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
+    for name in chosen:
+        for other in coupled:
+            if _within(name, other) or _within(other, name):
+                raise ValueError(f"target {name!r} is converted already: {other!r} is a coupled layer")
+        outer = next((o for o in chosen if o != name and _within(name, o)), None)
+        if outer is not None:
+            raise ValueError(f"target {name!r} lies inside of target {outer!r}: name one of them")
+    return [name for name in modules if name in chosen]
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that a pattern matches part by part between the dots; if there are none, as a whole."""
+    parts = pattern.split(".")
+    by_part = [
+        name
+        for name in names
+        if name.count(".") == len(parts) - 1
+        and all(fnmatchcase(part, wanted) for part, wanted in zip(name.split("."), parts, strict=True))
+    ]
+    return by_part or [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or outer == "" or name.startswith(f"{outer}.")
+
+
+def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module:
+    """What takes the target's place."""
+    target = model.get_submodule(name)
+    if isinstance(target, nn.TransformerEncoderLayer):
+        return CoupledEncoderLayer(target, layer)
+    if skip == "none":
+        return layer(WithoutInput(target))
+    if skip == "around":
+        return AddedAround(layer(target))
+    try:
+        return _assembled(stages(target), layer, target.training)
+    except NotResidual as error:
+        if skip == "auto" and _added_around(model, name):
+            return AddedAround(layer(target))
+        raise ValueError(
+            f"{error}. Name a block that adds its input; or, if the code around the target adds it in a way that was "
+            'not seen, pass skip="around"; or take it as a plain layer, one Euler step of f(z) - z, by skip="none"'
+        ) from error
+
+
+def _assembled(found: list[Stage], layer: _Layer, training: bool) -> nn.Module:
+    """The stages in a row, with a coupled layer in the place of each sum."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, stage in enumerate(found):
+        suffix = "" if len(found) == 1 else str(i)
+        if stage.branch is not None:
+            parts[f"coupled{suffix}"] = layer(stage.branch)
+        if stage.after is not None:
+            parts[f"after{suffix}"] = stage.after
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    row = nn.Sequential(parts)
+    row.training = training
+    return row
+
+
+def _after(converted: nn.Module) -> list[Any]:
+    """The modules behind a coupled layer that change their input in place."""
+    rows = [converted] if type(converted) is nn.Sequential else []
+    parts = [part for row in rows for name, part in row.named_children() if name.startswith("after")]
+    return [module for part in parts for module in part.modules() if getattr(module, "inplace", False)]
+
+
+def _added_around(model: nn.Module, name: str) -> bool:
+    """Whether the nearest module around the target that has code of its own adds the target's input to its result."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent, rest = model.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            continue
+        try:
+            return adds_around(parent, rest)
+        except NotResidual:
+            return False
+    return False
+
+
+def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
+    """The branch with every BatchNorm in it as one of its own a step."""
+    if isinstance(branch, _BATCH_NORMS):
+        return PerStep(branch, steps)
+    norms = {id(m): PerStep(m, steps) for m in branch.modules() if isinstance(m, _BATCH_NORMS)}
+    for module in norms.values():
+        module.training = branch.training
+    return _replace(branch, norms)
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put other modules into the places of some, wherever they occur; returns the model, or what takes its place."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in new:
+                module._modules[name] = new[id(child)]
+    return new.get(id(model), model)

@@ -1,0 +1,122 @@
+"""``torch.nn.TransformerEncoderLayer`` with coupled layers in the place of its two residual branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Activation
+
+Mask = Float[Tensor, "..."] | Bool[Tensor, "..."] | None
+
+
+class CoupledEncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, each a coupled layer, in a row; made by `nc.couple`.
+
+    With ``norm_first`` the normalisations belong to the branches, ``z + f(norm(z))``, else they follow the sums. It
+    takes the place of the original in an ``nn.TransformerEncoder``.
+
+    Args:
+        original: the layer whose modules are used.
+        couple: makes a coupled layer of a branch.
+    """
+
+    def __init__(self, original: nn.TransformerEncoderLayer, couple: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        first = original.norm_first
+        self.attention = couple(SelfAttention(original.norm1 if first else nn.Identity(), original))
+        self.norm1 = nn.Identity() if first else original.norm1
+        self.feed_forward = couple(FeedForward(original.norm2 if first else nn.Identity(), original))
+        self.norm2 = nn.Identity() if first else original.norm2
+        self.training = original.training
+
+    @property
+    def self_attn(self) -> nn.MultiheadAttention:
+        """The attention at its initial weights; ``nn.TransformerEncoder`` asks it whether the batch comes first."""
+        return self._branches()[0].self_attn
+
+    def forward(
+        self,
+        src: Activation,
+        src_mask: Mask = None,
+        src_key_padding_mask: Mask = None,
+        is_causal: bool = False,
+    ) -> Activation:
+        """As ``nn.TransformerEncoderLayer.forward``. ``is_causal`` is a hint that ``src_mask`` makes superfluous.
+
+        Raises ValueError for ``is_causal`` without a mask.
+        """
+        if is_causal and src_mask is None:
+            raise ValueError(
+                "is_causal=True needs the mask as well: pass src_mask=nn.Transformer.generate_square_subsequent_mask(n)"
+            )
+        for branch in self._branches():
+            # New buffers for every pass: a solve keeps those it was made with for its backward pass.
+            branch.mask = _additive(src_mask, src)
+            branch.padding = _additive(src_key_padding_mask, src)
+        z = self.norm1(self.attention(src))
+        return self.norm2(self.feed_forward(z))
+
+    def _branches(self) -> list[SelfAttention]:
+        return [module for module in self.attention.modules() if isinstance(module, SelfAttention)]
+
+
+class SelfAttention(nn.Module):
+    """The attention branch: ``dropout(attention(norm(z)))``, under the masks that are set.
+
+    Args:
+        norm: what comes first.
+        layer: the encoder layer whose modules are used.
+    """
+
+    mask: Tensor | None
+    padding: Tensor | None
+
+    def __init__(self, norm: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.norm = norm
+        self.self_attn = layer.self_attn
+        self.dropout = layer.dropout1
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("padding", None, persistent=False)
+        self.training = layer.training
+
+    def forward(self, z: Activation) -> Activation:
+        """f(z), of the shape of z."""
+        z = self.norm(z)
+        found, _ = self.self_attn(z, z, z, attn_mask=self.mask, key_padding_mask=self.padding, need_weights=False)
+        return self.dropout(found)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward branch: ``dropout(linear(dropout(activation(linear(norm(z))))))``.
+
+    Args:
+        norm: what comes first.
+        layer: the encoder layer whose modules are used.
+    """
+
+    def __init__(self, norm: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear1, self.linear2 = layer.linear1, layer.linear2
+        self.activation = layer.activation
+        self.dropout, self.dropout2 = layer.dropout, layer.dropout2
+        self.training = layer.training
+
+    def forward(self, z: Activation) -> Activation:
+        """f(z), of the shape of z."""
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(self.norm(z))))))
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask as numbers to add: what is masked by True gets minus infinity."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+    # A view: solves tell buffers apart by their identity.
+    return mask.to(like.dtype).view_as(mask)

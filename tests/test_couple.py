@@ -1,0 +1,323 @@
+"""Conversion: the first forward of a converted model is the original's, and what cannot be converted is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import neuralode_coupled as nc
+from tests.oracle import randomize
+
+ADJOINTS = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.ReversibleAdjoint()]
+
+
+class ResidualMLP(nn.Module):
+    """A plain residual network: ``x + f(x)`` in its own forward, in a loop."""
+
+    def __init__(self, width: int = 6, depth: int = 3) -> None:
+        super().__init__()
+        self.enter = nn.Linear(2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)) for _ in range(depth)
+        )
+        self.leave = nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.leave(x)
+
+
+class Block(nn.Module):
+    """A block that adds its input."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, x):
+        return self.net(x) + x
+
+
+def resnet(**options) -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10, **options)
+
+
+def encoder(norm_first: bool = False, dropout: float = 0.0) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout, batch_first=True, norm_first=norm_first)
+    made = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+    for p in made.parameters():
+        nn.init.normal_(p, std=0.3)
+    return made
+
+
+def assert_same(converted: nn.Module, original: nn.Module, *inputs, **options) -> None:
+    """Equal outputs and, in float64, equal gradients of all that they have in common."""
+    mine, theirs = (copy.deepcopy(m).double() for m in (converted, original))
+    inputs = [x.double().requires_grad_() for x in inputs]
+    found, expected = mine(*inputs, **options), theirs(*inputs, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    probe = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * probe).sum(), inputs), torch.autograd.grad((expected * probe).sum(), inputs)
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("adjoint", ADJOINTS[:3], ids=repr)
+def test_a_converted_resnet_computes_the_same(training, adjoint):
+    model = resnet().train(training)
+    original = copy.deepcopy(model)
+    returned = nc.couple(model, "layer*.1", nc.ReactionDiffusionAdvection(), adjoint=adjoint)
+    assert returned is model
+    assert len(nc.models.coupled_layers(model)) == 4
+    assert_same(model, original, torch.randn(2, 3, 32, 32))
+    if training:  # statistics are updated once, as by the original
+        images = torch.randn(2, 3, 32, 32)
+        model(images).sum().backward()
+        original(images)
+        mine = model.layer1[1].coupled.field.dynamics.bn1.running_mean
+        torch.testing.assert_close(mine, original.layer1[1].bn1.running_mean)
+
+
+def test_pretrained_weights_become_w0():
+    pretrained = resnet().state_dict()
+    model = resnet()
+    model.load_state_dict(pretrained)
+    kept = dict(model.named_parameters())
+    nc.couple(model, ["layer1.0", "layer1.1"], nc.ReactionDiffusionAdvection(), steps=4)
+    w0 = model.layer1[0].coupled.field.evolving()
+    assert torch.equal(w0["conv1.weight"], pretrained["layer1.0.conv1.weight"])
+    # The very same parameters: an optimiser made before goes on to train them.
+    assert w0["conv1.weight"] is kept["layer1.0.conv1.weight"]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_a_converted_resnet_trains_with_more_steps(adjoint):
+    model = nc.couple(
+        resnet(),
+        "layer1.*",
+        nc.ReactionDiffusionAdvection(),
+        nc.SampleAndHold(2),
+        steps=2,
+        weight_steps=4,
+        adjoint=adjoint,
+    )
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    operator = model.layer1[1].coupled.field.operator("conv2.weight")
+    assert operator.diffusion.grad.abs().sum() > 0
+    norms = [m for m in model.layer1[1].modules() if isinstance(m, nc.PerStep)]
+    assert [len(norm) for norm in norms] == [2, 2]
+
+
+def test_every_target_has_operators_and_a_kernel_of_its_own():
+    model = nc.couple(ResidualMLP(), "blocks.*", nc.ReactionDiffusionAdvection(), nc.Exponential(2.0, learnable=True))
+    fields = [layer.field for layer in nc.models.coupled_layers(model).values()]
+    assert len({id(field.kernel.log_rate) for field in fields}) == 3
+    assert len({id(field.operator("0.weight").diffusion) for field in fields}) == 3
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masks", ["none", "causal", "padding", "both", "boolean"])
+def test_a_converted_transformer_computes_the_same(norm_first, training, masks):
+    original = encoder(norm_first).train(training)
+    model = nc.couple(copy.deepcopy(original), "layers.*", nc.ReactionDiffusionAdvection())
+    x = torch.randn(3, 5, 8)
+    causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    padding = torch.zeros(3, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    options = {
+        "none": {},
+        "causal": {"mask": causal, "is_causal": True},
+        "padding": {"src_key_padding_mask": padding},
+        "both": {"mask": causal, "src_key_padding_mask": padding},
+        "boolean": {"mask": causal.isinf(), "src_key_padding_mask": padding},
+    }[masks]
+    if masks == "padding" and not training and not norm_first:
+        # Without a graph the original packs sequences; what is padded is then zero, and no part of the comparison.
+        with torch.no_grad():
+            found, expected = model(x, **options), original(x, **options)
+        torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
+    assert_same(model, original, x, **options)
+
+
+def test_the_backward_pass_sees_the_masks_of_its_forward_pass():
+    model = nc.couple(encoder(), "layers.*", nc.ReactionDiffusionAdvection(), steps=3).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    probe = torch.randn(3, 5, 8, dtype=torch.float64)
+    parameters = list(model.parameters())
+    alone = torch.autograd.grad((model(x, mask=mask) * probe).sum(), parameters, allow_unused=True)
+    first = (model(x, mask=mask) * probe).sum()
+    model(x)
+    model(x, mask=torch.zeros_like(mask))
+    torch.testing.assert_close(torch.autograd.grad(first, parameters, allow_unused=True), alone)
+
+
+def test_a_single_encoder_layer_is_converted_as_a_whole():
+    layer = encoder().layers[0]
+    converted = nc.couple(copy.deepcopy(layer), "", nc.ReactionDiffusionAdvection())
+    assert_same(converted, layer, torch.randn(3, 5, 8))
+    baked = nc.bake(converted.eval())
+    x = torch.randn(3, 5, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    torch.testing.assert_close(baked(x, src_mask=mask), converted(x, src_mask=mask), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="is_causal"):
+        converted(x, is_causal=True)
+
+
+def test_branches_that_the_code_around_adds():
+    original = ResidualMLP()
+    model = nc.couple(copy.deepcopy(original), "blocks.*", nc.ReactionDiffusionAdvection())
+    assert_same(model, original, torch.randn(7, 2))
+
+
+def test_a_plain_network_is_a_row_of_euler_steps():
+    plain = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 1))
+    model = nc.couple(copy.deepcopy(plain), "2", nc.ReactionDiffusionAdvection(), skip="none")
+    assert_same(model, plain, torch.randn(7, 2))
+    model = nc.couple(copy.deepcopy(plain), "3", skip="none")
+    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\)"):
+        model(torch.randn(7, 2))
+
+
+@given(
+    width=st.integers(2, 5),
+    depth=st.integers(1, 3),
+    swapped=st.booleans(),
+    tail=st.sampled_from([None, nn.ReLU, nn.Tanh]),
+    stem=st.booleans(),
+)
+def test_chains_of_sums_are_taken_apart(width, depth, swapped, tail, stem):
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(width, width)
+            self.branches = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+            self.tail = nn.Identity() if tail is None else tail()
+
+        def forward(self, x):
+            x = self.stem(x) if stem else x
+            for branch in self.branches:
+                y = torch.sin(branch(x))
+                x = self.tail(torch.add(y, x) if swapped else x + y)
+            return x
+
+    original = Chain()
+    model = nc.couple(nn.Sequential(copy.deepcopy(original)), "0", nc.LinearEvolution())
+    assert len(nc.models.coupled_layers(model)) == depth
+    assert_same(model, original, torch.randn(4, width))
+
+
+def test_a_converted_model_can_be_saved_compiled_and_baked(tmp_path):
+    model = randomize(nc.couple(resnet(), "layer1.*", nc.ReactionDiffusionAdvection(), steps=3), 0.05).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    torch.save(model, tmp_path / "model.pt")
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt", weights_only=False)(images), expected)
+    again = nc.couple(resnet(), "layer1.*", nc.ReactionDiffusionAdvection(), steps=3).eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(images), expected)
+    torch.testing.assert_close(nc.bake(model)(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet4", "resnet10", "alexnet"])
+def test_the_papers_baselines(name):
+    original = nc.models.build(name, "baseline")
+    residual = [key for key, module in original.named_modules() if isinstance(module, nc.models.networks.Residual)]
+    identity = [key for key in residual if isinstance(original.get_submodule(key).shortcut, nn.Identity)]
+    model = nc.couple(copy.deepcopy(original), identity, nc.ReactionDiffusionAdvection())
+    assert_same(model, original, torch.randn(2, 3, 32, 32))
+
+
+def test_what_general_purpose_solvers_need():
+    model = nc.couple(resnet().eval(), "layer1.1", nc.ReactionDiffusionAdvection(), steps=4, per_step=False)
+    field = model.layer1[1].coupled.field
+    z0 = torch.randn(1, 64, 8, 8)
+    assert field(torch.zeros(()), field.initial_state(z0))[0].shape == z0.shape
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + functional.dropout(self.net(x), 0.5, self.training)
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return x + self.net(self.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "message"),
+    [
+        (resnet, "layer9", "matches no submodule: there are conv1, bn1, layer1"),
+        (resnet, "layer2.0", "target 'layer2.0': a BasicBlock adds nothing to its own input.*downsample:Sequential"),
+        (resnet, "layer1", "a Sequential adds nothing to its own input: it computes 1:BasicBlock"),
+        (resnet, ["layer1.1", "layer1.1.conv1"], "'layer1.1.conv1' lies inside of target 'layer1.1'"),
+        (lambda: resnet().half(), "layer1.1", "half precision .*torch.float16.*autocast"),
+        (lambda: resnet().bfloat16(), "layer1.1", "half precision .*torch.bfloat16"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh()), "0", "adds nothing|cannot be traced"),
+        (lambda: nn.Sequential(Functional()), "0", "self.training.*nn.Dropout"),
+        (lambda: nn.Sequential(InPlace()), "0", "in place.*inplace=False"),
+        (ResidualMLP, "enter", "target 'enter'"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(model, targets, message):
+    made = model()
+    before = list(made.modules())
+    with pytest.raises(ValueError, match=message):
+        nc.couple(made, targets, nc.ReactionDiffusionAdvection())
+    assert list(made.modules()) == before
+
+
+def test_all_or_nothing():
+    model = resnet()
+    with pytest.raises(ValueError, match=r"layer2\.0"):
+        nc.couple(model, ["layer1.1", "layer2.0"], nc.ReactionDiffusionAdvection())
+    assert not nc.models.coupled_layers(model)
+
+
+@pytest.mark.parametrize("second", ["layer1.1", "layer1.1.coupled", "layer1.1.coupled.field.dynamics.conv1", "layer1"])
+def test_conversion_twice(second):
+    model = nc.couple(resnet(), "layer1.1", nc.ReactionDiffusionAdvection())
+    with pytest.raises(ValueError, match="converted already"):
+        nc.couple(model, second, nc.ReactionDiffusionAdvection())
+
+
+def test_wrong_kinds_of_arguments():
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, got str"):
+        nc.couple("resnet18", "layer1", nc.Static())
+    with pytest.raises(ValueError, match="unknown skip 'outside'"):
+        nc.couple(ResidualMLP(), "blocks.*", skip="outside")
+
+
+def test_a_branch_that_changes_the_shape_shows_at_once():
+    class Widening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(6, 1)
+
+        def forward(self, x):
+            return x + self.net(x)  # broadcasts
+
+    model = nc.couple(nn.Sequential(Widening()), "0", nc.Static())
+    with pytest.raises(ValueError, match=r"keep the shape of the state: it made \(2, 1\) of \(2, 6\)"):
+        model(torch.randn(2, 6))
