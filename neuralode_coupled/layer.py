@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
+from neuralode_coupled.adaptive_solve import Adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.bake import baked
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
-from neuralode_coupled.solve import Times, build_scheme, states, times
+from neuralode_coupled.solve import Times, build_scheme, discretise, states, times
+from neuralode_coupled.stage_weights import Scheme
 
 
 class CoupledODE(nn.Module):
@@ -25,11 +27,13 @@ class CoupledODE(nn.Module):
         dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z.
         evolution: q; `Static` by default. See `CoupledField` for mappings and callables.
         kernel: K; `Dirac` by default.
-        steps: the number of activation steps.
+        steps: the number of activation steps; None with an adaptive method.
         t: the interval of time.
         method: the Runge-Kutta method, see `solve`.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
+        rtol: the relative tolerance of an adaptive method.
+        atol: the absolute tolerance of an adaptive method.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
         evolve: which parameters evolve, see `CoupledField`.
 
@@ -47,11 +51,13 @@ class CoupledODE(nn.Module):
         evolution: Evolution | None = None,
         kernel: TimeKernel | None = None,
         *,
-        steps: int,
+        steps: int | None = None,
         t: tuple[float, float] = (0.0, 1.0),
         method: str = "euler",
         weight_steps: int | None = None,
         weight_method: str | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
         adjoint: GradientMethod | None = None,
         evolve: Evolve = None,
     ) -> None:
@@ -62,12 +68,15 @@ class CoupledODE(nn.Module):
         self.method = method
         self.weight_steps = weight_steps
         self.weight_method = weight_method
+        self.rtol = rtol
+        self.atol = atol
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
         self.stats: Stats | None = None
-        self._scheme()  # a layer that cannot be solved fails where it is made
+        self._discretised()  # a layer that cannot be solved fails where it is made
 
     def extra_repr(self) -> str:
-        return f"steps={self.steps}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
+        grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
+        return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
     def forward(self, z0: Activation) -> Activation:
         """z(t1), of the shape of z0."""
@@ -82,7 +91,9 @@ class CoupledODE(nn.Module):
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight). Raises ValueError for times outside."""
-        wanted, scheme = self._inside(t), self._scheme()
+        wanted, scheme = self._inside(t), self._discretised()
+        if isinstance(scheme, Adaptive):
+            return scheme.weights(list(wanted))
         return {
             name: scheme.at(self.field.operator(name), w0, list(wanted)) for name, w0 in self.field.evolving().items()
         }
@@ -105,7 +116,8 @@ class CoupledODE(nn.Module):
             A scalar, differentiable in w0 and p.
 
         Raises:
-            ValueError: if a weight is negative, infinite or not a number.
+            ValueError: if a weight is negative, infinite or not a number, or for a term on the path of an adaptive
+                layer, which has no grid.
         """
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
             if not 0 <= weight < math.inf:
@@ -131,30 +143,24 @@ class CoupledODE(nn.Module):
         `nc.bake` for whole models.
 
         Raises:
-            ValueError: if the evolving weights are not finite.
+            ValueError: if the evolving weights are not finite, or for an adaptive layer, which has no grid to bake.
         """
         scheme = self._scheme()
         like = next(self.parameters(), torch.zeros(()))
         with torch.no_grad():
-            theta = CoupledProblem(self.field, scheme, like, (self.steps,)).stage_weights()
+            theta = CoupledProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
         return baked(self.field, scheme, theta)
 
-    def _scheme(self):
+    def _scheme(self) -> Scheme:
         return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
+
+    def _discretised(self) -> Scheme | Adaptive:
+        grids = self.steps, self.method, self.weight_steps, self.weight_method
+        return discretise(self.field, (self.t[0], self.t[-1]), *grids, self.rtol, self.atol)
 
     def _solve(self, z0: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
-        z, self.stats, _ = states(
-            self.field,
-            z0,
-            (self.t[0], self.t[-1]),
-            wanted,
-            self.steps,
-            self.method,
-            self.weight_steps,
-            self.weight_method,
-            self.adjoint,
-        )
+        z, self.stats = states(self._discretised(), self.field, z0, wanted, self.adjoint)
         return z
 
     def _inside(self, t: Times) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The coupled solve on a fixed grid: stage weights, then the activation ODE under a gradient method."""
+"""The coupled solve. On a fixed grid: stage weights, then the activation ODE under a gradient method."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import Activation, WeightPath
+from neuralode_coupled.adaptive_solve import Adaptive, is_adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.adjoint.adaptive import ADAPTIVE
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.field import CoupledField, check_activation
-from neuralode_coupled.runge_kutta import tableau
+from neuralode_coupled.odeint_arguments import ATOL, RTOL
+from neuralode_coupled.runge_kutta import METHODS, tableau
 from neuralode_coupled.stage_weights import Grid, Scheme
 
 Times = Sequence[float] | Tensor
@@ -27,7 +30,9 @@ class Solution:
         stats: what the solve cost; backward passes add to ``stats.recomputed``.
     """
 
-    def __init__(self, z: Tensor, t: tuple[float, ...], stats: Stats, field: CoupledField, scheme: Scheme) -> None:
+    def __init__(
+        self, z: Tensor, t: tuple[float, ...], stats: Stats, field: CoupledField, scheme: Scheme | Adaptive
+    ) -> None:
         self.z = z
         self.t = t
         self.stats = stats
@@ -43,9 +48,11 @@ class Solution:
         Raises ValueError for times out of order or outside of the solve's interval.
         """
         wanted, field, scheme = times(t, fewest=1), self._field, self._scheme
-        ends = scheme.grid.t0, scheme.grid.t1
+        ends = scheme.ends if isinstance(scheme, Adaptive) else (scheme.grid.t0, scheme.grid.t1)
         if min(wanted) < min(ends) or max(wanted) > max(ends):
             raise ValueError(f"times must lie in the solve's interval {ends}, got {list(wanted)}")
+        if isinstance(scheme, Adaptive):
+            return scheme.weights(list(wanted), in_force=True)
         return {
             name: scheme.in_force(field.operator(name), field.kernel, w0, list(wanted))
             for name, w0 in field.evolving().items()
@@ -57,25 +64,32 @@ def solve(
     z0: Activation,
     t: Times | None = None,
     *,
-    steps: int,
+    steps: int | None = None,
     method: str = "euler",
     weight_steps: int | None = None,
     weight_method: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
     adjoint: GradientMethod | None = None,
 ) -> Solution:
-    """Solve the coupled system (Eq. 5) on a fixed grid.
+    """Solve the coupled system (Eq. 5) on a fixed grid, or with an adaptive method by tolerances.
+
+    An adaptive method solves weights and activations as one system under one error control; the gradient of
+    `DiscreteAdjoint` is then exactly that of the accepted steps, with their lengths held fixed (see `odeint_dto`).
 
     Args:
         field: the coupled field.
         z0: the initial activations, any shape with a batch axis; their dtype and device must be the weights'.
         t: strictly monotone times, the first being that of z0; ``Solution.z`` then has one entry a time, with linear
             interpolation between grid points as in torchdiffeq. None: from 0 to 1, and only the end is returned.
-        steps: the number of equal steps from the first to the last time.
+        steps: the number of equal steps from the first to the last time; None with an adaptive method.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
-            ``"heun3"``.
+            ``"heun3"``; or adaptive: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``.
         weight_steps: the number of steps of the weights' own grid; by default the activations' where the kernel
             allows it. Kernels that average over the past err at second order in the length of these steps.
         weight_method: the method on it, where an operator has no closed form; by default that of the activations.
+        rtol: the relative tolerance of an adaptive method; torchdiffeq's 1e-7 by default.
+        atol: the absolute tolerance of an adaptive method; torchdiffeq's 1e-9 by default.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
 
     Returns:
@@ -83,51 +97,88 @@ def solve(
 
     Raises:
         TypeError: if z0 is not a floating-point tensor.
-        ValueError: for an unknown method, steps below one, times out of order, z0 on another device or of another dtype
-            than the weights, dynamics that change the state's shape, or a kernel that the grid cannot represent.
+        ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
+            out of order, z0 on another device or of another dtype than the weights, dynamics that change the state's
+            shape, a kernel that the grid or an adaptive method cannot represent, or an adaptive solve that cannot go
+            on.
     """
     at = (0.0, 1.0) if t is None else times(t)
-    choices = (steps, method, weight_steps, weight_method, adjoint)
     wanted = at[-1:] if t is None else at
-    z, stats, scheme = states(field, z0, (at[0], at[-1]), wanted, *choices)
+    scheme = discretise(field, (at[0], at[-1]), steps, method, weight_steps, weight_method, rtol, atol)
+    z, stats = states(scheme, field, z0, wanted, adjoint)
     return Solution(z[0] if t is None else torch.stack(z), wanted, stats, field, scheme)
 
 
 def states(
+    scheme: Scheme | Adaptive,
     field: CoupledField,
     z0: Activation,
-    ends: tuple[float, float],
     wanted: tuple[float, ...],
-    steps: int,
-    method: str,
-    weight_steps: int | None,
-    weight_method: str | None,
     adjoint: GradientMethod | None,
-) -> tuple[list[Activation], Stats, Scheme]:
-    """z at the times ``wanted`` of a solve from the first to the second of ``ends``, one tensor a time; see `solve`."""
+) -> tuple[list[Activation], Stats]:
+    """z at the times ``wanted`` of a solve, one tensor a time, and what it cost; see `solve`."""
+    adjoint = DiscreteAdjoint() if adjoint is None else adjoint
+    if isinstance(scheme, Adaptive):
+        return scheme.states(z0, wanted, adjoint)
     check_activation(field, z0)
-    scheme = build_scheme(field, ends, steps, method, weight_steps, weight_method)
     brackets = [_bracket(scheme.grid, time) for time in wanted]
     save = tuple(sorted({n for low, high, _ in brackets for n in (low, high)}))
     problem = CoupledProblem(field, scheme, z0, save)
-    saved, stats = (DiscreteAdjoint() if adjoint is None else adjoint).integrate(problem)
+    saved, stats = adjoint.integrate(problem)
     found = {n: state[0] for n, state in zip(save, saved, strict=True)}
     z = [
         found[low] if low == high else torch.lerp(found[low], found[high], fraction) for low, high, fraction in brackets
     ]
-    stats.accepted = steps
-    return z, stats, scheme
+    stats.accepted = scheme.grid.steps
+    return z, stats
+
+
+def discretise(
+    field: CoupledField,
+    t: tuple[float, float],
+    steps: int | None,
+    method: str,
+    weight_steps: int | None,
+    weight_method: str | None,
+    rtol: float | None,
+    atol: float | None,
+) -> Scheme | Adaptive:
+    """Check what the user chose between grids and tolerances, and fill in what was left open; raises ValueError."""
+    grids = {"steps": steps, "weight_steps": weight_steps, "weight_method": weight_method}
+    tolerances = {"rtol": rtol, "atol": atol}
+    if is_adaptive(method):
+        given = [f"{name}={value}" for name, value in grids.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"{method!r} chooses its own steps, by rtol and atol: leave {', '.join(given)} out, or choose one of "
+                f"{', '.join(METHODS)}"
+            )
+        return Adaptive(field, t, method, RTOL if rtol is None else rtol, ATOL if atol is None else atol)
+    given = [f"{name}={value}" for name, value in tolerances.items() if value is not None]
+    if given and method in METHODS:
+        raise ValueError(
+            f"{', '.join(given)} has no effect on the fixed steps of {method!r}: set steps, or choose one of "
+            f"{', '.join(ADAPTIVE)}"
+        )
+    return build_scheme(field, t, steps, method, weight_steps, weight_method)
 
 
 def build_scheme(
     field: CoupledField,
     t: tuple[float, ...],
-    steps: int,
+    steps: int | None,
     method: str,
     weight_steps: int | None,
     weight_method: str | None,
 ) -> Scheme:
-    """Check what the user chose, and fill in what was left open; raises ValueError."""
+    """Check a fixed grid, and fill in what was left open; raises ValueError, also for a solve that has no grid."""
+    if is_adaptive(method):
+        raise ValueError(
+            f"this needs a fixed grid, and {method!r} chooses its own steps: fix the grid first, as by "
+            "layer.steps, layer.method = 20, 'rk4'"
+        )
+    if steps is None:
+        raise ValueError(f"{method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}")
     for name, count in (("steps", steps), ("weight_steps", weight_steps)):
         if count is not None and (not isinstance(count, int) or count < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")

@@ -110,7 +110,7 @@ def test_one_step_with_a_network_as_q_is_a_hypernetwork(z0):
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": 2.5}, r"steps must be a whole number of at least 1, got 2\.5"),
         ({"steps": 2, "weight_steps": 0}, "weight_steps must be a whole number of at least 1, got 0"),
-        ({"steps": 2, "method": "dopri5"}, "unknown method 'dopri5': choose one of euler"),
+        ({"steps": 2, "method": "ruler"}, "unknown method 'ruler': choose one of euler"),
         ({"steps": 2, "t": [0.0, 0.0]}, r"strictly increasing or decreasing times, got \[0\.0, 0\.0\]"),
         ({"steps": 2, "t": [0.0, 1.0, 0.5]}, "strictly increasing or decreasing times"),
         ({"steps": 2, "t": [0.0]}, "at least 2 strictly"),

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
 from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import Evolution
@@ -92,6 +93,8 @@ def build(
     *,
     steps: int | None = None,
     method: str = "euler",
+    rtol: float | None = None,
+    atol: float | None = None,
     evolution: Evolution | None = None,
     adjoint: GradientMethod | None = None,
     channels: int = 3,
@@ -105,7 +108,9 @@ def build(
             ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"`` (weights evolve by 10
             steps and are applied at 2).
         steps: the number of activation steps, in place of the variant's own.
-        method: the Runge-Kutta method of the ODE blocks.
+        method: the method of the ODE blocks. With an adaptive one the normalisations have one set of statistics and
+            parameters for all times, and not those of single steps.
+        rtol, atol: the tolerances of an adaptive method.
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
@@ -119,20 +124,24 @@ def build(
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     chosen = VARIANTS[variant]
-    tableau(method)  # unknown methods are refused for the baseline too, which has no use for one
+    if not is_adaptive(method):
+        tableau(method)  # unknown methods are refused for the baseline too, which has no use for one
 
     def block(dynamics: Callable[[int], nn.Module]) -> nn.Module:
         if chosen is None:
             return Residual(dynamics(1))
         count = chosen.steps if steps is None else steps
+        adaptive = is_adaptive(method)
         q = Static() if not chosen.evolves else ReactionDiffusionAdvection() if evolution is None else evolution
         return CoupledODE(
-            dynamics(max(count, 1)),
+            dynamics(0 if adaptive else max(count, 1)),
             q,
             chosen.kernel(count),
-            steps=count,
+            steps=steps if adaptive else count,
             method=method,
-            weight_steps=chosen.weight_steps,
+            weight_steps=None if adaptive else chosen.weight_steps,
+            rtol=rtol,
+            atol=atol,
             adjoint=chosen.adjoint if adjoint is None else adjoint,
         )
 

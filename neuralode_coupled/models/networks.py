@@ -106,5 +106,6 @@ def _basic_dynamics(width: int, steps: int) -> nn.Module:
 
 
 def _conv_dynamics(width: int, steps: int) -> nn.Module:
-    """conv, BN, ReLU."""
-    return nn.Sequential(nn.Conv2d(width, width, 5, padding=2), PerStep(nn.BatchNorm2d(width), steps), nn.ReLU())
+    """conv, BN, ReLU; the normalisation is that of each step, or without ``steps`` one for all times."""
+    norm = nn.BatchNorm2d(width)
+    return nn.Sequential(nn.Conv2d(width, width, 5, padding=2), PerStep(norm, steps) if steps else norm, nn.ReLU())
