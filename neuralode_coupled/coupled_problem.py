@@ -89,12 +89,12 @@ class CoupledProblem:
 
         Weights evolve in their own precision, also under autocast.
         """
-        scheme, w0, kernel = self.scheme, self.field.evolving(), self.field.kernel
+        if not self.moving:
+            return {}
+        w0 = self.field.evolving()
         with torch.autocast(self.z0.device.type, enabled=False):
-            found = {
-                name: scheme.stage_weights(self.field.operator(name), kernel, w0[name], backwards)
-                for name in self.moving
-            }
+            theta = self.scheme.connect(self.field.kernel, self.z0.device, backwards)
+            found = {name: theta(self.field.operator(name), w0[name]) for name in self.moving}
         for name, theta in found.items():
             check_finite(theta, name)
         return found

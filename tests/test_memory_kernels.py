@@ -262,6 +262,42 @@ def test_the_discrete_adjoint_is_unrolled_autograd_for_every_kernel(layer):
     assert oracle.largest_error(*found) < 1e-12
 
 
+@pytest.mark.parametrize("make", [lambda: Exponential(3.0, learnable=True), lambda: Box(0.4, learnable=True)])
+def test_kappa_is_made_once_for_all_weights_of_a_solve(make, monkeypatch):
+    """It is the same for all of them: the gradient of a learned rate is the sum over them, as by hand."""
+    made, kappa = [], DensityKernel.kappa
+    layer = nc.CoupledODE(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), nc.ReactionDiffusionAdvection(), make(), steps=3
+    )
+    oracle.randomize(layer).double()
+    z0 = start()
+    expected = nc.kkt.multipliers(layer, z0, lambda z: z.square().sum()).gradients()
+    monkeypatch.setattr(DensityKernel, "kappa", lambda *args: made.append(args) or kappa(*args))
+    for adjoint in (nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(1)):
+        layer.adjoint = adjoint
+        made.clear()
+        loss = layer(z0).square().sum()
+        assert len(made) == 1
+        found = oracle.gradients(loss, dict(layer.named_parameters()))
+        assert oracle.largest_error(found, {name: expected[name] for name in found}) < 1e-12
+        assert len(made) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: Erlang(2, 3.0, learnable=True), lambda: nc.SampleAndHold(2), nc.Dirac])
+def test_kernels_are_compiled_in_one_graph(make):
+    """Several weights that share one kappa, and a nonlinear propagator that is built once."""
+    dynamics = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), make(), steps=4)
+    oracle.randomize(layer).double()
+    z0 = start()
+    tensors = {"z0": z0, **dict(layer.named_parameters())}
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        found.append(oracle.gradients(run(z0).square().sum(), tensors))
+    assert oracle.largest_error(*found) < 1e-12
+
+
 @given(layers())
 def test_a_reversible_solve_takes_every_kernel(layer):
     """Stage weights of steps taken backwards: its gradient is that of its own unrolled map."""

@@ -382,6 +382,59 @@ def test_layers_of_one_shape_can_share_an_operator(kind):
         assert torch.allclose(gradient, apart[f"0/weight.{part}"] + apart[f"2/weight.{part}"], rtol=1e-10, atol=1e-12)
 
 
+# Closed forms over many steps
+
+
+@pytest.mark.parametrize("pixels", [(3, 3), (9, 9)], ids=["dense", "FFT"])
+@pytest.mark.parametrize(("method", "lengths"), [("euler", 1), ("midpoint", 2), ("rk4", 3)])
+def test_a_nonlinear_propagator_is_built_once_for_each_length_of_step(pixels, method, lengths, monkeypatch):
+    """Whatever the number of steps; and the weights are those of one ``propagate`` after the other."""
+    dynamics = nn.Conv2d(2, 2, pixels, padding="same").double()
+    coupled = oracle.randomize(
+        nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), steps=5, method=method)
+    )
+    operator, w, built = coupled.field.operator("weight"), dynamics.weight, []
+    build = operator.spectrum.propagator
+    with monkeypatch.context() as patch:
+        patch.setattr(operator.spectrum, "propagator", lambda times, *rest: built.append(times) or build(times, *rest))
+        coupled(torch.randn(1, 2, 9, 9, dtype=torch.float64)).sum().backward()
+    assert len(built) == lengths
+    for n, found in enumerate(coupled.weight_trajectory([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])["weight"]):
+        assert torch.allclose(found, w, rtol=1e-12, atol=1e-14), n
+        w = operator.propagate(w, 0.2)
+
+
+class Halving(nn.Module):
+    """A user's own map with a closed form whose expensive part depends on the step's length alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.5))
+        self.made = []
+
+    def forward(self, t, w):
+        return -self.rate * w
+
+    def propagate(self, w, dt):
+        return self.propagator(dt, w)(w)
+
+    def propagator(self, dt, like):
+        self.made.append(dt)
+        factor = torch.exp(-self.rate * dt).to(like)
+        return lambda w: factor * w
+
+
+def test_an_operator_of_ones_own_may_prepare_its_steps():
+    """The prepared steps give what the numerical solution tends to, with the gradient of all steps together."""
+    coupled = layer(Halving(), steps=4, method="euler")
+    z0, operator = small_state(), coupled.field.operator("0.weight")
+    z = coupled(z0)
+    assert operator.made == [0.25]
+    (found,) = torch.autograd.grad(z.square().sum(), operator.rate)
+    expected = nc.kkt.multipliers(coupled, z0, lambda z: z.square().sum()).gradients()
+    assert float(found) == pytest.approx(float(expected["field.evolution.0/weight.rate"]), rel=1e-11)
+
+
 # Bad input
 
 
