@@ -96,7 +96,7 @@ def is_seen(flag: Tensor) -> bool:
         return False
 
 
-def check_finite(path: WeightPath, name: str) -> None:
+def check_finite(path: WeightPath, name: str, what: str = "step") -> None:
     """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
 
     On the CPU only: elsewhere looking would make the host wait. Not inside of ``torch.compile`` and ``torch.func``
@@ -105,6 +105,7 @@ def check_finite(path: WeightPath, name: str) -> None:
     Args:
         path: weights with an axis of steps in front, (steps, *weight) or (steps, stages, *weight).
         name: the parameter's name, for the message.
+        what: what the first axis counts, for the message.
     """
     if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return
@@ -118,7 +119,7 @@ def check_finite(path: WeightPath, name: str) -> None:
     raise NonFiniteWeights(
         f"the evolving weights of {name!r} are NaN or infinite "
         + (
-            f"from step {step} on: use more weight steps, smaller evolution coefficients or a lower learning rate"
+            f"from {what} {step} on: use more weight steps, smaller evolution coefficients or a lower learning rate"
             if step
             else "from the start: look at the parameter and at the coefficients of its evolution"
         )
