@@ -466,6 +466,45 @@ def test_a_kernel_of_ones_own():
         layer.field.initial_state(torch.randn(2, 3))
 
 
+class TwoRates(DensityKernel):
+    """A user's own kernel with memory: the mean of two exponential averages, the rate of one of which is learned."""
+
+    memory = 2
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(2.0))
+
+    def cumulative(self, s):
+        return 1 - (torch.exp(-8 * s) + torch.exp(-self.rate * s)) / 2
+
+    def cumulative_integral(self, s):
+        return s - ((1 - torch.exp(-8 * s)) / 8 + (1 - torch.exp(-self.rate * s)) / self.rate) / 2
+
+    def memory_derivative(self, w, memory):
+        return 8 * (w - memory[0]), self.rate * (w - memory[1])
+
+    def theta(self, w, memory):
+        return (memory[0] + memory[1]) / 2
+
+
+def test_a_kernel_of_ones_own_with_memory_is_one_kernel_everywhere():
+    """By its states under torchdiffeq and the continuous adjoint, and by kappa: one answer and one gradient."""
+    torch.manual_seed(1)
+    field, z0 = field_with(TwoRates()), start()
+    tensors = {"z0": z0, **dict(field.named_parameters())}
+    exact = nc.solve(field, z0, steps=40, method="rk4", weight_steps=800).z
+    reference = oracle.gradients(exact.square().sum(), tensors)
+    assert float(reference["kernel.rate"].abs()) > 1e-3
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for solver in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
+        z = solver(field, field.initial_state(z0), t, rtol=1e-8, atol=1e-9)[0][-1]
+        assert torch.allclose(z, exact, rtol=1e-5, atol=1e-5)
+        assert oracle.largest_error(oracle.gradients(z.square().sum(), tensors), reference) < 1e-4
+    z = nc.solve(field, z0, steps=40, method="rk4", adjoint=nc.ContinuousAdjoint()).z
+    assert oracle.largest_error(oracle.gradients(z.square().sum(), tensors), reference) < 1e-4
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 @pytest.mark.parametrize(
     ("make", "name"), [(Exponential, "rate"), (lambda value: Erlang(2, value), "rate"), (Box, "width")]
