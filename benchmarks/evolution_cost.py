@@ -2,8 +2,9 @@
 
     python -m benchmarks.evolution_cost
 
-Batch 64, five Euler steps, configuration one. The weight side (w0 and p to the stage weights) is timed on its own
-beside the whole forward pass, in turns: the difference of two forward passes is below what a shared machine resolves.
+Batch 64, five Euler steps; the operators in configuration one, then the dense kernels. The weight side (w0 and p to the
+stage weights) is timed on its own beside the whole forward pass, in turns: the difference of two forward passes is
+below what a shared machine resolves.
 Writes results/evolution_cost.json.
 """
 
@@ -23,16 +24,20 @@ from benchmarks.common import block, write
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.solve import build_scheme
 
-OPERATORS: dict[str, Callable[[], nn.Module]] = {
-    "propagator": nc.ReactionDiffusionAdvection,
-    "ode": lambda: nc.ReactionDiffusionAdvection(form="ode"),
-    "tanh propagator": lambda: nc.ReactionDiffusionAdvection(activation="tanh"),
+CASES: dict[str, Callable[[], tuple[nn.Module, nc.TimeKernel]]] = {
+    "propagator": lambda: (nc.ReactionDiffusionAdvection(), nc.Dirac()),
+    "ode": lambda: (nc.ReactionDiffusionAdvection(form="ode"), nc.Dirac()),
+    "tanh propagator": lambda: (nc.ReactionDiffusionAdvection(activation="tanh"), nc.Dirac()),
+    "exponential": lambda: (nc.ReactionDiffusionAdvection(), nc.Exponential(4.0, learnable=True)),
+    "Erlang": lambda: (nc.ReactionDiffusionAdvection(), nc.Erlang(2, 8.0, learnable=True)),
+    "box": lambda: (nc.ReactionDiffusionAdvection(), nc.Box(0.5, learnable=True)),
 }
+"""Operator and kernel: the three operators under K = delta, and the dense kernels on the cheapest of them."""
 
 
-def measure(operator: nn.Module, rounds: int) -> dict[str, float]:
+def measure(operator: nn.Module, kernel: nc.TimeKernel, rounds: int) -> dict[str, float]:
     """The weight side's share of the forward pass: median and quartiles over the rounds."""
-    layer = nc.CoupledODE(block(5, "euler").field.dynamics, operator, steps=5)
+    layer = nc.CoupledODE(block(5, "euler").field.dynamics, operator, kernel, steps=5)
     z0 = torch.randn(64, 16, 32, 32)
     scheme = build_scheme(layer.field, layer.t, layer.steps, layer.method, None, None)
     problem = CoupledProblem(layer.field, scheme, z0, (layer.steps,))
@@ -53,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
-    found = {name: measure(make(), rounds) for name, make in OPERATORS.items()}
+    found = {name: measure(*make(), rounds) for name, make in CASES.items()}
     for name, share in found.items():
         spread = f"{share['lower_quartile']:.2%} .. {share['upper_quartile']:.2%}"
         sys.stdout.write(f"{name:16} {share['median']:.2%} ({spread})\n")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import Static, check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, Static, check_finite
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
@@ -89,15 +89,28 @@ class CoupledProblem:
 
         Weights evolve in their own precision, also under autocast.
         """
-        scheme, w0, kernel = self.scheme, self.field.evolving(), self.field.kernel
+        if not self.moving:
+            return {}
+        w0 = self.field.evolving()
         with torch.autocast(self.z0.device.type, enabled=False):
-            found = {
-                name: scheme.stage_weights(self.field.operator(name), kernel, w0[name], backwards)
-                for name in self.moving
-            }
-        for name, theta in found.items():
+            connected = self.scheme.connect(self.field.kernel, self.z0.device, backwards)
+            return {name: self._theta(connected, name, w0[name]) for name in self.moving}
+
+    def _theta(self, connected: Callable[[nn.Module, Tensor], Tensor], name: str, w0: Tensor) -> Tensor:
+        """theta of one parameter; raises `NonFiniteWeights`, a ValueError, if it is not finite."""
+        operator = self.field.operator(name)
+        try:
+            theta = connected(operator, w0)
+        except NonFiniteWeights as error:
+            raise NonFiniteWeights(f"parameter {name!r}: {error}") from error
+        try:
             check_finite(theta, name)
-        return found
+        except NonFiniteWeights:
+            if not self.scheme.together(self.field.kernel):
+                # A kernel that averages spreads them over all steps: the weights' own path says where they begin.
+                check_finite(self.scheme.path(operator, w0), name, "weight step")
+            raise
+        return theta
 
     def _plan(self) -> Plan:
         grid, method = self.scheme.grid, self.scheme.method

@@ -11,6 +11,7 @@ Some kernels are a few more states of the weights' ODE too, their *memory*, whic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
 
 History = Literal["constant", "zero"]
+Connection = Callable[[WeightPath], StageWeights]
 
 
 class TimeKernel(nn.Module):
@@ -54,8 +56,22 @@ class TimeKernel(nn.Module):
         Returns:
             theta of shape (N, stages, *weight), or (N, 1, *weight) where all stages of a step share it.
         """
-        rows = self.kappa(steps, c, len(path) - 1, span, path.device)
-        return torch.tensordot(rows.to(path), path, dims=1)
+        return self.connect(steps, c, len(path) - 1, span, path.device)(path)
+
+    def connect(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Connection:
+        """`stage_weights` for two grids, as a function of the path alone.
+
+        A solve calls it once, and the function for each evolving parameter: kappa is made once.
+        """
+        rows = self.kappa(steps, c, weight_steps, span, device)
+        return lambda path: torch.tensordot(rows.to(path), path, dims=1)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
         """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
@@ -101,11 +117,22 @@ class Dirac(TimeKernel):
 
     memory = 0
 
-    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: float = 1.0) -> StageWeights:
+    def connect(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Connection:
         """Pick w at every stage time."""
-        nodes = path.unbind()
-        picked = self._selected(steps, c, len(path) - 1)
-        return torch.stack([torch.stack([nodes[m] for m in row]) for row in picked])
+        picked = self._selected(steps, c, weight_steps)
+
+        def pick(path: WeightPath) -> StageWeights:
+            nodes = path.unbind()
+            return torch.stack([torch.stack([nodes[m] for m in row]) for row in picked])
+
+        return pick
 
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
         ratio = weight_steps / steps
@@ -153,10 +180,17 @@ class SampleAndHold(TimeKernel):
         nodes = path.unbind()
         return torch.stack([nodes[m] for m in self._nodes(len(path) - 1)])
 
-    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: float = 1.0) -> StageWeights:
+    def connect(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Connection:
         """Pick the samples and hold each over its steps: all stages of a step share it."""
         held = self._steps_a_sample(steps)
-        return self.sampled(path).repeat_interleave(held, dim=0).unsqueeze(1)
+        return lambda path: self.sampled(path).repeat_interleave(held, dim=0).unsqueeze(1)
 
     def kappa_at(
         self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
@@ -448,10 +482,18 @@ class MatrixKernel(TimeKernel):
         """Those that the matrix has columns for."""
         return self.matrix.shape[1] - 1
 
-    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: float = 1.0) -> StageWeights:
+    def connect(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Connection:
         """``theta = matrix @ w``: all stages of a step share it."""
-        self.check(steps, c, len(path) - 1)
-        return torch.tensordot(self._rows().to(path), path, dims=1).unsqueeze(1)
+        self.check(steps, c, weight_steps)
+        rows = self._rows()
+        return lambda path: torch.tensordot(rows.to(path), path, dims=1).unsqueeze(1)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
         """The grids have to be those of the matrix: see the base class."""

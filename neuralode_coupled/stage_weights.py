@@ -7,13 +7,15 @@ All of it is ordinary differentiable PyTorch: autograd through it is the discret
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight, WeightPath
-from neuralode_coupled.evolution import all_at_once, closed_form
+from neuralode_coupled.evolution import all_at_once, closed_form_for_many_steps
+from neuralode_coupled.evolution.base import Propagate
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
 
@@ -70,10 +72,19 @@ class Scheme:
         own Runge-Kutta step: the coupled system is then solved by one method on one grid. With ``backwards`` the stage
         times count from the end of each step towards its start.
         """
+        return self.connect(kernel, w0.device, backwards)(operator, w0)
+
+    def connect(
+        self, kernel: TimeKernel, device: torch.device, backwards: bool = False
+    ) -> Callable[[nn.Module, Weight], StageWeights]:
+        """`stage_weights` as a function of operator and w0: what all parameters of a field share is made once."""
         c = tuple(1 - fraction for fraction in self.method.c) if backwards else self.method.c
-        if not self.together(kernel):
-            return kernel.stage_weights(self.path(operator, w0), self.grid.steps, c, self.grid.span)
-        return self.at_fractions(operator, w0, c) if backwards else self.stages(operator, w0)
+        if self.together(kernel):
+            if backwards:
+                return lambda operator, w0: self.at_fractions(operator, w0, c)
+            return self.stages
+        theta = kernel.connect(self.grid.steps, c, self.weight_grid.steps, self.grid.span, device)
+        return lambda operator, w0: theta(self.path(operator, w0))
 
     def in_force(self, operator: nn.Module, kernel: TimeKernel, w0: Weight, times: list[float]) -> WeightPath:
         """theta at any times of the interval: (len(times), *weight)."""
@@ -89,18 +100,18 @@ class Scheme:
         trajectory = all_at_once(operator)
         if trajectory is not None:
             return trajectory(w0, self._times(w0, [0.0], last=True))
-        path = [w0]
+        path, propagate = [w0], closed_form_for_many_steps(operator, w0)
         for n in range(self.weight_grid.steps):
-            path.append(self._step(operator, path[-1], n, self.weight_grid.h)[0])
+            path.append(self._step(operator, propagate, path[-1], n, self.weight_grid.h)[0])
         return torch.stack(path)
 
     def stages(self, operator: nn.Module, w0: Weight) -> StageWeights:
         """w at the stage times of every step: (M, stages, *weight)."""
         if all_at_once(operator) is not None:
             return self.at_fractions(operator, w0, self.weight_method.c)
-        w, stages = w0, []
+        w, stages, propagate = w0, [], closed_form_for_many_steps(operator, w0)
         for n in range(self.weight_grid.steps):
-            w, inner = self._step(operator, w, n, self.weight_grid.h)
+            w, inner = self._step(operator, propagate, w, n, self.weight_grid.h)
             stages.extend(inner)
         return torch.stack(stages).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
 
@@ -120,17 +131,18 @@ class Scheme:
         if trajectory is not None:
             elapsed = torch.tensor(times, dtype=w0.dtype) - self.weight_grid.t0
             return trajectory(w0, elapsed.to(w0.device))
-        path, found = self.path(operator, w0).unbind(), []
+        path, found, propagate = self.path(operator, w0).unbind(), [], closed_form_for_many_steps(operator, w0)
         for t in times:
             n = min(max(int((t - self.weight_grid.t0) / self.weight_grid.h), 0), self.weight_grid.steps - 1)
             rest = t - self.weight_grid.time(n)
             exact = abs(rest) <= 1e-12 * abs(self.weight_grid.h)
-            found.append(path[n] if exact else self._step(operator, path[n], n, rest)[0])
+            found.append(path[n] if exact else self._step(operator, propagate, path[n], n, rest)[0])
         return torch.stack(found)
 
-    def _step(self, operator: nn.Module, w: Tensor, n: int, h: float) -> tuple[Tensor, list[Tensor]]:
-        """One step of the evolution ODE: the next w, and w at the stages."""
-        propagate = closed_form(operator)
+    def _step(
+        self, operator: nn.Module, propagate: Propagate | None, w: Tensor, n: int, h: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One step of the evolution ODE, by the closed form where there is one: the next w, and w at the stages."""
         if propagate is not None:
             return propagate(w, h), [w if c == 0 else propagate(w, c * h) for c in self.weight_method.c]
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import neuralode_coupled as nc
 from neuralode_coupled import cli, kkt
+from neuralode_coupled.kkt import comparison
 from tests import oracle
 
 RUNGE_KUTTA = ["euler", "midpoint", "heun3", "rk4"]
@@ -112,14 +113,86 @@ def test_interior_multipliers_are_what_autograd_says_of_the_interior(method, z0)
 @pytest.mark.parametrize("method", RUNGE_KUTTA)
 def test_the_differential_equations_hold_at_the_methods_order(method, z0):
     """(7a) to (7e) in continuous form: a regression of the residuals over the grids, and no rounding at its start."""
-    grids = (12, 24, 48)
-    found = [kkt.residuals(smooth_layer(steps, method), z0, energy).continuous for steps in grids]
+    shrinks_at_order(ORDER[method], lambda steps: smooth_layer(steps, method), z0)
+
+
+@pytest.mark.parametrize("method", RUNGE_KUTTA)
+def test_they_hold_for_weights_on_a_finer_grid_of_their_own_too(method, z0):
+    """The last stage of a step then is the same point of the weights' grid as the first of the next one."""
+    shrinks_at_order(ORDER[method], lambda steps: smooth_layer(steps, method, weight_steps=6 * steps), z0)
+
+
+def shrinks_at_order(order, make, z0):
+    """By a regression over three grids, in every one of the five equations; ``make(steps)`` is the layer."""
+    found = [kkt.residuals(make(steps), z0, energy).continuous for steps in (12, 24, 48)]
     assert set(found[0]) == {"7a", "7b", "7c", "7d", "7e"}
     for equation in found[0]:
         residual = [by_equation[equation] for by_equation in found]
-        assert residual[0] > 1e-8
+        assert residual[0] > 1e-10
         slope = sum(math.log2(a / b) for a, b in pairwise(residual)) / 2
-        assert slope > ORDER[method] - 0.35, (equation, residual)
+        assert slope > order - 0.35, (equation, residual)
+
+
+class Triangle(nc.DensityKernel):
+    """A user's own density, K(s) = 2 (1 - s / width) / width up to the width."""
+
+    def cumulative(self, s):
+        return 1 - (1 - s / 0.4).clamp(min=0) ** 2
+
+    def cumulative_integral(self, s):
+        return s - 0.4 / 3 * (1 - (1 - s / 0.4).clamp(min=0) ** 3)
+
+
+DENSITIES = {
+    "exponential": lambda: nc.Exponential(3.0, learnable=True),
+    "exponential, zero history": lambda: nc.Exponential(2.0, learnable=True, history="zero"),
+    "Erlang": lambda: nc.Erlang(2, 5.0, learnable=True),
+    "Erlang, zero history": lambda: nc.Erlang(3, 8.0, learnable=True, history="zero"),
+    "box": lambda: nc.Box(0.5, learnable=True),
+    "one's own": Triangle,
+}
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+@pytest.mark.parametrize("kernel", DENSITIES)
+def test_they_hold_under_kernels_that_average_over_the_past(kernel, method, z0):
+    """At the method's order up to the second, which is kappa's in the step of the weights; rates and widths are part
+    of (7e). The weight grid is another one than the activations'."""
+    shrinks_at_order(
+        min(ORDER[method], 2),
+        lambda steps: smooth_layer(steps, method, kernel=DENSITIES[kernel](), weight_steps=steps * 3 // 2),
+        z0,
+    )
+
+
+def test_a_learned_rate_alone_has_its_equation(z0):
+    """q = 0 and a zero history: of p there is only the kernel's rate, and theta moves all the same."""
+    shrinks_at_order(
+        2,
+        lambda steps: smooth_layer(
+            steps, "rk4", nc.Static(), kernel=nc.Exponential(2.0, learnable=True, history="zero")
+        ),
+        z0,
+    )
+
+
+@pytest.mark.parametrize("kernel", ["exponential", "Erlang, zero history", "box"])
+def test_the_continuous_equations_notice_what_is_wrong_in_them(kernel, z0):
+    layer = smooth_layer(24, "rk4", kernel=DENSITIES[kernel]())
+    right = kkt.multipliers(layer, z0, energy)
+    wrong = {
+        ("7a", "7b", "7c", "7d", "7e"): replace(right, alpha=right.alpha * torch.linspace(1, 2, 25)[:, None, None]),
+        ("7b",): replace(right, gamma={name: 1.5 * gamma for name, gamma in right.gamma.items()}),
+        ("7c", "7d", "7e"): replace(right, beta={name: 1.5 * beta for name, beta in right.beta.items()}),
+    }
+    base = kkt.residuals(layer, z0, energy).continuous
+    for equations, multipliers in wrong.items():
+        found = kkt.residuals(layer, z0, energy, inserted=multipliers).continuous
+        for equation in found:
+            if equation in equations:
+                assert found[equation] > max(5 * base[equation], 0.003), (equations, equation, base, found)
+            else:
+                assert found[equation] == pytest.approx(base[equation], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", RUNGE_KUTTA)
@@ -178,10 +251,30 @@ def test_a_regulariser_enters_its_two_equations(z0):
     assert float(regular["field.evolution.0/weight.diffusion"].norm()) > 1e-3
 
 
+EYE = torch.eye(4, 5)
+
+
+class OnTheGrid(nc.TimeKernel):
+    """A user's own kernel that is a matrix and nothing else."""
+
+    def kappa(self, steps, c, weight_steps, span=1.0, device=None):
+        return EYE[:, None].expand(-1, len(c), -1)
+
+
+class OnlyPropagated(nn.Module):
+    """A user's own operator that has a closed form alone."""
+
+    def propagate(self, w, dt):
+        return w / (1 + dt)
+
+
 def test_without_a_continuous_form_it_says_why(z0):
     cases = {
-        r"SampleAndHold\(samples=2\) is not K = delta": smooth_layer(4, kernel=nc.SampleAndHold(2)),
-        "differences of order 4 need as many steps, got steps=2": smooth_layer(2, "rk4"),
+        r"SampleAndHold\(samples=2\) is not a convolution .* jumps": smooth_layer(4, kernel=nc.SampleAndHold(2)),
+        r"MatrixKernel\(4 steps .* is a matrix between two grids": smooth_layer(4, kernel=nc.MatrixKernel(EYE)),
+        r"OnTheGrid\(\) is neither K = delta nor a DensityKernel": smooth_layer(4, kernel=OnTheGrid()),
+        "missing the required .forward. function": smooth_layer(4, operator=OnlyPropagated()),
+        "integrals of order 4 need as many steps, got steps=2": smooth_layer(2, "rk4"),
         "is a map, not a vector field": smooth_layer(4, operator=nc.ReactionDiffusionAdvection(activation="tanh")),
     }
     for reason, layer in cases.items():
@@ -231,7 +324,7 @@ def test_check_compares_and_prints(z0, capsys):
         assert word in printed
     assert result.exact
     assert {name: group.size for name, group in result.groups.items()} == {"z0": 12, "w0": 40, "p": 8, "static": 9}
-    exact = kkt.multipliers(layer, z0, kkt._probe(z0)).gradients()
+    exact = kkt.multipliers(layer, z0, comparison.probe(z0)).gradients()
     assert result.groups["z0"].norm == pytest.approx(float(exact["z0"].norm()), rel=1e-12)
     for group in result.groups.values():
         assert group.errors["DTO"] < 1e-13
@@ -357,7 +450,7 @@ def test_the_command_checks_every_coupled_layer():
 
 
 def test_the_command_fails_where_dto_is_not_exact(monkeypatch):
-    monkeypatch.setattr(kkt, "DiscreteAdjoint", Inexact)
+    monkeypatch.setattr(comparison, "DiscreteAdjoint", Inexact)
     done = run("--variant", "node", "--steps", "1")
     assert done.exit_code == cli.FAILED
     assert "DTO DIFFERS" in done.stdout

@@ -262,6 +262,42 @@ def test_the_discrete_adjoint_is_unrolled_autograd_for_every_kernel(layer):
     assert oracle.largest_error(*found) < 1e-12
 
 
+@pytest.mark.parametrize("make", [lambda: Exponential(3.0, learnable=True), lambda: Box(0.4, learnable=True)])
+def test_kappa_is_made_once_for_all_weights_of_a_solve(make, monkeypatch):
+    """It is the same for all of them: the gradient of a learned rate is the sum over them, as by hand."""
+    made, kappa = [], DensityKernel.kappa
+    layer = nc.CoupledODE(
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), nc.ReactionDiffusionAdvection(), make(), steps=3
+    )
+    oracle.randomize(layer).double()
+    z0 = start()
+    expected = nc.kkt.multipliers(layer, z0, lambda z: z.square().sum()).gradients()
+    monkeypatch.setattr(DensityKernel, "kappa", lambda *args: made.append(args) or kappa(*args))
+    for adjoint in (nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(1)):
+        layer.adjoint = adjoint
+        made.clear()
+        loss = layer(z0).square().sum()
+        assert len(made) == 1
+        found = oracle.gradients(loss, dict(layer.named_parameters()))
+        assert oracle.largest_error(found, {name: expected[name] for name in found}) < 1e-12
+        assert len(made) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [lambda: Erlang(2, 3.0, learnable=True), lambda: nc.SampleAndHold(2), nc.Dirac])
+def test_kernels_are_compiled_in_one_graph(make):
+    """Several weights that share one kappa, and a nonlinear propagator that is built once."""
+    dynamics = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), make(), steps=4)
+    oracle.randomize(layer).double()
+    z0 = start()
+    tensors = {"z0": z0, **dict(layer.named_parameters())}
+    found = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        found.append(oracle.gradients(run(z0).square().sum(), tensors))
+    assert oracle.largest_error(*found) < 1e-12
+
+
 @given(layers())
 def test_a_reversible_solve_takes_every_kernel(layer):
     """Stage weights of steps taken backwards: its gradient is that of its own unrolled map."""
@@ -428,6 +464,45 @@ def test_a_kernel_of_ones_own():
     assert layer(torch.randn(2, 3)).shape == (2, 3)
     with pytest.raises(ValueError, match=r"Triangle\(\) has no finite memory"):
         layer.field.initial_state(torch.randn(2, 3))
+
+
+class TwoRates(DensityKernel):
+    """A user's own kernel with memory: the mean of two exponential averages, the rate of one of which is learned."""
+
+    memory = 2
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(2.0))
+
+    def cumulative(self, s):
+        return 1 - (torch.exp(-8 * s) + torch.exp(-self.rate * s)) / 2
+
+    def cumulative_integral(self, s):
+        return s - ((1 - torch.exp(-8 * s)) / 8 + (1 - torch.exp(-self.rate * s)) / self.rate) / 2
+
+    def memory_derivative(self, w, memory):
+        return 8 * (w - memory[0]), self.rate * (w - memory[1])
+
+    def theta(self, w, memory):
+        return (memory[0] + memory[1]) / 2
+
+
+def test_a_kernel_of_ones_own_with_memory_is_one_kernel_everywhere():
+    """By its states under torchdiffeq and the continuous adjoint, and by kappa: one answer and one gradient."""
+    torch.manual_seed(1)
+    field, z0 = field_with(TwoRates()), start()
+    tensors = {"z0": z0, **dict(field.named_parameters())}
+    exact = nc.solve(field, z0, steps=40, method="rk4", weight_steps=800).z
+    reference = oracle.gradients(exact.square().sum(), tensors)
+    assert float(reference["kernel.rate"].abs()) > 1e-3
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for solver in (torchdiffeq.odeint, torchdiffeq.odeint_adjoint):
+        z = solver(field, field.initial_state(z0), t, rtol=1e-8, atol=1e-9)[0][-1]
+        assert torch.allclose(z, exact, rtol=1e-5, atol=1e-5)
+        assert oracle.largest_error(oracle.gradients(z.square().sum(), tensors), reference) < 1e-4
+    z = nc.solve(field, z0, steps=40, method="rk4", adjoint=nc.ContinuousAdjoint()).z
+    assert oracle.largest_error(oracle.gradients(z.square().sum(), tensors), reference) < 1e-4
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

@@ -382,6 +382,59 @@ def test_layers_of_one_shape_can_share_an_operator(kind):
         assert torch.allclose(gradient, apart[f"0/weight.{part}"] + apart[f"2/weight.{part}"], rtol=1e-10, atol=1e-12)
 
 
+# Closed forms over many steps
+
+
+@pytest.mark.parametrize("pixels", [(3, 3), (9, 9)], ids=["dense", "FFT"])
+@pytest.mark.parametrize(("method", "lengths"), [("euler", 1), ("midpoint", 2), ("rk4", 3)])
+def test_a_nonlinear_propagator_is_built_once_for_each_length_of_step(pixels, method, lengths, monkeypatch):
+    """Whatever the number of steps; and the weights are those of one ``propagate`` after the other."""
+    dynamics = nn.Conv2d(2, 2, pixels, padding="same").double()
+    coupled = oracle.randomize(
+        nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), steps=5, method=method)
+    )
+    operator, w, built = coupled.field.operator("weight"), dynamics.weight, []
+    build = operator.spectrum.propagator
+    with monkeypatch.context() as patch:
+        patch.setattr(operator.spectrum, "propagator", lambda times, *rest: built.append(times) or build(times, *rest))
+        coupled(torch.randn(1, 2, 9, 9, dtype=torch.float64)).sum().backward()
+    assert len(built) == lengths
+    for n, found in enumerate(coupled.weight_trajectory([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])["weight"]):
+        assert torch.allclose(found, w, rtol=1e-12, atol=1e-14), n
+        w = operator.propagate(w, 0.2)
+
+
+class Halving(nn.Module):
+    """A user's own map with a closed form whose expensive part depends on the step's length alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.5))
+        self.made = []
+
+    def forward(self, t, w):
+        return -self.rate * w
+
+    def propagate(self, w, dt):
+        return self.propagator(dt, w)(w)
+
+    def propagator(self, dt, like):
+        self.made.append(dt)
+        factor = torch.exp(-self.rate * dt).to(like)
+        return lambda w: factor * w
+
+
+def test_an_operator_of_ones_own_may_prepare_its_steps():
+    """The prepared steps give what the numerical solution tends to, with the gradient of all steps together."""
+    coupled = layer(Halving(), steps=4, method="euler")
+    z0, operator = small_state(), coupled.field.operator("0.weight")
+    z = coupled(z0)
+    assert operator.made == [0.25]
+    (found,) = torch.autograd.grad(z.square().sum(), operator.rate)
+    expected = nc.kkt.multipliers(coupled, z0, lambda z: z.square().sum()).gradients()
+    assert float(found) == pytest.approx(float(expected["field.evolution.0/weight.rate"]), rel=1e-11)
+
+
 # Bad input
 
 
@@ -391,16 +444,20 @@ def test_layers_of_one_shape_can_share_an_operator(kind):
         (lambda: LinearEvolution("rows"), "unknown scope 'rows': choose one of pixels, channels"),
         (lambda: LinearEvolution(per="kernel"), "unknown per 'kernel': choose one of layer, filter"),
         (lambda: LinearEvolution("pixels", rank=2), "rank=2 belongs to scope='channels'"),
-        (lambda: LinearEvolution("channels"), "needs a rank of at least 1, got rank=None"),
-        (lambda: LinearEvolution("channels", rank=0), "needs a rank of at least 1, got rank=0"),
+        (lambda: LinearEvolution("channels"), "needs a rank of at least 1, a whole number, got rank=None"),
+        (lambda: LinearEvolution("channels", rank=0), "needs a rank of at least 1, a whole number, got rank=0"),
         (lambda: LinearEvolution("channels", rank=1, per="filter"), "per='filter' belongs to scope='pixels'"),
-        (lambda: ConvEvolution(0), "hidden must be at least 1, got 0"),
+        (lambda: ConvEvolution(0), "hidden must be a whole number of at least 1, got 0"),
         (lambda: ConvEvolution(2, 4), "kernel_size must be odd and positive.*got 4"),
         (lambda: ConvEvolution(2, padding="same"), "unknown padding 'same': choose one of circular, zeros"),
-        (lambda: MLPEvolution(-1), "hidden must be at least 1, got -1"),
+        (lambda: MLPEvolution(-1), "hidden must be a whole number of at least 1, got -1"),
         (lambda: MLPEvolution(2, scope="layer"), "unknown scope 'layer': choose one of kernel, filter"),
-        (lambda: HyperNetwork(0, 4), "embedding must have at least 1 entry, got 0"),
-        (lambda: HyperNetwork(4, 0), "hidden must be at least 1, got 0"),
+        (lambda: HyperNetwork(0, 4), "embedding must be a whole number of at least 1, got 0"),
+        (lambda: HyperNetwork(4, 0), "hidden must be a whole number of at least 1, got 0"),
+        (lambda: HyperNetwork(2.5, 4), "embedding must be a whole number of at least 1, got 2.5"),
+        (lambda: ConvEvolution(1.5), "hidden must be a whole number of at least 1, got 1.5"),
+        (lambda: MLPEvolution("3"), "hidden must be a whole number of at least 1, got '3'"),
+        (lambda: LinearEvolution("channels", rank=1.5), "needs a rank of at least 1, a whole number, got rank=1.5"),
     ],
 )
 def test_unknown_options_name_the_choices(make, message):
@@ -511,6 +568,48 @@ def test_non_finite_weights_say_the_step_and_the_parameter(bad, stages):
     path[0, ..., 0, 0] = bad
     with pytest.raises(ValueError, match=r"'conv.weight' are NaN or infinite from the start"):
         check_finite(path, "conv.weight")
+
+
+class Exploding(nn.Module):
+    """dw/dt = 1000 w |w|: beyond every precision within a few steps."""
+
+    def forward(self, t, w):
+        return 1e3 * w * w.abs()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "step"),
+    [
+        (nc.Dirac(), "step 6"),
+        (nc.SampleAndHold(2), "weight step 6"),
+        (nc.Exponential(2.0), "weight step 6"),
+        (nc.Box(0.3), "weight step 6"),
+        (nc.MatrixKernel(torch.eye(10, 11)), "weight step 6"),
+    ],
+    ids=str,
+)
+def test_a_solve_says_where_weights_blow_up_whatever_the_kernel(kernel, step):
+    """An average has infinite terms times zero in every row: the weights' own path says where they begin."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Exploding(), kernel, steps=10, weight_steps=10)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 0.1)
+    with pytest.raises(NonFiniteWeights, match=rf"weights of '0.weight' are NaN or infinite from {step} on"):
+        coupled(torch.randn(2, 4))
+    with torch.no_grad():
+        coupled.field.dynamics[0].weight[1, 1] = math.nan
+    with pytest.raises(NonFiniteWeights, match=r"'0.weight' are NaN or infinite from the start"):
+        coupled(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("activation", ["identity", "tanh"])
+def test_a_solve_says_whose_coefficients_overflow(activation):
+    coupled = layer(nc.ReactionDiffusionAdvection(activation=activation))
+    with torch.no_grad():
+        coupled.field.operator("2.weight").diffusion[1] = -400.0
+    with pytest.raises(
+        NonFiniteWeights,
+        match=r"parameter '2.weight': .* overflows torch.float64: Fourier mode \([12], [12]\) of filter 1",
+    ):
+        coupled(small_state())
 
 
 def test_large_but_finite_weights_pass():

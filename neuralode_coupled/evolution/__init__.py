@@ -7,6 +7,7 @@ from neuralode_coupled.evolution.base import (
     all_at_once,
     check_finite,
     closed_form,
+    closed_form_for_many_steps,
 )
 from neuralode_coupled.evolution.linear import LinearEvolution
 from neuralode_coupled.evolution.networks import ConvEvolution, HyperNetwork, MLPEvolution
@@ -24,4 +25,5 @@ __all__ = [
     "all_at_once",
     "check_finite",
     "closed_form",
+    "closed_form_for_many_steps",
 ]

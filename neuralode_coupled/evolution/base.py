@@ -13,6 +13,7 @@ from neuralode_coupled._types import Weight, WeightPath
 
 Propagate = Callable[[Tensor, float], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
+Advance = Callable[[Tensor], Tensor]
 
 
 class NonFiniteWeights(ValueError):
@@ -23,9 +24,15 @@ class EvolutionOperator(nn.Module):
     """The right-hand side q of the evolution ODE ``dw/dt = q(w; p)`` (Eq. 5c) of one parameter.
 
     A subclass writes ``forward(t, w) -> dw/dt``, with ``t`` a scalar tensor and ``w`` and the result of the shape of
-    the evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too. An operator that
-    can solve its own equation writes ``propagate(w, dt) -> w(t + dt)`` as well and is then used through it. One for
-    which that flow has the semigroup property may write ``trajectory(w0, times) -> w`` at all times at once.
+    the evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too, and may have the
+    same optional methods:
+
+    * ``propagate(w, dt) -> w(t + dt)`` solves the operator's own equation; a solve then takes no numerical steps.
+    * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, where ``propagate`` is a flow
+      with the semigroup property.
+    * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, where much of ``propagate`` depends
+      on ``dt`` alone: a solve makes one for each length of step that it has, and calls it at every step. ``like`` is a
+      weight of the shape, dtype and device of ``w``.
     """
 
     def bind(self, weight: Weight) -> Self:
@@ -42,6 +49,22 @@ class EvolutionOperator(nn.Module):
 def closed_form(operator: nn.Module) -> Propagate | None:
     """The operator's ``propagate``, or None where its equation has to be solved numerically."""
     return cast("Propagate | None", getattr(operator, "propagate", None))
+
+
+def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate | None:
+    """`closed_form` for one solve: what depends on the length of a step alone is made once for each length."""
+    propagate = closed_form(operator)
+    propagator = cast("Callable[[float, Tensor], Advance] | None", getattr(operator, "propagator", None))
+    if propagate is None or propagator is None:
+        return propagate
+    known: dict[float, Advance] = {}
+
+    def through_known(w: Tensor, dt: float) -> Tensor:
+        if dt not in known:
+            known[dt] = propagator(dt, like)
+        return known[dt](w)
+
+    return through_known
 
 
 def all_at_once(operator: nn.Module) -> Trajectory | None:
@@ -73,7 +96,7 @@ def is_seen(flag: Tensor) -> bool:
         return False
 
 
-def check_finite(path: WeightPath, name: str) -> None:
+def check_finite(path: WeightPath, name: str, what: str = "step") -> None:
     """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
 
     On the CPU only: elsewhere looking would make the host wait. Not inside of ``torch.compile`` and ``torch.func``
@@ -82,6 +105,7 @@ def check_finite(path: WeightPath, name: str) -> None:
     Args:
         path: weights with an axis of steps in front, (steps, *weight) or (steps, stages, *weight).
         name: the parameter's name, for the message.
+        what: what the first axis counts, for the message.
     """
     if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return
@@ -95,7 +119,7 @@ def check_finite(path: WeightPath, name: str) -> None:
     raise NonFiniteWeights(
         f"the evolving weights of {name!r} are NaN or infinite "
         + (
-            f"from step {step} on: use more weight steps, smaller evolution coefficients or a lower learning rate"
+            f"from {what} {step} on: use more weight steps, smaller evolution coefficients or a lower learning rate"
             if step
             else "from the start: look at the parameter and at the coefficients of its evolution"
         )

@@ -56,8 +56,8 @@ class LinearEvolution(EvolutionOperator):
                 raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(get_args(choices))}")
         if scope == "pixels" and rank is not None:
             raise ValueError(f"rank={rank} belongs to scope='channels': over pixels the matrix is full")
-        if scope == "channels" and (rank is None or rank < 1):
-            raise ValueError(f"scope='channels' needs a rank of at least 1, got rank={rank}")
+        if scope == "channels" and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"scope='channels' needs a rank of at least 1, a whole number, got rank={rank!r}")
         if scope == "channels" and per == "filter":
             raise ValueError("per='filter' belongs to scope='pixels': over channels one matrix mixes the filters")
         self.scope, self.rank, self.per = scope, rank, per

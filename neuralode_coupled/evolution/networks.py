@@ -37,7 +37,7 @@ class ConvEvolution(EvolutionOperator):
 
     def __init__(self, hidden: int, kernel_size: int = 3, padding: Padding = "circular") -> None:
         super().__init__()
-        _check_hidden(hidden)
+        _check_size("hidden", hidden)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, to keep the filters' size, got {kernel_size}")
         if padding not in get_args(Padding):
@@ -100,7 +100,7 @@ class MLPEvolution(EvolutionOperator):
 
     def __init__(self, hidden: int, time: bool = False, scope: NetworkScope = "kernel") -> None:
         super().__init__()
-        _check_hidden(hidden)
+        _check_size("hidden", hidden)
         if scope not in get_args(NetworkScope):
             raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(NetworkScope))}")
         self.hidden, self.time, self.scope = hidden, time, scope
@@ -165,9 +165,8 @@ class HyperNetwork(EvolutionOperator):
 
     def __init__(self, embedding: int, hidden: int) -> None:
         super().__init__()
-        _check_hidden(hidden)
-        if embedding < 1:
-            raise ValueError(f"embedding must have at least 1 entry, got {embedding}")
+        _check_size("hidden", hidden)
+        _check_size("embedding", embedding)
         self.size, self.hidden = embedding, hidden
         self.project: nn.Linear | None = None
         self.generate: nn.Linear | None = None
@@ -216,9 +215,9 @@ def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, 1, *shape) if len(shape) == 2 else shape
 
 
-def _check_hidden(hidden: int) -> None:
-    if hidden < 1:
-        raise ValueError(f"hidden must be at least 1, got {hidden}")
+def _check_size(name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
 def _check_axes(who: str, shape: tuple[int, ...]) -> None:

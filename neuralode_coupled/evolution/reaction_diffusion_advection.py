@@ -137,6 +137,14 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return self._propagate
 
     @property
+    def propagator(self) -> Callable[[float, Tensor], Callable[[Tensor], Tensor]]:
+        """``propagator(dt, like)``: ``propagate`` for one ``dt``, its matrix built once; only in the propagator
+        form."""
+        if self.form == "ode":
+            raise AttributeError("form='ode' is integrated by the solver")
+        return self._propagator
+
+    @property
     def trajectory(self) -> Callable[[Tensor, Tensor], Tensor]:
         """``trajectory(w0, times)``: w at all times in one product; only for a propagator with sigma = identity."""
         if self.form == "ode" or self.sigma is not None:
@@ -144,16 +152,28 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return self._trajectory
 
     def _propagate(self, w: Weight, dt: float) -> Weight:
-        times = torch.full((1,), float(dt), dtype=w.dtype, device=w.device)
-        w = self._trajectory(w, times)[0]
-        return w if self.sigma is None else self.sigma(w)
+        return self._propagator(dt, w)(w)
+
+    def _propagator(self, dt: float, like: Weight) -> Callable[[Weight], Weight]:
+        flow = self._flow(torch.full((1,), float(dt), dtype=like.dtype, device=like.device))
+
+        def advance(w: Weight) -> Weight:
+            w = flow(w)[0]
+            return w if self.sigma is None else self.sigma(w)
+
+        return advance
 
     def _trajectory(self, w0: Weight, times: Tensor) -> WeightPath:
+        return self._flow(times)(w0)
+
+    def _flow(self, times: Tensor) -> Callable[[Weight], WeightPath]:
+        """The linear flow from any w to all the times."""
         tau, upsilon, rho = self._coefficients()
         # Elsewhere looking would make the host wait, and inside torch.compile it would break the graph.
-        if w0.device.type == "cpu" and not torch.compiler.is_compiling():
+        if times.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_overflow(times.detach(), tau, rho)
-        return self._ungroup(self.spectrum.propagate(self._group(w0), times, tau, upsilon, rho), w0)
+        advance = self.spectrum.propagator(times, tau, upsilon, rho)
+        return lambda w: self._ungroup(advance(self._group(w)), w)
 
     @torch.no_grad()
     def _check_overflow(self, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:

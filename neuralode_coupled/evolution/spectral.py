@@ -8,6 +8,7 @@ large grids.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,15 @@ class Spectrum(nn.Module):
     def propagate(
         self, w: Tensor, times: Tensor, tau: Tensor | None, upsilon: Tensor | None, rho: Tensor | None
     ) -> Tensor:
-        """w after each of the ``times``: (times, groups, fields, *pixels).
+        """w after each of the ``times``: (times, groups, fields, *pixels)."""
+        return self.propagator(times, tau, upsilon, rho)(w)
 
-        The propagator is built as its difference from the identity, so that zero coefficients return ``w`` to the
-        last bit.
+    def propagator(
+        self, times: Tensor, tau: Tensor | None, upsilon: Tensor | None, rho: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        """`propagate` as a function of w alone: the matrix, or the multiplier of the FFT, is built here.
+
+        It is built as its difference from the identity, so that zero coefficients return ``w`` to the last bit.
         """
         growth, turn = self._rates(tau, upsilon, rho)
         growth, turn = (times[:, None, None] * rate for rate in (growth, turn))
@@ -115,10 +121,11 @@ class Spectrum(nn.Module):
         real = torch.expm1(growth) * torch.cos(turn) - 2 * torch.sin(turn / 2).square()
         imaginary = torch.exp(growth) * torch.sin(turn)
         if not self.dense:
-            return w + self._filter(w, torch.complex(real, imaginary))
+            multiplier = torch.complex(real, imaginary)
+            return lambda w: w + self._filter(w, multiplier)
         matrix = torch.cat([real, imaginary], dim=-1) @ self.modes
         matrix = matrix.reshape(len(times), -1, self.count, self.count)
-        return w + (w.flatten(2) @ matrix).reshape(len(times), *w.shape)
+        return lambda w: w + (w.flatten(2) @ matrix).reshape(len(times), *w.shape)
 
     def overflow(
         self, times: Tensor, tau: Tensor | None, rho: Tensor | None

@@ -1,0 +1,206 @@
+"""Four gradients of a layer side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import Activation
+from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
+from neuralode_coupled.field import check_activation
+from neuralode_coupled.kkt.steps import FIELD, substitute
+from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
+from neuralode_coupled.layer import CoupledODE
+
+METHODS = ("autograd", "DTO", "continuous", "differences")
+"""The columns of `Check`: Backprop, DiscreteAdjoint, ContinuousAdjoint and central finite differences."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The gradients of one group of tensors by every method, compared.
+
+    Attributes:
+        size: how many numbers are in the group.
+        norm: of the group's gradient by unrolled autograd, which is what the others are compared with.
+        slopes: the derivative of the loss along one random direction, by method; None where it is not defined.
+        errors: the relative error of the whole gradient (for finite differences of the slope alone), by method.
+    """
+
+    size: int
+    norm: float
+    slopes: dict[str, float | None]
+    errors: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Four gradients side by side; as text it is a small table.
+
+    In the table each group has a line of slopes along a random direction, and a line of errors relative to autograd.
+
+    Attributes:
+        groups: the comparison for ``"z0"``, ``"w0"``, ``"p"`` (of the evolution, and of a learnable kernel) and
+            ``"static"`` (everything else), where the layer has such tensors.
+        tolerance: the relative error that rounding may make in this precision.
+        reason: why the continuous adjoint is not defined; empty where it is.
+    """
+
+    groups: dict[str, Group]
+    tolerance: float
+    reason: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether DTO agrees with unrolled autograd up to rounding, in every group."""
+        errors = [group.errors["DTO"] for group in self.groups.values()]
+        # Not "error > tolerance" anywhere: a gradient that is not a number is not exact.
+        return all(error is not None and error <= self.tolerance for error in errors)
+
+    def __str__(self) -> str:
+        head = f"{'':<8}{'size':>9}{'norm':>12}" + "".join(f"{method:>14}" for method in METHODS)
+        lines = [head]
+        for name, group in self.groups.items():
+            slopes = "".join(_cell(group.slopes[method], "+.6e") for method in METHODS)
+            errors = "".join(_cell(group.errors[method], ".1e") for method in METHODS[1:])
+            lines.append(f"{name:<8}{group.size:>9}{group.norm:>12.4e}{slopes}")
+            lines.append(f"{'':<8}{'':>9}{'error':>12}{'':>14}{errors}")
+        lines.append(
+            f"DTO equals autograd up to rounding (relative error at most {self.tolerance:.0e})"
+            if self.exact
+            else f"DTO DIFFERS from autograd by more than rounding (relative error {self.tolerance:.0e})"
+        )
+        if self.reason:
+            lines.append(f"continuous adjoint not defined: {self.reason}")
+        return "\n".join(lines)
+
+
+def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: bool = True) -> Check:
+    """Four gradients side by side: DTO, unrolled autograd, the continuous adjoint, and central finite differences
+    along random directions.
+
+    The layer is left as it is. The continuous adjoint (OTD) is expected to differ by the discretisation error, and is
+    "not defined" for kernels without a continuous form and operators that are discrete maps.
+
+    Args:
+        layer: the coupled layer. A `DiscreteAdjoint` of its own is the one that is checked, else the default one.
+        z0: the initial activations.
+        loss: from z(t1) to a scalar; by default a fixed random linear functional.
+        show: print the table.
+
+    Raises:
+        TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
+    """
+    check_activation(layer.field, z0)
+    loss = probe(z0) if loss is None else loss
+    dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()
+    exact = _gradients(layer, z0, loss, Backprop())
+    others: dict[str, Tensors | None] = {"DTO": _gradients(layer, z0, loss, dto), "continuous": None}
+    reason = ""
+    try:
+        others["continuous"] = _gradients(layer, z0, loss, ContinuousAdjoint())
+    except ValueError as error:
+        reason = str(error)
+    floor = norm(exact.values()) / 100
+    groups: dict[str, Group] = {}
+    for name, members in _groups(layer).items():
+        if members:
+            chosen = {method: None if found is None else pick(found, members) for method, found in others.items()}
+            groups[name] = _compare(layer, z0, loss, pick(exact, members), chosen, floor)
+    result = Check(groups, 1e4 * torch.finfo(z0.dtype).eps, reason)
+    if show:
+        print(result)  # noqa: T201 (what it is asked for)
+    return result
+
+
+def _compare(
+    layer: CoupledODE, z0: Tensor, loss: Loss, exact: Tensors, others: dict[str, Tensors | None], floor: float
+) -> Group:
+    """One group's gradients by every method; ``floor`` is the least norm that errors are relative to."""
+    tensors = {"z0": z0, **dict(layer.named_parameters())}
+    direction = _direction({name: tensors[name] for name in exact})
+    slopes: dict[str, float | None] = {"autograd": dot(exact, direction)}
+    errors: dict[str, float | None] = {"autograd": 0.0}
+    for method, gradient in others.items():
+        slopes[method] = None if gradient is None else dot(gradient, direction)
+        errors[method] = None if gradient is None else relative_error(gradient.values(), exact.values(), floor)
+    quotient = _differences(layer, z0, loss, direction)
+    size = sum(g.numel() for g in exact.values())
+    # A slope is a sum of as many random terms, and as large as their norm.
+    scale = max(norm(g * direction[name] for name, g in exact.items()), floor * norm(direction.values()) / size**0.5)
+    slopes["differences"] = quotient
+    errors["differences"] = abs(quotient - dot(exact, direction)) / (scale or 1.0)
+    return Group(size, norm(exact.values()), slopes, errors)
+
+
+def _direction(tensors: Tensors) -> Tensors:
+    """A random direction, each tensor's part of its own size: then few ReLUs switch on the way."""
+    # Not the seed of the default loss, which would be this very direction in z.
+    generator = torch.Generator().manual_seed(1)
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        size = float(tensor.detach().double().square().mean()) ** 0.5 or 1.0
+        found[name] = size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+    return found
+
+
+def _gradients(layer: CoupledODE, z0: Tensor, loss: Loss, adjoint: GradientMethod) -> Tensors:
+    """dJ of z0 and of every parameter by its name in the layer."""
+
+    def differentiate(leaves: Tensors) -> Tensors:
+        tensors = {"z0": as_leaf(z0), **leaves}
+        return by_name(scalar("loss", loss(_solved_by(layer, adjoint, tensors["z0"]))), tensors)
+
+    return substitute(layer, differentiate)
+
+
+def _differences(layer: CoupledODE, z0: Tensor, loss: Loss, direction: Tensors) -> float:
+    """The central difference quotient of the loss along a direction."""
+    # Smaller than smooth functions would have it: the fewer ReLUs switch between the two points, the better.
+    shift = torch.finfo(z0.dtype).eps ** 0.5
+    values = []
+    for sign in (1, -1):
+
+        def value(leaves: Tensors, sign: int = sign) -> float:
+            start = z0 + sign * shift * direction["z0"] if "z0" in direction else z0
+            with torch.no_grad():
+                for name in direction.keys() & leaves.keys():
+                    leaves[name].add_(direction[name], alpha=sign * shift)
+                return float(scalar("loss", loss(_solved_by(layer, Backprop(), start))))
+
+        values.append(substitute(layer, value))
+    return (values[0] - values[1]) / (2 * shift)
+
+
+def _solved_by(layer: CoupledODE, adjoint: GradientMethod, z0: Tensor) -> Tensor:
+    """The layer's output under another gradient method."""
+    own, stats = layer.adjoint, layer.stats
+    layer.adjoint = adjoint
+    try:
+        return layer(z0)
+    finally:
+        layer.adjoint, layer.stats = own, stats
+
+
+def _groups(layer: CoupledODE) -> dict[str, list[str]]:
+    """The names in the layer of what each group holds."""
+    names = [name for name, _ in layer.named_parameters()]
+    evolving = {FIELD + name for name in layer.field.names}
+    return {
+        "z0": ["z0"],
+        "w0": [name for name in names if name in evolving],
+        "p": [name for name in names if not name.startswith(FIELD)],
+        "static": [name for name in names if name.startswith(FIELD) and name not in evolving],
+    }
+
+
+def probe(z0: Tensor) -> Loss:
+    """A random linear functional, the same for every call with activations of this shape."""
+    probe = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return lambda z: (z.double() * probe.to(z.device)).sum()
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'not defined' if value is None else format(value, form):>14}"

@@ -1,0 +1,90 @@
+"""How far (7a) to (7e) are from holding, in their discrete and in their continuous form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from neuralode_coupled._types import Activation
+from neuralode_coupled.kkt.backward import Multipliers, check_shapes, multipliers
+from neuralode_coupled.kkt.continuous import continuous_residuals, why_not_continuous
+from neuralode_coupled.kkt.discrete import discrete_residuals
+from neuralode_coupled.kkt.steps import Steps, substitute
+from neuralode_coupled.kkt.tensors import Loss, Regularizer, Tensors, as_leaf, by_name, scalar
+from neuralode_coupled.layer import CoupledODE
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """How far each equation of (7) is from holding, relative to its terms.
+
+    Attributes:
+        discrete: of ``"7a"`` to ``"7e"`` in their discrete form: rounding, if all is well.
+        continuous: of the same in their continuous form. ``"7a"``, ``"7b"`` and ``"7c"`` are integrated from every
+            point of the grid to the end; in ``"7d"`` and ``"7e"`` the gradients meet the integrals of (7c)'s and
+            (7e)'s right-hand sides over the interval. All shrink at the method's order as the grids are refined; with
+            a `DensityKernel` at most at second order in the two steps, because kappa is of second order in the step
+            of the weights. (Under a `Box` with a zero history theta has a kink and its derivative in the width jumps:
+            of first order there.) Empty where they are not defined.
+        reason: why they are not; empty where they are.
+    """
+
+    discrete: dict[str, float]
+    continuous: dict[str, float]
+    reason: str = ""
+
+
+def residuals(
+    layer: CoupledODE,
+    z0: Activation,
+    loss: Loss,
+    regularizer: Regularizer | None = None,
+    *,
+    inserted: Multipliers | None = None,
+) -> Residuals:
+    """How far (7a) to (7e) are from holding for multipliers, and for the gradients that the layer's adjoint delivers.
+
+    In the discrete form (7a), (7b) and (7c) are evaluated at the multipliers, (7d) and (7e) at the multipliers and
+    autograd's g_w0 and g_p of ``loss(layer(z0)) + regularizer()`` by the layer's own gradient method, whose gradient
+    in z0 has to be -alpha_0 in (7a) too. They vanish for the exact methods; with `ContinuousAdjoint` the gradients'
+    discretisation error shows. The continuous form is evaluated for K = delta and for kernels with a density (the
+    finite memories `Exponential` and `Erlang`, `Box`, one's own), operators that are a flow, no parameters of single
+    steps, and for K = delta at least as many steps as the method's order.
+
+    Args:
+        layer: the coupled layer.
+        z0: the initial activations.
+        loss: J, from z(t1) to a scalar.
+        regularizer: R(w0, p), such as ``layer.regularization``; a function without arguments that reads the layer's
+            parameters when it is called.
+        inserted: multipliers to evaluate at, in place of those of `multipliers`.
+
+    Raises:
+        TypeError, ValueError: as `multipliers`, for a regulariser that is not a scalar tensor, or for inserted
+            multipliers of other shapes.
+    """
+    found = multipliers(layer, z0, loss) if inserted is None else inserted
+    objective = substitute(layer, lambda leaves: _delivered(layer, z0, loss, regularizer, leaves))
+
+    def evaluate(leaves: Tensors) -> Residuals:
+        steps = Steps(layer, z0, leaves)
+        check_shapes(found, steps)
+        discrete = discrete_residuals(steps, loss, found, *objective)
+        reason = why_not_continuous(layer)
+        if reason:
+            return Residuals(discrete, {}, reason)
+        return Residuals(discrete, continuous_residuals(steps, found, *objective))
+
+    return substitute(layer, evaluate)
+
+
+def _delivered(
+    layer: CoupledODE, z0: Tensor, loss: Loss, regularizer: Regularizer | None, leaves: Tensors
+) -> tuple[Tensors, Tensors]:
+    """The gradients of J + R by the layer's own adjoint, and those of R alone."""
+    tensors = {"z0": as_leaf(z0), **leaves}
+    objective = scalar("loss", loss(layer(tensors["z0"])))
+    regular = objective.new_zeros(()) if regularizer is None else scalar("regularizer", regularizer())
+    parts = [by_name(regular, tensors), by_name(objective + regular, tensors)]
+    return parts[1], parts[0]

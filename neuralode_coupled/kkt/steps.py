@@ -1,0 +1,159 @@
+"""The forward solve of a layer taken apart at its grid points, with other tensors in place of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from neuralode_coupled._types import State, Weight
+from neuralode_coupled.evolution import closed_form
+from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
+from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.runge_kutta import step
+from neuralode_coupled.solve import build_scheme
+from neuralode_coupled.stage_weights import Scheme
+
+T = TypeVar("T")
+
+FIELD = "field.dynamics."
+"""In front of a parameter's name in the dynamics, it is the parameter's name in the layer."""
+
+
+class Steps:
+    """The forward solve taken apart at its grid points: every step starts from a leaf and has its own graph.
+
+    Args:
+        layer: a layer whose parameters are the ``leaves``.
+        z0: the initial activations.
+        leaves: the parameters by their names in the layer.
+    """
+
+    def __init__(self, layer: CoupledODE, z0: Tensor, leaves: Tensors) -> None:
+        check_activation(layer.field, z0)
+        self.field, self.scheme = layer.field, scheme_of(layer)
+        weight_side = {f"field.{part}." for part in ("evolution", "kernel")}
+        self.p = {name: leaf for name, leaf in leaves.items() if name.startswith(tuple(weight_side))}
+        evolving = {FIELD + name for name in self.field.names}
+        self.static = {name: leaf for name, leaf in leaves.items() if name not in evolving and name.startswith(FIELD)}
+        self.w: dict[str, list[Tensor]] = {}
+        self.w_next: dict[str, list[Tensor]] = {}
+        self.theta_of_w: Tensors = {}
+        for name, w0 in self.field.evolving().items():
+            self._weights(name, w0)
+        self.theta = {name: [as_leaf(row) for row in theta] for name, theta in self.theta_of_w.items()}
+        self.z, self.z_next = [as_leaf(z0)], []
+        for n in range(self.scheme.grid.steps):
+            self.z_next.append(self._activation_step(n))
+            self.z.append(as_leaf(self.z_next[-1]))
+
+    def through_activation(self, n: int, alpha: Tensor) -> tuple[Tensor, Tensors, Tensors]:
+        """The right-hand sides of (7a) and (7b) at step ``n``, and the step's part of the static gradients' -dJ."""
+        theta = {name: rows[n] for name, rows in self.theta.items()}
+        found = pull(self.z_next[n], [self.z[n], *theta.values(), *self.static.values()], alpha)
+        gamma = dict(zip(theta, found[1:], strict=False))
+        return found[0], gamma, dict(zip(self.static, found[1 + len(theta) :], strict=True))
+
+    def through_kernel(self, name: str, gamma: Tensor) -> tuple[list[Tensor], Tensors]:
+        """kappa^T gamma at every point of the weight grid, and what of it goes to p (a learnable kernel's)."""
+        found = pull(self.theta_of_w[name], [*self.w[name], *self.p.values()], gamma)
+        points = len(self.w[name])
+        return list(found[:points]), dict(zip(self.p, found[points:], strict=True))
+
+    def through_evolution(self, name: str, m: int, beta: Tensor) -> tuple[Tensor, Tensors]:
+        """(dW_m/dw)^T beta of (7c) and (dW_m/dp)^T beta of (7e)."""
+        found = pull(self.w_next[name][m], [self.w[name][m], *self.p.values()], beta)
+        return found[0], dict(zip(self.p, found[1:], strict=True))
+
+    def terminal(self, loss: Loss) -> Tensor:
+        """alpha_N = -dJ/dz_N."""
+        return -pull(scalar("loss", loss(self.z[-1])), [self.z[-1]], None)[0]
+
+    def _weights(self, name: str, w0: Tensor) -> None:
+        scheme, kernel, operator = self.scheme, self.field.kernel, self.field.operator(name)
+        path, ends, stages = [as_leaf(w0)], [], []
+        for m in range(scheme.weight_grid.steps):
+            end, inner = _weight_step(scheme, operator, path[-1], m)
+            ends.append(end)
+            stages.append(torch.stack(inner))
+            path.append(as_leaf(end))
+        if scheme.together(kernel):
+            theta = torch.stack(stages)
+        else:
+            grid = scheme.grid
+            kappa = kernel.kappa(grid.steps, scheme.method.c, len(ends), grid.span, w0.device)
+            theta = torch.tensordot(kappa.to(w0), torch.stack(path), dims=1)
+        self.w[name], self.w_next[name], self.theta_of_w[name] = path, ends, theta
+
+    def _activation_step(self, n: int) -> Tensor:
+        grid, method = self.scheme.grid, self.scheme.method
+        own = _own(self.field, n)
+
+        def slope(i: int, y: State) -> State:
+            theta = {name: rows[n][i] for name, rows in self.theta.items()}
+            return (
+                self.field.evaluate(time_tensor(grid.time(n, method.c[i]), y[0]), y[0], own | theta).to(y[0].dtype),
+            )
+
+        return step(slope, (self.z[n],), grid.h, method)[0][0]
+
+
+def _weight_step(scheme: Scheme, operator: nn.Module, w: Weight, m: int) -> tuple[Weight, list[Weight]]:
+    """W_m: the next w, and w at the stages in between."""
+    grid, method = scheme.weight_grid, scheme.weight_method
+    propagate = closed_form(operator)
+    if propagate is not None:
+        return propagate(w, grid.h), [propagate(w, fraction * grid.h) if fraction else w for fraction in method.c]
+
+    def q(i: int, y: State) -> State:
+        return (operator(time_tensor(grid.time(m, method.c[i]), w), y[0]),)
+
+    (end,), stages = step(q, (w,), grid.h, method)
+    return end, [stage[0] for stage in stages]
+
+
+def _own(field: CoupledField, n: int) -> Tensors:
+    """Step ``n``'s parameters and buffers of per-step modules, under the names of the first copy."""
+    return {
+        f"{prefix}copies.0.{name}": tensor
+        for prefix, module in field.per_step
+        for name, tensor in chain(module.copies[n].named_parameters(), module.copies[n].named_buffers())
+    }
+
+
+def scheme_of(layer: CoupledODE) -> Scheme:
+    return build_scheme(layer.field, layer.t, layer.steps, layer.method, layer.weight_steps, layer.weight_method)
+
+
+class _Substituted(nn.Module):
+    """A layer to compute with while functional_call has other tensors in its place."""
+
+    def __init__(self, layer: CoupledODE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, compute: Callable[[], T]) -> T:
+        return compute()
+
+
+def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
+    """``compute(leaves)`` with fresh leaves as the layer's parameters and copies as its buffers.
+
+    Neither parameters, statistics nor random numbers of the caller's are touched, and all computations draw the same
+    random numbers.
+    """
+    leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    tensors = {f"layer.{name}": tensor for name, tensor in (leaves | buffers).items()}
+    stats = layer.stats
+    devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
+            return functional_call(_Substituted(layer), tensors, (lambda: compute(leaves),))
+    finally:
+        layer.stats = stats
