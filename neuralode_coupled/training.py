@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import platform
 import time
 import warnings
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ import neuralode_coupled as nc
 from neuralode_coupled.data import ImageData, source
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
+from neuralode_coupled.processes import together, tolerate_unused_parameters
 from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -37,6 +40,9 @@ DROPS = (150 / 350, 250 / 350)
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on devices that compute ahead of the host, which a look makes wait."""
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+"""Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -257,17 +263,20 @@ class Training:
     def run(self) -> Result:
         """Train what is left to train, and write the result.
 
+        Several processes give the same result, and end together when one of them fails.
+
         Raises:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
+            ProcessLost: in the other processes, if one has raised an error, or is gone.
         """
-        if self.done < self.experiment.epochs:
-            with _without_idle_warnings():
+        with together(self.trainer, self.folder.failure), _without_idle_warnings():
+            if self.done < self.experiment.epochs:
                 checkpoint = self.folder.last if self.done else None
                 self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
-        if self.trainer.is_global_zero:
-            self.folder.finish(self._result())
-        self.trainer.strategy.barrier()
-        result = self.folder.result()
+            if self.trainer.is_global_zero:
+                self.folder.finish(self._result())
+            # The others may be on machines that do not see the folder.
+            result = self.trainer.strategy.broadcast(self.folder.result())
         assert result is not None
         return result
 
@@ -319,11 +328,20 @@ def prepare(
             evolution_lr=experiment.evolution_lr,
             seed=experiment.seed,
         )
+        if experiment.precision == "64-true":
+            # Lightning does so after it has read the checkpoint, which it would round to float32.
+            classifier.double()
+        if experiment.compile:
+            compile_model(classifier.model)
         done = finished_epochs(folder) if resume else 0
         trainer = _trainer(experiment, folder, done, progress, report)
+        if experiment.threads is not None and trainer.world_size > 1:
+            # Lightning otherwise shares the cores out anew when it starts the processes.
+            os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
         # Once, by the process that starts the others: they come when the folder is in use already.
         if trainer.is_global_zero:
             folder.check(experiment, resume=resume)
+            folder.failure.unlink(missing_ok=True)
         data.prepare_data()
         data.setup()
     if trainer.is_global_zero:
@@ -374,6 +392,20 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
         adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
         classes=classes,
     )
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile the whole model in place: its parameters keep their names.
+
+    Raises ValueError for gradient methods that cannot be compiled.
+    """
+    for name, layer in nc.models.coupled_layers(model).items():
+        if layer.adjoint not in (nc.DiscreteAdjoint(), nc.Backprop()):
+            raise ValueError(
+                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete or backprop, "
+                "or leave compile out"
+            )
+    model.compile()
 
 
 def load_model(folder: RunFolder) -> nn.Module:
@@ -444,11 +476,14 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
         callbacks.append(ProgressBar())
     # TensorBoard drops what it has after the checkpoint that training resumes from.
     logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=done + 1 if done else None)
+    if experiment.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             max_epochs=experiment.epochs,
             accelerator=experiment.accelerator,
             devices=experiment.devices,
+            num_nodes=experiment.nodes,
             strategy=experiment.strategy,
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
             callbacks=callbacks,
@@ -460,8 +495,20 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
-        raise ValueError(f"cannot train with {asked}, precision {experiment.precision!r}: {error}") from error
+        raise ValueError(f"{_refused(experiment)}: {error}") from error
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        cores = os.cpu_count() or 1
+        if trainer.num_devices > cores:
+            raise ValueError(f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}")
+        if experiment.precision == "16-mixed":
+            raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
+    tolerate_unused_parameters(trainer)
+    return trainer
+
+
+def _refused(experiment: Experiment) -> str:
+    asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
+    return f"cannot train with {asked}, precision {experiment.precision!r}"
 
 
 def _device_name(device: torch.device) -> str:
@@ -471,15 +518,18 @@ def _device_name(device: torch.device) -> str:
 @contextlib.contextmanager
 def _without_idle_warnings() -> Iterator[None]:
     """Without what Lightning says about choices that are ours, or advertises."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # refused soon after
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
