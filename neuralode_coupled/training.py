@@ -9,7 +9,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
+from neuralode_coupled import checkpoints
 from neuralode_coupled.data import ImageData, source
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
@@ -80,15 +81,24 @@ class Classifier(pl.LightningModule):
         lr: the learning rate of the first epochs.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
+        origin: what the model is; checkpoints keep it, see `checkpoints`.
 
     Raises:
         Diverged: in training, once the loss is NaN or infinite.
     """
 
     def __init__(
-        self, model: nn.Module, *, epochs: int, lr: float = 0.1, evolution_lr: float = 1.0, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        epochs: int,
+        lr: float = 0.1,
+        evolution_lr: float = 1.0,
+        seed: int = 0,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.origin = dict(origin or {})
         self.model = model
         self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
         self._first_bad_step: Tensor | None = None
@@ -126,6 +136,10 @@ class Classifier(pl.LightningModule):
             group["lr"] = group["factor"] * learning_rate(self.lr, self.current_epoch, self.epochs)
         entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose weights they are."""
+        checkpoint[checkpoints.ORIGIN] = self.origin
 
     def _measure(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
         images, labels = batch
@@ -327,13 +341,14 @@ def prepare(
             lr=experiment.lr,
             evolution_lr=experiment.evolution_lr,
             seed=experiment.seed,
+            origin=origin(experiment),
         )
         if experiment.precision == "64-true":
             # Lightning does so after it has read the checkpoint, which it would round to float32.
             classifier.double()
         if experiment.compile:
             compile_model(classifier.model)
-        done = finished_epochs(folder) if resume else 0
+        done = finished_epochs(folder, classifier) if resume else 0
         trainer = _trainer(experiment, folder, done, progress, report)
         if experiment.threads is not None and trainer.world_size > 1:
             # Lightning otherwise shares the cores out anew when it starts the processes.
@@ -394,8 +409,8 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
     )
 
 
-def compile_model(model: nn.Module) -> None:
-    """Compile the whole model in place: its parameters keep their names.
+def compile_model(model: nn.Module, backend: str = "inductor") -> None:
+    """Have torch compile the whole model, at its first forward pass, in place: its parameters keep their names.
 
     Raises ValueError for gradient methods that cannot be compiled.
     """
@@ -405,29 +420,43 @@ def compile_model(model: nn.Module) -> None:
                 f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete or backprop, "
                 "or leave compile out"
             )
-    model.compile()
+    model.compile(backend=backend)
 
 
 def load_model(folder: RunFolder) -> nn.Module:
     """The model of a run with the weights of its best checkpoint, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: if the folder holds no run, or the run has no checkpoint yet.
+        ValueError: if the folder holds no run, or the run has no checkpoint yet, or one that is damaged, or of another
+            model or a version whose models had other weights.
     """
     experiment = folder.experiment()
     if experiment is None or not folder.best.exists():
         raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
     classifier = Classifier(build_model(experiment, len(folder.class_names())), epochs=experiment.epochs)
-    checkpoint = torch.load(folder.best, map_location="cpu", weights_only=True)
+    checkpoint = checkpoints.read(folder.best)
+    checkpoints.check(folder.best, checkpoint, classifier, origin(experiment))
     classifier.load_state_dict(checkpoint["state_dict"])
     return classifier.model.eval()
 
 
-def finished_epochs(folder: RunFolder) -> int:
-    """How many epochs the last checkpoint has behind it; 0 without one."""
+def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> int:
+    """How many epochs the last checkpoint has behind it; 0 without one.
+
+    Raises ValueError for one that is damaged, or does not fit ``classifier``.
+    """
     if not folder.last.exists():
         return 0
-    return int(torch.load(folder.last, map_location="cpu", weights_only=True)["epoch"]) + 1
+    checkpoint = checkpoints.read(folder.last)
+    if classifier is not None:
+        checkpoints.check(folder.last, checkpoint, classifier, classifier.origin)
+    return int(checkpoint["epoch"]) + 1
+
+
+def origin(experiment: Experiment) -> dict[str, Any]:
+    """What decides over the names and shapes of the model's weights, and the version that made them."""
+    decisive = ("model", "variant", "steps", "evolution")
+    return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 
 def evolution_norms(model: nn.Module) -> dict[str, float]:
