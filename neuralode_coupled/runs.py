@@ -16,7 +16,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -222,21 +223,34 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._before = self._until_pause = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._resettable = True
-        except OSError:
-            self._resettable = False
+        self._resettable = self._reset()
         self._before = self._resident_peak()
 
     def read(self) -> int:
         """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return max(self._resident_peak() - self._before, 0)
+        return max(self._resident_peak() - self._before, self._until_pause)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what does not count, such as drawing; where the mark cannot be reset it counts all the same."""
+        self._until_pause = self.read()
+        yield
+        if self.device.type != "cuda" and self._resettable:
+            self._reset()
+
+    @staticmethod
+    def _reset() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
 
     def _resident_peak(self) -> int:
         if self._resettable:

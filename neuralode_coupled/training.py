@@ -34,6 +34,7 @@ from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.processes import together, tolerate_unused_parameters
 from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
+from neuralode_coupled.weight_log import WeightLog
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 DROPS = (150 / 350, 250 / 350)
@@ -174,6 +175,8 @@ class Classifier(pl.LightningModule):
 class EpochLog(pl.Callback):
     """Writes one row an epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
 
+    TensorBoard gets what `WeightLog` writes too.
+
     A run that is killed between the two loses its checkpoint and does the epoch again: so rows after the checkpoint
     that training resumed from are dropped.
 
@@ -187,11 +190,14 @@ class EpochLog(pl.Callback):
         self.folder, self.done, self.report = folder, done, report
         self.rows: list[Row] = []
         self._peak: PeakMemory | None = None
+        self._weights: WeightLog | None = None
         self._began = self._seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the rows that are there."""
         self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
+        assert isinstance(pl_module, Classifier)
+        self._weights = WeightLog(pl_module.model, pl_module.epochs)
         self._peak = PeakMemory(pl_module.device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -218,7 +224,8 @@ class EpochLog(pl.Callback):
         assert self._peak is not None
         row |= {"seconds": self._seconds, "memory": float(self._peak.read())}
         if trainer.is_global_zero:
-            self._write(trainer, row)
+            with self._peak.paused():
+                self._write(trainer, row)
 
     def _write(self, trainer: pl.Trainer, row: Row) -> None:
         self.rows.append(row)
@@ -227,6 +234,8 @@ class EpochLog(pl.Callback):
         for logger in trainer.loggers:
             assert isinstance(logger, TensorBoardLogger)
             logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
+            assert self._weights is not None
+            self._weights.write(logger.experiment, epoch)
             logger.experiment.flush()  # a killed run keeps its curves
         if self.report is not None:
             self.report(

@@ -149,6 +149,20 @@ def test_peak_memory_sees_what_comes_and_goes_but_not_what_was_before():
     assert 0.9 * size < meter.read() < 1.5 * size
 
 
+def test_peak_memory_leaves_out_what_happens_in_a_pause():
+    size = 64 * 2**20
+    meter = PeakMemory(torch.device("cpu"))
+    passing = torch.ones(size, dtype=torch.uint8)
+    del passing
+    with meter.paused():
+        large = torch.ones(4 * size, dtype=torch.uint8)
+        del large
+    assert 0.9 * size < meter.read() < 1.5 * size
+    passing = torch.ones(2 * size, dtype=torch.uint8)
+    del passing
+    assert 1.9 * size < meter.read() < 2.5 * size
+
+
 def test_peak_memory_without_a_mark_that_resets(monkeypatch):
     def forbidden(self, text):
         raise PermissionError("clear_refs")
