@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="neuralode-coupled",
     help="Train and compare coupled neural ODEs (ANODEV2) on images.",
+    epilog="Example: neuralode-coupled train --out runs/digits; neuralode-coupled COMMAND --help shows the options.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -59,7 +60,7 @@ EvolutionName = Annotated[
     str | None,
     typer.Option(
         "--evolution",
-        help="Evolution operator of the anodev2 variants: rda (reaction-diffusion-advection, the default), "
+        help="Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
         "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank.",
     ),
 ]

@@ -28,7 +28,8 @@ class WeightLog:
 
     Args:
         model: whose layers are looked at.
-        epochs: of the run. Filters are drawn after the first epoch, after the last, and in between so that there are about `SNAPSHOTS`.
+        epochs: of the run. Filters are drawn after the first, after the last, and in between so that there are about
+            `SNAPSHOTS`.
     """
 
     def __init__(self, model: nn.Module, epochs: int) -> None:
