@@ -33,6 +33,20 @@ class ProcessLost(RuntimeError):
         self.explained = explained
 
 
+class FolderNotShared(RuntimeError):
+    """This process does not see the checkpoint that the run is resumed from."""
+
+
+def agree(trainer: pl.Trainer, done: int) -> None:
+    """Raise `FolderNotShared` unless process 0 has found as many finished epochs: ``done``, seen from here."""
+    there = trainer.strategy.broadcast(done)
+    if there != done:
+        raise FolderNotShared(
+            f"process {trainer.global_rank} finds {done} finished epochs in the run's folder, process 0 finds {there}: "
+            "resume where every machine sees the folder, or copy it to all of them"
+        )
+
+
 def tolerate_unused_parameters(trainer: pl.Trainer) -> None:
     """Let some processes leave out parameters that others use in a step, unless the strategy says otherwise.
 

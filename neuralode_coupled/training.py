@@ -32,7 +32,7 @@ from neuralode_coupled import checkpoints
 from neuralode_coupled.data import ImageData, source
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
-from neuralode_coupled.processes import together, tolerate_unused_parameters
+from neuralode_coupled.processes import agree, together, tolerate_unused_parameters
 from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
 from neuralode_coupled.weight_log import WeightLog
 
@@ -193,6 +193,10 @@ class EpochLog(pl.Callback):
         self._weights: WeightLog | None = None
         self._began = self._seconds = 0.0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See that all processes resume from the same epoch, before the first of them reads a checkpoint."""
+        agree(trainer, self.done)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the rows that are there."""
         self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
@@ -290,6 +294,7 @@ class Training:
 
         Raises:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
+            FolderNotShared: in a process that does not see what the run is resumed from.
             ProcessLost: in the other processes, if one has raised an error, or is gone.
         """
         with together(self.trainer, self.folder.failure), _without_idle_warnings():

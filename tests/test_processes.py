@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from neuralode_coupled import cli, data, training
-from neuralode_coupled.processes import ProcessLost, together, tolerate_unused_parameters
+from neuralode_coupled.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
 from neuralode_coupled.runs import Experiment, RunFolder
 from tests import several_processes
 
@@ -170,6 +170,16 @@ def test_the_first_to_fail_ends_those_that_it_started(tmp_path):
     with pytest.raises(ValueError, match="mine"), together(trainer(procs=(child,)), tmp_path / "note"):
         raise ValueError("mine")
     assert child.wait(timeout=30) == -signal.SIGTERM
+
+
+def test_a_process_that_does_not_see_the_checkpoint_does_not_start_from_nothing():
+    seen = trainer(rank=1)
+    seen.strategy.broadcast = lambda done: 3
+    agree(seen, 3)
+    with pytest.raises(
+        FolderNotShared, match="process 1 finds 0 finished epochs in the run's folder, process 0 finds 3"
+    ):
+        agree(seen, 0)
 
 
 @pytest.mark.parametrize(
