@@ -6,10 +6,12 @@ What needs more than a moment to import is imported by the commands, so that ``-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial, wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="neuralode-coupled",
     help="Train and compare coupled neural ODEs (ANODEV2) on images.",
+    epilog="Example: neuralode-coupled train --out runs/digits; neuralode-coupled COMMAND --help shows the options.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,13 +52,15 @@ BatchSize = Annotated[
     int | None, typer.Option(help="Images a batch on each device; by default 64 for digits, else 256.")
 ]
 Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the first epochs.")]
-Method = Annotated[str, typer.Option(help="Solver of the ODE blocks: euler, midpoint or rk4.")]
+Method = Annotated[
+    str, typer.Option(help="Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule) or rk4_classic.")
+]
 Steps = Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default the variant's own.")]
 EvolutionName = Annotated[
     str | None,
     typer.Option(
         "--evolution",
-        help="Evolution operator of the anodev2 variants: rda (reaction-diffusion-advection, the default), "
+        help="Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
         "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank.",
     ),
 ]
@@ -69,9 +74,11 @@ AdjointName = Annotated[
         help="How gradients come back: backprop, discrete, reversible or continuous; by default the variant's own.",
     ),
 ]
-Precision = Annotated[str, typer.Option(help="As Lightning names it: 32-true, bf16-mixed, 16-mixed, 64-true.")]
+Precision = Annotated[str, typer.Option(help="32-true, 64-true, bf16-mixed, or on a GPU 16-mixed.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Train the model compiled by torch.compile.")]
 Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu ...")]
-Devices = Annotated[str, typer.Option(help="How many devices, or which: 2, or 0,3.")]
+Devices = Annotated[str, typer.Option(help="How many devices of each machine, or which: 2, or 0,3.")]
+Nodes = Annotated[int, typer.Option(help="How many machines train together; each runs this command.")]
 Strategy = Annotated[str, typer.Option(help="auto, ddp ...")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default what torch chooses.")]
 Progress = Annotated[
@@ -79,16 +86,12 @@ Progress = Annotated[
 ]
 
 
-@app.command(epilog="Example: neuralode-coupled train --variant anodev2-1 --epochs 10 --out runs/digits")
-def train(
+def _shared_experiment(
     *,
-    folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
     model: Model = "resnet4",
-    variant: Annotated[str, typer.Option(help="baseline, node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
     data: Data = "digits",
     data_root: DataRoot = None,
     epochs: Epochs = 10,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     limit: Limit = None,
     validation: Validation = None,
     batch_size: BatchSize = None,
@@ -98,13 +101,48 @@ def train(
     evolution: EvolutionName = None,
     evolution_lr: EvolutionRate = 1.0,
     adjoint: AdjointName = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     precision: Precision = "32-true",
+    compile: Compile = False,
     accelerator: Accelerator = "auto",
     devices: Devices = "1",
+    nodes: Nodes = 1,
     strategy: Strategy = "auto",
     threads: Threads = None,
+) -> Experiment:
+    """The options of an experiment that `train` and `compare` have in common."""
+    root = None if data_root is None else str(data_root)
+    options = {name: value for name, value in locals().items() if name not in ("root", "data_root")}
+    return Experiment(**options, data_root=root)
+
+
+def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of `_shared_experiment`, in place of its ``experiment`` made of them."""
+
+    @wraps(command)
+    def wrapper(**options: Any) -> None:
+        with _bad_input():
+            experiment = _shared_experiment(**{name: options.pop(name) for name in shared})
+        command(experiment=experiment, **options)
+
+    shared = signature(_shared_experiment, eval_str=True).parameters
+    own = [p for name, p in signature(command, eval_str=True).parameters.items() if name != "experiment"]
+    # What typer reads; the help shows the options in this order.
+    options = [*own, *shared.values()]
+    wrapper.__signature__ = Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
+    wrapper.__annotations__ = {option.name: option.annotation for option in options}
+    return wrapper
+
+
+@app.command(epilog="Example: neuralode-coupled train --variant anodev2-1 --epochs 10 --out runs/digits")
+@_with_experiment
+def train(
+    *,
+    folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
+    variant: Annotated[str, typer.Option(help="baseline, node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
+    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     progress: Progress = True,
+    experiment: Experiment,
 ) -> None:
     """Train one network.
 
@@ -113,31 +151,11 @@ def train(
     run is not repeated; one that was killed continues with --resume.
     """
     with _bad_input():
-        experiment = Experiment(
-            model=model,
-            variant=variant,
-            data=data,
-            data_root=None if data_root is None else str(data_root),
-            epochs=epochs,
-            seed=seed,
-            limit=limit,
-            validation=validation,
-            batch_size=batch_size,
-            lr=lr,
-            method=method,
-            steps=steps,
-            evolution=evolution,
-            evolution_lr=evolution_lr,
-            adjoint=adjoint,
-            precision=precision,
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            threads=threads,
-        )
+        experiment = replace(experiment, variant=variant, seed=seed)
         run = RunFolder(folder)
         from neuralode_coupled import training
         from neuralode_coupled.evolution import NonFiniteWeights
+        from neuralode_coupled.processes import FolderNotShared, ProcessLost
 
         run.check(training.resolve(experiment), resume=True)
         result = run.result()
@@ -146,43 +164,31 @@ def train(
             return
         bar = progress and out.is_terminal
         ready = training.prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
-    if ready.done:
-        _line(f"continuing after epoch {ready.done} of {epochs}")
+    if ready.done and ready.trainer.is_global_zero:
+        _line(f"continuing after epoch {ready.done} of {experiment.epochs}")
     try:
         result = ready.run()
-    except (training.Diverged, NonFiniteWeights) as error:
+    except ProcessLost as error:
+        if error.explained:
+            raise typer.Exit(FAILED) from error
+        _stop(error, FAILED)
+    except (training.Diverged, NonFiniteWeights, FolderNotShared) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
         _line(f"{_accuracies(result)}; see {folder}")
 
 
 @app.command(epilog="Example: neuralode-coupled compare --variants baseline,anodev2-1 --seeds 0,1 --out runs/compare")
+@_with_experiment
 def compare(
     *,
     folder: Annotated[Path, typer.Option("--out", help="The folder of the runs, the table and the figures.")],
-    model: Model = "resnet4",
     variants: Annotated[
         str, typer.Option(help="Which, separated by commas; see train.")
-    ] = "baseline,anode,anodev2-1,anodev2-2",
+    ] = "baseline, anode, anodev2-1, anodev2-2",
     seeds: Annotated[str, typer.Option(help="Each variant is trained once for each, separated by commas.")] = "0",
-    data: Data = "digits",
-    data_root: DataRoot = None,
-    epochs: Epochs = 10,
-    limit: Limit = None,
-    validation: Validation = None,
-    batch_size: BatchSize = None,
-    lr: Rate = 0.1,
-    method: Method = "euler",
-    steps: Steps = None,
-    evolution: EvolutionName = None,
-    evolution_lr: EvolutionRate = 1.0,
-    adjoint: AdjointName = None,
-    precision: Precision = "32-true",
-    accelerator: Accelerator = "auto",
-    devices: Devices = "1",
-    strategy: Strategy = "auto",
-    threads: Threads = None,
     progress: Progress = True,
+    experiment: Experiment,
 ) -> None:
     """Train several variants of one network, and compare them.
 
@@ -192,26 +198,6 @@ def compare(
     evolving over time.
     """
     with _bad_input():
-        experiment = Experiment(
-            model=model,
-            data=data,
-            data_root=None if data_root is None else str(data_root),
-            epochs=epochs,
-            limit=limit,
-            validation=validation,
-            batch_size=batch_size,
-            lr=lr,
-            method=method,
-            steps=steps,
-            evolution=evolution,
-            evolution_lr=evolution_lr,
-            adjoint=adjoint,
-            precision=precision,
-            accelerator=accelerator,
-            devices=devices,
-            strategy=strategy,
-            threads=threads,
-        )
         from neuralode_coupled import compare as comparison
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
@@ -281,7 +267,7 @@ def transport(
     folder: Annotated[Path, typer.Option("--out", help="The folder of the results and the pictures.")],
     velocities: Annotated[
         str, typer.Option(help="constant, linear, exponential, sinusoidal, sign-changing; some, separated by commas.")
-    ] = "constant,linear,exponential,sinusoidal,sign-changing",
+    ] = "constant, linear, exponential, sinusoidal, sign-changing",
     seed: Annotated[int, typer.Option(help="Of the signals and the initial weights.")] = 0,
     steps: Annotated[int, typer.Option(help="Activation steps; a multiple of 4, the observed times.")] = 16,
     method: Method = "rk4",

@@ -153,9 +153,11 @@ def run(
 def command(planned: Planned, progress: bool = True) -> list[str]:
     """The arguments of ``neuralode-coupled`` that train this run, or continue it."""
     options = ((field.name, getattr(planned.experiment, field.name)) for field in fields(Experiment))
-    given = [
-        part for name, value in options if value is not None for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    given = []
+    for name, value in options:
+        if value is not None and value is not False:
+            given.append(f"--{name.replace('_', '-')}")
+            given += [] if value is True else [str(value)]
     return ["train", *given, "--resume", "--out", str(planned.folder.path), *([] if progress else ["--no-progress"])]
 
 

@@ -13,8 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import ScalarFormatter
 from PIL import Image
+from torch import Tensor
 
 from neuralode_coupled.evolution import Static
+from neuralode_coupled.kkt import Multipliers
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.runs import Row
 
@@ -62,6 +64,34 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
     loss.yaxis.set_major_formatter(ScalarFormatter())
     loss.yaxis.set_minor_formatter(ScalarFormatter())
     accuracy.legend(handlelength=3.5)
+    return figure
+
+
+def multipliers_over_time(multipliers: Multipliers) -> Figure:
+    """The norms of alpha, beta and gamma (Eq. 7) against time, a panel each; of beta and gamma, a line a parameter.
+
+    alpha belongs to the points of the activation grid, and beta to those of the weights' own. gamma is that of the
+    continuous system, the sum over a step's stages divided by its length, at the middle of the step.
+
+    Args:
+        multipliers: of `nc.kkt.multipliers`.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    t = np.asarray(multipliers.t)
+    one, two, three = figure.subplots(1, 3)
+    one.plot(t, _norms(multipliers.alpha), color="black", marker="o", markersize=4)
+    for (name, beta), (colour, line, marker) in zip(multipliers.beta.items(), cycle(_STYLES), strict=False):
+        style: dict = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "label": name}
+        two.plot(np.linspace(t[0], t[-1], len(beta)), _norms(beta), **style)
+        gamma = _norms(multipliers.gamma[name].sum(1)) / np.abs(np.diff(t))
+        three.plot((t[:-1] + t[1:]) / 2, gamma, **style)
+    names = ("alpha, of the activations", "beta, of the weights", "gamma, of the convolution")
+    for axes, title in zip((one, two, three), names, strict=True):
+        axes.set(xlabel="t", title=title, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    one.set_ylabel("Euclidean norm")
+    if multipliers.beta:
+        two.legend(fontsize=7, handlelength=3.5)
     return figure
 
 
@@ -174,6 +204,10 @@ def _check_gallery(paths: Mapping[str, np.ndarray], times: Sequence[float]) -> N
     for process, path in paths.items():
         if path.ndim != 3 or len(path) != len(times):
             raise ValueError(f"{process!r} must hold {len(times)} filters, (time, height, width), got {path.shape}")
+
+
+def _norms(path: Float[Tensor, "points *shape"]) -> Float[np.ndarray, " points"]:
+    return path.detach().double().flatten(1).norm(dim=1).cpu().numpy()
 
 
 def _range(paths: Mapping[str, np.ndarray]) -> tuple[float, float]:

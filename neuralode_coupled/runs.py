@@ -5,6 +5,7 @@ metrics.csv         one row an epoch
 tensorboard/        the same for TensorBoard
 checkpoints/        best.ckpt (by test accuracy) and last.ckpt
 result.json         written when the run is finished
+failure.txt         what ended a run of several processes, until it is continued
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ Row = dict[str, float]
 fractions), ``lr``, ``evolution/*`` (norms of the evolution coefficients), ``seconds`` (of training) and ``memory`` (the
 peak so far, in bytes)."""
 
-_HOW_NOT_WHAT = frozenset({"accelerator", "strategy", "threads"})
+_HOW_NOT_WHAT = frozenset({"compile", "accelerator", "strategy", "threads"})
 """What an experiment may differ in and still be the same: it changes no more than round-off."""
 
 
@@ -36,8 +38,8 @@ class Experiment:
     """One training run. The fields are the options of ``neuralode-coupled train``.
 
     Raises:
-        ValueError: for epochs, batch size, limit, validation or threads below 1, a negative seed, or a learning rate
-            that is not positive.
+        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1, a negative seed, or a learning
+            rate that is not positive.
     """
 
     model: str = "resnet4"
@@ -56,13 +58,15 @@ class Experiment:
     evolution_lr: float = 1.0
     adjoint: str | None = None
     precision: str = "32-true"
+    compile: bool = False
     accelerator: str = "auto"
     devices: str = "1"
+    nodes: int = 1
     strategy: str = "auto"
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "limit", "validation", "batch_size", "threads"):
+        for name in ("epochs", "limit", "validation", "batch_size", "nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -139,6 +143,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
+        self.failure = self.path / "failure.txt"
 
     def experiment(self) -> Experiment | None:
         """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
@@ -218,21 +223,34 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._before = self._until_pause = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._resettable = True
-        except OSError:
-            self._resettable = False
+        self._resettable = self._reset()
         self._before = self._resident_peak()
 
     def read(self) -> int:
         """The peak so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return max(self._resident_peak() - self._before, 0)
+        return max(self._resident_peak() - self._before, self._until_pause)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what does not count, such as drawing; where the mark cannot be reset it counts all the same."""
+        self._until_pause = self.read()
+        yield
+        if self.device.type != "cuda" and self._resettable:
+            self._reset()
+
+    @staticmethod
+    def _reset() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
 
     def _resident_peak(self) -> int:
         if self._resettable:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,16 +21,20 @@ import torch
 from jaxtyping import Float
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
+from neuralode_coupled import checkpoints
 from neuralode_coupled.data import ImageData, source
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
+from neuralode_coupled.processes import agree, together, tolerate_unused_parameters
 from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
+from neuralode_coupled.weight_log import WeightLog
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 DROPS = (150 / 350, 250 / 350)
@@ -37,6 +42,9 @@ DROPS = (150 / 350, 250 / 350)
 
 _CHECK_EVERY = 50
 """Steps between looks at the loss on devices that compute ahead of the host, which a look makes wait."""
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+"""Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -74,15 +82,24 @@ class Classifier(pl.LightningModule):
         lr: the learning rate of the first epochs.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
+        origin: what the model is; checkpoints keep it, see `checkpoints`.
 
     Raises:
         Diverged: in training, once the loss is NaN or infinite.
     """
 
     def __init__(
-        self, model: nn.Module, *, epochs: int, lr: float = 0.1, evolution_lr: float = 1.0, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        epochs: int,
+        lr: float = 0.1,
+        evolution_lr: float = 1.0,
+        seed: int = 0,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.origin = dict(origin or {})
         self.model = model
         self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
         self._first_bad_step: Tensor | None = None
@@ -121,6 +138,10 @@ class Classifier(pl.LightningModule):
         entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose weights they are."""
+        checkpoint[checkpoints.ORIGIN] = self.origin
+
     def _measure(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
         images, labels = batch
         logits = self(images)
@@ -154,6 +175,8 @@ class Classifier(pl.LightningModule):
 class EpochLog(pl.Callback):
     """Writes one row an epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
 
+    TensorBoard gets what `WeightLog` writes too.
+
     A run that is killed between the two loses its checkpoint and does the epoch again: so rows after the checkpoint
     that training resumed from are dropped.
 
@@ -167,11 +190,18 @@ class EpochLog(pl.Callback):
         self.folder, self.done, self.report = folder, done, report
         self.rows: list[Row] = []
         self._peak: PeakMemory | None = None
+        self._weights: WeightLog | None = None
         self._began = self._seconds = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See that all processes resume from the same epoch, before the first of them reads a checkpoint."""
+        agree(trainer, self.done)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the rows that are there."""
         self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
+        assert isinstance(pl_module, Classifier)
+        self._weights = WeightLog(pl_module.model, pl_module.epochs)
         self._peak = PeakMemory(pl_module.device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,7 +228,8 @@ class EpochLog(pl.Callback):
         assert self._peak is not None
         row |= {"seconds": self._seconds, "memory": float(self._peak.read())}
         if trainer.is_global_zero:
-            self._write(trainer, row)
+            with self._peak.paused():
+                self._write(trainer, row)
 
     def _write(self, trainer: pl.Trainer, row: Row) -> None:
         self.rows.append(row)
@@ -207,6 +238,8 @@ class EpochLog(pl.Callback):
         for logger in trainer.loggers:
             assert isinstance(logger, TensorBoardLogger)
             logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
+            assert self._weights is not None
+            self._weights.write(logger.experiment, epoch)
             logger.experiment.flush()  # a killed run keeps its curves
         if self.report is not None:
             self.report(
@@ -257,17 +290,21 @@ class Training:
     def run(self) -> Result:
         """Train what is left to train, and write the result.
 
+        Several processes give the same result, and end together when one of them fails.
+
         Raises:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
+            FolderNotShared: in a process that does not see what the run is resumed from.
+            ProcessLost: in the other processes, if one has raised an error, or is gone.
         """
-        if self.done < self.experiment.epochs:
-            with _without_idle_warnings():
+        with together(self.trainer, self.folder.failure), _without_idle_warnings():
+            if self.done < self.experiment.epochs:
                 checkpoint = self.folder.last if self.done else None
                 self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
-        if self.trainer.is_global_zero:
-            self.folder.finish(self._result())
-        self.trainer.strategy.barrier()
-        result = self.folder.result()
+            if self.trainer.is_global_zero:
+                self.folder.finish(self._result())
+            # The others may be on machines that do not see the folder.
+            result = self.trainer.strategy.broadcast(self.folder.result())
         assert result is not None
         return result
 
@@ -318,12 +355,22 @@ def prepare(
             lr=experiment.lr,
             evolution_lr=experiment.evolution_lr,
             seed=experiment.seed,
+            origin=origin(experiment),
         )
-        done = finished_epochs(folder) if resume else 0
+        if experiment.precision == "64-true":
+            # Lightning does so after it has read the checkpoint, which it would round to float32.
+            classifier.double()
+        if experiment.compile:
+            compile_model(classifier.model)
+        done = finished_epochs(folder, classifier) if resume else 0
         trainer = _trainer(experiment, folder, done, progress, report)
+        if experiment.threads is not None and trainer.world_size > 1:
+            # Lightning otherwise shares the cores out anew when it starts the processes.
+            os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
         # Once, by the process that starts the others: they come when the folder is in use already.
         if trainer.is_global_zero:
             folder.check(experiment, resume=resume)
+            folder.failure.unlink(missing_ok=True)
         data.prepare_data()
         data.setup()
     if trainer.is_global_zero:
@@ -376,26 +423,54 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
     )
 
 
+def compile_model(model: nn.Module, backend: str = "inductor") -> None:
+    """Have torch compile the whole model, at its first forward pass, in place: its parameters keep their names.
+
+    Raises ValueError for gradient methods that cannot be compiled.
+    """
+    for name, layer in nc.models.coupled_layers(model).items():
+        if layer.adjoint not in (nc.DiscreteAdjoint(), nc.Backprop()):
+            raise ValueError(
+                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete or backprop, "
+                "or leave compile out"
+            )
+    model.compile(backend=backend)
+
+
 def load_model(folder: RunFolder) -> nn.Module:
     """The model of a run with the weights of its best checkpoint, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: if the folder holds no run, or the run has no checkpoint yet.
+        ValueError: if the folder holds no run, or the run has no checkpoint yet, or one that is damaged, or of another
+            model or a version whose models had other weights.
     """
     experiment = folder.experiment()
     if experiment is None or not folder.best.exists():
         raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
     classifier = Classifier(build_model(experiment, len(folder.class_names())), epochs=experiment.epochs)
-    checkpoint = torch.load(folder.best, map_location="cpu", weights_only=True)
+    checkpoint = checkpoints.read(folder.best)
+    checkpoints.check(folder.best, checkpoint, classifier, origin(experiment))
     classifier.load_state_dict(checkpoint["state_dict"])
     return classifier.model.eval()
 
 
-def finished_epochs(folder: RunFolder) -> int:
-    """How many epochs the last checkpoint has behind it; 0 without one."""
+def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> int:
+    """How many epochs the last checkpoint has behind it; 0 without one.
+
+    Raises ValueError for one that is damaged, or does not fit ``classifier``.
+    """
     if not folder.last.exists():
         return 0
-    return int(torch.load(folder.last, map_location="cpu", weights_only=True)["epoch"]) + 1
+    checkpoint = checkpoints.read(folder.last)
+    if classifier is not None:
+        checkpoints.check(folder.last, checkpoint, classifier, classifier.origin)
+    return int(checkpoint["epoch"]) + 1
+
+
+def origin(experiment: Experiment) -> dict[str, Any]:
+    """What decides over the names and shapes of the model's weights, and the version that made them."""
+    decisive = ("model", "variant", "steps", "evolution")
+    return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 
 def evolution_norms(model: nn.Module) -> dict[str, float]:
@@ -444,11 +519,14 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
         callbacks.append(ProgressBar())
     # TensorBoard drops what it has after the checkpoint that training resumes from.
     logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=done + 1 if done else None)
+    if experiment.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             max_epochs=experiment.epochs,
             accelerator=experiment.accelerator,
             devices=experiment.devices,
+            num_nodes=experiment.nodes,
             strategy=experiment.strategy,
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
             callbacks=callbacks,
@@ -460,8 +538,20 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
-        raise ValueError(f"cannot train with {asked}, precision {experiment.precision!r}: {error}") from error
+        raise ValueError(f"{_refused(experiment)}: {error}") from error
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        cores = os.cpu_count() or 1
+        if trainer.num_devices > cores:
+            raise ValueError(f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}")
+        if experiment.precision == "16-mixed":
+            raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
+    tolerate_unused_parameters(trainer)
+    return trainer
+
+
+def _refused(experiment: Experiment) -> str:
+    asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
+    return f"cannot train with {asked}, precision {experiment.precision!r}"
 
 
 def _device_name(device: torch.device) -> str:
@@ -471,15 +561,18 @@ def _device_name(device: torch.device) -> str:
 @contextlib.contextmanager
 def _without_idle_warnings() -> Iterator[None]:
     """Without what Lightning says about choices that are ours, or advertises."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # refused soon after
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

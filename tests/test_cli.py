@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import typer
 from torch import nn
 from typer.testing import CliRunner
 
 from neuralode_coupled import cli, training
+from neuralode_coupled.runge_kutta import METHODS
 from neuralode_coupled.runs import RunFolder
 from tests.test_data import image_folder
 
@@ -147,13 +149,45 @@ def test_compare_shows_the_others_when_one_fails(quick, tmp_path, monkeypatch):
     assert "learning_curves.png" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-def test_help_shows_an_example_and_every_default(command):
+COMMANDS = ["train", "compare", "check", "filters", "transport"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_and_cuts_nothing_at_80_columns(command):
     done = run(command, "--help")
     assert done.exit_code == 0
-    assert f"Example: neuralode-coupled {command}" in done.stdout
-    assert "by default 64 for" in " ".join(done.stdout.replace("│", " ").split())
+    assert f"Example: neuralode-coupled {command} " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    # Rich marks what it cuts.
+    assert "…" not in done.stdout
+
+
+def test_the_examples_are_commands_that_the_command_line_takes(tmp_path, monkeypatch):
+    for command in COMMANDS:
+        words = " ".join(run(command, "--help").stdout.split("Example: neuralode-coupled ")[1].split()).split()
+        assert words[0] == command
+        with typer.main.get_command(cli.app).commands[command].make_context(command, words[1:]) as context:
+            assert context.params
+
+
+def test_the_overview_names_every_command_and_shows_an_example():
+    done = run("--help")
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    assert "Example: neuralode-coupled " in done.stdout
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_train_and_compare_describe_an_experiment_alike(command):
+    text = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+    for name in ("euler, midpoint, heun2, heun3, rk4 (3/8 rule) or rk4_classic", "by default 64 for digits", "--nodes"):
+        assert name in text
+
+
+def test_every_method_is_in_the_help():
+    text = run("check", "--help").stdout
+    assert all(name in text for name in METHODS)
 
 
 def test_without_arguments_the_help_is_shown():

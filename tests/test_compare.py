@@ -170,7 +170,7 @@ def test_with_nothing_finished_there_is_no_table(shared, tmp_path):
 
 def test_a_command_carries_the_whole_experiment(shared, tmp_path):
     experiment = replace(
-        shared, variant="anode", seed=4, limit=20, steps=3, lr=0.05, method="rk4", precision="bf16-mixed"
+        shared, variant="anode", seed=4, limit=20, steps=3, lr=0.05, method="rk4", precision="bf16-mixed", compile=True
     )
     (planned,) = plan(tmp_path, experiment, ["anode"], [4])
     arguments = compare.command(planned, progress=False)

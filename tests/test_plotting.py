@@ -136,3 +136,32 @@ def test_what_cannot_be_drawn():
         plotting.filters_over_time(layer(), filters=[4])
     with pytest.raises(ValueError, match="interval"):
         plotting.filters_over_time(layer(), times=[0.0, 2.0])
+
+
+def test_multipliers_are_shown_at_their_times():
+    evolving = nc.CoupledODE(
+        nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 1)),
+        nc.ReactionDiffusionAdvection(),
+        nc.SampleAndHold(2),
+        steps=4,
+        weight_steps=6,
+        method="midpoint",
+        t=(0.0, 2.0),
+    )
+    found = nc.kkt.multipliers(evolving, torch.randn(3, 2, 5, 5), lambda z: z.square().sum())
+    figure = plotting.multipliers_over_time(found)
+    alpha, beta, gamma = figure.axes
+    assert alpha.lines[0].get_xdata() == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
+    assert alpha.lines[0].get_ydata() == pytest.approx([float(row.norm()) for row in found.alpha], rel=1e-5)
+    assert [line.get_label() for line in beta.lines] == ["0.weight", "2.weight"]
+    assert beta.lines[1].get_xdata() == pytest.approx(np.linspace(0, 2, 7))
+    assert beta.lines[1].get_ydata() == pytest.approx([float(row.norm()) for row in found.beta["2.weight"]], rel=1e-5)
+    assert gamma.lines[0].get_xdata() == pytest.approx([0.25, 0.75, 1.25, 1.75])
+    assert gamma.lines[0].get_ydata()[0] == pytest.approx(
+        float(found.gamma["0.weight"][0].sum(0).norm()) / 0.5, rel=1e-5
+    )
+    assert len({(str(line.get_linestyle()), line.get_marker()) for line in gamma.lines}) == 2
+    assert drawn(figure).startswith(b"\x89PNG")
+    still = nc.CoupledODE(nn.Linear(3, 3), steps=2)
+    figure = plotting.multipliers_over_time(nc.kkt.multipliers(still, torch.ones(2, 3), lambda z: z.sum()))
+    assert drawn(figure).startswith(b"\x89PNG")

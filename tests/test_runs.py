@@ -52,7 +52,7 @@ def test_another_experiments_folder_is_refused_with_every_difference(folder):
         folder.check(other, resume=True)
 
 
-@pytest.mark.parametrize("how", [{"accelerator": "gpu"}, {"strategy": "ddp"}, {"threads": 2}])
+@pytest.mark.parametrize("how", [{"accelerator": "gpu"}, {"strategy": "ddp"}, {"threads": 2}, {"compile": True}])
 def test_where_a_run_is_continued_does_not_make_it_another(folder, how):
     folder.check(replace(Experiment(), **how), resume=True)
 
@@ -128,6 +128,7 @@ def test_a_result_is_the_summary_of_its_rows():
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
         ({"seed": -1}, "seed must be between 0"),
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
@@ -147,6 +148,20 @@ def test_peak_memory_sees_what_comes_and_goes_but_not_what_was_before():
     passing = torch.ones(size, dtype=torch.uint8)
     del passing
     assert 0.9 * size < meter.read() < 1.5 * size
+
+
+def test_peak_memory_leaves_out_what_happens_in_a_pause():
+    size = 64 * 2**20
+    meter = PeakMemory(torch.device("cpu"))
+    passing = torch.ones(size, dtype=torch.uint8)
+    del passing
+    with meter.paused():
+        large = torch.ones(4 * size, dtype=torch.uint8)
+        del large
+    assert 0.9 * size < meter.read() < 1.5 * size
+    passing = torch.ones(2 * size, dtype=torch.uint8)
+    del passing
+    assert 1.9 * size < meter.read() < 2.5 * size
 
 
 def test_peak_memory_without_a_mark_that_resets(monkeypatch):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -297,6 +298,32 @@ def test_double_precision_reaches_the_images(small, tmp_path):
     assert all(t.dtype in (torch.float64, torch.int64) for t in weights(folder).values())
 
 
+def test_a_run_in_double_precision_resumes_without_rounding(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=2, precision="64-true")
+    train(small, folder)
+    saved = weights(folder)
+    (folder.path / "result.json").unlink()
+    again = prepare(small, folder, resume=True)
+    again.trainer.fit_loop.max_epochs = 3
+    again.done = 1
+    read = {}
+    again.trainer.callbacks.insert(0, Reads(read))
+    again.run()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in read.items())
+    assert read.keys() == saved.keys()
+
+
+class Reads(pl.Callback):
+    """Keeps the weights that training starts from."""
+
+    def __init__(self, into: dict[str, torch.Tensor]) -> None:
+        self.into = into
+
+    def on_train_start(self, trainer, pl_module):
+        self.into |= {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+
+
 def test_what_lightning_refuses_is_bad_input_and_leaves_no_folder(small, tmp_path):
     for wrong in ({"precision": "7-bit"}, {"accelerator": "abacus"}, {"strategy": "chess"}, {"devices": "many"}):
         folder = RunFolder(tmp_path / "run")
@@ -314,20 +341,6 @@ def test_the_first_epochs_have_the_experiments_learning_rate(small, tmp_path):
     folder = RunFolder(tmp_path / "run")
     train(replace(small, epochs=1, lr=0.025, variant="baseline"), folder)
     assert folder.rows()[0]["lr"] == 0.025
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(small, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    command = [sys.executable, "-m", "neuralode_coupled.cli", "train", "--variant", "baseline", "--data", "folder"]
-    command += ["--data-root", str(small.data_root), "--epochs", "2", "--batch-size", "4", "--threads", "1"]
-    command += ["--accelerator", "cpu", "--devices", "2", "--strategy", "ddp", "--out", str(folder.path)]
-    process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert [row["epoch"] for row in folder.rows()] == [1, 2]
-    # 48 images, 2 devices, 4 a batch: 6 steps an epoch.
-    assert torch.load(folder.last, weights_only=True)["global_step"] == 12
-    assert process.stdout.count("epoch 2/2") == 1
 
 
 def test_lightnings_own_level_of_talk_is_restored(small, tmp_path):

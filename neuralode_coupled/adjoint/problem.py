@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
+from neuralode_coupled.progress import watched
 
 
 @dataclass
@@ -83,6 +84,10 @@ class Plan:
     stages: int
     stats: Stats
     captured: int = 0
+
+    def __post_init__(self) -> None:
+        # Here, because every solve in steps, of layers and of functions, comes through here.
+        object.__setattr__(self, "step", watched(self.step, self.count))
 
 
 @dataclass(frozen=True)
