@@ -39,6 +39,7 @@ from neuralode_coupled.kernels import (
 from neuralode_coupled.layer import CoupledODE, bake
 from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.per_step import PerStep
+from neuralode_coupled.progress import progress
 from neuralode_coupled.solve import Solution, solve
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
@@ -78,5 +79,6 @@ __all__ = [
     "kkt",
     "models",
     "odeint_dto",
+    "progress",
     "solve",
 ]
