@@ -145,7 +145,12 @@ def adaptive_errors(tolerances: Sequence[float]) -> dict[str, dict[float, float]
     exact = gradients(unrolled(method, method.c), 256)
 
     def by_torchdyn(sensitivity: str, tolerance: float) -> Solve:
-        options = {"rtol": tolerance, "atol": tolerance, "rtol_adjoint": tolerance, "atol_adjoint": tolerance}
+        options: dict[str, Any] = {
+            "rtol": tolerance,
+            "atol": tolerance,
+            "rtol_adjoint": tolerance,
+            "atol_adjoint": tolerance,
+        }
         solver = str_to_solver("dopri5", torch.float64)
         return lambda field, y0, t: ODEProblem(field, solver, sensitivity=sensitivity, **options)(y0, t)[1][-1]
 
