@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import RESULTS
 from neuralode_coupled.compare import Planned, command
 from neuralode_coupled.models import NETWORKS, VARIANTS
 from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, resolve
+from neuralode_coupled.training import Classifier, build_data, build_model, resolve
 
 CLASSES = 10
 CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")
@@ -140,6 +141,23 @@ def recorded(planned: Planned, results: Path) -> bool:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
     return not there.differences(planned.experiment)
+
+
+def trained(planned: Planned, **changes: Any) -> nn.Module:
+    """The model of a finished run after its last epoch; ``changes`` to the experiment must keep the parameters.
+
+    Raises ValueError if the run's folder has no checkpoint.
+    """
+    if not planned.folder.last.exists():
+        raise ValueError(
+            f"{planned.folder.path} has no checkpoint, which only the machine that trained it has: train it again, in "
+            "other --results"
+        )
+    experiment = replace(planned.experiment, **changes)
+    classifier = Classifier(build_model(experiment, CLASSES), epochs=experiment.epochs)
+    checkpoint = torch.load(planned.folder.last, map_location="cpu", weights_only=True)
+    classifier.load_state_dict(checkpoint["state_dict"])
+    return classifier.model
 
 
 def _place(planned: Planned, results: Path) -> Path:
