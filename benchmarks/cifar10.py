@@ -143,18 +143,24 @@ def recorded(planned: Planned, results: Path) -> bool:
     return not there.differences(planned.experiment)
 
 
-def trained(planned: Planned, **changes: Any) -> nn.Module:
-    """The model of a finished run after its last epoch; ``changes`` to the experiment must keep the parameters.
+def trained(planned: Planned, build: Callable[[Experiment, int], nn.Module] = build_model, **changes: Any) -> nn.Module:
+    """The model of a finished run after its last epoch.
 
-    Raises ValueError if the run's folder has no checkpoint.
+    Args:
+        planned: the run.
+        build: what made the model, of its experiment and the number of classes.
+        changes: to the experiment, such as another gradient method; they must keep the parameters.
+
+    Raises:
+        ValueError: if the run's folder has no checkpoint.
     """
     if not planned.folder.last.exists():
         raise ValueError(
-            f"{planned.folder.path} has no checkpoint, which only the machine that trained it has: train it again, in "
-            "other --results"
+            f"{planned.folder.path} has no checkpoint: only the machine that made the record of this run has it. Give "
+            "the --runs folder of that, or other --results to train it again"
         )
     experiment = replace(planned.experiment, **changes)
-    classifier = Classifier(build_model(experiment, CLASSES), epochs=experiment.epochs)
+    classifier = Classifier(build(experiment, CLASSES), epochs=experiment.epochs)
     checkpoint = torch.load(planned.folder.last, map_location="cpu", weights_only=True)
     classifier.load_state_dict(checkpoint["state_dict"])
     return classifier.model

@@ -119,7 +119,8 @@ def test_statistics_are_estimated_anew_at_the_new_steps():
     with torch.no_grad():
         weights = trained.weight_trajectory([0, 1 / 3, 2 / 3])["0.weight"]
         means = [[], [], []]
-        for z in batches:
+        for batch in batches:
+            z = batch
             for n in range(3):
                 inner = nn.functional.linear(z, weights[n], linear.bias)
                 means[n].append(inner.mean(0))
