@@ -13,10 +13,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import ScalarFormatter
 
 from benchmarks.cifar10_solvers import CONFIGURATIONS, GRADIENTS, SOLVERS
 from benchmarks.cifar10_solvers_costs import Part, held
@@ -35,8 +37,13 @@ EXACT = 1e-5
 
 ALL_IMAGES, TEST_IMAGES = 50_000, 10_000
 _FLOOR = 1e-8
-_MARKERS = dict(zip(SOLVERS, "os^D", strict=True))
-_FILLS = dict(zip(GRADIENTS, ("full", "none", "left", "bottom"), strict=True))
+_MARKERS: dict[str, str] = dict(zip(SOLVERS, "os^D", strict=True))
+_FILLS: dict[str, Literal["full", "none", "left", "bottom"]] = {
+    "discrete": "full",
+    "continuous": "none",
+    "backprop": "left",
+    "reversible": "bottom",
+}
 
 
 @dataclass(frozen=True)
@@ -202,8 +209,8 @@ def draw(lines: Sequence[Row]) -> Figure:
 
     The marker tells the solver and its filling the gradient method.
     """
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    grid = figure.subplots(2, len(CONFIGURATIONS), squeeze=False)
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    grid = figure.subplots(2, len(CONFIGURATIONS), squeeze=False, sharey="row")
     for column, variant in enumerate(CONFIGURATIONS):
         own = [row for row in lines if row.variant == variant]
         for row in own:
@@ -222,8 +229,11 @@ def draw(lines: Sequence[Row]) -> Figure:
             yscale="log",
         )
     for axes in grid.flat:
-        axes.grid(alpha=0.3, which="both")
-    _legend(grid[0, 0], lines)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(axis="x", which="both", labelsize=8, labelrotation=45)
+    _legend(figure, lines)
     return figure
 
 
@@ -232,12 +242,15 @@ def _mark(axes: Axes, row: Row, x: float | None, y: float | None) -> None:
         axes.plot(x, y, _MARKERS[row.solver], color="black", fillstyle=_FILLS[row.gradient], markersize=8)
 
 
-def _legend(axes: Axes, lines: Sequence[Row]) -> None:
-    for solver in dict.fromkeys(row.solver for row in lines):
-        axes.plot([], [], _MARKERS[solver], color="black", fillstyle="full", label=solver)
-    for gradient in dict.fromkeys(row.gradient for row in lines):
-        axes.plot([], [], "o", color="black", fillstyle=_FILLS[gradient], label=GRADIENT_NAMES[gradient].strip("`"))
-    axes.legend(fontsize=8)
+def _legend(figure: Figure, lines: Sequence[Row]) -> None:
+    solvers = dict.fromkeys(row.solver for row in lines)
+    gradients = dict.fromkeys(row.gradient for row in lines)
+    style: dict[str, Any] = {"linestyle": "", "color": "black", "markersize": 8}
+    handles = [
+        Line2D([], [], marker=_MARKERS[solver], fillstyle="none", label=f"solver: {solver}", **style)
+        for solver in solvers
+    ] + [Line2D([], [], marker="o", fillstyle=_FILLS[name], label=f"gradient: {name}", **style) for name in gradients]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
 def load(folder: Path, complain: Any = None) -> tuple[list[Row], Trained]:

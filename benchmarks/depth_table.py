@@ -122,7 +122,7 @@ def draw(models: Sequence[Model]) -> Figure:
     markers the statistics of the trained steps.
     """
     groups = [list(group) for _, group in groupby(models, key=lambda model: (model.grouped, model.trained))]
-    figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
+    figure = Figure(figsize=(5 * len(groups), 5), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for model, (colour, marker) in zip(group, _STYLES, strict=False):
             _draw_model(axes, model, colour, marker)
@@ -136,7 +136,7 @@ def draw(models: Sequence[Model]) -> Figure:
         axes.set_xticks(COUNTS, list(map(str, COUNTS)))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), handlelength=3.5)
     return figure
 
 
