@@ -111,6 +111,22 @@ def test_backprop_has_the_discrete_adjoints_gradient_and_the_continuous_adjoint_
     assert errors["continuous"] > 100 * EXACT
 
 
+def test_training_by_backprop_is_training_by_the_discrete_adjoint():
+    batch = cifar10_solvers_costs.random_batch(Experiment(batch_size=4))
+    weights = []
+    for adjoint in ("discrete", "backprop"):
+        torch.manual_seed(0)
+        model = build_model(Experiment(variant="anodev2-2", adjoint=adjoint), 10).train()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            cifar10_solvers_costs.training_step(model, batch)
+            optimizer.step()
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        assert (weights[-1] - before).norm() > 0.01 * before.norm()
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_costs_are_measured_once_and_again_where_the_file_is_broken(images, tmp_path, monkeypatch):
     plan = planned(tmp_path / "runs", images, threads=1)
     calls = []
