@@ -171,12 +171,12 @@ def margin(lines: Sequence[Row], images: int) -> float:
 def choice(lines: Sequence[Row], images: int) -> Row | None:
     """The fastest line whose gradient is exact and whose accuracy is within `margin` of the best; None if there is no
     such line, or no line with everything measured."""
-    known = [row for row in lines if row.accuracy is not None and row.seconds is not None and row.error is not None]
+    known = [row for row in lines if row.accuracy is not None and row.ratio is not None and row.error is not None]
     if not known:
         return None
     best, allowed = max(row.accuracy or 0 for row in known), margin(known, images)
     good = [row for row in known if (row.error or 0) <= EXACT and (row.accuracy or 0) >= best - allowed]
-    return min(good, key=lambda row: row.seconds or 0) if good else None
+    return min(good, key=lambda row: row.ratio or 0) if good else None
 
 
 def answer(lines: Sequence[Row], images: int) -> str:
@@ -189,9 +189,9 @@ def answer(lines: Sequence[Row], images: int) -> str:
             continue
         text = f"in configuration {NAMES[variant]} **{chosen.solver} with {GRADIENT_NAMES[chosen.gradient]}**"
         saver = [row for row in own if (row.solver, row.gradient) == (chosen.solver, "discrete") and row is not chosen]
-        if saver and None not in (saver[0].memory, saver[0].seconds, chosen.memory, chosen.seconds):
+        if saver and None not in (saver[0].memory, saver[0].ratio, chosen.memory, chosen.ratio):
             memory = (saver[0].memory or 0) / (chosen.memory or 1)
-            time = (saver[0].seconds or 0) / (chosen.seconds or 1)
+            time = (saver[0].ratio or 0) / (chosen.ratio or 1)
             text += f", and {GRADIENT_NAMES['discrete']} where memory is short (the same gradient for "
             text += f"{time:.2f} times the time and {memory:.2f} times the memory)"
         parts.append(text)
@@ -266,9 +266,9 @@ def report(folder: Path, complain: Any = None) -> str:
     chance = margin(lines, run.images)
     return f"""{answer(lines, run.images)}
 
-Schedule: `{folder.name}`. Accuracy on {run.images:,} images after the last epoch; `=`: the accuracy of DTO, whose
-gradient it is. The choice of these images alone makes a difference of up to {chance:.1f} points between two runs.
-Evaluations of the ODE block in a training step, and those that its backward pass repeats. Time of a training step of
+Schedule: `{folder.name}`.
+Accuracy on {run.images:,} images after the last epoch; `=`: the accuracy of DTO, whose gradient it is. The
+choice of these images alone makes a difference of up to {chance:.1f} points between two runs. Evaluations of the ODE block in a training step, and those that its backward pass repeats. Time of a training step of
 {run.batch_size} images, its ratio to the first line's of the same round, and what it makes of an epoch of all images.
 Peak memory of such a step above the level before it. Relative error of the whole gradient against DTO's, at the
 weights that DTO trained.

@@ -152,8 +152,8 @@ def test_costs_are_measured_once_and_again_where_the_file_is_broken(images, tmp_
 # The table and the answer
 
 
-def row(solver="euler", gradient="discrete", accuracy=50.0, seconds=1.0, error=0.0, memory=10.0, variant="anodev2-1"):
-    return Row(variant, solver, gradient, (accuracy,), False, 5, 5, seconds, 1.0, 1.0, memory, error)
+def row(solver="euler", gradient="discrete", accuracy=50.0, ratio=1.0, error=0.0, memory=10.0, variant="anodev2-1"):
+    return Row(variant, solver, gradient, (accuracy,), False, 5, 5, 1.0, ratio, 1.0, memory, error)
 
 
 def test_an_accuracy_is_shared_only_where_the_gradient_is():
@@ -175,11 +175,11 @@ def test_an_accuracy_is_shared_only_where_the_gradient_is():
 
 
 def test_the_fastest_exact_choice_within_the_noise_of_the_best_is_chosen():
-    exact, wrong = row(seconds=2.0), row(gradient="continuous", seconds=1.0, error=0.4)
+    exact, wrong = row(ratio=2.0), row(gradient="continuous", ratio=1.0, error=0.4)
     assert choice([exact, wrong], 2000) is exact
-    slow = row(solver="rk4", seconds=9.0, accuracy=50.5)
+    slow = row(solver="rk4", ratio=9.0, accuracy=50.5)
     assert choice([exact, slow], 2000) is exact
-    much_better = row(solver="rk4", seconds=9.0, accuracy=50 + 1.1 * margin([exact], 2000))
+    much_better = row(solver="rk4", ratio=9.0, accuracy=50 + 1.1 * margin([exact], 2000))
     assert choice([exact, much_better], 2000) is much_better
     assert choice([wrong], 2000) is None
 
@@ -189,7 +189,7 @@ def test_the_margin_is_twice_the_deviation_of_a_difference():
 
 
 def test_the_answer_names_the_choice_and_what_saves_memory():
-    lines = [row(gradient="backprop", seconds=1.0, memory=40.0), row(seconds=1.5, memory=10.0)]
+    lines = [row(gradient="backprop", ratio=1.0, memory=40.0), row(ratio=1.5, memory=10.0)]
     assert answer(lines, 2000) == (
         "Which should I use? In configuration one **euler with `Backprop`**, and DTO (`DiscreteAdjoint`) where memory "
         "is short (the same gradient for 1.50 times the time and 0.25 times the memory)."
