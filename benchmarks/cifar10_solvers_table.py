@@ -268,7 +268,8 @@ def report(folder: Path, complain: Any = None) -> str:
 
 Schedule: `{folder.name}`.
 Accuracy on {run.images:,} images after the last epoch; `=`: the accuracy of DTO, whose gradient it is. The
-choice of these images alone makes a difference of up to {chance:.1f} points between two runs. Evaluations of the ODE block in a training step, and those that its backward pass repeats. Time of a training step of
+choice of these images alone makes a difference of up to {chance:.1f} points between two runs. Evaluations of the
+ODE block in a training step, and those that its backward pass repeats. Time of a training step of
 {run.batch_size} images, its ratio to the first line's of the same round, and what it makes of an epoch of all images.
 Peak memory of such a step above the level before it. Relative error of the whole gradient against DTO's, at the
 weights that DTO trained.
