@@ -25,6 +25,7 @@ METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),
     "DiscreteAdjoint": nc.DiscreteAdjoint(),
     "DiscreteAdjoint, 4 states": nc.DiscreteAdjoint(4),
+    "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
     "DiscreteAdjoint, 1 state": nc.DiscreteAdjoint(1),
     "DiscreteAdjoint, products kept": nc.DiscreteAdjoint(keep="products"),
     "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),
