@@ -85,16 +85,15 @@ def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:
     import torchdiffeq
 
     solver: Callable[..., Any] = nc.odeint_dto if name == "odeint_dto" else getattr(torchdiffeq, name)
-    grid = torch.linspace(0, 1, layer.steps + 1)
-    how: dict[str, Any] = (
-        {"rtol": TOLERANCE, "atol": TOLERANCE}
-        if layer.method == ADAPTIVE
-        else {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
-    )
 
     def run(z0: Tensor) -> Tensor:
-        span = grid[[0, -1]].to(z0.dtype)
-        return solver(layer.field, layer.field.initial_state(z0), span, method=layer.method, **how)[0][-1]
+        grid = torch.linspace(0, 1, layer.steps + 1, dtype=z0.dtype)
+        how: dict[str, Any] = (
+            {"rtol": TOLERANCE, "atol": TOLERANCE}
+            if layer.method == ADAPTIVE
+            else {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
+        )
+        return solver(layer.field, layer.field.initial_state(z0), grid[[0, -1]], method=layer.method, **how)[0][-1]
 
     return run
 
