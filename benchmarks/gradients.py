@@ -69,7 +69,7 @@ def draw(results: dict[str, dict[str, dict[int, dict[str, float]]]]) -> Figure:
     for axes, (solver, methods) in zip(
         figure.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items(), strict=True
     ):
-        for (name, by_steps), marker in zip(methods.items(), "osD^v<>P", strict=False):
+        for (name, by_steps), marker in zip(methods.items(), "osD^v<>PX*hd", strict=False):
             axes.loglog(
                 list(by_steps), [max(e.values()) for e in by_steps.values()], marker=marker, label=name, markersize=4
             )

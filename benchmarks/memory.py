@@ -4,7 +4,8 @@
 
 Each measurement is a process of its own, in which glibc gives freed tensors back at once (large allocations by mmap),
 so that the peak resident memory is what was live and not what the allocator kept; small steps beforehand make the
-libraries allocate what they keep. Writes results/memory.json and docs/figures/memory.png.
+libraries allocate what they keep. Writes results/memory.json, docs/figures/memory.png and the table
+of docs/gradients.md.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.candidates import HAND, build
+from benchmarks.cifar10_tables import put
 from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory.png"
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"
 
 
 def measure(name: str, method: str, steps: int) -> int:
@@ -60,11 +63,21 @@ def slope(peaks: dict[int, int]) -> float:
     return float(np.polyfit(steps, [peaks[n] for n in steps], 1)[0] / STATE)
 
 
+def table(results: dict[str, dict[int, int]], slopes: dict[str, float]) -> str:
+    """In Markdown, MiB by number of steps, and states a step."""
+    steps = sorted({n for peaks in results.values() for n in peaks})
+    lines = [f"| steps | {' | '.join(map(str, steps))} | states a step |", f"|---|{'---:|' * (len(steps) + 1)}"]
+    for name, peaks in results.items():
+        cells = (f"{peaks[n] / 2**20:.0f}" if n in peaks else "" for n in steps)
+        lines.append(f"| {name} | {' | '.join(cells)} | {slopes[name]:.2f} |")
+    return "\n".join(lines)
+
+
 def draw(results: dict[str, dict[int, int]]) -> Figure:
     """Peak memory against the number of steps, both logarithmic."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, peaks), marker in zip(results.items(), "osD^v<>P", strict=False):
+    for (name, peaks), marker in zip(results.items(), "osD^v<>PX*hd", strict=False):
         steps = sorted(peaks)
         axes.loglog(steps, [peaks[n] / 2**20 for n in steps], marker=marker, label=name, markersize=4)
     axes.set(xlabel="steps", ylabel="peak memory of a training step (MiB)", title="Euler, one state is 2 MiB")
@@ -96,6 +109,7 @@ def main() -> None:
     )
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(FIGURE, dpi=150)
+    put(PAGE, "memory", table(results, slopes) + "\n")
     sys.stdout.write(
         json.dumps(
             {

@@ -1,6 +1,6 @@
 """Time, memory and accuracy of a training step: every gradient method here, and other packages, on the same block.
 
-    python -m benchmarks.peers --compiled
+    python -m benchmarks.peers --compiled 80
     python -m benchmarks.peers --parts memory --steps 50
 
 *Time*: all candidates take turns in shuffled rounds of one process, so that a machine's other work falls on all of
@@ -30,6 +30,7 @@ from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, Run, build, chosen
 from benchmarks.common import read, start, training_step, write
 from benchmarks.gradients import errors, exact, gradients
 from benchmarks.memory import in_a_process
+from neuralode_coupled.runge_kutta import tableau
 
 PARTS = ("time", "memory", "gradients", "adaptive")
 SKIPPED = {"DiscreteAdjoint, 1 state", "DiscreteAdjoint, disk"}
@@ -144,7 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 50])
     parser.add_argument("--solvers", nargs="+", choices=("euler", "rk4"), default=["euler", "rk4"])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
-    parser.add_argument("--compiled", action="store_true", help="compiled layers too (takes minutes to compile)")
+    parser.add_argument(
+        "--compiled",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compiled layers too, where a solve has at most N evaluations (80 take minutes to compile)",
+    )
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
@@ -161,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for solver in options.solvers:
             for steps in options.steps:
                 if part == "time":
-                    found = time_part(solver, steps, options.rounds, options.compiled)
+                    compiled = steps * tableau(solver).stages <= options.compiled
+                    found = time_part(solver, steps, options.rounds, compiled)
                 else:
                     found = memory_part(solver, steps) if part == "memory" else gradient_part(solver, steps)
                 save(part, solver, steps, found, command)

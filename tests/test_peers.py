@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import peers, peers_page
+from benchmarks import memory, peers, peers_page
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen
 from benchmarks.common import start
 from benchmarks.gradients import errors, gradients
@@ -138,3 +138,14 @@ def test_targets_name_candidates_that_there_are():
         with pytest.raises(KeyError):
             target.value(tree)
         assert asked[0] in CANDIDATES or asked[0] in ("coupled layer", "baked layer"), target.what
+
+
+def test_the_memory_table_leaves_out_what_was_not_measured():
+    peaks = {"a": {5: 3 * 2**20, 10: 5 * 2**20}, "b": {5: 2**20}}
+    lines = memory.table(peaks, {"a": 0.2, "b": 0.0}).splitlines()
+    assert lines == [
+        "| steps | 5 | 10 | states a step |",
+        "|---|---:|---:|---:|",
+        "| a | 3 | 5 | 0.20 |",
+        "| b | 1 |  | 0.00 |",
+    ]
