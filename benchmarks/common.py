@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -124,6 +125,7 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "neuralode_coupled": nc.__version__,
         **{name: metadata.version(name) for name in packages},

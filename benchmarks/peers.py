@@ -21,7 +21,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,23 +89,22 @@ def time_part(solver: str, steps: int, rounds: int, compiled: bool) -> dict[str,
     return measure(made, rounds, REFERENCE if solver == ADAPTIVE else HAND)
 
 
-def memory_part(solver: str, steps: int) -> dict[str, int]:
-    """Peak bytes of each candidate."""
-    return {name: in_a_process(name, solver, steps) for name in chosen(solver)}
+def memory_part(solver: str, steps: int) -> Iterator[dict[str, int]]:
+    """Peak bytes of each candidate, one by one."""
+    for name in chosen(solver):
+        yield {name: in_a_process(name, solver, steps)}
 
 
-def gradient_part(solver: str, steps: int) -> dict[str, dict[str, float]]:
-    """Relative errors of each candidate's gradient by group, against float64 of the same scheme.
+def gradient_part(solver: str, steps: int) -> Iterator[dict[str, dict[str, float]]]:
+    """Relative errors of each candidate's gradient by group, one by one, against float64 of the same scheme.
 
     The ODE form: all then integrate the weights on the same grid.
     """
-    found = {}
     for name in chosen(solver):
         if solver != ADAPTIVE and name in OTHER_SCHEMES and (solver == "rk4" or "MALI" in name):
             continue
         layer, run = build(name, steps, solver, form="ode")
-        found[name] = errors(gradients(layer, run, start()), _exact(layer, solver))
-    return found
+        yield {name: errors(gradients(layer, run, start()), _exact(layer, solver))}
 
 
 def _exact(layer: Any, solver: str) -> Any:
@@ -118,15 +117,14 @@ def _exact(layer: Any, solver: str) -> Any:
     return gradients(layer, CANDIDATES["odeint_dto"].run(layer), start(torch.float64))
 
 
-def save(part: str, solver: str, steps: int, found: Any, command: str) -> None:
+def save(part: str, solver: str, steps: int, found: dict[str, Any], command: str) -> None:
     """Add to what results/peers.json holds, and show it."""
     content = read("peers")
-    content.setdefault("parts", {}).setdefault(part, {}).setdefault(solver, {})[str(steps)] = found
-    content.setdefault("commands", {})[part] = command
+    content.setdefault("parts", {}).setdefault(part, {}).setdefault(solver, {}).setdefault(str(steps), {}).update(found)
+    content.setdefault("commands", {})[f"{part}, {solver}, {steps} steps"] = command
     write("peers", {key: content[key] for key in ("commands", "parts")})
-    sys.stdout.write(f"{part}, {solver}, {steps} steps\n")
     for name, value in found.items():
-        sys.stdout.write(f"  {name:42} {_shown(value)}\n")
+        sys.stdout.write(f"{part:9} {solver:6} {steps:3} steps  {name:42} {_shown(value)}\n")
     sys.stdout.flush()
 
 
@@ -160,19 +158,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = " ".join(["python -m benchmarks.peers", *(sys.argv[1:] if arguments is None else arguments)])
     for part in options.parts:
         if part == "adaptive":
-            found = time_part(ADAPTIVE, 0, options.rounds, compiled=False)
-            save("time", ADAPTIVE, 0, found, command)
-            save("memory", ADAPTIVE, 0, memory_part(ADAPTIVE, 0), command)
-            save("gradients", ADAPTIVE, 0, gradient_part(ADAPTIVE, 0), command)
+            save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, options.rounds, compiled=False), command)
+            _one_by_one("memory", ADAPTIVE, 0, command)
+            _one_by_one("gradients", ADAPTIVE, 0, command)
             continue
         for solver in options.solvers:
             for steps in options.steps:
                 if part == "time":
                     compiled = steps * tableau(solver).stages <= options.compiled
-                    found = time_part(solver, steps, options.rounds, compiled)
+                    save(part, solver, steps, time_part(solver, steps, options.rounds, compiled), command)
                 else:
-                    found = memory_part(solver, steps) if part == "memory" else gradient_part(solver, steps)
-                save(part, solver, steps, found, command)
+                    _one_by_one(part, solver, steps, command)
+
+
+def _one_by_one(part: str, solver: str, steps: int, command: str) -> None:
+    for found in (memory_part if part == "memory" else gradient_part)(solver, steps):
+        save(part, solver, steps, found, command)
 
 
 if __name__ == "__main__":

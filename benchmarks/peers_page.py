@@ -252,7 +252,9 @@ def environment(content: dict[str, Any]) -> str:
     """On what a result was measured, in a line."""
     found = content["environment"]
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "torchdiffeq") if name in found)
-    return f"On {found['device']}, {found['cores']} threads, Python {found['python']}, {versions}."
+    threads, load = found["cores"], found.get("load_average")
+    busy = "" if load is None else f", the machine's load being {load} when it was written"
+    return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
 
 
 def sections() -> dict[str, list[str]]:
@@ -262,7 +264,7 @@ def sections() -> dict[str, list[str]]:
     fixed = ("euler", "rk4")
     made: dict[str, list[str]] = {}
     if peers:
-        commands = "; ".join(f"{part}: `{command}`" for part, command in peers["commands"].items())
+        commands = ", ".join(f"`{command}`" for command in dict.fromkeys(peers["commands"].values()))
         results = parts | {"inference": others.get("ratio_to_stack", {})}
         made["targets"] = [
             "| | target | reached | |",

@@ -149,3 +149,19 @@ def test_the_memory_table_leaves_out_what_was_not_measured():
         "| a | 3 | 5 | 0.20 |",
         "| b | 1 |  | 0.00 |",
     ]
+
+
+def test_findings_are_saved_as_they_come(tmp_path, monkeypatch):
+    """A run that breaks off, or one part measured again, leaves the other findings where they were."""
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "chosen", lambda solver: ["a", "b", "c"])
+    sizes = {"a": 1, "b": 2}
+    monkeypatch.setattr(peers, "in_a_process", lambda name, solver, steps: sizes[name])
+    with pytest.raises(KeyError):
+        peers.main(["--parts", "memory", "--steps", "5", "--solvers", "euler"])
+    sizes = {"a": 10, "c": 30}
+    with pytest.raises(KeyError):
+        peers.main(["--parts", "memory", "--steps", "5", "--solvers", "euler"])
+    found = peers.read("peers")
+    assert found["parts"]["memory"]["euler"]["5"] == {"a": 10, "b": 2}
+    assert list(found["commands"].values()) == ["python -m benchmarks.peers --parts memory --steps 5 --solvers euler"]
