@@ -82,7 +82,7 @@ def against(sweep: str, size: Size) -> float:
 def expected(sweep: str, name: str) -> float | None:
     """The slope of the peak memory by the formula: bytes a step, bytes a byte of weights, bytes a byte of a state.
 
-    A step of this block keeps five states. Weights: only what is counted there; None where they are not.
+    It counts states alone, of which a step of this block keeps five; None where it is the weights that grow.
     """
     base = BASES[sweep]
     if sweep == "channels":
