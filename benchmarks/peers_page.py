@@ -241,8 +241,13 @@ def draw(parts: Results, steps: int) -> Figure:
     left.set(xlabel="time of a training step / hand-written loop", title=f"Time, {steps} steps")
     left.set_yticks(list(places.values()), names, fontsize=8)
     left.legend()
-    right.barh([places[n] for n in memory], [v / 2**20 for v in memory.values()], color="0.45", height=0.6)
+    right.plot([v / 2**20 for v in memory.values()], [places[n] for n in memory], "D", color="black", markersize=5)
+    for name, value in memory.items():
+        right.annotate(
+            f"{value / 2**20:.0f}", (value / 2**20, places[name]), (6, -3), textcoords="offset points", size=8
+        )
     right.set(xlabel="peak memory of a training step (MiB)", title=f"Memory, Euler, {steps} steps", xscale="log")
+    right.margins(x=0.12)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3, which="both")
     return figure
@@ -289,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--steps", type=int, default=50, help="the number of steps of the figure")
+    parser.add_argument("--steps", type=int, default=20, help="the number of steps of the figure")
     options = parser.parse_args(arguments)
     made = sections()
     if not made:
