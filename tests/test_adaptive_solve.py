@@ -44,7 +44,8 @@ def smooth() -> nn.Module:
 
 
 def make_field(kernel: str, operator: str, dynamics=smooth) -> nc.CoupledField:
-    return randomize(nc.CoupledField(dynamics(), OPERATORS[operator](), KERNELS[kernel]())).double()
+    # Small coefficients: negative diffusion makes the weights, and the fixed grid's error, large.
+    return randomize(nc.CoupledField(dynamics(), OPERATORS[operator](), KERNELS[kernel]()), 0.05).double()
 
 
 @settings(max_examples=12)
