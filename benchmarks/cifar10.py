@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.common import RESULTS
 from neuralode_coupled.compare import Planned, command
 from neuralode_coupled.models import NETWORKS, VARIANTS
 from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, resolve
+from neuralode_coupled.training import Classifier, build_data, build_model, resolve
 
 CLASSES = 10
 CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")
@@ -68,13 +69,7 @@ def plan(
         unknown = [name for name in chosen if name not in known]
         if unknown or not chosen:
             raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    shared = resolve(shared)
-    found = build_data(shared)
-    if found.classes != CLASSES:
-        raise ValueError(
-            f"the paper's tables are of CIFAR-10's {CLASSES} classes, and {found.root} has {found.classes} "
-            f"({', '.join(found.class_names)}): use `neuralode-coupled compare` for other data"
-        )
+    shared = with_ten_classes(shared)
     order = sorted(models, key=("resnet4", "resnet10", "alexnet").index)
     planned = []
     for seed in seeds:
@@ -83,6 +78,18 @@ def plan(
                 folder = RunFolder(runs / schedule_name(shared) / f"{model}-{choice.replace('@', '-')}-seed{seed}")
                 planned.append(Planned(_experiment(shared, model, choice, seed), folder))
     return planned
+
+
+def with_ten_classes(experiment: Experiment) -> Experiment:
+    """The experiment, resolved; raises ValueError for data with other than ten classes."""
+    experiment = resolve(experiment)
+    found = build_data(experiment)
+    if found.classes != CLASSES:
+        raise ValueError(
+            f"the paper's tables are of CIFAR-10's {CLASSES} classes, and {found.root} has {found.classes} "
+            f"({', '.join(found.class_names)}): use `neuralode-coupled compare` for other data"
+        )
+    return experiment
 
 
 def _experiment(shared: Experiment, model: str, choice: str, seed: int) -> Experiment:
@@ -110,7 +117,7 @@ def record(planned: Planned, kind: str) -> dict[str, Any]:
     rows = planned.folder.rows()
     return {
         "data": {"name": "CIFAR-10", "kind": kind, "training images": planned.experiment.limit or "all"},
-        "schedule": schedule_name(planned.experiment),
+        "schedule": _schedule(planned),
         "experiment": experiment,
         "versions": config["versions"],
         "result": asdict(result),
@@ -136,8 +143,36 @@ def recorded(planned: Planned, results: Path) -> bool:
     return not there.differences(planned.experiment)
 
 
+def trained(planned: Planned, build: Callable[[Experiment, int], nn.Module] = build_model, **changes: Any) -> nn.Module:
+    """The model of a finished run after its last epoch.
+
+    Args:
+        planned: the run.
+        build: what made the model, of its experiment and the number of classes.
+        changes: to the experiment, such as another gradient method; they must keep the parameters.
+
+    Raises:
+        ValueError: if the run's folder has no checkpoint.
+    """
+    if not planned.folder.last.exists():
+        raise ValueError(
+            f"{planned.folder.path} has no checkpoint: only the machine that made the record of this run has it. Give "
+            "the --runs folder of that, or other --results to train it again"
+        )
+    experiment = replace(planned.experiment, **changes)
+    classifier = Classifier(build(experiment, CLASSES), epochs=experiment.epochs)
+    checkpoint = torch.load(planned.folder.last, map_location="cpu", weights_only=True)
+    classifier.load_state_dict(checkpoint["state_dict"])
+    return classifier.model
+
+
 def _place(planned: Planned, results: Path) -> Path:
-    return results / schedule_name(planned.experiment) / f"{planned.name}.json"
+    return results / _schedule(planned) / f"{planned.name}.json"
+
+
+def _schedule(planned: Planned) -> str:
+    """Run folders stand in the folder of their schedule, which is named after what all runs of one plan share."""
+    return planned.folder.path.parent.name
 
 
 def run(
@@ -203,27 +238,10 @@ def launch_process(arguments: list[str], seconds: float | None) -> int | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    plain = Experiment()
     parser.add_argument("--models", default="resnet4", help="some of resnet4, resnet10, alexnet, by commas")
     parser.add_argument("--variants", default=",".join(CHOICES[:5]), help=f"some of {', '.join(CHOICES)}")
-    parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--data", default="cifar10", help="cifar10 (downloaded) or folder")
-    parser.add_argument("--data-root")
-    parser.add_argument("--kind", help="what the images of a folder are; kept in the records")
-    parser.add_argument("--epochs", type=int, default=350)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--validation", type=int)
-    parser.add_argument("--lr", type=float, default=plain.lr)
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--evolution")
-    parser.add_argument("--evolution-lr", type=float, default=plain.evolution_lr)
+    add_options(parser, "cifar10", Experiment(epochs=350))
     parser.add_argument("--adjoint", help="of anode and anodev2; backprop gives the same gradient, faster")
-    parser.add_argument("--precision", default=plain.precision)
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="run folders")
-    parser.add_argument("--results", type=Path, default=RESULTS / "cifar10", help="records")
-    parser.add_argument("--budget", type=float, help="minutes")
     chosen = vars(parser.parse_args(arguments))
     try:
         kind, results, budget, planned = _choices(chosen)
@@ -234,20 +252,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("failed:\n" + "\n".join(failures))
 
 
+def add_options(parser: argparse.ArgumentParser, name: str, plain: Experiment) -> None:
+    """The options of every benchmark that trains on CIFAR-10: the schedule (``plain`` has the defaults), and places."""
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--data", default="cifar10", help="cifar10 (downloaded) or folder")
+    parser.add_argument("--data-root")
+    parser.add_argument("--kind", help="what the images of a folder are; kept in the records")
+    parser.add_argument("--epochs", type=int, default=plain.epochs)
+    parser.add_argument("--limit", type=int, default=plain.limit)
+    parser.add_argument("--validation", type=int, default=plain.validation)
+    parser.add_argument("--lr", type=float, default=plain.lr)
+    parser.add_argument("--batch-size", type=int, default=plain.batch_size)
+    parser.add_argument("--evolution")
+    parser.add_argument("--evolution-lr", type=float, default=plain.evolution_lr)
+    parser.add_argument("--precision", default=plain.precision)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS / name, help="records")
+    parser.add_argument("--budget", type=float, help="minutes")
+
+
+def split(names: str) -> list[str]:
+    """Names by commas."""
+    return [part.strip() for part in names.split(",")]
+
+
 def _choices(chosen: dict[str, Any]) -> tuple[str, Path, float | None, list[Planned]]:
     """The kind of the data, where results go, the budget and the runs; raises ValueError."""
-    lists = {name: [part.strip() for part in chosen.pop(name).split(",")] for name in ("models", "variants", "seeds")}
-    runs, results, budget, kind = (chosen.pop(name) for name in ("runs", "results", "budget", "kind"))
-    device = chosen.pop("device")
+    lists = {name: split(chosen.pop(name)) for name in ("models", "variants", "seeds")}
+    runs, results = (chosen.pop(name) for name in ("runs", "results"))
+    kind, budget, shared = experiment_of(chosen)
+    planned = plan(runs, shared, lists["models"], lists["variants"], [int(seed) for seed in lists["seeds"]])
+    return kind, results, budget, planned
+
+
+def experiment_of(chosen: dict[str, Any]) -> tuple[str, float | None, Experiment]:
+    """The kind of the data, the budget and what all runs share, of `add_options`' options; raises ValueError."""
+    budget, kind, device = (chosen.pop(name) for name in ("budget", "kind", "device"))
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; leave it out, or use --device cpu")
     if chosen["data"] == "folder" and not kind:
         raise ValueError('--data folder needs --kind, what the images are: --kind "JPEG copy"')
     if budget is not None and budget <= 0:
         raise ValueError(f"--budget must be a positive number of minutes, got {budget}")
-    shared = Experiment(**chosen, accelerator={"cuda": "gpu"}.get(device, device))
-    planned = plan(runs, shared, lists["models"], lists["variants"], [int(seed) for seed in lists["seeds"]])
-    return kind or "original", results, budget, planned
+    return kind or "original", budget, Experiment(**chosen, accelerator={"cuda": "gpu"}.get(device, device))
 
 
 if __name__ == "__main__":

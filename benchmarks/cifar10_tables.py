@@ -11,10 +11,10 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy.stats import t as student
 
@@ -63,6 +63,7 @@ CONFIDENCE = 0.95
 FEWEST = 3
 """Pairs of runs below which nothing is said of a claim."""
 
+T = TypeVar("T")
 Cell = tuple[str, str, int | None]
 """A network, a variant and its activation steps."""
 
@@ -106,25 +107,37 @@ class Difference:
 
 
 def read(folder: Path, complain: Any = None) -> list[Run]:
-    """The records in a folder. A file that is no whole record is skipped, and said so.
+    """The records in a folder, see `read_as`."""
+    return read_as(_run, folder, complain, "benchmarks.cifar10")
+
+
+def read_as(convert: Callable[[Mapping[str, Any]], T], folder: Path, complain: Any, command: str) -> list[T]:
+    """What ``convert`` makes of the records in a folder. A file that is no whole record is skipped, and said so.
+
+    Args:
+        convert: raises KeyError, TypeError or ValueError for what is no record.
+        folder: its JSON files, but not those of its folders.
+        complain: is told what was skipped, in lines; by default the standard error output is.
+        command: the module that makes such records, for the message.
 
     Raises:
         ValueError: if there are none, or if they are of several schedules or data sets.
     """
-    runs, kinds = [], defaultdict(list)
+    found, kinds = [], defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text())
-            runs.append(_run(content))
-            kinds[f"{content['schedule']} on {content['data']['kind']}"].append(path.name)
+            kind = f"{content['schedule']} on {content['data']['kind']}"
+            found.append(convert(content))
+            kinds[kind].append(path.name)
         except (ValueError, KeyError, TypeError) as error:
             (complain or _complain)(f"skipped {path.name}, which is no whole record: {error!r}")
-    if not runs:
-        raise ValueError(f"{folder} holds no records: make some with `python -m benchmarks.cifar10`")
+    if not found:
+        raise ValueError(f"{folder} holds no records: make some with `python -m {command}`")
     if len(kinds) > 1:
         listed = "; ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
         raise ValueError(f"one table cannot hold results of several schedules or data: {listed}. Use a folder for each")
-    return runs
+    return found
 
 
 def _run(content: Mapping[str, Any]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -25,7 +26,10 @@ METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),
     "DiscreteAdjoint": nc.DiscreteAdjoint(),
     "DiscreteAdjoint, 4 states": nc.DiscreteAdjoint(4),
+    "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
     "DiscreteAdjoint, 1 state": nc.DiscreteAdjoint(1),
+    "DiscreteAdjoint, products kept": nc.DiscreteAdjoint(keep="products"),
+    "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),
     "DiscreteAdjoint, disk": nc.DiscreteAdjoint(storage="disk"),
     "ReversibleAdjoint": nc.ReversibleAdjoint(),
     "ContinuousAdjoint": nc.ContinuousAdjoint(),
@@ -33,16 +37,20 @@ METHODS: dict[str, nc.GradientMethod] = {
 
 
 def block(
-    steps: int, method: str, adjoint: nc.GradientMethod | None = None, form: Form = "propagator"
+    steps: int,
+    method: str,
+    adjoint: nc.GradientMethod | None = None,
+    form: Form = "propagator",
+    channels: int = SHAPE[1],
 ) -> nc.CoupledODE:
-    """Two 3x3 convolutions of 16 channels with GroupNorm and ReLU, whose filters react, diffuse and are advected."""
+    """Two 3x3 convolutions with GroupNorm and ReLU, whose filters react, diffuse and are advected."""
     torch.manual_seed(0)
     dynamics = nn.Sequential(
-        nn.Conv2d(16, 16, 3, padding=1, bias=False),
-        nn.GroupNorm(4, 16),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.GroupNorm(4, channels),
         nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1, bias=False),
-        nn.GroupNorm(4, 16),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        nn.GroupNorm(4, channels),
         nn.ReLU(),
     )
     layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(form), steps=steps, method=method, adjoint=adjoint)
@@ -51,10 +59,10 @@ def block(
     return layer
 
 
-def start(dtype: torch.dtype = torch.float32) -> Tensor:
+def start(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> Tensor:
     """The block's input, on which gradients are asked for too."""
     torch.manual_seed(1)
-    return torch.randn(SHAPE, dtype=torch.float64).to(dtype).requires_grad_()
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def training_step(run: Callable[[Tensor], Tensor], z0: Tensor) -> None:
@@ -117,10 +125,17 @@ def environment() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "neuralode_coupled": nc.__version__,
         **{name: metadata.version(name) for name in packages},
     }
+
+
+def read(name: str) -> dict[str, Any]:
+    """What ``results/<name>.json`` holds; nothing where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(name: str, content: dict[str, Any]) -> Path:

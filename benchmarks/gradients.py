@@ -20,25 +20,27 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import neuralode_coupled as nc
-from benchmarks.common import METHODS, block, by_hand, groups, start, write
+from benchmarks.candidates import HAND, build
+from benchmarks.common import METHODS, by_hand, groups, start, training_step, write
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "gradients.png"
-HAND = "hand-written loop"
 
 Gradients = dict[str, list[Tensor]]
 
 
 def gradients(layer: nc.CoupledODE, run, z0: Tensor) -> Gradients:
-    """The gradients of the mean square of the output, by group."""
-    parts = groups(layer, z0)
-    flat = [tensor for group in parts.values() for tensor in group]
-    found = iter(torch.autograd.grad(run(z0).square().mean(), flat))
-    return {name: [next(found) for _ in group] for name, group in parts.items()}
+    """The gradients of the mean square of the output, by group; zeros where none arrives."""
+    training_step(run, z0)
+    return {
+        name: [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in group]
+        for name, group in groups(layer, z0).items()
+    }
 
 
 def exact(layer: nc.CoupledODE) -> Gradients:
     """In float64: of the hand-written loop, or of the reversible scheme's unrolled solve."""
     layer = copy.deepcopy(layer).double()
+    layer.zero_grad(set_to_none=True)
     z0 = start(torch.float64)
     if not isinstance(layer.adjoint, nc.ReversibleAdjoint):
         return gradients(layer, by_hand(layer), z0)
@@ -67,7 +69,7 @@ def draw(results: dict[str, dict[str, dict[int, dict[str, float]]]]) -> Figure:
     for axes, (solver, methods) in zip(
         figure.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items(), strict=True
     ):
-        for (name, by_steps), marker in zip(methods.items(), "osD^v<>P", strict=False):
+        for (name, by_steps), marker in zip(methods.items(), "osD^v<>PX*hd", strict=False):
             axes.loglog(
                 list(by_steps), [max(e.values()) for e in by_steps.values()], marker=marker, label=name, markersize=4
             )
@@ -92,9 +94,8 @@ def main() -> None:
             results[solver][name] = {}
             for steps in options.steps:
                 # The ODE form: the continuous adjoint then integrates the weights on the same grid as the others.
-                layer = block(steps, solver, METHODS.get(name), form="ode")
-                z0 = start()
-                found = gradients(layer, by_hand(layer) if name == HAND else layer, z0)
+                layer, run = build(name, steps, solver, form="ode")
+                found = gradients(layer, run, start())
                 results[solver][name][steps] = errors(found, exact(layer))
             largest = {n: f"{max(e.values()):.1e}" for n, e in results[solver][name].items()}
             sys.stdout.write(f"{solver:6} {name:28} {largest}\n")

@@ -3,8 +3,9 @@
     python -m benchmarks.memory
 
 Each measurement is a process of its own, in which glibc gives freed tensors back at once (large allocations by mmap),
-so that the peak resident memory is what was live and not what the allocator kept. Writes results/memory.json and
-docs/figures/memory.png.
+so that the peak resident memory is what was live and not what the allocator kept; small steps beforehand make the
+libraries allocate what they keep. Writes results/memory.json, docs/figures/memory.png and the table
+of docs/gradients.md.
 """
 
 from __future__ import annotations
@@ -21,21 +22,26 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.candidates import HAND, build
+from benchmarks.cifar10_tables import put
 from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
-HAND = "hand-written loop"
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory.png"
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"
 
 
 def measure(name: str, method: str, steps: int) -> int:
     """Peak bytes above the level before the step; in this process."""
     torch.set_num_threads(1)
-    layer = block(steps, method, METHODS.get(name))
-    run = by_hand(layer) if name == HAND else layer
+    _, run = build(name, steps, method)
     z0 = start()
-    training_step(by_hand(block(1, method)), z0)  # what libraries allocate once and keep
+    # What libraries allocate once and keep: scratch memory of this shape, and modules imported when first used (torch
+    # imports sympy, 35 MiB, in the first backward of any autograd.Function).
+    training_step(by_hand(block(1, "euler")), z0)
+    for _ in range(2):
+        training_step(build(name, 2, method)[1], start(shape=(1, *SHAPE[1:])))
     z0.grad = None
     gc.collect()
     peak = PeakMemory(torch.device("cpu"))
@@ -46,8 +52,8 @@ def measure(name: str, method: str, steps: int) -> int:
 def in_a_process(name: str, method: str, steps: int) -> int:
     """The same in a fresh process."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = [sys.executable, "-m", "benchmarks.memory", "--one", name, method, str(steps)]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+    arguments = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, method, str(steps)]
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return int(done.stdout)
 
 
@@ -57,11 +63,21 @@ def slope(peaks: dict[int, int]) -> float:
     return float(np.polyfit(steps, [peaks[n] for n in steps], 1)[0] / STATE)
 
 
+def table(results: dict[str, dict[int, int]], slopes: dict[str, float]) -> str:
+    """In Markdown, MiB by number of steps, and states a step."""
+    steps = sorted({n for peaks in results.values() for n in peaks})
+    lines = [f"| steps | {' | '.join(map(str, steps))} | states a step |", f"|---|{'---:|' * (len(steps) + 1)}"]
+    for name, peaks in results.items():
+        cells = (f"{peaks[n] / 2**20:.0f}" if n in peaks else "" for n in steps)
+        lines.append(f"| {name} | {' | '.join(cells)} | {slopes[name]:.2f} |")
+    return "\n".join(lines)
+
+
 def draw(results: dict[str, dict[int, int]]) -> Figure:
     """Peak memory against the number of steps, both logarithmic."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, peaks), marker in zip(results.items(), "osD^v<>P", strict=False):
+    for (name, peaks), marker in zip(results.items(), "osD^v<>PX*hd", strict=False):
         steps = sorted(peaks)
         axes.loglog(steps, [peaks[n] / 2**20 for n in steps], marker=marker, label=name, markersize=4)
     axes.set(xlabel="steps", ylabel="peak memory of a training step (MiB)", title="Euler, one state is 2 MiB")
@@ -93,6 +109,7 @@ def main() -> None:
     )
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     draw(results).savefig(FIGURE, dpi=150)
+    put(PAGE, "memory", table(results, slopes) + "\n")
     sys.stdout.write(
         json.dumps(
             {

@@ -15,6 +15,7 @@ from neuralode_coupled.adjoint import (
     Stats,
 )
 from neuralode_coupled.couple import couple
+from neuralode_coupled.depth import with_steps
 from neuralode_coupled.evolution import (
     ConvEvolution,
     EvolutionOperator,
@@ -81,4 +82,5 @@ __all__ = [
     "odeint_dto",
     "progress",
     "solve",
+    "with_steps",
 ]

@@ -166,7 +166,7 @@ def is_adaptive(method: str) -> bool:
 
 def _solver(adjoint: GradientMethod, params: tuple[Tensor, ...]) -> Callable[..., State]:
     """Whose solve it is; raises ValueError for a gradient method that needs to know the steps beforehand."""
-    if isinstance(adjoint, DiscreteAdjoint) and adjoint.storage == "device":
+    if isinstance(adjoint, DiscreteAdjoint) and adjoint.storage == "device" and adjoint.keep is None:
         return partial(odeint_dto, checkpoints=adjoint.checkpoints, params=params)
     if isinstance(adjoint, Backprop):
         return odeint

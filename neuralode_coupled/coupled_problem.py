@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import NonFiniteWeights, Static, check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, Static, all_at_once, check_finite
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
@@ -52,6 +53,47 @@ class CoupledProblem:
         theta = [weights.unbind() for weights in self.stage_weights().values()]
         inputs = tuple((*(by_step[n] for by_step in theta), *self.own[n]) for n in range(plan.count))
         return plan, Operands((self.z0,), inputs, self.shared)
+
+    def advancing(self) -> tuple[Plan, Operands]:
+        """The solve as Runge-Kutta steps in each of which the weights advance too.
+
+        What an operator reaches at once from w0 is made from it in each step; other weights are part of the state. The
+        operators' parameters are captured, see `Plan`.
+
+        Raises ValueError unless weights and activations advance by one method on one grid.
+        """
+        if not self.scheme.together(self.field.kernel):
+            grid, fine = self.scheme.grid, self.scheme.weight_grid
+            raise ValueError(
+                f"weights='recomputed' needs weights that advance with the activations, by one method on one grid, got "
+                f"{self.field.kernel}, {fine.steps} steps of {self.scheme.weight_method.name!r} for the weights and "
+                f"{grid.steps} of {self.method!r} for the activations: use weights='stored'"
+            )
+        w0, operators = self.field.evolving(), {name: self.field.operator(name) for name in self.moving}
+        direct = [name for name in self.moving if all_at_once(operators[name]) is not None]
+        carried = [name for name in self.moving if name not in direct]
+        captured = tuple({id(p): p for q in operators.values() for p in q.parameters()}.values())
+        constant = len(self.shared)
+
+        def advance(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            theta, after = {}, []
+            with torch.autocast(y[0].device.type, enabled=False):
+                for name, w in zip(direct, shared[constant:], strict=False):
+                    theta[name] = self.scheme.stages_from_start(operators[name], w, n)
+                for name, w in zip(carried, y[1:], strict=True):
+                    w_next, theta[name] = self.scheme.stages_from(operators[name], w, n)
+                    after.append(w_next)
+            for name, weights in theta.items():
+                check_finite(weights, name)
+            row = (*(theta[name] for name in self.moving), *inputs)
+            (z,), _ = self._step(n, y[:1], row, shared[:constant], buffers)
+            y = (z, *after)
+            return y, ((y,) if n + 1 in self.save else ())
+
+        plan = replace(self._plan(), step=advance, captured=len(captured))
+        plan.stats.evaluations = plan.count * plan.stages
+        y0 = (self.z0, *(w0[name] for name in carried))
+        return plan, Operands(y0, self.own, (*self.shared, *(w0[name] for name in direct), *captured))
 
     def reversible(self) -> tuple[Plan, Operands]:
         """The solve as half steps, there and back over each step; both use the step's own parameters and buffers."""

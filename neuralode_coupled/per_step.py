@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import TypeVar
 
 from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PerStep(nn.Module):
@@ -32,6 +35,25 @@ class PerStep(nn.Module):
     def __len__(self) -> int:
         return len(self.copies)
 
+    def resample(self, steps: int) -> PerStep:
+        """The same function of time on another grid: step ``n`` of ``steps`` uses the copy that is in force at its
+        start ``t_n = n / steps``, which is copy ``floor(t_n len(self))`` (piecewise constant in time).
+
+        The copies of the result share the parameters of those that they come from, also where several steps come from
+        one; buffers, such as BatchNorm's statistics, are each step's own, and start as they are here. With
+        ``steps == len(self)`` the result computes what this module does.
+
+        Raises:
+            ValueError: if ``steps`` is no whole number of at least 1.
+        """
+        check_steps(steps)
+        resampled = sharing_parameters(self)
+        # In whole numbers: n / steps * len(self) may round to just below the copy that begins there.
+        chosen = [self.copies[n * len(self) // steps] for n in range(steps)]
+        resampled.copies = nn.ModuleList(sharing_parameters(module) for module in chosen)
+        resampled.copies.training = self.copies.training  # not .train(): a frozen copy stays frozen
+        return resampled
+
     def forward(self, *args, **kwargs):
         """What the copy in force returns: in a solve the tensors of step ``n`` stand in for those of the first copy."""
         return self.copies[0](*args, **kwargs)
@@ -42,3 +64,14 @@ def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:
     for name, module in root.named_modules():
         if isinstance(module, PerStep):
             yield (f"{name}." if name else ""), module
+
+
+def sharing_parameters(module: Module) -> Module:
+    """A copy of a module with the very parameters of the original, and buffers of its own."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+
+
+def check_steps(steps: int) -> None:
+    """Raise ValueError unless ``steps`` can be the number of steps of a solve."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got steps={steps!r}")

@@ -115,6 +115,15 @@ class Scheme:
             stages.extend(inner)
         return torch.stack(stages).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
 
+    def stages_from_start(self, operator: nn.Module, w0: Weight, n: int) -> StageWeights:
+        """w at the stages of step ``n`` of an operator that reaches it at once: (stages, *weight)."""
+        return self.at(operator, w0, [self.weight_grid.time(n, fraction) for fraction in self.weight_method.c])
+
+    def stages_from(self, operator: nn.Module, w: Weight, n: int) -> tuple[Weight, StageWeights]:
+        """w at the end of step ``n``, and at its stages, from w at its start: (*weight) and (stages, *weight)."""
+        w, inner = self._step(operator, closed_form_for_many_steps(operator, w), w, n, self.weight_grid.h)
+        return w, torch.stack(inner)
+
     def at_fractions(self, operator: nn.Module, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
         """w at the given fractions of every step: (M, fractions, *weight)."""
         trajectory = all_at_once(operator)

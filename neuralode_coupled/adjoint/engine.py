@@ -31,6 +31,7 @@ from neuralode_coupled.adjoint.checkpointing import (
     schedule,
     store,
 )
+from neuralode_coupled.adjoint.keeping import Keep, Kept, Tape, playing, recording, selective_contexts
 from neuralode_coupled.adjoint.problem import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
 
@@ -55,9 +56,13 @@ def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list
 
 
 def checkpointed(
-    plan: Plan, operands: Operands, checkpoints: int | None = None, storage: Storage = "device"
+    plan: Plan,
+    operands: Operands,
+    checkpoints: int | None = None,
+    storage: Storage = "device",
+    keep: Keep | None = None,
 ) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state."""
+    """The emitted states, differentiable by recomputing each step from a stored state (but for what ``keep`` names)."""
     flat = operands.flatten()
     if traced(flat):
         return unroll(plan, operands)
@@ -67,13 +72,14 @@ def checkpointed(
                 f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={checkpoints}, storage={storage!r}: "
                 "leave them out, or do not compile the layer"
             )
-        return _compiled(plan, operands)
+        return _compiled(plan, operands, keep)
     width = len(operands.y0)
     structure = operands.restore([None] * len(flat))
     chosen = schedule(plan.count, checkpoints)
     replay = Replay(plan, operands.y0[0].device)
     kept = store(storage, len(chosen.stored), operands.y0)
-    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, *flat)
+    tape = None if keep is None else Tape()
+    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, *flat)
     emitted = leaves[: sum(plan.emits) * width]
     return arranged(emitted, width)
 
@@ -99,20 +105,22 @@ def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
     return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def _compiled(plan: Plan, operands: Operands) -> list[State]:
+def _compiled(plan: Plan, operands: Operands, keep: Keep | None) -> list[State]:
     """The same for ``torch.compile``, which knows activation checkpointing: it recomputes each step from its state,
     with the random numbers of the forward pass, inside of its own backward graph."""
+    contexts = selective_contexts(keep)
     emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        y, out = checkpoint(plan.step, *arguments, use_reentrant=False)
+        y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
         emitted.extend(out)
     return emitted
 
 
 class _Checkpointed(torch.autograd.Function):
-    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones.
+    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones, then what else
+    the recomputation is spared.
 
     ``structure`` says how the flat tensors are arranged.
     """
@@ -124,6 +132,7 @@ class _Checkpointed(torch.autograd.Function):
         chosen: Schedule,
         replay: Replay,
         kept: HostStore | DiskStore | None,
+        tape: Tape | None,
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
         # Detached, because autocast would otherwise cache casts made here and hand them, without a graph, to the
@@ -136,14 +145,15 @@ class _Checkpointed(torch.autograd.Function):
             # The initial state is an input: autograd keeps it.
             if n > 0 and n in wanted:
                 stored.extend(y) if kept is None else kept.put(n, y)
-            with replay.record(n):
+            with replay.record(n), recording(tape):
                 y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
             emitted.extend(part for state in out for part in state)
-        return (*emitted, *_apart(stored, emitted))
+        spared = [] if tape is None else tape.hand_over()
+        return (*emitted, *_apart([*stored, *spared], emitted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, *flat = inputs
+        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, ctx.tape, *flat = inputs
         ctx.outputs = sum(ctx.plan.emits) * len(ctx.structure.y0)
         ctx.mark_non_differentiable(*output[ctx.outputs :])
         ctx.save_for_backward(*flat, *output[ctx.outputs :])
@@ -153,7 +163,7 @@ class _Checkpointed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan, structure, replay = ctx.plan, ctx.structure, ctx.replay
         size = len(structure.flatten())
-        flat, stored = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
+        flat, saved = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
         needed = list(ctx.needs_input_grad[-size:])
         arriving = _by_step(plan, len(structure.y0), grads[: ctx.outputs])
         operands = structure.restore(flat)
@@ -164,9 +174,12 @@ class _Checkpointed(torch.autograd.Function):
                     lambda ops: unroll(plan, ops, replay), operands, arrived, needed, plan.captured
                 )
             else:
-                states = _Stored(ctx.schedule, operands.y0, stored, ctx.kept)
-                found = _Sweep(plan, operands, structure.restore(needed), replay).run(ctx.schedule, states, arriving)
-        return None, None, None, None, None, *found
+                inside = 0 if ctx.kept is not None else (len(ctx.schedule.stored) - 1) * len(operands.y0)
+                states = _Stored(ctx.schedule, operands.y0, saved[:inside], ctx.kept)
+                spared = None if ctx.tape is None else ctx.tape.around(saved[inside:])
+                sweep = _Sweep(plan, operands, structure.restore(needed), replay, spared)
+                found = sweep.run(ctx.schedule, states, arriving)
+        return None, None, None, None, None, None, *found
 
 
 def _apart(stored: list[Tensor], emitted: list[Tensor]) -> list[Tensor]:
@@ -235,8 +248,10 @@ class _Stored:
 class _Sweep:
     """One backward pass over the steps. ``needed`` has the operands' structure with a bool at every leaf."""
 
-    def __init__(self, plan: Plan, operands: Operands, needed: Operands, replay: Replay) -> None:
-        self.plan, self.operands, self.needed, self.replay = plan, operands, needed, replay
+    def __init__(
+        self, plan: Plan, operands: Operands, needed: Operands, replay: Replay, spared: Kept | None = None
+    ) -> None:
+        self.plan, self.operands, self.needed, self.replay, self.spared = plan, operands, needed, replay, spared
         self.shared = Sum(len(operands.shared))
         # Below the first step that anybody asked for there is nothing to do.
         everywhere = any(needed.y0) or any(needed.shared)
@@ -267,7 +282,7 @@ class _Sweep:
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):
-            with self.replay.again(n) as buffers:
+            with self.replay.again(n) as buffers, playing(self.spared, n):
                 y, _ = self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
         return y
 
@@ -282,7 +297,7 @@ class _Sweep:
             for i, (tensor, need) in enumerate(zip(own, wanted, strict=True))
         ]
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
-        with torch.enable_grad(), self.replay.again(n) as buffers:
+        with torch.enable_grad(), self.replay.again(n) as buffers, playing(self.spared, n):
             u, v = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
             y_next, emitted = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
         outputs = [*y_next, *(part for state in emitted for part in state)]

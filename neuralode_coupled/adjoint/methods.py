@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import Storage, check_storage
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
+from neuralode_coupled.adjoint.keeping import Keep, check_keep
 from neuralode_coupled.adjoint.problem import Operands, Problem, Stats
 
 
@@ -35,26 +37,49 @@ class DiscreteAdjoint:
     (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose forward pass has
     other side effects: they happen once more at every recomputation.
 
+    With ``keep="products"`` the outputs of convolutions, matrix products and attention are kept as well, and only
+    normalisation, activation and the rest are recomputed. A step is then cheap to repeat, so that few checkpoints go
+    well with it. Exact whatever f does: an output that f overwrites in place (``ReLU(inplace=True)`` right behind a
+    convolution), attention with dropout, and the products of a step behind one that PyTorch splits up otherwise with
+    gradients than without, are recomputed. Not for small states, where noticing a product costs more than repeating
+    it (some microseconds an operation).
+
+    The weights of all steps, their gradients and the graph of their evolution are stored by default: a few times the
+    evolving weights for each step, which is little beside the states of a batch and much beside few checkpoints, or for
+    large weights. With ``weights="recomputed"`` each step makes its own weights, and their gradients go back to w0 and
+    p at once: memory does not grow with the steps then, and weights that an operator reaches step by step only are part
+    of the state. It costs the operator's evaluation in every step and recomputed step, and takes the Dirac kernel with
+    the weights on the activations' own grid. Not for operators that draw random numbers or update themselves.
+
     Args:
         checkpoints: how many states to store, the initial one included: None for every step's, ``m`` for Revolve's
             schedule with m states, 1 for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
         storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
+        keep: ``"products"``, or None to recompute everything.
+        weights: ``"stored"`` or ``"recomputed"``.
 
     Raises:
-        TypeError, ValueError: for checkpoints below 1 or an unknown storage.
+        TypeError, ValueError: for checkpoints below 1, an unknown storage, keep or weights, or keep with another
+            storage than the device; at the solve for recomputed weights with another kernel or grid than above; inside
+            of ``torch.compile`` for checkpoints or a storage.
         OSError: at the solve, if the disk has no room for the states.
     """
 
     checkpoints: int | None = None
     storage: Storage = "device"
+    keep: Keep | None = None
+    weights: Literal["stored", "recomputed"] = "stored"
 
     def __post_init__(self) -> None:
         check_storage(self.checkpoints, self.storage)
+        check_keep(self.keep, self.storage)
+        if self.weights not in ("stored", "recomputed"):
+            raise ValueError(f"unknown weights {self.weights!r}: choose one of stored, recomputed")
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
-        plan, operands = problem.discrete()
-        emitted = checkpointed(plan, operands, self.checkpoints, self.storage)
+        plan, operands = problem.discrete() if self.weights == "stored" else problem.advancing()
+        emitted = checkpointed(plan, operands, self.checkpoints, self.storage, self.keep)
         return _with_start(problem, operands, emitted), plan.stats
 
 

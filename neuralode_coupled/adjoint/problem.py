@@ -119,6 +119,13 @@ class Problem(Protocol):
         """The solve as steps, each of which emits its end where that is wanted."""
         ...
 
+    def advancing(self) -> tuple[Plan, Operands]:
+        """The same, but the weights advance within the steps: nothing that grows with their number is made in advance.
+
+        States then have the weights that must be carried along behind z. Raises ValueError where that cannot be.
+        """
+        ...
+
     def reversible(self) -> tuple[Plan, Operands]:
         """The solve as half steps: ``step(2 n, y, ...)`` gives the method's increment from y over step ``n``, and
         ``step(2 n + 1, y, ...)`` that over the same step backwards, from its end."""

@@ -1,0 +1,189 @@
+"""Everything that is measured against everything else: one training step of the coupled block, by every way there is.
+
+Ours, by hand, and other packages on the same field. A candidate is built for a number of steps and a solver, or for
+``dopri5`` with a tolerance; it is then a function of z0 with gradients to z0 and to the layer's parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import neuralode_coupled as nc
+from benchmarks.common import METHODS, block, by_hand
+from neuralode_coupled.evolution.reaction_diffusion_advection import Form
+
+HAND = "hand-written loop"
+ADAPTIVE = "dopri5"
+TOLERANCE = 1e-3
+"""Relative and absolute, of the adaptive solves."""
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train the block.
+
+    Args:
+        run: makes the function of z0 out of a layer, which says which solver and how many steps.
+        adjoint: the gradient method of that layer, where it is used.
+        package: what must be installed for it.
+        fixed: whether it solves on a fixed grid; `ADAPTIVE` otherwise or as well, by ``adaptive``.
+        solvers: the fixed-grid methods that it has, by our names.
+    """
+
+    run: Callable[[nc.CoupledODE], Run]
+    adjoint: nc.GradientMethod | None = None
+    package: str = ""
+    fixed: bool = True
+    adaptive: bool = False
+    solvers: tuple[str, ...] = ("euler", "rk4")
+    compiled: bool = False
+
+    @property
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return not self.package or importlib.util.find_spec(self.package) is not None
+
+    def takes(self, solver: str) -> bool:
+        """Whether it can solve by this method."""
+        return self.adaptive if solver == ADAPTIVE else self.fixed and solver in self.solvers
+
+
+def build(name: str, steps: int, solver: str, form: Form = "propagator") -> tuple[nc.CoupledODE, Run]:
+    """A fresh layer and the candidate on it. For `ADAPTIVE` the number of steps is not used."""
+    candidate = CANDIDATES[name]
+    if solver == ADAPTIVE:
+        layer = block(1, "euler", form=form)
+        layer.method = ADAPTIVE  # read by the candidate alone: the layer itself is not called
+    else:
+        layer = block(steps, solver, candidate.adjoint, form)
+    return layer, candidate.run(layer)
+
+
+def _identity(layer: nc.CoupledODE) -> Run:
+    return layer
+
+
+def _compiled(layer: nc.CoupledODE) -> Run:
+    torch._dynamo.reset()  # otherwise the next number of steps counts as a recompilation of the last
+    return torch.compile(layer, fullgraph=True)
+
+
+def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:
+    """The augmented field under torchdiffeq's signature, on the layer's grid."""
+    import torchdiffeq
+
+    solver: Callable[..., Any] = nc.odeint_dto if name == "odeint_dto" else getattr(torchdiffeq, name)
+
+    def run(z0: Tensor) -> Tensor:
+        grid = torch.linspace(0, 1, layer.steps + 1, dtype=z0.dtype)
+        how: dict[str, Any] = (
+            {"rtol": TOLERANCE, "atol": TOLERANCE}
+            if layer.method == ADAPTIVE
+            else {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
+        )
+        return solver(layer.field, layer.field.initial_state(z0), grid[[0, -1]], method=layer.method, **how)[0][-1]
+
+    return run
+
+
+def _torchdyn(sensitivity: str, layer: nc.CoupledODE) -> Run:
+    """The flat field under torchdyn."""
+    from torchdyn.core import ODEProblem
+
+    interpolated = "interp" in sensitivity
+    how: dict[str, Any] = {"interpolator": "4th"} if interpolated else {}
+    if layer.method == ADAPTIVE:
+        how |= dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), TOLERANCE)
+
+    def run(z0: Tensor) -> Tensor:
+        flat = nc.FlatField(layer.field, z0)
+        span = torch.linspace(0, 1, layer.steps + 1, dtype=z0.dtype)
+        with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints advice about signatures
+            # A new one each time: its adjoints go through a copy of the parameters made here.
+            problem = ODEProblem(flat, layer.method, sensitivity=sensitivity, **how)
+        x0 = flat.initial_state(z0)
+        _, path = problem(x0[None] if interpolated else x0, span)
+        return layer.field.activation(flat.unpack(path))[-1].reshape(z0.shape)
+
+    return run
+
+
+def _torchdiffeqpack(name: str, layer: nc.CoupledODE) -> Run:
+    """TorchDiffEqPack: its adaptive checkpoint adjoint (ACA), or its memory-efficient one (MALI), whose scheme is its
+    own asynchronous leapfrog."""
+    import TorchDiffEqPack as pack  # pyright: ignore[reportMissingImports]
+
+    mali = name == "odesolve_adjoint_sym12"
+    method, first = ("FixedStep_Sym12Async", 1 / layer.steps) if mali else ("Dopri5", None)
+    options = {"method": method, "h": first, "t0": 0.0, "t1": 1.0, "rtol": TOLERANCE, "atol": TOLERANCE}
+    options |= {"print_neval": False, "neval_max": 500000}
+
+    class Field(nn.Module):
+        """The field with the time as a tensor, as the field here wants it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.field = layer.field
+
+        def forward(self, t: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return self.field(torch.as_tensor(t, dtype=state[0].dtype), state)
+
+    func = Field()
+
+    def run(z0: Tensor) -> Tensor:
+        return getattr(pack, name)(func, layer.field.initial_state(z0), options=dict(options))[0].reshape(z0.shape)
+
+    return run
+
+
+CANDIDATES: dict[str, Candidate] = {
+    HAND: Candidate(by_hand),
+    **{name: Candidate(_identity, adjoint) for name, adjoint in METHODS.items()},
+    "checkpoint a step, by hand": Candidate(partial(by_hand, around_step=partial(checkpoint, use_reentrant=False))),
+    "torchdiffeq odeint": Candidate(partial(_torchdiffeq, "odeint"), adaptive=True),
+    "torchdiffeq odeint_adjoint": Candidate(partial(_torchdiffeq, "odeint_adjoint"), adaptive=True),
+    "odeint_dto": Candidate(partial(_torchdiffeq, "odeint_dto"), fixed=False, adaptive=True),
+    **{
+        f"torchdyn {sensitivity}": Candidate(
+            partial(_torchdyn, sensitivity), package="torchdyn", adaptive=sensitivity != "interpolated_adjoint"
+        )
+        for sensitivity in ("autograd", "adjoint", "interpolated_adjoint")
+    },
+    # With a fixed step its release 1.0.1 stops with a TypeError: there is no error estimate.
+    "TorchDiffEqPack ACA": Candidate(
+        partial(_torchdiffeqpack, "odesolve_adjoint"), package="TorchDiffEqPack", fixed=False, adaptive=True
+    ),
+    "TorchDiffEqPack MALI": Candidate(
+        partial(_torchdiffeqpack, "odesolve_adjoint_sym12"), package="TorchDiffEqPack", solvers=("euler",)
+    ),
+    **{
+        f"{name}, compiled": Candidate(_compiled, METHODS[name], compiled=True)
+        for name in ("Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept")
+    },
+}
+
+
+def chosen(solver: str, compiled: bool = False) -> list[str]:
+    """The names of those that are installed and can solve by this method."""
+    return [
+        name
+        for name, candidate in CANDIDATES.items()
+        if candidate.takes(solver) and candidate.available and (compiled or not candidate.compiled)
+    ]
+
+
+def missing() -> list[str]:
+    """The packages that are not installed, and what they would be measured with."""
+    return sorted({candidate.package for candidate in CANDIDATES.values() if not candidate.available})

@@ -1,0 +1,167 @@
+"""The benchmarks of peers: one problem for all candidates, ratios of one round, a page that says what is missing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import memory, peers, peers_page
+from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen
+from benchmarks.common import start
+from benchmarks.gradients import errors, gradients
+
+SMALL = (2, 16, 6, 6)
+INEXACT = {"ContinuousAdjoint", "ReversibleAdjoint"}
+"""Of ours: these are exact for something else than the hand-written loop."""
+
+
+def found(name: str, solver: str):
+    layer, run = build(name, 3, solver, form="ode")
+    layer.double()
+    return gradients(layer, run, start(torch.float64, SMALL))
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_candidates_solve_the_same_problem(solver):
+    """Exact methods to rounding; those that solve an adjoint ODE, or a scheme of their own, roughly."""
+    expected = found(HAND, solver)
+    for name in chosen(solver):
+        exact = name not in INEXACT and "adjoint" not in name and "MALI" not in name
+        exact = exact and not (name.startswith("torchdyn") and solver == "rk4")
+        assert max(errors(found(name, solver), expected).values()) < (1e-10 if exact else 0.5), name
+
+
+def test_adaptive_candidates_solve_the_same_problem():
+    """torchdiffeq's gradient goes through its choice of the first step too, ours holds all lengths fixed."""
+    expected = found("odeint_dto", ADAPTIVE)
+    assert max(errors(found(peers.REFERENCE, ADAPTIVE), expected).values()) < 1e-3
+    for name in chosen(ADAPTIVE):
+        assert max(errors(found(name, ADAPTIVE), expected).values()) < 0.5, name
+
+
+def test_compiled_candidates_are_asked_for():
+    assert "Backprop, compiled" in chosen("euler", compiled=True)
+    assert not any("compiled" in name for name in chosen("euler"))
+    assert not chosen("euler", compiled=True).count("odeint_dto")
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    """A machine that gets slower and slower does not show in them, by a clock that the steps move."""
+    clock = {"now": 0.0, "pace": 1.0}
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock["now"])
+
+    def takes(factor):
+        def step():
+            clock["now"] += factor * clock["pace"]
+
+        return step
+
+    def slows_down():
+        clock["pace"] *= 1.0001
+        clock["now"] += clock["pace"]
+
+    found = peers.measure({HAND: takes(1), "twice": takes(2), "slower": slows_down}, 7, HAND)
+    assert found[HAND]["median"] == 1.0
+    assert found["twice"]["median"] == pytest.approx(2, rel=1e-3)
+    assert found["twice"]["lower_quartile"] <= found["twice"]["median"] <= found["twice"]["upper_quartile"]
+    assert found["twice"]["seconds"] == pytest.approx(2, rel=1e-2)
+
+
+def test_a_training_step_starts_from_no_gradients():
+    layer, run = build("Backprop", 2, "euler")
+    step = peers.once(layer, run)
+    step()
+    first = [p.grad.clone() for p in layer.parameters()]
+    step()
+    assert all(torch.equal(a, p.grad) for a, p in zip(first, layer.parameters(), strict=True))
+
+
+RESULTS = {
+    "time": {
+        "euler": {
+            "5": {
+                HAND: {"median": 1.0, "lower_quartile": 1.0, "upper_quartile": 1.0},
+                "Backprop": {"median": 0.98, "lower_quartile": 0.97, "upper_quartile": 1.02},
+                "DiscreteAdjoint": {"median": 1.3, "lower_quartile": 1.2, "upper_quartile": 1.4},
+            }
+        }
+    },
+    "memory": {"euler": {"50": {"DiscreteAdjoint": 100 * 2**20}}},
+    "gradients": {"euler": {"5": {HAND: dict.fromkeys(peers_page.GROUPS, 1e-6)}}},
+}
+
+
+def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
+    """On a page of its own; what was not measured is said to be missing, and no target is left out."""
+    contents = {"peers": {"environment": {"device": "cpu", "cores": 2, "python": "3"}, "parts": RESULTS}}
+    contents["peers"]["commands"] = {"time": "python -m benchmarks.peers"}
+    monkeypatch.setattr(peers_page, "read", lambda name: contents.get(name, {}))
+    page = tmp_path / "page.md"
+    names = ("targets", "time", "memory", "accuracy", "adaptive")
+    page.write_text("\n".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in names))
+    peers_page.main(["--page", str(page), "--figure", str(tmp_path / "peers.png")])
+    text = page.read_text()
+    assert "old" not in text
+    assert all(target.what in text for target in peers_page.TARGETS)
+    assert "| time: `DiscreteAdjoint()`, Euler, 5 steps | 1.25 | 1.3 | no |" in text
+    assert "| time: `Backprop()`, Euler, 5 steps | 1 | 0.98 | yes |" in text
+    assert "| memory: `DiscreteAdjoint()`, Euler, 50 steps | 112 MiB | 100 MiB | yes |" in text
+    assert "| time: the same, compiled | 0.9 | not measured | |" in text
+    assert "| DiscreteAdjoint | 1.30 (1.20 to 1.40) |" in text
+    assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_a_page_without_results_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(peers_page, "read", lambda name: {})
+    with pytest.raises(SystemExit):
+        peers_page.main([])
+    assert "there are no results yet: run python -m benchmarks.peers" in capsys.readouterr().err
+
+
+def test_targets_name_candidates_that_there_are():
+    """A misspelt name would read as not measured for ever."""
+
+    class Recorder(dict):
+        def __missing__(self, key):
+            asked.append(key)
+            raise KeyError(key)
+
+    for target in peers_page.TARGETS:
+        asked: list[str] = []
+        leaf = Recorder()
+        tree = {
+            part: {s: {str(n): leaf for n in (0, 5, 20, 50)} for s in ("euler", "rk4", ADAPTIVE)}
+            for part in ("time", "memory", "gradients")
+        }
+        stack = Recorder()
+        tree["inference"] = {"euler": {"5": stack}}
+        with pytest.raises(KeyError):
+            target.value(tree)
+        assert asked[0] in CANDIDATES or asked[0] in ("coupled layer", "baked layer"), target.what
+
+
+def test_the_memory_table_leaves_out_what_was_not_measured():
+    peaks = {"a": {5: 3 * 2**20, 10: 5 * 2**20}, "b": {5: 2**20}}
+    lines = memory.table(peaks, {"a": 0.2, "b": 0.0}).splitlines()
+    assert lines == [
+        "| steps | 5 | 10 | states a step |",
+        "|---|---:|---:|---:|",
+        "| a | 3 | 5 | 0.20 |",
+        "| b | 1 |  | 0.00 |",
+    ]
+
+
+def test_findings_are_saved_as_they_come(tmp_path, monkeypatch):
+    """A run that breaks off, or one part measured again, leaves the other findings where they were."""
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "chosen", lambda solver: ["a", "b", "c"])
+    sizes = {"a": 1, "b": 2}
+    monkeypatch.setattr(peers, "in_a_process", lambda name, solver, steps: sizes[name])
+    with pytest.raises(KeyError):
+        peers.main(["--parts", "memory", "--steps", "5", "--solvers", "euler"])
+    sizes = {"a": 10, "c": 30}
+    with pytest.raises(KeyError):
+        peers.main(["--parts", "memory", "--steps", "5", "--solvers", "euler"])
+    found = peers.read("peers")
+    assert found["parts"]["memory"]["euler"]["5"] == {"a": 10, "b": 2}
+    assert list(found["commands"].values()) == ["python -m benchmarks.peers --parts memory --steps 5 --solvers euler"]
