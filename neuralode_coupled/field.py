@@ -69,7 +69,7 @@ class CoupledField(nn.Module):
         )
 
     def operator(self, name: str) -> nn.Module:
-        """The evolution operator of one evolving parameter."""
+        """The evolution operator of one evolving parameter. Raises KeyError if no parameter of that name evolves."""
         return self.evolution[name.replace(".", "/")]
 
     def evolving(self) -> dict[str, nn.Parameter]:
@@ -181,6 +181,10 @@ class FlatField(nn.Module):
     Args:
         field: the coupled field.
         z0: an activation of the shape that will be integrated.
+
+    Raises:
+        TypeError, ValueError: as ``field.initial_state(z0)`` does, for a z0 that the field cannot take and for a kernel
+            without finite memory.
     """
 
     def __init__(self, field: CoupledField, z0: Activation) -> None:
@@ -201,13 +205,13 @@ class FlatField(nn.Module):
         return tuple(part.reshape(*flat.shape[:-1], *part.shape[1:]) for part in rows)
 
     def initial_state(self, z0: Activation) -> Float[Tensor, " n"]:
-        """``field.initial_state(z0)``, packed."""
+        """``field.initial_state(z0)``, packed: (n,). Raises ValueError for a z0 of another shape than the field's."""
         return self.pack(self.field.initial_state(z0))
 
     def forward(self, t: Tensor, x: Float[Tensor, "*one n"], args: object = None) -> Float[Tensor, "*one n"]:
         """The derivative of the flat state, which may have a batch axis of one (torchdyn's interpolated adjoint's).
 
-        torchdyn passes ``args`` along to every vector field.
+        torchdyn passes ``args`` along to every vector field. Raises ValueError for more than one state.
         """
         if x.numel() != x.shape[-1]:
             raise ValueError(f"a flat state is one state, (n,) or (1, n), got shape {tuple(x.shape)}")

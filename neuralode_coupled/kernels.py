@@ -113,7 +113,11 @@ class TimeKernel(nn.Module):
 
 
 class Dirac(TimeKernel):
-    """``K = delta``: theta(t) = w(t) (configuration one). The weights are their own memory."""
+    """``K = delta``: theta(t) = w(t) (configuration one). The weights are their own memory.
+
+    Raises:
+        ValueError: at the solve, for a weight grid without a point at every stage time; the message names a multiple.
+    """
 
     memory = 0
 

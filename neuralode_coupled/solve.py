@@ -25,7 +25,7 @@ class Solution:
     """What `solve` returns.
 
     Attributes:
-        z: the activations: at the requested times, with a leading time axis, or without one at the end alone.
+        z: the activations: at the requested times, (len(t), *shape of z0), or at the end alone, of the shape of z0.
         t: the times that ``z`` belongs to.
         stats: what the solve cost; backward passes add to ``stats.recomputed``.
     """

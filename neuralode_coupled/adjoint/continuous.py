@@ -27,6 +27,10 @@ class ContinuousAdjoint:
         rtol: relative tolerance of the adjoint solve, for adaptive methods.
         atol: absolute tolerance of the adjoint solve, for adaptive methods.
         method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
+
+    Raises:
+        ValueError: at the solve, for a kernel that has neither finite memory nor samples to hold, an operator that is a
+            map and no flow, or a method that torchdiffeq does not have (such as ``"rk4_classic"``).
     """
 
     rtol: float = 1e-7

@@ -17,7 +17,7 @@ class Backprop:
     """Autograd through the unrolled solve.
 
     Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for
-    solves whose graph does not fit into memory: use `DiscreteAdjoint`.
+    solves whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:

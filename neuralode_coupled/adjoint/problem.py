@@ -141,7 +141,10 @@ class Problem(Protocol):
 
 
 class GradientMethod(Protocol):
-    """How gradients come back through a solve: one object with one method."""
+    """How gradients come back through a solve: one object with one method.
+
+    An object that cannot solve a problem raises a ValueError in `integrate`, which says what can.
+    """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """The states at the ``save`` indices, differentiable, and what the solve cost."""

@@ -33,6 +33,9 @@ class EvolutionOperator(nn.Module):
     * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, where much of ``propagate`` depends
       on ``dt`` alone: a solve makes one for each length of step that it has, and calls it at every step. ``like`` is a
       weight of the shape, dtype and device of ``w``.
+
+    An operator refuses a weight that it cannot evolve with a ValueError from ``bind``; the field puts the parameter's
+    name in front.
     """
 
     def bind(self, weight: Weight) -> Self:
@@ -43,6 +46,7 @@ class EvolutionOperator(nn.Module):
         return self
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
+        """dw/dt at the time ``t``, of the shape of ``w``. A subclass defines it: here it raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(t, w) -> dw/dt")
 
 

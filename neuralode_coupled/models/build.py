@@ -149,5 +149,9 @@ def build(
 
 
 def coupled_layers(model: nn.Module) -> dict[str, CoupledODE]:
-    """The coupled layers of a model, by name."""
+    """The coupled layers of a model, by their names in it, in its order; empty where it has none (no error).
+
+    Args:
+        model: any module; a `CoupledODE` itself has the name ``""``.
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, CoupledODE)}
