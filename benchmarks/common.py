@@ -76,8 +76,7 @@ def by_hand(layer: nc.CoupledODE, around_step: Callable | None = None) -> Callab
     The weights at all stage times come from one product (propagator form), or advance with the activations as one
     Runge-Kutta state (ODE form). ``around_step(function, z)`` may wrap every step of the first.
     """
-    method, steps = tableau(layer.method), layer.steps
-    h = (layer.t[1] - layer.t[0]) / steps
+    method, steps, h = tableau(layer.method), layer.grid.steps, layer.grid.h
     dynamics, names = layer.field.dynamics, layer.field.names
     operators: list[Any] = [layer.field.operator(name) for name in names]
 

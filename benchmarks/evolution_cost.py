@@ -40,7 +40,7 @@ def measure(operator: nn.Module, kernel: nc.TimeKernel, rounds: int) -> dict[str
     layer = nc.CoupledODE(block(5, "euler").field.dynamics, operator, kernel, steps=5)
     z0 = torch.randn(64, 16, 32, 32)
     scheme = build_scheme(layer.field, layer.t, layer.steps, layer.method, None, None)
-    problem = CoupledProblem(layer.field, scheme, z0, (layer.steps,))
+    problem = CoupledProblem(layer.field, scheme, z0, (scheme.grid.steps,))
     shares = []
     for turn in range(rounds + 2):
         begin = time.perf_counter()

@@ -28,13 +28,13 @@ STACK = "hand-written stack"
 
 def stack(layer: nc.CoupledODE) -> Callable[[Tensor], Tensor]:
     """The layer's steps with their weights made once: ``z + h f(z, theta_n)`` by Euler's method."""
-    method, h = tableau(layer.method), (layer.t[1] - layer.t[0]) / layer.steps
+    method, h = tableau(layer.method), layer.grid.h
     dynamics = layer.field.dynamics
     with torch.no_grad():
-        theta = CoupledProblem(layer.field, layer._scheme(), start(), (layer.steps,)).stage_weights()
+        theta = CoupledProblem(layer.field, layer._scheme(), start(), (layer.grid.steps,)).stage_weights()
     weights = [
         [{name: stages[n, min(i, stages.shape[1] - 1)] for name, stages in theta.items()} for i in range(method.stages)]
-        for n in range(layer.steps)
+        for n in range(layer.grid.steps)
     ]
 
     def run(z: Tensor) -> Tensor:

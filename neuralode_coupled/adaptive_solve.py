@@ -164,7 +164,7 @@ def is_adaptive(method: str) -> bool:
     return method in ADAPTIVE
 
 
-def _solver(adjoint: GradientMethod, params: tuple[Tensor, ...]) -> Callable[..., State]:
+def _solver(adjoint: GradientMethod, params: tuple[Tensor, ...]) -> Callable[..., Any]:
     """Whose solve it is; raises ValueError for a gradient method that needs to know the steps beforehand."""
     if isinstance(adjoint, DiscreteAdjoint) and adjoint.storage == "device" and adjoint.keep is None:
         return partial(odeint_dto, checkpoints=adjoint.checkpoints, params=params)

@@ -17,7 +17,7 @@ from neuralode_coupled.evolution import Static
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.solve import Times, build_scheme, discretise, states, times
-from neuralode_coupled.stage_weights import Scheme
+from neuralode_coupled.stage_weights import Grid, Scheme
 
 
 class CoupledODE(nn.Module):
@@ -150,6 +150,11 @@ class CoupledODE(nn.Module):
         with torch.no_grad():
             theta = CoupledProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
         return baked(self.field, scheme, theta)
+
+    @property
+    def grid(self) -> Grid:
+        """The layer's fixed grid. Raises ValueError for an adaptive layer, which has none."""
+        return self._scheme().grid
 
     def _scheme(self) -> Scheme:
         return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
