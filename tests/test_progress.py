@@ -10,8 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import progress as module
-from neuralode_coupled.progress import progress
+from neuralode_coupled.progress import progress, watched
 
 
 def layer(adjoint: nc.GradientMethod) -> nc.CoupledODE:
@@ -90,12 +89,12 @@ def test_without_bars_the_steps_are_untouched():
     def step(n, y):
         return y, ()
 
-    assert module.watched(step, 3) is step
+    assert watched(step, 3) is step
     with progress(console=Console(file=io.StringIO())):
-        assert module.watched(step, 3) is not step
+        assert watched(step, 3) is not step
     with pytest.raises(KeyError), progress(console=Console(file=io.StringIO())):
         raise KeyError
-    assert module.watched(step, 3) is step
+    assert watched(step, 3) is step
 
 
 def test_compiled_and_transformed_solves_go_on_inside():
