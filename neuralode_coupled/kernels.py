@@ -167,7 +167,7 @@ class SampleAndHold(TimeKernel):
 
     def __init__(self, samples: int) -> None:
         super().__init__()
-        if not isinstance(samples, int) or samples < 1:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"SampleAndHold needs a whole number of at least 1 sample, got samples={samples!r}")
         self.samples = samples
 
@@ -323,7 +323,7 @@ class Erlang(DensityKernel):
 
     def __init__(self, order: int, rate: float, *, learnable: bool = False, history: History = "constant") -> None:
         super().__init__(history)
-        if not isinstance(order, int) or order < 1:
+        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
             raise ValueError(f"order must be a whole number of at least 1, got order={order!r}")
         self.order = order
         self.memory = order

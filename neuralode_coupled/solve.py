@@ -12,6 +12,7 @@ from neuralode_coupled._types import Activation, WeightPath
 from neuralode_coupled.adaptive_solve import Adaptive, is_adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
+from neuralode_coupled.adjoint.engine import transformed
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.odeint_arguments import ATOL, RTOL
@@ -99,13 +100,14 @@ def solve(
         TypeError: if z0 is not a floating-point tensor.
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
             out of order, z0 on another device or of another dtype than the weights, dynamics that change the state's
-            shape, a kernel that the grid or an adaptive method cannot represent, or an adaptive solve that cannot go
-            on.
+            shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that cannot go on,
+            or, on the CPU, a state that is not finite.
     """
     at = (0.0, 1.0) if t is None else times(t)
     wanted = at[-1:] if t is None else at
     scheme = discretise(field, (at[0], at[-1]), steps, method, weight_steps, weight_method, rtol, atol)
     z, stats = states(scheme, field, z0, wanted, adjoint)
+    _check_finite(z, wanted)
     return Solution(z[0] if t is None else torch.stack(z), wanted, stats, field, scheme)
 
 
@@ -207,6 +209,18 @@ def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
     if len(values) < fewest or (any(rising) and not all(rising)) or len(set(values)) < len(values):
         raise ValueError(f"t must hold at least {fewest} strictly increasing or decreasing times, got {list(values)}")
     return values
+
+
+def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:
+    """Raise the ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
+    if torch.compiler.is_compiling() or transformed():  # both hide the numbers
+        return
+    for state, t in zip(z, wanted, strict=True):
+        if state.device.type == "cpu" and not state.isfinite().all():
+            raise ValueError(
+                f"the state is not finite at t = {t:g}: z0 holds nan or inf, or it overflows on the way; take more "
+                "steps, or look at the weights along the path"
+            )
 
 
 def _bracket(grid: Grid, t: float) -> tuple[int, int, float]:

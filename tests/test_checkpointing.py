@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint.checkpointing import schedule
+from neuralode_coupled.adjoint.checkpointing import DeviceStore, schedule
 from tests import oracle
 
 
@@ -133,3 +134,44 @@ def _fewest(steps: int, stored: int, free_descent: bool = True) -> int:
         (0 if free_descent else k) + _fewest(steps - k, stored - 1, free_descent) + _fewest(k, stored, False)
         for k in range(1, steps)
     )
+
+
+@pytest.mark.parametrize("checkpoints", [2, 3, 5])
+def test_a_second_backward_stores_again_what_the_first_has_used_up(checkpoints):
+    layer = nc.CoupledODE(nn.Linear(3, 3), steps=7, adjoint=nc.DiscreteAdjoint(checkpoints))
+    loss = layer(torch.randn(2, 3)).square().sum()
+    tensors, found, counts = list(layer.parameters()), [], [0]
+    for _ in range(3):
+        found.append(torch.autograd.grad(loss, tensors, retain_graph=True))
+        counts.append(layer.stats.recomputed)
+    assert all(torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    chosen = schedule(7, checkpoints)
+    first, second, third = (after - before for before, after in pairwise(counts))
+    assert first == chosen.recomputed
+    assert second == third == chosen.recomputed + chosen.stored[-1]
+
+
+@pytest.mark.parametrize("checkpoints", [None, 3])
+def test_dynamics_that_overwrite_a_stored_state_are_noticed(checkpoints):
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, z):
+            with torch.no_grad():
+                z.mul_(0.5)
+            return self.linear(z)
+
+    layer = nc.CoupledODE(Overwrites(), steps=6, adjoint=nc.DiscreteAdjoint(checkpoints))
+    with pytest.raises(ValueError, match=r"changes its input in place \(in step 0\).*inplace=False"):
+        layer(torch.randn(2, 3))
+
+
+def test_a_stored_state_that_was_overwritten_is_not_used():
+    kept = DeviceStore()
+    state = (torch.ones(2),)
+    kept.put(3, state)
+    state[0].add_(1.0)
+    with pytest.raises(RuntimeError, match=r"after step 3.*modified by an inplace operation"):
+        kept.get(3)

@@ -187,3 +187,13 @@ def test_cuda_gives_what_the_cpu_gives_without_waiting_for_it(field, z0):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert oracle.largest_error({k: v.cpu() for k, v in found.items()}, expected) < 1e-10
+
+
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=repr)
+def test_a_state_that_is_not_finite_is_named(field, z0, adjoint):
+    with torch.no_grad():
+        z0[0] = float("inf")
+    with pytest.raises(ValueError, match=r"the state is not finite at t = 0: z0 holds nan or inf"):
+        nc.solve(field, z0, [0.0, 1.0], steps=2, adjoint=adjoint)
+    with pytest.raises(ValueError, match=r"the state is not finite at t = 1"):
+        nc.solve(field, z0, steps=2, adjoint=adjoint)

@@ -111,6 +111,31 @@ def check_storage(checkpoints: int | None, storage: str) -> None:
         raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(get_args(Storage))}")
 
 
+class DeviceStore:
+    """Few states, each until its last use: a backward pass puts others in their place, so that there are never more
+    than the schedule allows. (What autograd keeps stays until the backward pass is over.)"""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[State, tuple[int, ...]]] = {}
+
+    def __contains__(self, n: int) -> bool:
+        return n in self._kept
+
+    def put(self, n: int, state: State) -> None:
+        """Keep a state, without its history."""
+        self._kept[n] = tuple(part.detach() for part in state), tuple(part._version for part in state)
+
+    def get(self, n: int, last: bool = False) -> State:
+        """The state, for the last time if ``last``. Raises RuntimeError, as autograd does, if it has been modified."""
+        state, versions = self._kept.pop(n) if last else self._kept[n]
+        if any(part._version != version for part, version in zip(state, versions, strict=True)):
+            raise RuntimeError(
+                f"the state after step {n}, which the backward pass starts from, has been modified by an inplace "
+                "operation since the forward pass: do that to a clone of what the solve returns"
+            )
+        return state
+
+
 class HostStore:
     """States in host memory; from a CUDA device by asynchronous copies into pinned memory."""
 
@@ -121,7 +146,10 @@ class HostStore:
         """Copy a state to the host."""
         self._kept[n] = (tuple(_to_host(part) for part in state), state[0].device)
 
-    def get(self, n: int) -> State:
+    def __contains__(self, n: int) -> bool:
+        return n in self._kept
+
+    def get(self, n: int, last: bool = False) -> State:
         """The state, back on its device."""
         state, device = self._kept[n]
         return tuple(part.to(device, non_blocking=True) for part in state)
@@ -159,7 +187,10 @@ class DiskStore:
         self._devices[n] = state[0].device
         torch.save(tuple(part.cpu() for part in state), self._path(n))
 
-    def get(self, n: int) -> State:
+    def __contains__(self, n: int) -> bool:
+        return n in self._devices
+
+    def get(self, n: int, last: bool = False) -> State:
         """Read the state back to its device."""
         return tuple(part.to(self._devices[n]) for part in torch.load(self._path(n), weights_only=True))
 
@@ -167,8 +198,13 @@ class DiskStore:
         return Path(self._folder.name) / f"{n}.pt"
 
 
-def store(storage: Storage, count: int, y0: State) -> HostStore | DiskStore | None:
-    """Where the stored states go; None where autograd itself keeps them on the device."""
+Store = DeviceStore | HostStore | DiskStore
+
+
+def store(storage: Storage, count: int, y0: State, few: bool) -> Store | None:
+    """Where the stored states go; None where autograd itself keeps them, those of every step, on the device."""
     if storage == "disk":
         return DiskStore(count, sum(part.numel() * part.element_size() for part in y0))
-    return HostStore() if storage == "cpu" else None
+    if storage == "cpu":
+        return HostStore()
+    return DeviceStore() if few else None

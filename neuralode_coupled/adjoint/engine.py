@@ -22,12 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import (
     Advance,
-    DiskStore,
-    HostStore,
     Load,
     Reverse,
     Schedule,
     Storage,
+    Store,
     schedule,
     store,
 )
@@ -77,7 +76,7 @@ def checkpointed(
     structure = operands.restore([None] * len(flat))
     chosen = schedule(plan.count, checkpoints)
     replay = Replay(plan, operands.y0[0].device)
-    kept = store(storage, len(chosen.stored), operands.y0)
+    kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) < plan.count)
     tape = None if keep is None else Tape()
     leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, *flat)
     emitted = leaves[: sum(plan.emits) * width]
@@ -131,7 +130,7 @@ class _Checkpointed(torch.autograd.Function):
         structure: Operands,
         chosen: Schedule,
         replay: Replay,
-        kept: HostStore | DiskStore | None,
+        kept: Store | None,
         tape: Tape | None,
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -145,8 +144,10 @@ class _Checkpointed(torch.autograd.Function):
             # The initial state is an input: autograd keeps it.
             if n > 0 and n in wanted:
                 stored.extend(y) if kept is None else kept.put(n, y)
+            before, versions = y, [part._version for part in y]
             with replay.record(n), recording(tape):
                 y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            _check_untouched(n, before, versions)
             emitted.extend(part for state in out for part in state)
         spared = [] if tape is None else tape.hand_over()
         return (*emitted, *_apart([*stored, *spared], emitted))
@@ -178,8 +179,18 @@ class _Checkpointed(torch.autograd.Function):
                 states = _Stored(ctx.schedule, operands.y0, saved[:inside], ctx.kept)
                 spared = None if ctx.tape is None else ctx.tape.around(saved[inside:])
                 sweep = _Sweep(plan, operands, structure.restore(needed), replay, spared)
+                sweep.refill(ctx.schedule, ctx.kept)
                 found = sweep.run(ctx.schedule, states, arriving)
         return None, None, None, None, None, None, *found
+
+
+def _check_untouched(n: int, y: State, versions: list[int]) -> None:
+    """Raise the ValueError for dynamics that overwrite the state they are given: it could not be started from again."""
+    if [part._version for part in y] != versions:
+        raise ValueError(
+            f"dynamics changes its input in place (in step {n}), which the backward pass needs again: use inplace=False "
+            "there, or a clone"
+        )
 
 
 def _apart(stored: list[Tensor], emitted: list[Tensor]) -> list[Tensor]:
@@ -225,14 +236,11 @@ def differentiate_unrolled(
 
 
 class _Stored:
-    """The stored states of one backward pass. It adds states of its own; those of the forward pass stay."""
+    """The stored states of one backward pass: those of the forward pass, and its own."""
 
-    def __init__(
-        self, chosen: Schedule, y0: State, stored: tuple[Tensor, ...], kept: HostStore | DiskStore | None
-    ) -> None:
+    def __init__(self, chosen: Schedule, y0: State, stored: tuple[Tensor, ...], kept: Store | None) -> None:
         self._states: dict[int, State] = {0: y0}
         self._kept = kept
-        self._elsewhere = set() if kept is None else set(chosen.stored) - {0}
         if kept is None:
             self._states |= dict(zip(chosen.stored[1:], arranged(stored, len(y0)), strict=True))
 
@@ -240,8 +248,8 @@ class _Stored:
         self._states[n] = state
 
     def get(self, n: int, last: bool) -> State:
-        if n not in self._states and self._kept is not None and n in self._elsewhere:
-            return self._kept.get(n)
+        if n not in self._states and self._kept is not None:
+            return self._kept.get(n, last)
         return self._states.pop(n) if last else self._states[n]
 
 
@@ -279,6 +287,15 @@ class _Sweep:
         if self.first > 0:
             alpha = [None] * len(alpha)
         return [*alpha, *(grad for row in inputs for grad in row), *self.shared.total]
+
+    def refill(self, chosen: Schedule, kept: Store | None) -> None:
+        """Store again what an earlier backward pass over the same graph has used up."""
+        if kept is None or all(n in kept for n in chosen.stored[1:]):
+            return
+        y, before = self.operands.y0, 0
+        for n in chosen.stored[1:]:
+            y, before = self._advance(before, n, y), n
+            kept.put(n, y)
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):

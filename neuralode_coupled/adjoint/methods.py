@@ -34,7 +34,8 @@ class DiscreteAdjoint:
     steps are recomputed, the fewest possible. Memory: the stored states and one step's graph, O(L) + O(N_t). Exact
     for the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
     the forward pass are reproduced; a second backward (``retain_graph=True``) and a double backward
-    (``create_graph=True``, which stores the unrolled graph) are exact too. Not for dynamics whose forward pass has
+    (``create_graph=True``, which stores the unrolled graph) are exact too. With fewer checkpoints than steps each state
+    goes after its last use, and a second backward costs one more forward pass. Not for dynamics whose forward pass has
     other side effects: they happen once more at every recomputation.
 
     With ``keep="products"`` the outputs of convolutions, matrix products and attention are kept as well, and only
