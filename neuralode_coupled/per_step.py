@@ -23,13 +23,12 @@ class PerStep(nn.Module):
         steps: the number of activation steps, at least 1.
 
     Raises:
-        ValueError: if ``steps`` is below 1.
+        ValueError: if ``steps`` is no whole number of at least 1.
     """
 
     def __init__(self, module: nn.Module, steps: int) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"PerStep needs at least 1 step, got steps={steps}")
+        check_steps(steps)
         self.copies = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(steps - 1))])
 
     def __len__(self) -> int:

@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
+from torchdiffeq._impl.odeint import SOLVERS
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.problem import Flow, Plan, Problem, Stats
+from neuralode_coupled.runge_kutta import METHODS
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class ContinuousAdjoint:
     """The adjoint equations (7) as a differential equation of their own, solved backwards with the state
     (``torchdiffeq.odeint_adjoint``).
 
-    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the state alone. The
-    gradient is *not* that of the discrete map: it differs by the discretisation error of two solves, and where the
+    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the final state, and in the
+    backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the discretisation error of two solves, and where the
     reversed state drifts away (ReLU networks, contracting dynamics) it can be arbitrarily wrong (arXiv:1902.10298).
     Not for stochastic dynamics: the backward solve draws other random numbers.
 
@@ -53,6 +55,10 @@ class ContinuousAdjoint:
         t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
         options = {"grid_constructor": field.grid}
         adjoint_method = self.method or problem.method
+        for method in (problem.method, adjoint_method):
+            if method not in SOLVERS:
+                known = ", ".join(name for name in METHODS if name in SOLVERS)
+                raise ValueError(f"torchdiffeq, which solves the continuous adjoint, has no {method!r}: choose {known}")
         states = odeint_adjoint(
             field,
             y,

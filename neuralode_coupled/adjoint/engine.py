@@ -188,8 +188,8 @@ def _check_untouched(n: int, y: State, versions: list[int]) -> None:
     """Raise the ValueError for dynamics that overwrite the state they are given: it could not be started from again."""
     if [part._version for part in y] != versions:
         raise ValueError(
-            f"dynamics changes its input in place (in step {n}), which the backward pass needs again: use inplace=False "
-            "there, or a clone"
+            f"dynamics changes its input in place (in step {n}), which the backward pass needs again: use "
+            "inplace=False there, or a clone"
         )
 
 
