@@ -20,9 +20,10 @@ class ContinuousAdjoint:
     """The adjoint equations (7) as a differential equation of their own, solved backwards with the state
     (``torchdiffeq.odeint_adjoint``).
 
-    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the final state, and in the
-    backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the discretisation error of two solves, and where the
-    reversed state drifts away (ReLU networks, contracting dynamics) it can be arbitrarily wrong (arXiv:1902.10298).
+    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the final state, and in
+    the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
+    discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
+    it can be arbitrarily wrong (arXiv:1902.10298).
     Not for stochastic dynamics: the backward solve draws other random numbers.
 
     Args:
