@@ -91,7 +91,13 @@ def couple(
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
         evolution: q, see `CoupledField`; names of parameters count from the branch. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
-        steps, method, t, weight_steps, weight_method, adjoint, evolve: as in `CoupledODE`.
+        steps: the number of activation steps, see `CoupledODE`.
+        method: the Runge-Kutta method, see `CoupledODE`.
+        t: the interval of time.
+        weight_steps: the number of steps of the weights' own grid.
+        weight_method: the method on it.
+        adjoint: how gradients come back; `DiscreteAdjoint` by default.
+        evolve: which parameters of a branch evolve, see `CoupledField`.
         skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
             plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` finds out
             between the first two by tracing the code.

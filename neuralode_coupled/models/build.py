@@ -110,7 +110,8 @@ def build(
         steps: the number of activation steps, in place of the variant's own.
         method: the method of the ODE blocks. With an adaptive one the normalisations have one set of statistics and
             parameters for all times, and not those of single steps.
-        rtol, atol: the tolerances of an adaptive method.
+        rtol: the relative tolerance of an adaptive method.
+        atol: the absolute tolerance of an adaptive method.
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
