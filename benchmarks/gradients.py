@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import neuralode_coupled as nc
 from benchmarks.candidates import HAND, build
 from benchmarks.common import METHODS, by_hand, groups, start, training_step, write
+from neuralode_coupled import plotting
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "gradients.png"
 
@@ -63,23 +63,6 @@ def errors(found: Gradients, reference: Gradients) -> dict[str, float]:
     }
 
 
-def draw(results: dict[str, dict[str, dict[int, dict[str, float]]]]) -> Figure:
-    """The largest error of any group against the number of steps, a panel for each solver."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, (solver, methods) in zip(
-        figure.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items(), strict=True
-    ):
-        for (name, by_steps), marker in zip(methods.items(), "osD^v<>PX*hd", strict=False):
-            axes.loglog(
-                list(by_steps), [max(e.values()) for e in by_steps.values()], marker=marker, label=name, markersize=4
-            )
-        axes.set(xlabel="steps", title=solver)
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("largest relative error of any group")
-    figure.axes[-1].legend(fontsize=7)
-    return figure
-
-
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,12 +80,16 @@ def main() -> None:
                 layer, run = build(name, steps, solver, form="ode")
                 found = gradients(layer, run, start())
                 results[solver][name][steps] = errors(found, exact(layer))
-            largest = {n: f"{max(e.values()):.1e}" for n, e in results[solver][name].items()}
-            sys.stdout.write(f"{solver:6} {name:28} {largest}\n")
+            shown = {n: f"{max(e.values()):.1e}" for n, e in results[solver][name].items()}
+            sys.stdout.write(f"{solver:6} {name:28} {shown}\n")
             sys.stdout.flush()
             path = write("gradients", {"relative_errors": results})
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(FIGURE, dpi=150)
+    largest = {
+        solver: {name: {n: max(e.values()) for n, e in by_steps.items()} for name, by_steps in methods.items()}
+        for solver, methods in results.items()
+    }
+    plotting.errors_against_steps(largest).savefig(FIGURE, dpi=150)
     sys.stdout.write(f"{path}\n{FIGURE}\n")
 
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.candidates import HAND, build
 from benchmarks.cifar10_tables import put
 from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
+from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
@@ -73,19 +73,6 @@ def table(results: dict[str, dict[int, int]], slopes: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: dict[str, dict[int, int]]) -> Figure:
-    """Peak memory against the number of steps, both logarithmic."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for (name, peaks), marker in zip(results.items(), "osD^v<>PX*hd", strict=False):
-        steps = sorted(peaks)
-        axes.loglog(steps, [peaks[n] / 2**20 for n in steps], marker=marker, label=name, markersize=4)
-    axes.set(xlabel="steps", ylabel="peak memory of a training step (MiB)", title="Euler, one state is 2 MiB")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    return figure
-
-
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,7 +95,7 @@ def main() -> None:
         "memory", {"state_bytes": STATE, "solver": options.solver, "peak_bytes": results, "states_a_step": slopes}
     )
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    draw(results).savefig(FIGURE, dpi=150)
+    plotting.memory_against_steps(results, "Euler, one state is 2 MiB").savefig(FIGURE, dpi=150)
     put(PAGE, "memory", table(results, slopes) + "\n")
     sys.stdout.write(
         json.dumps(

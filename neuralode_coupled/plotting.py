@@ -67,6 +67,60 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
     return figure
 
 
+def memory_against_steps(peaks: Mapping[str, Mapping[int, int]], title: str = "") -> Figure:
+    """Peak memory of a training step against the number of steps, both logarithmic, a line a gradient method.
+
+    Args:
+        peaks: for each method, bytes by number of steps.
+        title: of the figure.
+
+    Raises:
+        ValueError: if there is nothing to show.
+    """
+    mebibytes = {name: {n: size / 2**20 for n, size in by_steps.items()} for name, by_steps in peaks.items()}
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    _against_steps(axes, mebibytes)
+    axes.set(ylabel="peak memory of a training step (MiB)", title=title)
+    axes.legend(fontsize=8, handlelength=3.5)
+    return figure
+
+
+def errors_against_steps(errors: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+    """Relative errors of gradients against the number of steps, both logarithmic: a panel a solver, a line a method.
+
+    Args:
+        errors: for each solver and each gradient method, the error by number of steps.
+
+    Raises:
+        ValueError: if there is nothing to show.
+    """
+    if not errors:
+        raise ValueError("there is nothing to show: give the errors of at least one solver")
+    figure = Figure(figsize=(4.5 * len(errors), 4), layout="constrained")
+    for axes, (solver, methods) in zip(
+        figure.subplots(1, len(errors), sharey=True, squeeze=False)[0], errors.items(), strict=True
+    ):
+        _against_steps(axes, methods)
+        axes.set_title(solver)
+    figure.axes[0].set_ylabel("relative error of the gradient")
+    figure.axes[-1].legend(fontsize=7, handlelength=3.5)
+    return figure
+
+
+def _against_steps(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None:
+    if not any(lines.values()):
+        raise ValueError("there is nothing to show: give numbers for at least one method and number of steps")
+    for i, (name, by_steps) in enumerate(lines.items()):
+        color, line, _ = _STYLES[i % len(_STYLES)]
+        steps = sorted(by_steps)
+        values = [by_steps[n] for n in steps]
+        # More lines than colours: the marker tells those of one colour apart.
+        axes.loglog(steps, values, color=color, linestyle=line, marker="osD^v<>PX*hd"[i % 12], label=name, markersize=4)
+    axes.set_xlabel("steps")
+    axes.grid(alpha=0.3, which="both")
+
+
 def multipliers_over_time(multipliers: Multipliers) -> Figure:
     """The norms of alpha, beta and gamma (Eq. 7) against time, a panel each; of beta and gamma, a line a parameter.
 

@@ -165,3 +165,24 @@ def test_multipliers_are_shown_at_their_times():
     still = nc.CoupledODE(nn.Linear(3, 3), steps=2)
     figure = plotting.multipliers_over_time(nc.kkt.multipliers(still, torch.ones(2, 3), lambda z: z.sum()))
     assert drawn(figure).startswith(b"\x89PNG")
+
+
+def test_memory_and_errors_against_steps():
+    names = [f"method {i}" for i in range(7)]
+    figure = plotting.memory_against_steps(
+        {name: {5: 2**20 * (i + 1), 50: 2**21 * (i + 1)} for i, name in enumerate(names)}
+    )
+    lines = figure.axes[0].get_lines()
+    assert [line.get_label() for line in lines] == names
+    assert list(lines[2].get_ydata()) == [3.0, 6.0]  # MiB
+    # Without colours: no two lines look the same.
+    assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(names)
+    figure = plotting.errors_against_steps({"euler": {"a": {5: 0.1, 10: 0.05}}, "rk4": {"a": {5: 1e-3, 10: 1e-4}}})
+    assert [axes.get_title() for axes in figure.axes] == ["euler", "rk4"]
+    assert list(figure.axes[1].get_lines()[0].get_ydata()) == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize("draw", [plotting.memory_against_steps, plotting.errors_against_steps])
+def test_nothing_against_steps(draw):
+    with pytest.raises(ValueError, match="nothing to show"):
+        draw({})
