@@ -188,8 +188,8 @@ def build_scheme(
         if len(module) != steps:
             raise ValueError(
                 f"dynamics.{name.rstrip('.')} has parameters for {len(module)} steps (PerStep), the solve has {steps}: "
-                f"solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer on that grid by "
-                "nc.with_steps"
+                f"solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer on "
+                "that grid by nc.with_steps"
             )
     fine = field.kernel.weight_steps(steps) if weight_steps is None else weight_steps
     scheme = Scheme(
