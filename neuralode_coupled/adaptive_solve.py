@@ -18,7 +18,7 @@ from torchdiffeq import odeint, odeint_adjoint
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
-from neuralode_coupled.evolution import Static, check_finite
+from neuralode_coupled.evolution import check_finite
 from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint_arguments import ATOL, RTOL
@@ -77,9 +77,7 @@ class Adaptive:
         kernel = self.field.kernel
         if isinstance(kernel, SampleAndHold):
             return self._held(z0, wanted, kernel.samples, adjoint, stats), stats
-        moving = [name for name in self.field.names if not isinstance(self.field.operator(name), Static)]
-        if not kernel.keeps_constants:
-            moving = list(self.field.names)
+        moving = self.field.moving()
         w0 = tuple(self.field.evolving()[name] for name in moving)
         flow = _Augmented(self.field, stats, moving)
         found = self._solve(flow, (z0, *self.field.with_memory(w0)), wanted, adjoint)
@@ -90,8 +88,7 @@ class Adaptive:
         kernel = self.field.kernel
         if in_force and isinstance(kernel, SampleAndHold):
             held = {name: torch.stack(rows) for name, rows in self._samples(kernel.samples).items()}
-            edges = self._edges(kernel.samples)
-            sign = 1 if edges[-1] > edges[0] else -1
+            edges, sign = self._edges(kernel.samples), self._direction
             shares = [max(sum(sign * (t - edge) >= -1e-9 for edge in edges[:-1]) - 1, 0) for t in times]
             return {name: rows[shares] for name, rows in held.items()}
         return {name: torch.stack(rows) for name, rows in self._evolved(times, in_force).items()}
@@ -100,8 +97,7 @@ class Adaptive:
         self, z0: Tensor, wanted: tuple[float, ...], samples: int, adjoint: GradientMethod, stats: Stats
     ) -> list[Tensor]:
         """One solve over each share of the interval that is needed."""
-        theta, edges = self._samples(samples), self._edges(samples)
-        sign = 1 if edges[-1] > edges[0] else -1
+        theta, edges, sign = self._samples(samples), self._edges(samples), self._direction
         found, z = {edges[0]: z0}, z0
         for k in range(samples):
             inside = [t for t in wanted if sign * (t - edges[k]) > 0 and sign * (t - edges[k + 1]) <= 0]
@@ -111,6 +107,11 @@ class Adaptive:
             found |= {t: state[0] for t, state in zip(times, part, strict=True)}
             z = part[-1][0]
         return [found[t] for t in wanted]
+
+    @property
+    def _direction(self) -> int:
+        """1 where time runs forwards, -1 where it runs backwards."""
+        return 1 if self.ends[1] > self.ends[0] else -1
 
     def _samples(self, samples: int) -> dict[str, list[Tensor]]:
         (start, end), gaps = self.ends, max(samples - 1, 1)
@@ -126,7 +127,7 @@ class Adaptive:
         names, w0 = self.field.names, tuple(self.field.evolving().values())
         flow = _WeightSide(self.field, names)
         state = self.field.with_memory(w0)
-        order = sorted(set(times), reverse=self.ends[1] < self.ends[0])
+        order = sorted(set(times), reverse=self._direction < 0)
         found = dict(zip(order, self._solve(flow, state, tuple(order), DiscreteAdjoint()), strict=True))
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         for t in times:

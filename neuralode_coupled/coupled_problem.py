@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import NonFiniteWeights, Static, all_at_once, check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, all_at_once, check_finite
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
@@ -27,11 +27,7 @@ class CoupledProblem:
     def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor, save: tuple[int, ...]) -> None:
         self.field, self.scheme, self.z0, self.save = field, scheme, z0, save
         self.method = scheme.method.name
-        self.moving = [
-            name
-            for name in field.names
-            if not (field.kernel.keeps_constants and isinstance(field.operator(name), Static))
-        ]
+        self.moving = field.moving()
         prefixes = tuple(prefix for prefix, _ in field.per_step)
         shared = {
             name: p

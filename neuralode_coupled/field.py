@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuralode_coupled._types import Activation, State
-from neuralode_coupled.evolution import EvolutionOperator
+from neuralode_coupled.evolution import EvolutionOperator, Static
 from neuralode_coupled.kernels import Dirac, TimeKernel
 from neuralode_coupled.per_step import per_step_modules
 
@@ -76,6 +76,12 @@ class CoupledField(nn.Module):
         """w0: the evolving parameters themselves, by name."""
         parameters = dict(self.dynamics.named_parameters())
         return {name: parameters[name] for name in self.names}
+
+    def moving(self) -> list[str]:
+        """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
+        under a kernel that changes constants."""
+        constant = self.kernel.keeps_constants
+        return [name for name in self.names if not (constant and isinstance(self.operator(name), Static))]
 
     def initial_state(self, z0: Activation) -> State:
         """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
