@@ -11,13 +11,14 @@ failure.txt         what ended a run of several processes, until it is continued
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import math
 import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -217,8 +218,9 @@ class PeakMemory:
     """The peak memory of what happens from now on, in bytes.
 
     On CUDA it is the most that torch had allocated on the device, parameters included. On the CPU it is the process's
-    peak resident memory above the level now: Linux resets its high-water mark (``VmHWM``) on request; elsewhere the
-    high-water mark of the whole process is taken (``ru_maxrss``), which misses what stays below an earlier peak.
+    peak resident memory above the level now: Linux resets its high-water mark (``VmHWM``) on request, and glibc hands
+    back what it holds free, or what comes would hide in it; elsewhere the high-water mark of the whole process is taken
+    (``ru_maxrss``), which misses what stays below an earlier peak.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -246,6 +248,8 @@ class PeakMemory:
 
     @staticmethod
     def _reset() -> bool:
+        with suppress(AttributeError, OSError, TypeError):  # another C library than glibc has no such call
+            ctypes.CDLL(None).malloc_trim(0)
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
