@@ -32,6 +32,7 @@ METHODS: dict[str, nc.GradientMethod] = {
     "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),
     "DiscreteAdjoint, disk": nc.DiscreteAdjoint(storage="disk"),
     "ReversibleAdjoint": nc.ReversibleAdjoint(),
+    "ReversibleAdjoint, own weights": nc.ReversibleAdjoint(weights="recomputed"),
     "ContinuousAdjoint": nc.ContinuousAdjoint(),
 }
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import NonFiniteWeights, all_at_once, check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
+from neuralode_coupled.own_weights import OwnWeights
 from neuralode_coupled.runge_kutta import increment, step
 from neuralode_coupled.stage_weights import Scheme
 
@@ -58,52 +59,48 @@ class CoupledProblem:
 
         Raises ValueError unless weights and activations advance by one method on one grid.
         """
-        if not self.scheme.together(self.field.kernel):
-            grid, fine = self.scheme.grid, self.scheme.weight_grid
-            raise ValueError(
-                f"weights='recomputed' needs weights that advance with the activations, by one method on one grid, got "
-                f"{self.field.kernel}, {fine.steps} steps of {self.scheme.weight_method.name!r} for the weights and "
-                f"{grid.steps} of {self.method!r} for the activations: use weights='stored'"
-            )
-        w0, operators = self.field.evolving(), {name: self.field.operator(name) for name in self.moving}
-        direct = [name for name in self.moving if all_at_once(operators[name]) is not None]
-        carried = [name for name in self.moving if name not in direct]
-        captured = tuple({id(p): p for q in operators.values() for p in q.parameters()}.values())
+        own = OwnWeights(self.field, self.scheme)
         constant = len(self.shared)
 
         def advance(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-            theta, after = {}, []
-            with torch.autocast(y[0].device.type, enabled=False):
-                for name, w in zip(direct, shared[constant:], strict=False):
-                    theta[name] = self.scheme.stages_from_start(operators[name], w, n)
-                for name, w in zip(carried, y[1:], strict=True):
-                    w_next, theta[name] = self.scheme.stages_from(operators[name], w, n)
-                    after.append(w_next)
-            for name, weights in theta.items():
-                check_finite(weights, name)
-            row = (*(theta[name] for name in self.moving), *inputs)
-            (z,), _ = self._step(n, y[:1], row, shared[:constant], buffers)
+            theta, after = own.advance(n, y[1:], shared[constant:])
+            (z,), _ = self._step(n, y[:1], (*theta, *inputs), shared[:constant], buffers)
             y = (z, *after)
             return y, ((y,) if n + 1 in self.save else ())
 
-        plan = replace(self._plan(), step=advance, captured=len(captured))
+        plan = replace(self._plan(), step=advance, captured=len(own.captured))
         plan.stats.evaluations = plan.count * plan.stages
-        y0 = (self.z0, *(w0[name] for name in carried))
-        return plan, Operands(y0, self.own, (*self.shared, *(w0[name] for name in direct), *captured))
+        return plan, Operands((self.z0, *own.carried), self.own, (*self.shared, *own.direct, *own.captured))
 
-    def reversible(self) -> tuple[Plan, Operands]:
-        """The solve as half steps, there and back over each step; both use the step's own parameters and buffers."""
+    def reversible(self, own_weights: bool = False) -> tuple[Plan, Operands]:
+        """The solve as half steps, there and back over each step; both use the step's own parameters and buffers.
+
+        With ``own_weights`` each half step makes its weights.
+
+        Raises ValueError if it cannot: for weights on another grid, and those that are reached step by step only.
+        """
         method, grid = self.scheme.method, self.scheme.grid
-        there = [weights.unbind() for weights in self.stage_weights().values()]
-        back = [weights.unbind() for weights in self.stage_weights(backwards=True).values()]
-        inputs = tuple(
-            (*(by_step[n] for by_step in theta), *self.own[n]) for n in range(grid.steps) for theta in (there, back)
-        )
         emits = tuple(m % 2 * int(m // 2 + 1 in self.save) for m in range(2 * grid.steps))
         buffers = tuple(row for row in self.buffers for _ in range(2))
         stats = Stats(evaluations=2 * grid.steps * method.stages)
         plan = Plan(self._increment, 2 * grid.steps, emits, buffers, self.field.dynamics, method.stages, stats)
-        return plan, Operands((self.z0,), inputs, self.shared)
+        if not own_weights:
+            there = [weights.unbind() for weights in self.stage_weights().values()]
+            back = [weights.unbind() for weights in self.stage_weights(backwards=True).values()]
+            inputs = tuple(
+                (*(by_step[n] for by_step in theta), *self.own[n]) for n in range(grid.steps) for theta in (there, back)
+            )
+            return plan, Operands((self.z0,), inputs, self.shared)
+        own, constant = OwnWeights(self.field, self.scheme), len(self.shared)
+        own.refuse_carried()
+
+        def half(m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            theta, _ = own.advance(m // 2, (), shared[constant:], backwards=m % 2 == 1)
+            return self._increment(m, y, (*theta, *inputs), shared[:constant], buffers)
+
+        plan = replace(plan, step=half, captured=len(own.captured))
+        inputs = tuple(row for row in self.own for _ in range(2))
+        return plan, Operands((self.z0,), inputs, (*self.shared, *own.direct, *own.captured))
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
         """The solve as flows: the augmented field's where the kernel has memory, one for each sample held.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight, WeightPath
@@ -115,9 +116,11 @@ class Scheme:
             stages.extend(inner)
         return torch.stack(stages).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
 
-    def stages_from_start(self, operator: nn.Module, w0: Weight, n: int) -> StageWeights:
-        """w at the stages of step ``n`` of an operator that reaches it at once: (stages, *weight)."""
-        return self.at(operator, w0, [self.weight_grid.time(n, fraction) for fraction in self.weight_method.c])
+    def stage_fractions(self, like: Tensor, backwards: bool = False) -> Float[Tensor, " stages"]:
+        """Where in a step its stages are, counted in steps; ``backwards``: from its end. On the device of ``like``."""
+        c = tuple(1 - fraction for fraction in self.weight_method.c) if backwards else self.weight_method.c
+        # Filled on the device: copying numbers there would make the host wait.
+        return torch.stack([torch.full((), fraction, dtype=like.dtype, device=like.device) for fraction in c])
 
     def stages_from(self, operator: nn.Module, w: Weight, n: int) -> tuple[Weight, StageWeights]:
         """w at the end of step ``n``, and at its stages, from w at its start: (*weight) and (stages, *weight)."""

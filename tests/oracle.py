@@ -6,7 +6,9 @@ own copy; autograd stores everything. Tests compare the package with it in float
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 
 import torch
 from torch import nn
@@ -108,8 +110,10 @@ def largest_error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
 
 
 def numbers_stored(layer: nc.CoupledODE, z0: torch.Tensor) -> int:
-    """How many numbers a forward pass keeps for the backward besides the parameters, by autograd's own hooks."""
-    own = {p.data_ptr() for p in layer.parameters()}
+    """How many numbers a forward pass keeps for the backward besides parameters and the result: what autograd keeps,
+    by its own hooks, and what else is alive as long as the result is."""
+    gc.collect()
+    own = _alive().keys() - {z0.data_ptr()}
     seen: dict[int, int] = {}
 
     def pack(tensor):
@@ -118,8 +122,19 @@ def numbers_stored(layer: nc.CoupledODE, z0: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(z0)
+        z1 = layer(z0)
+    seen |= {where: size for where, size in _alive().items() if where not in own and where != z1.data_ptr()}
     return sum(seen.values())
+
+
+def _alive() -> dict[int, int]:
+    """The sizes of the tensors that Python knows of, by where they are."""
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            with contextlib.suppress(RuntimeError):  # what torch.compile has left behind has no memory
+                found[thing.data_ptr()] = max(thing.numel(), found.get(thing.data_ptr(), 0))
+    return found
 
 
 def in_float64(model: nn.Module) -> nn.Module:

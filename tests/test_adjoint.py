@@ -72,16 +72,19 @@ OPERATORS = {
 
 
 @st.composite
-def coupled_problems(draw):
-    """A layer and an initial state: dynamics, operator, kernel, method, grid, interval and batch size at random."""
+def coupled_problems(draw, operators=None, sampled=(None, 1, 2, 3)):
+    """A layer and an initial state: dynamics, operator, kernel, method, grid, interval and batch size at random.
+
+    The operators are all, or those named; the kernel is Dirac's where a number of samples is None.
+    """
     torch.manual_seed(draw(st.integers(0, 2**20)))
     make, shape = DYNAMICS[draw(st.sampled_from(sorted(DYNAMICS)))]
-    samples = draw(st.sampled_from([None, 1, 2, 3]))
+    samples = draw(st.sampled_from(sampled))
     steps = draw(st.integers(1, 4)) * (samples or 1)
     t0 = draw(st.sampled_from([0.0, 0.5]))
     layer = nc.CoupledODE(
         make(),
-        OPERATORS[draw(st.sampled_from(sorted(OPERATORS)))](),
+        OPERATORS[draw(st.sampled_from(operators or sorted(OPERATORS)))](),
         nc.Dirac() if samples is None else nc.SampleAndHold(samples),
         steps=steps,
         t=(t0, draw(st.sampled_from([1.0, -0.5]))),
@@ -371,7 +374,7 @@ def test_evaluations_are_counted():
 
 
 def test_the_discrete_adjoint_stores_one_state_a_step():
-    """Counted by autograd's own hooks: the parameters, and one state for each step."""
+    """Besides the parameters."""
     dynamics = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 8))
     stored: dict[str, int] = {}
     for adjoint in EXACT:

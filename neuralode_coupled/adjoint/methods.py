@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import Storage, check_storage
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
 from neuralode_coupled.adjoint.keeping import Keep, check_keep
-from neuralode_coupled.adjoint.problem import Operands, Problem, Stats
+from neuralode_coupled.adjoint.problem import Operands, Problem, Stats, Weights, check_weights
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,12 @@ class DiscreteAdjoint:
     checkpoints: int | None = None
     storage: Storage = "device"
     keep: Keep | None = None
-    weights: Literal["stored", "recomputed"] = "stored"
+    weights: Weights = "stored"
 
     def __post_init__(self) -> None:
         check_storage(self.checkpoints, self.storage)
         check_keep(self.keep, self.storage)
-        if self.weights not in ("stored", "recomputed"):
-            raise ValueError(f"unknown weights {self.weights!r}: choose one of stored, recomputed")
+        check_weights(self.weights)
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""

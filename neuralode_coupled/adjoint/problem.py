@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
 
@@ -108,6 +108,16 @@ class Flow:
     params: State
 
 
+Weights = Literal["stored", "recomputed"]
+"""Whether the weights of all steps are made in advance and stored, or each step makes its own whenever it is run."""
+
+
+def check_weights(weights: str) -> None:
+    """Raise the ValueError that a user should see for anything else."""
+    if weights not in get_args(Weights):
+        raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(get_args(Weights))}")
+
+
 class Problem(Protocol):
     """A solve as `GradientMethod.integrate` sees it."""
 
@@ -126,9 +136,12 @@ class Problem(Protocol):
         """
         ...
 
-    def reversible(self) -> tuple[Plan, Operands]:
+    def reversible(self, own_weights: bool = False) -> tuple[Plan, Operands]:
         """The solve as half steps: ``step(2 n, y, ...)`` gives the method's increment from y over step ``n``, and
-        ``step(2 n + 1, y, ...)`` that over the same step backwards, from its end."""
+        ``step(2 n + 1, y, ...)`` that over the same step backwards, from its end.
+
+        With ``own_weights`` each makes its own weights. Raises ValueError where that cannot be.
+        """
         ...
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:

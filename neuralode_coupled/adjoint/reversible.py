@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.checkpointing import DeviceStore
 from neuralode_coupled.adjoint.engine import Gradients, Sum, add, arranged, differentiate_unrolled, traced, vjp
-from neuralode_coupled.adjoint.problem import Operands, Plan, Problem, Stats
+from neuralode_coupled.adjoint.problem import Operands, Plan, Problem, Stats, Weights, check_weights
 from neuralode_coupled.adjoint.replay import Replay
 
 
@@ -28,8 +29,10 @@ class ReversibleAdjoint:
     reconstruction, which grows like c^-N.
 
     Cost: twice the evaluations of the method forward, and as many recomputed. Memory: two states and half a step's
-    graph, whatever the number of steps. Random numbers, buffers, autocast and train/eval flags are replayed; a double
-    backward is exact and stores the unrolled graph.
+    graph, whatever the number of steps; the weights of all half steps and their gradients come on top, unless each
+    makes its own (``weights="recomputed"``, as in `DiscreteAdjoint`, for operators that reach any time at once). Random
+    numbers, buffers, autocast and train/eval flags are replayed. A double backward is exact and stores the unrolled
+    graph; a second backward costs one more forward pass, because the first has used up the final states.
 
     Stability: for dy/dt = a y the step has determinant c and trace G = 1 + c - (1 - c) s - s r, with r and s the
     method's increments for h a and -h a; for real G it is stable if c < 1 and |G| < 1 + c. By Euler's method that is
@@ -39,22 +42,26 @@ class ReversibleAdjoint:
 
     Args:
         coupling: c, above 0 and at most 1; smaller is more stable forward, closer to 1 more accurate backward.
+        weights: ``"stored"`` or ``"recomputed"``.
 
     Raises:
-        ValueError: for a coupling outside of this range, or inside of ``torch.compile``.
+        ValueError: for a coupling outside of this range, unknown weights, or inside of ``torch.compile``; at the solve
+            for recomputed weights that only go forward step by step, or on another grid than the activations.
     """
 
     coupling: float = 0.99
+    weights: Weights = "stored"
 
     def __post_init__(self) -> None:
         if not 0 < self.coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1, got {self.coupling}")
+        check_weights(self.weights)
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         if torch.compiler.is_compiling():
             raise ValueError("ReversibleAdjoint cannot be compiled: use DiscreteAdjoint(), whose recomputation can")
-        plan, operands = problem.reversible()
+        plan, operands = problem.reversible(own_weights=self.weights == "recomputed")
         flat = operands.flatten()
         if traced(flat):
             emitted = self._unroll(plan, operands)
@@ -107,22 +114,24 @@ class _Reversible(torch.autograd.Function):
             v = _minus(v, _recorded(plan, operands, replay, m + 1, y))
             emitted.extend(y * plan.emits[m + 1])
         ctx.scheme, ctx.plan, ctx.structure, ctx.replay = scheme, plan, structure, replay
-        ctx.save_for_backward(*flat, *y, *v)
+        # Not by autograd, which would hold on to them until the whole backward pass is over.
+        ctx.ends = DeviceStore()
+        ctx.ends.put(plan.count // 2, (*y, *v))
+        ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
         return tuple(emitted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        plan, width, size = ctx.plan, len(ctx.structure.y0), len(ctx.structure.flatten())
-        flat, ends = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
-        operands, needed = ctx.structure.restore(flat), list(ctx.needs_input_grad[-size:])
+        plan, flat = ctx.plan, list(ctx.saved_tensors)
+        operands, needed = ctx.structure.restore(flat), list(ctx.needs_input_grad[-len(flat) :])
         with ctx.replay.world():
             if torch.is_grad_enabled():
                 run = partial(ctx.scheme._unroll, plan, replay=ctx.replay)
-                found = differentiate_unrolled(run, operands, list(grads), needed)
+                found = differentiate_unrolled(run, operands, list(grads), needed, plan.captured)
             else:
                 sweep = _Sweep(ctx.scheme, plan, operands, ctx.structure.restore(needed), ctx.replay)
-                found = sweep.run(ends[:width], ends[width:], arranged(grads, width))
+                found = sweep.run(ctx.ends, arranged(grads, len(operands.y0)))
         return None, None, None, None, *found
 
 
@@ -141,30 +150,60 @@ class _Sweep:
         self.shared = Sum(len(operands.shared))
         self.inputs: list[Gradients] = [[None] * len(row) for row in operands.inputs]
 
-    def run(self, y: State, v: State, arriving: list[tuple[Tensor | None, ...]]) -> Gradients:
+    def run(self, ends: DeviceStore, arriving: list[tuple[Tensor | None, ...]]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from the final states."""
+        y, v = self._final(ends)
         alpha_y: Gradients = [None] * len(y)
         alpha_v: Gradients = [None] * len(y)
-        c = self.scheme.coupling
         for m in reversed(range(0, self.plan.count, 2)):
             if self.plan.emits[m + 1]:
                 alpha_y = add(alpha_y, arriving.pop())
-            increment, through = self._half(m + 1, y, [None if a is None else -a for a in alpha_v])
-            v, alpha_y = _plus(v, increment), add(alpha_y, through)
-            increment, through = self._half(m, v, alpha_y)
-            y = self.scheme.undo_first_half(y, v, increment)
-            alpha_v = add(add(alpha_v, _scaled(alpha_y, 1 - c)), through)
-            alpha_y = _scaled(alpha_y, c)
+            v, alpha_y = self._undo_second(m + 1, y, v, alpha_y, alpha_v)
+            y, alpha_y, alpha_v = self._undo_first(m, y, v, alpha_y, alpha_v)
         start = add(alpha_y, alpha_v)  # both copies begin as y0
         return [*start, *(grad for row in self.inputs for grad in row), *self.shared.total]
+
+    def _final(self, ends: DeviceStore) -> tuple[State, State]:
+        """The final y and v; computed again where an earlier backward pass has used them up."""
+        last, width = self.plan.count // 2, len(self.operands.y0)
+        if last in ends:
+            both = ends.get(last, last=True)
+            return both[:width], both[width:]
+        y = v = self.operands.y0
+        for m in range(0, self.plan.count, 2):
+            y = self.scheme.first_half(y, v, self._repeated(m, v))
+            v = _minus(v, self._repeated(m + 1, y))
+        return y, v
+
+    def _repeated(self, m: int, source: State) -> State:
+        with self.replay.again(m) as buffers:
+            return self.plan.step(m, source, self.operands.inputs[m], self.operands.shared, buffers)[0]
+
+    def _undo_second(
+        self, m: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
+    ) -> tuple[State, Gradients]:
+        """v_n from v_{n+1}, and what arrives at y_{n+1} through it."""
+        increment, through = self._half(m, y, [None if a is None else -a for a in alpha_v])
+        return _plus(v, increment), add(alpha_y, through)
+
+    def _undo_first(
+        self, m: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
+    ) -> tuple[State, Gradients, Gradients]:
+        """y_n from y_{n+1}, and the gradients of both."""
+        c = self.scheme.coupling
+        increment, through = self._half(m, v, alpha_y)
+        y = self.scheme.undo_first_half(y, v, increment)
+        return y, _scaled(alpha_y, c), add(add(alpha_v, _scaled(alpha_y, 1 - c)), through)
 
     def _half(self, m: int, source: State, alpha: Gradients) -> tuple[State, Gradients]:
         """The increment of half step ``m`` once more, and alpha carried back through it to its source."""
         row = self.operands.inputs[m]
         wanted = [*[True] * len(source), *self.needed.inputs[m], *self.needed.shared]
+        own = [*source, *row, *self.operands.shared]
+        handed = len(own) - self.plan.captured
         leaves = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip([*source, *row, *self.operands.shared], wanted, strict=True)
+            tensor.detach().requires_grad_(need) if i < handed else tensor
+            for i, (tensor, need) in enumerate(zip(own, wanted, strict=True))
         ]
         width, ahead = len(source), len(source) + len(row)
         with torch.enable_grad(), self.replay.again(m) as buffers:
