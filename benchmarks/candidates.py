@@ -40,6 +40,7 @@ class Candidate:
         package: what must be installed for it.
         fixed: whether it solves on a fixed grid; `ADAPTIVE` otherwise or as well, by ``adaptive``.
         solvers: the fixed-grid methods that it has, by our names.
+        forms: the forms of the weights' evolution that it takes.
     """
 
     run: Callable[[nc.CoupledODE], Run]
@@ -48,6 +49,7 @@ class Candidate:
     fixed: bool = True
     adaptive: bool = False
     solvers: tuple[str, ...] = ("euler", "rk4")
+    forms: tuple[Form, ...] = ("propagator", "ode")
     compiled: bool = False
 
     @property
@@ -55,9 +57,9 @@ class Candidate:
         """Whether its package is installed."""
         return not self.package or importlib.util.find_spec(self.package) is not None
 
-    def takes(self, solver: str) -> bool:
-        """Whether it can solve by this method."""
-        return self.adaptive if solver == ADAPTIVE else self.fixed and solver in self.solvers
+    def takes(self, solver: str, form: Form = "propagator") -> bool:
+        """Whether it can solve by this method, weights in this form."""
+        return form in self.forms and (self.adaptive if solver == ADAPTIVE else self.fixed and solver in self.solvers)
 
 
 def build(name: str, steps: int, solver: str, form: Form = "propagator") -> tuple[nc.CoupledODE, Run]:
@@ -78,6 +80,12 @@ def _steps(layer: nc.CoupledODE) -> int:
 
 def _identity(layer: nc.CoupledODE) -> Run:
     return layer
+
+
+def _forms(adjoint: nc.GradientMethod) -> tuple[Form, ...]:
+    """The reversible scheme can make weights for itself only where they are reached at once."""
+    own = isinstance(adjoint, nc.ReversibleAdjoint) and adjoint.weights == "recomputed"
+    return ("propagator",) if own else ("propagator", "ode")
 
 
 def _compiled(layer: nc.CoupledODE) -> Run:
@@ -155,7 +163,7 @@ def _torchdiffeqpack(name: str, layer: nc.CoupledODE) -> Run:
 
 CANDIDATES: dict[str, Candidate] = {
     HAND: Candidate(by_hand),
-    **{name: Candidate(_identity, adjoint) for name, adjoint in METHODS.items()},
+    **{name: Candidate(_identity, adjoint, forms=_forms(adjoint)) for name, adjoint in METHODS.items()},
     "checkpoint a step, by hand": Candidate(partial(by_hand, around_step=partial(checkpoint, use_reentrant=False))),
     "torchdiffeq odeint": Candidate(partial(_torchdiffeq, "odeint"), adaptive=True),
     "torchdiffeq odeint_adjoint": Candidate(partial(_torchdiffeq, "odeint_adjoint"), adaptive=True),
@@ -180,12 +188,12 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
-def chosen(solver: str, compiled: bool = False) -> list[str]:
-    """The names of those that are installed and can solve by this method."""
+def chosen(solver: str, compiled: bool = False, form: Form = "propagator") -> list[str]:
+    """The names of those that are installed and can solve by this method, weights in this form."""
     return [
         name
         for name, candidate in CANDIDATES.items()
-        if candidate.takes(solver) and candidate.available and (compiled or not candidate.compiled)
+        if candidate.takes(solver, form) and candidate.available and (compiled or not candidate.compiled)
     ]
 
 

@@ -5,10 +5,8 @@ python -m benchmarks.cifar10_solvers_table benchmarks/results/cifar10_solvers/SC
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
+from benchmarks import pages
 from benchmarks.cifar10_solvers import CONFIGURATIONS, GRADIENTS, SOLVERS
 from benchmarks.cifar10_solvers_costs import Part, held
-from benchmarks.cifar10_tables import put, read_as
+from benchmarks.cifar10_tables import read_as
 
 NAMES = {"anodev2-1": "one", "anodev2-2": "two"}
 GRADIENT_NAMES = {
@@ -31,7 +30,7 @@ GRADIENT_NAMES = {
     "backprop": "`Backprop`",
     "reversible": "`ReversibleAdjoint`",
 }
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "cifar10_solvers.png"
+FIGURE = pages.DOCS / "figures" / "cifar10_solvers.png"
 EXACT = 1e-5
 """Relative errors of float32 gradients up to which two methods have one gradient."""
 
@@ -279,22 +278,11 @@ weights that DTO trained.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="records of one schedule")
-    parser.add_argument("--page", type=Path, help="write the table into this page instead of printing it, and draw")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
-    chosen = parser.parse_args(arguments)
-    try:
-        text = report(chosen.folder)
-        if chosen.page is None:
-            sys.stdout.write(text)
-            return
-        put(chosen.page, f"solvers of {chosen.folder.name}", text)
-        lines, _ = load(chosen.folder, lambda text: None)
-        chosen.figure.parent.mkdir(parents=True, exist_ok=True)
-        draw(lines).savefig(chosen.figure, dpi=150)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    pages.command(__doc__, report, lambda folder: f"solvers of {folder.name}", FIGURE, _figure, arguments)
+
+
+def _figure(folder: Path) -> Figure:
+    return draw(load(folder, lambda text: None)[0])
 
 
 if __name__ == "__main__":

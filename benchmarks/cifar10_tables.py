@@ -5,7 +5,6 @@ python -m benchmarks.cifar10_tables benchmarks/results/cifar10/epochs20-images10
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scipy.stats import t as student
+
+from benchmarks import pages
 
 NAMES = {"alexnet": "AlexNet", "resnet4": "ResNet-4", "resnet10": "ResNet-10"}
 VARIANTS = {
@@ -288,32 +289,10 @@ def _complain(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
-def put(page: Path, name: str, text: str) -> None:
-    """Replace what stands on a page between ``<!-- name -->`` and ``<!-- end of name -->``.
-
-    Raises ValueError if the page has no such place.
-    """
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, found, rest = page.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{page} has no place for the tables: it needs a line {begin} and a line {end}")
-    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="records of one schedule")
-    parser.add_argument("--page", type=Path, help="write them into this page instead of printing them")
-    chosen = parser.parse_args(arguments)
-    try:
-        text = report(read(chosen.folder))
-        if chosen.page is None:
-            sys.stdout.write(text)
-        else:
-            put(chosen.page, f"tables of {chosen.folder.name}", text)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    pages.command(
+        __doc__, lambda folder: report(read(folder)), lambda folder: f"tables of {folder.name}", None, None, arguments
+    )
 
 
 if __name__ == "__main__":

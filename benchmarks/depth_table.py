@@ -5,8 +5,6 @@ python -m benchmarks.depth_table benchmarks/results/depth/SCHEDULE/evaluations -
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,11 +14,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cifar10_tables import put, read_as
+from benchmarks import pages
+from benchmarks.cifar10_tables import read_as
 from benchmarks.depth import GRIDS, GROUP_NORM, Evaluation
 
 NAMES = {"anode": "ANODE", "anodev2-1": "ANODEV2, configuration one", "anodev2-2": "ANODEV2, configuration two"}
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "depth.png"
+FIGURE = pages.DOCS / "figures" / "depth.png"
 COUNTS = sorted({steps for counts in GRIDS.values() for steps in counts})
 _STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"))
 
@@ -176,21 +175,13 @@ Against the model on its own grid, in points, by Euler's method:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="evaluations of one schedule")
-    parser.add_argument("--page", type=Path, help="write the table into this page instead of printing it, and draw")
-    parser.add_argument("--figure", type=Path, default=FIGURE)
-    chosen = parser.parse_args(arguments)
-    try:
-        text = report(chosen.folder)
-        if chosen.page is None:
-            sys.stdout.write(text)
-            return
-        put(chosen.page, f"depth of {chosen.folder.resolve().parent.name}", text)
-        chosen.figure.parent.mkdir(parents=True, exist_ok=True)
-        draw(load(chosen.folder, lambda text: None)).savefig(chosen.figure, dpi=150)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    pages.command(
+        __doc__, report, lambda folder: f"depth of {folder.resolve().parent.name}", FIGURE, _figure, arguments
+    )
+
+
+def _figure(folder: Path) -> Figure:
+    return draw(load(folder, lambda text: None))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks.candidates import HAND, build
-from benchmarks.cifar10_tables import put
 from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
+from benchmarks.pages import put
 from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
 

@@ -100,7 +100,7 @@ def gradient_part(solver: str, steps: int) -> Iterator[dict[str, dict[str, float
 
     The ODE form: all then integrate the weights on the same grid.
     """
-    for name in chosen(solver):
+    for name in chosen(solver, form="ode"):
         if solver != ADAPTIVE and name in OTHER_SCHEMES and (solver == "rk4" or "MALI" in name):
             continue
         layer, run = build(name, steps, solver, form="ode")

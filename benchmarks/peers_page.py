@@ -17,8 +17,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.candidates import CANDIDATES, HAND
-from benchmarks.cifar10_tables import put
 from benchmarks.common import read
+from benchmarks.pages import put
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "peers.png"

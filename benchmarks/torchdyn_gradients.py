@@ -26,8 +26,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import neuralode_coupled as nc
-from benchmarks.cifar10_tables import put
 from benchmarks.common import write
+from benchmarks.pages import put
 from neuralode_coupled.runge_kutta import Tableau, step, tableau
 
 PLACE = "tables of torchdyn_gradients"

@@ -25,7 +25,7 @@ def found(name: str, solver: str):
 def test_candidates_solve_the_same_problem(solver):
     """Exact methods to rounding; those that solve an adjoint ODE, or a scheme of their own, roughly."""
     expected = found(HAND, solver)
-    for name in chosen(solver):
+    for name in chosen(solver, form="ode"):
         exact = name not in INEXACT and "adjoint" not in name and "MALI" not in name
         exact = exact and not (name.startswith("torchdyn") and solver == "rk4")
         assert max(errors(found(name, solver), expected).values()) < (1e-10 if exact else 0.5), name
@@ -35,7 +35,7 @@ def test_adaptive_candidates_solve_the_same_problem():
     """torchdiffeq's gradient goes through its choice of the first step too, ours holds all lengths fixed."""
     expected = found("odeint_dto", ADAPTIVE)
     assert max(errors(found(peers.REFERENCE, ADAPTIVE), expected).values()) < 1e-3
-    for name in chosen(ADAPTIVE):
+    for name in chosen(ADAPTIVE, form="ode"):
         assert max(errors(found(name, ADAPTIVE), expected).values()) < 0.5, name
 
 
