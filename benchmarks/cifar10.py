@@ -3,7 +3,7 @@
     python -m benchmarks.cifar10 --data folder --data-root DIR --kind "JPEG copy" --limit 10000 --epochs 20 --budget 60
 
 Every run has a process of its own and a folder under --runs, where a broken run is taken up again; a finished one is
-not repeated, nor is one that has a record. Records go to
+not repeated, nor is one that has a record. With --at-once N up to N of them go on side by side. Records go to
 benchmarks/results/cifar10/SCHEDULE/, for `python -m benchmarks.cifar10_tables`.
 """
 
@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
@@ -181,59 +183,116 @@ def run(
     results: Path,
     *,
     budget: float | None = None,
+    at_once: int = 1,
     launch: Launch | None = None,
     clock: Callable[[], float] = time.monotonic,
     report: Report = say,
 ) -> list[str]:
-    """Train what is not finished, one run after another, and return what failed, a line each.
+    """Train what is not finished, in order, and return what failed, a line each.
 
     Args:
         runs: from `plan`.
         kind: what the images are, in words.
         results: where records go.
-        budget: minutes; the run in progress is then stopped, and goes on next time from its last epoch.
+        budget: minutes; the runs in progress are then stopped, and go on next time from their last epoch.
+        at_once: how many runs may be in progress at the same time, at least 1.
         launch: runs ``neuralode-coupled`` with some arguments for at most so many seconds, and returns the exit code,
-            or None if the time was up.
+            or None if the time was up. Called by several threads if several runs may be in progress.
         clock: in seconds.
         report: is told what happens, in lines.
     """
     end = None if budget is None else clock() + 60 * budget
-    failures = []
-    for number, planned in enumerate(runs, 1):
-        title = f"[{number}/{len(runs)}] {planned.name}"
-        if recorded(planned, results):
-            report(f"{title}: recorded already")
-            continue
+    processes = Processes()
+    sitting = _Sitting(kind, results, end, launch or processes.launch, clock, report)
+    titles = [f"[{number}/{len(runs)}] {planned.name}" for number, planned in enumerate(runs, 1)]
+    with ThreadPoolExecutor(at_once) as pool:
+        ends = [pool.submit(sitting.finish, title, planned) for title, planned in zip(titles, runs, strict=True)]
+        try:
+            finished, _ = wait(ends, return_when=FIRST_EXCEPTION)
+            for found in finished:
+                found.result()  # raises
+        except BaseException:  # Ctrl-C too, which reaches this thread alone
+            sitting.over.set()
+            processes.end()
+            raise
+    return [failure for failure in (found.result() for found in ends) if failure is not None]
+
+
+@dataclass(frozen=True)
+class _Sitting:
+    """What the runs of one call of `run` share. ``over``: no more may begin."""
+
+    kind: str
+    results: Path
+    end: float | None
+    launch: Launch
+    clock: Callable[[], float]
+    report: Report
+    over: Event = field(default_factory=Event)
+
+    def finish(self, title: str, planned: Planned) -> str | None:
+        """Train one run, if it is not finished, and write its record; gives what failed, a line."""
+        if self.over.is_set():
+            return None
+        if recorded(planned, self.results):
+            self.report(f"{title}: recorded already")
+            return None
         if planned.folder.result() is None:
-            left = None if end is None else end - clock()
-            if left is not None and left <= 0:
-                report(f"{title}: the budget is spent")
-                break
-            report(title)
-            code = (launch or launch_process)(command(planned, progress=False), left)
+            code = self._train(title, planned)
             if code is None:
-                report(f"{title}: the budget is spent; the run goes on next time")
-                break
+                self.over.set()
+                return None
             if code != 0:
-                failures.append(f"{planned.name}: exit code {code}")
-                continue
-        report(f"{title}: {keep(planned, kind, results)}")
-    return failures
-
-
-def launch_process(arguments: list[str], seconds: float | None) -> int | None:
-    """Run ``neuralode-coupled`` in a process of its own, for at most so many seconds."""
-    environment = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC} | os.environ
-    started = subprocess.Popen([sys.executable, "-m", "neuralode_coupled.cli", *arguments], env=environment)
-    try:
-        return started.wait(seconds)
-    except subprocess.TimeoutExpired:
+                self.report(f"{title}: exit code {code}")
+                return f"{planned.name}: exit code {code}"
+        self.report(f"{title}: {keep(planned, self.kind, self.results)}")
         return None
-    finally:
-        # Also after Ctrl-C: a run that goes on unseen would meet its own successor in the same folder.
-        if started.poll() is None:
-            started.terminate()
-            started.wait()
+
+    def _train(self, title: str, planned: Planned) -> int | None:
+        """The exit code of a run; None if there is no time for it, or no more."""
+        left = None if self.end is None else self.end - self.clock()
+        if left is not None and left <= 0:
+            self.report(f"{title}: the budget is spent")
+            return None
+        self.report(title)
+        code = self.launch(command(planned, progress=False), left)
+        if code is None:
+            self.report(f"{title}: stopped; the run goes on next time")
+        return code
+
+
+class Processes:
+    """Processes of ``neuralode-coupled``, which can be ended all at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._ended = Lock(), set[subprocess.Popen](), False
+
+    def launch(self, arguments: list[str], seconds: float | None) -> int | None:
+        """Run it for at most so many seconds: the exit code, or None if the time was up or all have been ended."""
+        environment = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC} | os.environ
+        with self._lock:
+            if self._ended:
+                return None
+            started = subprocess.Popen([sys.executable, "-m", "neuralode_coupled.cli", *arguments], env=environment)
+            self._running.add(started)
+        try:
+            code = started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            # Also after Ctrl-C: a run that goes on unseen would meet its own successor in the same folder.
+            if started.poll() is None:
+                started.terminate()
+                started.wait()
+            self._running.discard(started)
+        return None if self._ended else code
+
+    def end(self) -> None:
+        """End those that are under way, and let no more begin."""
+        with self._lock:
+            self._ended = True
+            for started in [*self._running]:
+                started.terminate()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,11 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser, "cifar10", Experiment(epochs=350))
     parser.add_argument("--adjoint", help="of anode and anodev2; backprop gives the same gradient, faster")
     chosen = vars(parser.parse_args(arguments))
+    at_once = chosen.pop("at_once")
     try:
         kind, results, budget, planned = _choices(chosen)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    failures = run(planned, kind, results, budget=budget)
+    failures = run(planned, kind, results, budget=budget, at_once=at_once)
     if failures:
         raise SystemExit("failed:\n" + "\n".join(failures))
 
@@ -267,10 +327,23 @@ def add_options(parser: argparse.ArgumentParser, name: str, plain: Experiment) -
     parser.add_argument("--evolution-lr", type=float, default=plain.evolution_lr)
     parser.add_argument("--precision", default=plain.precision)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="of a run; by default all cores")
+    parser.add_argument(
+        "--at-once",
+        type=_at_least_one,
+        default=1,
+        metavar="N",
+        help="runs side by side, each in its process; on a CPU they want --threads of the cores divided by N",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="run folders")
     parser.add_argument("--results", type=Path, default=RESULTS / name, help="records")
     parser.add_argument("--budget", type=float, help="minutes")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def split(names: str) -> list[str]:

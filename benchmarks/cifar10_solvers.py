@@ -93,6 +93,7 @@ def main(
     parser.add_argument("--trained", default=",".join(TRAINED), help=f"gradient methods to train with: {GRADIENTS}")
     parser.add_argument("--measured", default=",".join(GRADIENTS), help="gradient methods whose cost is measured")
     chosen = vars(parser.parse_args(arguments))
+    at_once = chosen.pop("at_once")
     configurations, solvers, trained, measured, seeds = (
         split(chosen.pop(name)) for name in ("configurations", "solvers", "trained", "measured", "seeds")
     )
@@ -103,7 +104,7 @@ def main(
         costed = plan(runs, shared, configurations, solvers, measured, [int(seeds[0])], report=lambda text: None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    failures = cifar10.run(planned, kind, results, budget=budget)
+    failures = cifar10.run(planned, kind, results, budget=budget, at_once=at_once)
     if failures:
         raise SystemExit("failed:\n" + "\n".join(failures))
     if all(cifar10.recorded(run, results) for run in planned):

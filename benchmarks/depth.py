@@ -185,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", default=",".join(CHOICES), help="with BatchNorm of each step")
     parser.add_argument("--grouped", default=",".join(GROUPED), help="with GroupNorm; empty for none")
     chosen = vars(parser.parse_args(arguments))
+    at_once = chosen.pop("at_once")
     variants, grouped = (list(filter(None, split(chosen.pop(name)))) for name in ("variants", "grouped"))
     seeds, runs, results = split(chosen.pop("seeds")), chosen.pop("runs"), chosen.pop("results")
     try:
@@ -194,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     by_step, by_group = ([run for share in shares for run in share[i]] for i in (0, 1))
-    failures = cifar10.run(by_step, kind, results, budget=budget)
+    failures = cifar10.run(by_step, kind, results, budget=budget, at_once=at_once)
     if failures:
         raise SystemExit("failed:\n" + "\n".join(failures))
     for planned in by_group:

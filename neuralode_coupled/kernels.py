@@ -138,6 +138,10 @@ class Dirac(TimeKernel):
 
         return pick
 
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+        """Without the matrix, because every solve asks."""
+        self._selected(steps, c, weight_steps)
+
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
         ratio = weight_steps / steps
         picked = [[(n + fraction) * ratio for fraction in c] for n in range(steps)]
@@ -195,6 +199,10 @@ class SampleAndHold(TimeKernel):
         """Pick the samples and hold each over its steps: all stages of a step share it."""
         held = self._steps_a_sample(steps)
         return lambda path: self.sampled(path).repeat_interleave(held, dim=0).unsqueeze(1)
+
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+        """Without the matrix, because every solve asks."""
+        self._selected(steps, c, weight_steps)
 
     def kappa_at(
         self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0

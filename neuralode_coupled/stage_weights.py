@@ -141,8 +141,9 @@ class Scheme:
         """w at any times: from the last grid point before, one step of the length that remains."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            elapsed = torch.tensor(times, dtype=w0.dtype) - self.weight_grid.t0
-            return trajectory(w0, elapsed.to(w0.device))
+            # Filled on the device: copying numbers there would make the host wait.
+            elapsed = torch.stack([torch.full((), t, dtype=w0.dtype, device=w0.device) for t in times])
+            return trajectory(w0, elapsed - self.weight_grid.t0)
         path, found, propagate = self.path(operator, w0).unbind(), [], closed_form_for_many_steps(operator, w0)
         for t in times:
             n = min(max(int((t - self.weight_grid.t0) / self.weight_grid.h), 0), self.weight_grid.steps - 1)

@@ -150,8 +150,7 @@ class Classifier(pl.LightningModule):
         self.log_dict(
             {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
             on_step=False,
-            on_epoch=True,
-            prog_bar=True,
+            on_epoch=True,  # added up on the device, and read once an epoch
             logger=False,  # `EpochLog` writes one row an epoch
             sync_dist=True,
             batch_size=len(labels),
@@ -165,11 +164,16 @@ class Classifier(pl.LightningModule):
             self._first_bad_step = torch.full((), _NEVER, device=loss.device)
         first = self._first_bad_step
         self._first_bad_step = torch.where(loss.isfinite(), first, first.clamp(max=step))
-        if loss.device.type == "cpu" or step % _CHECK_EVERY == 0 or self.trainer.is_last_batch:
+        if _looks(loss.device.type, step) or self.trainer.is_last_batch:
             # All devices stop together, or some would wait for the others forever.
             worst = int(self.trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
             if worst != _NEVER:
                 raise Diverged(self.current_epoch + 1, worst)
+
+
+def _looks(kind: str, step: int) -> bool:
+    """Whether a step on such a device looks at the loss."""
+    return kind == "cpu" or step % _CHECK_EVERY == 0
 
 
 class EpochLog(pl.Callback):
@@ -270,10 +274,16 @@ class Checkpoint(ModelCheckpoint):
 class ProgressBar(RichProgressBar):
     """Lightning's, with the one number that is worth the space."""
 
+    _accuracy: float | None = None
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The test accuracy after the last epoch."""
-        accuracy = trainer.callback_metrics.get("test/accuracy")
-        return {} if accuracy is None else {"test accuracy": f"{100 * float(accuracy):.2f}%"}
+        return {} if self._accuracy is None else {"test accuracy": f"{100 * self._accuracy:.2f}%"}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the accuracy: once an epoch and not with every batch, for which the host would wait."""
+        self._accuracy = float(trainer.callback_metrics["test/accuracy"])
+        super().on_validation_end(trainer, pl_module)
 
 
 @dataclass

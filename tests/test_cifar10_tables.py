@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from threading import Barrier, Event, Lock, Semaphore
 
 import pytest
 
@@ -129,8 +133,101 @@ def test_the_budget_stops_runs_and_starts_no_more(images, tmp_path):
 
 
 def test_a_process_is_stopped_when_its_time_is_up():
-    assert cifar10.launch_process(["--help"], None) == 0
-    assert cifar10.launch_process(["--help"], 0.01) is None
+    assert cifar10.Processes().launch(["--help"], None) == 0
+    assert cifar10.Processes().launch(["--help"], 0.01) is None
+
+
+def variant_of(arguments: list[str]) -> str:
+    return arguments[arguments.index("--variant") + 1]
+
+
+def test_as_many_runs_as_asked_for_go_on_at_the_same_time(images, tmp_path):
+    """Two meet in every launch, which neither leaves alone; a third never comes in."""
+    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
+    runs = {run.experiment.variant: run for run in plan}
+    meeting, lock, inside, most, started = Barrier(2), Lock(), [0], [0], []
+
+    def launch(arguments, seconds):
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            started.append(variant_of(arguments))
+        meeting.wait(timeout=30)
+        finish(runs[variant_of(arguments)], 0.5)
+        meeting.wait(timeout=30)
+        with lock:
+            inside[0] -= 1
+        return 0
+
+    assert cifar10.run(plan, "test", tmp_path / "records", at_once=2, launch=launch, report=lambda text: None) == []
+    assert most == [2]
+    assert {*started[:2]} == {"baseline", "node"}  # as planned
+    assert len(list((tmp_path / "records").glob("*/*.json"))) == 4
+
+
+def test_a_run_that_fails_leaves_those_beside_it_going(images, tmp_path):
+    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node", "anode"], [0])
+    runs = {run.experiment.variant: run for run in plan}
+    failed, said = Event(), []
+
+    def launch(arguments, seconds):
+        if variant_of(arguments) == "node":
+            failed.set()
+            return 3
+        assert failed.wait(timeout=30)
+        finish(runs[variant_of(arguments)], 0.5)
+        return 0
+
+    failures = cifar10.run(plan, "test", tmp_path / "records", at_once=2, launch=launch, report=said.append)
+    assert failures == ["resnet4-node-seed0: exit code 3"]
+    assert "[2/3] resnet4-node-seed0: exit code 3" in said
+    kept = sorted(path.name for path in (tmp_path / "records").glob("*/*.json"))
+    assert kept == ["resnet4-anode-seed0.json", "resnet4-baseline-seed0.json"]
+
+
+def test_a_spent_budget_starts_no_more_runs_side_by_side(images, tmp_path):
+    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
+    meeting, now, started, said = Barrier(2), [0.0], [], []
+
+    def launch(arguments, seconds):  # gives None: the time was up
+        started.append((variant_of(arguments), seconds))
+        meeting.wait(timeout=30)
+        now[0] = 61.0
+
+    options = {"budget": 1.0, "at_once": 2, "launch": launch, "clock": lambda: now[0], "report": said.append}
+    assert cifar10.run(plan, "test", tmp_path / "records", **options) == []
+    assert sorted(started) == [("baseline", 60.0), ("node", 60.0)]
+    assert sum("goes on next time" in line for line in said) == 2
+
+
+def test_an_error_ends_every_process_and_starts_no_more(images, tmp_path, monkeypatch):
+    """As Ctrl-C does: it reaches the main thread, which waits for the others."""
+    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
+    begun, sleeping = Semaphore(0), []
+    popen = subprocess.Popen
+
+    def sleep(arguments, **options):
+        sleeping.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **options))
+        begun.release()
+        return sleeping[-1]
+
+    def interrupted(*arguments, **options):
+        for _ in range(2):
+            assert begun.acquire(timeout=30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10.subprocess, "Popen", sleep)
+    monkeypatch.setattr(cifar10, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.run(plan, "test", tmp_path / "records", at_once=2, report=lambda text: None)
+    assert [process.poll() for process in sleeping] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
+def test_fewer_runs_at_once_than_one_are_refused(capsys, count):
+    with pytest.raises(SystemExit):
+        cifar10.main(["--at-once", count])
+    assert f"at least 1, got '{count}'" in capsys.readouterr().err
 
 
 def test_a_small_run_from_the_command_line(images, tmp_path):
@@ -146,9 +243,9 @@ def test_a_small_run_from_the_command_line(images, tmp_path):
         "--batch-size",
         "10",
     ]
-    arguments += ["--variants", "baseline", "--seeds", "3", "--device", "cpu", "--threads", "1"]
+    arguments += ["--variants", "baseline", "--seeds", "3,4", "--at-once", "2", "--device", "cpu", "--threads", "1"]
     cifar10.main([*arguments, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "records")])
-    (path,) = (tmp_path / "records").glob("*/*.json")
+    path, _ = sorted((tmp_path / "records").glob("*/*.json"))
     content = json.loads(path.read_text())
     assert content["data"] == {"name": "CIFAR-10", "kind": "letters", "training images": "all"}
     assert content["experiment"]["seed"] == 3

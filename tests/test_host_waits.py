@@ -1,0 +1,295 @@
+"""A training step never waits for the device: no number is read back, and none is copied there on the way.
+
+Without a GPU this is looked for in two ways. A real training step on the CPU may run no operation that needs to see
+numbers, but for the looks that are for the CPU alone, which are left out here. And a forward pass on tensors that claim
+to be on CUDA, and hold nothing, takes the very branches that a GPU takes; there copies show too. (Autograd has no
+backward pass for such tensors.) With a GPU, torch itself is asked.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import neuralode_coupled as nc
+from neuralode_coupled import training
+from neuralode_coupled.adjoint.replay import Replay
+from neuralode_coupled.data import ImageData, augment
+from neuralode_coupled.runs import Experiment, RunFolder
+
+READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+VARIANTS = ("anodev2-1", "anodev2-2")
+ADJOINTS = (
+    nc.Backprop(),
+    nc.DiscreteAdjoint(),
+    nc.DiscreteAdjoint(2),
+    nc.DiscreteAdjoint(2, weights="recomputed"),
+    nc.DiscreteAdjoint(keep="products"),
+    nc.ReversibleAdjoint(),
+)
+OPERATORS = (
+    nc.ReactionDiffusionAdvection(),
+    nc.ReactionDiffusionAdvection("ode"),
+    nc.ReactionDiffusionAdvection(activation="tanh"),
+    nc.Static(),
+)
+
+
+class Waits(AssertionError):
+    """The host would wait for the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises `Waits` for an operation that reads numbers, or copies between host and device and waits for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self._reads(func, args) or self._copies(func, args, kwargs, result):
+            ours = [f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "neuralode_coupled" in f.filename]
+            raise Waits(f"{func} at {ours[-1:]}")
+        return result
+
+    @staticmethod
+    def _reads(func, args) -> bool:
+        if func is torch.ops.aten.index.Tensor:  # whole numbers say nothing about the shape of the result
+            return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return bool(READS & set(func.tags))
+
+    @staticmethod
+    def _copies(func, args, kwargs, result) -> bool:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        # A number in a tensor of the host may stand in an operation of the device: it goes along as an argument.
+        moved = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        return moved and len({t.device.type for t in tensors}) > 1 and not (kwargs or {}).get("non_blocking", False)
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Leave out what is looked at on the CPU alone, and the comparison of random states, which the host holds."""
+    monkeypatch.setattr("neuralode_coupled.coupled_problem.check_finite", lambda *arguments: None)
+    monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
+    monkeypatch.setattr(Replay, "_random_state", lambda self: ())
+    looks = training._looks
+    monkeypatch.setattr(training, "_looks", lambda kind, step: looks("cuda", step))
+
+
+@pytest.fixture
+def claimed(monkeypatch) -> Iterator[Callable[[nn.Module], nn.Module]]:
+    """Everything made in the test claims to be on CUDA if asked to be; gives what moves modules there."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this build of torch does not know CUDA")
+    # The state of the device's generator is on the host; as in a capture, it is not asked for.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+
+    def move(module: nn.Module) -> nn.Module:
+        return module._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda"))
+
+    yield move
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+def small_layer(adjoint, operator=None, method: str = "euler") -> nc.CoupledODE:
+    dynamics = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.GroupNorm(2, 4), nn.ReLU())
+    operator = nc.ReactionDiffusionAdvection() if operator is None else operator
+    return nc.CoupledODE(dynamics, operator, steps=4, method=method, adjoint=adjoint)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> Tensor:
+    images = augment(pixels, flip=True).float()
+    optimizer.zero_grad()
+    loss = functional.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    "looks",
+    [
+        lambda t: t.sum().item(),
+        lambda t: bool(t[0] > 0),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.equal(t, t),
+        lambda t: t.unique(),
+    ],
+)
+def test_looks_are_noticed(looks):
+    with NoWaiting(), pytest.raises(Waits, match="aten"):
+        looks(torch.ones(3))
+    with NoWaiting():
+        torch.ones(3)[torch.tensor([2, 0])].where(torch.zeros(2) > 0, torch.ones(2))
+
+
+@pytest.mark.parametrize("copies", [lambda: torch.tensor([1.0], device="cuda"), lambda: torch.ones(2).to("cuda")])
+def test_copies_are_noticed(claimed, copies):
+    with FakeTensorMode(), NoWaiting():
+        torch.ones(2).to("cuda", non_blocking=True)
+        torch.full((2,), 3.0, device="cuda") * torch.tensor(2.0)
+        with pytest.raises(Waits, match="_to_copy"):
+            copies()
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(2, device="cuda").sum().item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_step_reads_no_number(as_on_a_device, variant):
+    model = nc.models.build("resnet4", variant).train()
+    optimizer = training.Classifier(model, epochs=1).configure_optimizers()
+    pixels, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (4,))
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    for _ in range(2):  # the first step makes the optimizer's buffers
+        with NoWaiting():
+            training_step(model, optimizer, pixels, labels)
+    assert not torch.equal(before, nn.utils.parameters_to_vector(model.parameters()))
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_a_coupled_layer_reads_no_number(as_on_a_device, adjoint, method):
+    layer, z0 = small_layer(adjoint, method=method), torch.randn(2, 4, 6, 6, requires_grad=True)
+    with NoWaiting():
+        layer(z0).square().sum().backward()
+    assert z0.grad is not None
+
+
+class WithoutWaiting(pl.Callback):
+    """From the end of one batch to that of a later one, with all that Lightning does between, nobody may wait."""
+
+    def __init__(self, forbidden: Callable[[], AbstractContextManager], first: int = 1, last: int = 3) -> None:
+        self.forbidden, self.first, self.last, self.passed = forbidden, first, last, 0
+        self.watch = ExitStack()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # In the second epoch there is an accuracy to show.
+        if trainer.current_epoch == 1 and batch_idx == self.first:
+            self.watch.enter_context(self.forbidden())
+        elif trainer.current_epoch == 1 and batch_idx == self.last:
+            self.watch.close()
+            self.passed = self.last - self.first
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.watch.close()
+
+
+def run_without_waiting(monkeypatch, tmp_path, forbidden: Callable, **options) -> int:
+    """Train two epochs with a progress bar; gives how many batches passed under watch."""
+    watch, trainer = WithoutWaiting(forbidden), pl.Trainer
+    monkeypatch.setattr(
+        training.pl, "Trainer", lambda callbacks, **given: trainer(callbacks=[watch, *callbacks], **given)
+    )
+    experiment = Experiment(epochs=2, limit=100, batch_size=16, threads=1, **options)
+    training.train(experiment, RunFolder(tmp_path / "run"), progress=True)
+    return watch.passed
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_between_two_batches_lightning_reads_no_number(as_on_a_device, monkeypatch, tmp_path, variant):
+    assert run_without_waiting(monkeypatch, tmp_path, NoWaiting, variant=variant, accelerator="cpu") == 2
+
+
+def test_the_progress_bar_shows_the_last_accuracy():
+    class Reader(dict):
+        reads = 0
+
+        def __getitem__(self, name):
+            self.reads += 1
+            return super().__getitem__(name)
+
+    measured = Reader({"test/accuracy": torch.tensor(0.5)})
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    bar, module = training.ProgressBar(), nn.Identity()
+    trainer = type("T", (), {"callback_metrics": measured, "state": trainer.state})()
+    assert bar.get_metrics(trainer, module) == {}
+    bar.on_validation_end(trainer, module)
+    assert [bar.get_metrics(trainer, module) for _ in range(3)] == [{"test accuracy": "50.00%"}] * 3
+    assert measured.reads == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_models_forward_pass_on_claimed_cuda_copies_nothing(claimed, variant):
+    model = nc.models.build("resnet4", variant).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        claimed(model)
+        pixels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        labels = torch.zeros(4, dtype=torch.int64, device="cuda")
+        with NoWaiting():
+            loss = functional.cross_entropy(model(augment(pixels, flip=True).float()), labels)
+    assert loss.device.type == "cuda"
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+@pytest.mark.parametrize("operator", OPERATORS, ids=["rda", "rda-ode", "rda-tanh", "static"])
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_a_coupled_layer_on_claimed_cuda_copies_nothing(claimed, adjoint, operator, method):
+    layer = small_layer(adjoint, operator, method)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        claimed(layer)
+        with NoWaiting():
+            end = layer(torch.zeros(2, 4, 6, 6, device="cuda"))
+    assert end.device.type == "cuda"
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_step_on_cuda_does_not_synchronise(variant):
+    model = nc.models.build("resnet4", variant).cuda().train()
+    classifier = training.Classifier(model, epochs=1).cuda()
+    optimizer, data = classifier.configure_optimizers(), ImageData("digits", batch_size=16)
+    data.setup()
+    images, labels = (part.pin_memory() for part in data.train.__getitems__(range(16)))
+
+    def step() -> Tensor:
+        pixels, targets = (part.to("cuda", non_blocking=True) for part in (images, labels))
+        normalised = data.normalise(augment(pixels, flip=True))
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(classifier(normalised), targets)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    losses = [step() for _ in range(2)]  # the statistics of the channels go to the device once
+    with no_synchronisation():
+        losses += [step() for _ in range(3)]
+    assert all(map(torch.isfinite, losses))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_a_coupled_layer_on_cuda_does_not_synchronise(adjoint, method):
+    layer = small_layer(adjoint, method=method).cuda()
+    z0 = torch.randn(2, 4, 6, 6, device="cuda", requires_grad=True)
+    layer(z0).square().sum().backward()
+    with no_synchronisation():
+        layer(z0).square().sum().backward()
+    assert torch.isfinite(z0.grad).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_between_two_batches_lightning_on_cuda_does_not_synchronise(monkeypatch, tmp_path, precision):
+    options = {"variant": "anodev2-2", "accelerator": "gpu", "precision": precision}
+    assert run_without_waiting(monkeypatch, tmp_path, no_synchronisation, **options) == 2
