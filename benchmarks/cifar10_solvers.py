@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import cifar10, cifar10_solvers_costs
 from benchmarks.cifar10 import CLASSES, Report, say, schedule_name, split
+from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.compare import Planned
 from neuralode_coupled.runs import Experiment, RunFolder
 from neuralode_coupled.training import build_model, function_evaluations
@@ -28,6 +29,7 @@ GRADIENTS = ("discrete", "continuous", "backprop", "reversible")
 TRAINED = GRADIENTS[:2]
 """Backprop has the gradient of the discrete adjoint: what it costs is measured, and its accuracy is not another."""
 
+TOLERANCE = 1e-3
 SHORT = Experiment(epochs=3, limit=3000, validation=2000, batch_size=64)
 
 
@@ -39,8 +41,11 @@ def plan(
     gradients: Sequence[str],
     seeds: Sequence[int],
     report: Report = say,
+    tolerance: float = TOLERANCE,
 ) -> list[Planned]:
     """The runs, seed by seed and the discrete adjoint first, without those that the package refuses.
+
+    Solvers that choose their steps do so by ``tolerance``, relative and absolute.
 
     Raises:
         ValueError: for unknown names, nothing to run, or data with other than ten classes.
@@ -58,9 +63,17 @@ def plan(
     for seed in seeds:
         for gradient in sorted(gradients, key=GRADIENTS.index):
             for solver in sorted(solvers, key=SOLVERS.index):
+                allowed = tolerance if is_adaptive(solver) else None
                 for variant in configurations:
                     experiment = replace(
-                        shared, model="resnet4", variant=variant, method=solver, adjoint=gradient, seed=seed
+                        shared,
+                        model="resnet4",
+                        variant=variant,
+                        method=solver,
+                        rtol=allowed,
+                        atol=allowed,
+                        adjoint=gradient,
+                        seed=seed,
                     )
                     words = refusal(experiment)
                     if words is None:
@@ -90,6 +103,7 @@ def main(
     parser.set_defaults(seeds="0")
     parser.add_argument("--configurations", default=",".join(CONFIGURATIONS))
     parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of dopri5, relative and absolute")
     parser.add_argument("--trained", default=",".join(TRAINED), help=f"gradient methods to train with: {GRADIENTS}")
     parser.add_argument("--measured", default=",".join(GRADIENTS), help="gradient methods whose cost is measured")
     chosen = vars(parser.parse_args(arguments))
@@ -97,11 +111,13 @@ def main(
     configurations, solvers, trained, measured, seeds = (
         split(chosen.pop(name)) for name in ("configurations", "solvers", "trained", "measured", "seeds")
     )
-    runs, results = chosen.pop("runs"), chosen.pop("results")
+    runs, results, tolerance = chosen.pop("runs"), chosen.pop("results"), chosen.pop("tolerance")
     try:
         kind, budget, shared = cifar10.experiment_of(chosen)
-        planned = plan(runs, shared, configurations, solvers, trained, [int(seed) for seed in seeds])
-        costed = plan(runs, shared, configurations, solvers, measured, [int(seeds[0])], report=lambda text: None)
+        planned = plan(
+            runs, shared, configurations, solvers, trained, [int(seed) for seed in seeds], tolerance=tolerance
+        )
+        costed = plan(runs, shared, configurations, solvers, measured, [int(seeds[0])], lambda text: None, tolerance)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     failures = cifar10.run(planned, kind, results, budget=budget, at_once=at_once)

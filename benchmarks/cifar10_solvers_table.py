@@ -47,13 +47,15 @@ _FILLS: dict[str, Literal["full", "none", "left", "bottom"]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """One record. Accuracy in % after the last epoch, on so many images, of training on batches of a size."""
+    """One record. Accuracy in % after the last epoch, on so many images, of training on batches of a size; the
+    tolerance of a solver that chooses its steps."""
 
     cell: str
     seed: int
     accuracy: float
     images: int
     batch_size: int
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def _trained(content: Mapping[str, Any]) -> Trained:
     experiment = content["experiment"]
     names = (experiment["variant"], experiment["method"], experiment["adjoint"])
     accuracy, images = 100 * content["result"]["final_accuracy"], experiment["validation"] or TEST_IMAGES
-    return Trained(" ".join(names), experiment["seed"], accuracy, images, experiment["batch_size"])
+    return Trained(
+        " ".join(names), experiment["seed"], accuracy, images, experiment["batch_size"], experiment.get("rtol")
+    )
 
 
 def rows(runs: Sequence[Trained], costs: Mapping[str, Part], batch_size: int) -> list[Row]:
@@ -252,16 +256,17 @@ def _legend(figure: Figure, lines: Sequence[Row]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
-def load(folder: Path, complain: Any = None) -> tuple[list[Row], Trained]:
-    """The lines of a schedule's folder, and one of its runs. Raises ValueError as `read_as`."""
+def load(folder: Path, complain: Any = None) -> tuple[list[Row], list[Trained]]:
+    """The lines of a schedule's folder, and its runs. Raises ValueError as `read_as`."""
     runs = read_as(_trained, folder, complain, "benchmarks.cifar10_solvers")
     costs = {name: held(folder / "costs" / f"{name}.json") for name in ("gradient", "memory", "time")}
-    return rows(runs, costs, runs[0].batch_size), runs[0]
+    return rows(runs, costs, runs[0].batch_size), runs
 
 
 def report(folder: Path, complain: Any = None) -> str:
     """The answer and the table in Markdown."""
-    lines, run = load(folder, complain)
+    lines, runs = load(folder, complain)
+    run = runs[0]
     chance = margin(lines, run.images)
     return f"""{answer(lines, run.images)}
 
@@ -271,10 +276,20 @@ choice of these images alone makes a difference of up to {chance:.1f} points bet
 ODE block in a training step, and those that its backward pass repeats. Time of a training step of
 {run.batch_size} images, its ratio to the first line's of the same round, and what it makes of an epoch of all images.
 Peak memory of such a step above the level before it. Relative error of the whole gradient against DTO's, at the
-weights that DTO trained.
+weights that DTO trained.{_about_tolerances(runs)}
 
 {chr(10).join(table(lines))}
 """
+
+
+def _about_tolerances(runs: Sequence[Trained]) -> str:
+    """What has to be known of solvers that choose their steps."""
+    tolerances = sorted({run.tolerance for run in runs if run.tolerance is not None})
+    if not tolerances:
+        return ""
+    named = ", ".join(f"{tolerance:g}" for tolerance in tolerances)
+    return f""" dopri5 has the tolerance {named}, relative and absolute, and one BatchNorm for all times where the
+others have one for each step; its evaluations are those of an untrained network."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -53,9 +53,19 @@ BatchSize = Annotated[
 ]
 Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the first epochs.")]
 Method = Annotated[
-    str, typer.Option(help="Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule) or rk4_classic.")
+    str,
+    typer.Option(
+        help="Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic, or one that "
+        "chooses its steps, such as dopri5."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default the variant's own.")]
+RelativeTolerance = Annotated[
+    float | None, typer.Option("--rtol", help="Relative tolerance of a solver that chooses its steps.")
+]
+AbsoluteTolerance = Annotated[
+    float | None, typer.Option("--atol", help="Absolute tolerance of a solver that chooses its steps.")
+]
 EvolutionName = Annotated[
     str | None,
     typer.Option(
@@ -98,6 +108,8 @@ def _shared_experiment(
     lr: Rate = 0.1,
     method: Method = "euler",
     steps: Steps = None,
+    rtol: RelativeTolerance = None,
+    atol: AbsoluteTolerance = None,
     evolution: EvolutionName = None,
     evolution_lr: EvolutionRate = 1.0,
     adjoint: AdjointName = None,

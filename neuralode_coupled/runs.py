@@ -40,7 +40,7 @@ class Experiment:
 
     Raises:
         ValueError: for epochs, batch size, limit, validation, nodes or threads below 1, a negative seed, or a learning
-            rate that is not positive.
+            rate or tolerance that is not positive.
     """
 
     model: str = "resnet4"
@@ -55,6 +55,8 @@ class Experiment:
     lr: float = 0.1
     method: str = "euler"
     steps: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
     evolution: str | None = None
     evolution_lr: float = 1.0
     adjoint: str | None = None
@@ -73,9 +75,9 @@ class Experiment:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
-        for name in ("lr", "evolution_lr"):
+        for name in ("lr", "evolution_lr", "rtol", "atol"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:

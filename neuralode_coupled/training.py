@@ -427,6 +427,8 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
         experiment.variant,
         steps=experiment.steps,
         method=experiment.method,
+        rtol=experiment.rtol,
+        atol=experiment.atol,
         evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
         adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
         classes=classes,

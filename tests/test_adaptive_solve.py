@@ -163,6 +163,21 @@ def test_what_it_costs_is_counted(kernel):
     assert 0 < layer.stats.recomputed <= layer.stats.evaluations + 2 * layer.stats.accepted
 
 
+def test_the_continuous_adjoint_has_the_tolerances_of_the_solve_unless_it_is_given_its_own():
+    torch.manual_seed(0)
+    field = make_field("dirac", "linear")
+    z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def recomputed(adjoint: nc.ContinuousAdjoint) -> int:
+        solution = nc.solve(field, z0, method="dopri5", rtol=1e-2, atol=1e-3, adjoint=adjoint)
+        solution.z.square().sum().backward()
+        return solution.stats.recomputed
+
+    loose = recomputed(nc.ContinuousAdjoint())
+    assert loose == recomputed(nc.ContinuousAdjoint(1e-2, 1e-3))
+    assert loose < recomputed(nc.ContinuousAdjoint(1e-7, 1e-9)) / 2
+
+
 @pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=repr)
 def test_running_statistics_are_left_alone_by_the_backward_pass(adjoint):
     branch = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

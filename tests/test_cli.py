@@ -181,7 +181,7 @@ def test_the_overview_names_every_command_and_shows_an_example():
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_train_and_compare_describe_an_experiment_alike(command):
     text = " ".join(run(command, "--help").stdout.replace("│", " ").split())
-    for name in ("euler, midpoint, heun2, heun3, rk4 (3/8 rule) or rk4_classic", "by default 64 for digits", "--nodes"):
+    for name in ("euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic", "by default 64 for digits", "--nodes"):
         assert name in text
 
 

@@ -131,6 +131,7 @@ def test_a_result_is_the_summary_of_its_rows():
         ({"nodes": 0}, "nodes must be at least 1, got 0"),
         ({"seed": -1}, "seed must be between 0"),
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"rtol": -1e-3}, "rtol must be positive and finite, got -0.001"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
     ],
 )

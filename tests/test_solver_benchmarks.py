@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks import cifar10, cifar10_solvers, cifar10_solvers_costs, cifar10_solvers_table, depth, depth_table
 from benchmarks.cifar10_solvers_table import EXACT, Row, Trained, answer, choice, margin, rows
+from neuralode_coupled.compare import command
 from neuralode_coupled.data import ImageData, ImageSet
 from neuralode_coupled.models import build, coupled_layers
 from neuralode_coupled.runs import Experiment
@@ -45,6 +46,17 @@ def test_the_discrete_adjoint_comes_first_in_one_folder_of_the_schedule(images, 
     ]
     assert {run.folder.path.parent.name for run in plan} == {"epochs1-all-batch-size-10"}
     assert (plan[-1].experiment.method, plan[-1].experiment.adjoint) == ("midpoint", "continuous")
+
+
+def test_solvers_that_choose_their_steps_have_the_tolerance(images, tmp_path):
+    plan = cifar10_solvers.plan(
+        tmp_path, shared(images), ["anodev2-2"], ["euler", "dopri5"], ["discrete"], [0], tolerance=0.01
+    )
+    assert [(run.experiment.method, run.experiment.rtol, run.experiment.atol) for run in plan] == [
+        ("euler", None, None),
+        ("dopri5", 0.01, 0.01),
+    ]
+    assert "--rtol 0.01 --atol 0.01" in " ".join(command(plan[1], progress=False))
 
 
 def test_what_the_package_refuses_is_skipped_in_its_words(images, tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ class ContinuousAdjoint:
     Not for stochastic dynamics: the backward solve draws other random numbers.
 
     Args:
-        rtol: relative tolerance of the adjoint solve, for adaptive methods.
-        atol: absolute tolerance of the adjoint solve, for adaptive methods.
+        rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
+        atol: absolute tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
         method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
 
     Raises:
@@ -36,8 +36,8 @@ class ContinuousAdjoint:
             map and no flow, or a method that torchdiffeq does not have (such as ``"rk4_classic"``).
     """
 
-    rtol: float = 1e-7
-    atol: float = 1e-9
+    rtol: float | None = None
+    atol: float | None = None
     method: str | None = None
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
