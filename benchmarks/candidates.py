@@ -101,7 +101,8 @@ def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:
             if layer.method == ADAPTIVE
             else {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
         )
-        return solver(layer.field, layer.field.initial_state(z0), grid[[0, -1]], method=layer.method, **how)[0][-1]
+        ends = grid[:: _steps(layer)]  # not by a list of indices, which would be copied to a GPU
+        return solver(layer.field, layer.field.initial_state(z0), ends, method=layer.method, **how)[0][-1]
 
     return run
 

@@ -131,6 +131,7 @@ def environment(device: Device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "neuralode_coupled": nc.__version__,
         **{name: metadata.version(name) for name in packages},
+        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}),
     }
 
 
