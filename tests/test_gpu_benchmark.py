@@ -69,6 +69,7 @@ def test_gradient_methods_take_the_same_step():
     assert not torch.equal(first[0], nn.utils.parameters_to_vector(gpu.network("discrete", "cpu").parameters()))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_the_same_step():
     torch._dynamo.reset()
     batch = gpu.random_batch(2, "cpu")
