@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import neuralode_coupled as nc
-from benchmarks.common import METHODS, block, by_hand
+from benchmarks.common import METHODS, Device, block, by_hand
 from neuralode_coupled.evolution.reaction_diffusion_advection import Form
 
 HAND = "hand-written loop"
@@ -62,7 +62,9 @@ class Candidate:
         return form in self.forms and (self.adaptive if solver == ADAPTIVE else self.fixed and solver in self.solvers)
 
 
-def build(name: str, steps: int, solver: str, form: Form = "propagator") -> tuple[nc.CoupledODE, Run]:
+def build(
+    name: str, steps: int, solver: str, form: Form = "propagator", device: Device = "cpu"
+) -> tuple[nc.CoupledODE, Run]:
     """A fresh layer and the candidate on it. For `ADAPTIVE` the number of steps is not used."""
     candidate = CANDIDATES[name]
     if solver == ADAPTIVE:
@@ -70,6 +72,7 @@ def build(name: str, steps: int, solver: str, form: Form = "propagator") -> tupl
         layer.method = ADAPTIVE  # read by the candidate alone: the layer itself is not called
     else:
         layer = block(steps, solver, candidate.adjoint, form)
+    layer.to(device)
     return layer, candidate.run(layer)
 
 
@@ -100,13 +103,14 @@ def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:
     solver: Callable[..., Any] = nc.odeint_dto if name == "odeint_dto" else getattr(torchdiffeq, name)
 
     def run(z0: Tensor) -> Tensor:
-        grid = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype)
+        grid = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype, device=z0.device)
         how: dict[str, Any] = (
             {"rtol": TOLERANCE, "atol": TOLERANCE}
             if layer.method == ADAPTIVE
             else {"options": {"grid_constructor": lambda func, y0, t: grid if t[0] < t[-1] else grid.flip(0)}}
         )
-        return solver(layer.field, layer.field.initial_state(z0), grid[[0, -1]], method=layer.method, **how)[0][-1]
+        ends = grid[:: _steps(layer)]  # not by a list of indices, which would be copied to a GPU
+        return solver(layer.field, layer.field.initial_state(z0), ends, method=layer.method, **how)[0][-1]
 
     return run
 
@@ -122,7 +126,7 @@ def _torchdyn(sensitivity: str, layer: nc.CoupledODE) -> Run:
 
     def run(z0: Tensor) -> Tensor:
         flat = nc.FlatField(layer.field, z0)
-        span = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype)
+        span = torch.linspace(0, 1, _steps(layer) + 1, dtype=z0.dtype, device=z0.device)
         with contextlib.redirect_stdout(io.StringIO()):  # torchdyn prints advice about signatures
             # A new one each time: its adjoints go through a copy of the parameters made here.
             problem = ODEProblem(flat, layer.method, sensitivity=sensitivity, **how)
@@ -151,7 +155,7 @@ def _torchdiffeqpack(name: str, layer: nc.CoupledODE) -> Run:
             self.field = layer.field
 
         def forward(self, t: Any, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return self.field(torch.as_tensor(t, dtype=state[0].dtype), state)
+            return self.field(torch.as_tensor(t, dtype=state[0].dtype, device=state[0].device), state)
 
     func = Field()
 

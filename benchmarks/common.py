@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from neuralode_coupled.evolution.reaction_diffusion_advection import Form
 from neuralode_coupled.runge_kutta import step, tableau
 
 RESULTS = Path(__file__).parent / "results"
+Device = str | torch.device
 SHAPE = (32, 16, 32, 32)
 """The block's activations: one state of it is 2 MiB in float32."""
 
@@ -60,10 +62,10 @@ def block(
     return layer
 
 
-def start(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """The block's input, on which gradients are asked for too."""
+def start(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE, device: Device = "cpu") -> Tensor:
+    """The block's input, on which gradients are asked for too; the same numbers on every device."""
     torch.manual_seed(1)
-    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 def training_step(run: Callable[[Tensor], Tensor], z0: Tensor) -> None:
@@ -82,7 +84,7 @@ def by_hand(layer: nc.CoupledODE, around_step: Callable | None = None) -> Callab
     operators: list[Any] = [layer.field.operator(name) for name in names]
 
     def exact(z: Tensor) -> Tensor:
-        times = torch.tensor([(n + c) * h for n in range(steps) for c in method.c], dtype=z.dtype)
+        times = torch.tensor([(n + c) * h for n in range(steps) for c in method.c], dtype=z.dtype, device=z.device)
         paths = [q.trajectory(w, times) for q, w in zip(operators, layer.field.evolving().values(), strict=True)]
 
         def one(z: Tensor, n: int) -> Tensor:
@@ -119,16 +121,18 @@ def groups(layer: nc.CoupledODE, z0: Tensor) -> dict[str, Sequence[Tensor]]:
     return {"z0": [z0], "w0": evolving, "p": p, "static": static}
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on."""
+def environment(device: Device | None = None) -> dict[str, Any]:
+    """What a result depends on; by default it is taken to be a GPU's where there is one."""
     packages = ("torch", "torchdiffeq")
+    on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if on_cuda else "cpu",
         "cores": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "neuralode_coupled": nc.__version__,
         **{name: metadata.version(name) for name in packages},
+        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}),
     }
 
 
@@ -138,9 +142,29 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(name: str, content: dict[str, Any]) -> Path:
+def write(name: str, content: dict[str, Any], device: Device | None = None) -> Path:
     """``results/<name>.json`` with the environment beside the content."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(device), **content}, indent=1) + "\n")
     return path
+
+
+def wait(device: Device) -> None:
+    """Until the device has done what it was given: clocks are read then. Nothing on the CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round float32 to ten bits in products and convolutions; torch lets it in convolutions."""
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -41,7 +41,7 @@ def exact(layer: nc.CoupledODE) -> Gradients:
     """In float64: of the hand-written loop, or of the reversible scheme's unrolled solve."""
     layer = copy.deepcopy(layer).double()
     layer.zero_grad(set_to_none=True)
-    z0 = start(torch.float64)
+    z0 = start(torch.float64, device=next(layer.parameters()).device)
     if not isinstance(layer.adjoint, nc.ReversibleAdjoint):
         return gradients(layer, by_hand(layer), z0)
     parts = groups(layer, z0)

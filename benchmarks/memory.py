@@ -49,6 +49,21 @@ def measure(name: str, method: str, steps: int) -> int:
     return peak.read()
 
 
+def on_cuda(name: str, method: str, steps: int) -> int:
+    """The same on a GPU, of what torch allocates there, libraries' scratch memory included; in this process."""
+    layer, run = build(name, steps, method, device="cuda")
+    z0 = start(device="cuda")
+    for _ in range(2):
+        training_step(run, z0)
+        z0.grad = None
+        layer.zero_grad(set_to_none=True)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    peak = PeakMemory(torch.device("cuda"))
+    training_step(run, z0)
+    return peak.read() - before
+
+
 def in_a_process(name: str, method: str, steps: int) -> int:
     """The same in a fresh process."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -2,6 +2,7 @@
 
     python -m benchmarks.peers --compiled 80
     python -m benchmarks.peers --parts memory --steps 50
+    python -m benchmarks.peers --device cuda
 
 *Time*: all candidates take turns in shuffled rounds of one process, so that a machine's other work falls on all of
 them; the ratio to a hand-written loop that stores everything is taken within each round, and its median and quartiles
@@ -9,8 +10,12 @@ are reported. *Memory*: the peak above the level before, each in a process of it
 *Gradients*: errors of float32 by group of tensors, see `benchmarks.gradients`; what solves another scheme is left out.
 *Adaptive*: all three for dopri5, against torchdiffeq's odeint.
 
-Packages that are not installed are skipped with a word. Every finding is added to results/peers.json as it comes; parts
-can be run one by one. ``python -m benchmarks.peers_page`` then writes tables and figures into docs/benchmarks.md.
+On a GPU the clock is read when the device is done, memory is what torch allocates there, float32 is not rounded to
+TF32, and a candidate that cannot run there is left out with its words.
+
+Packages that are not installed are skipped with a word. Every finding is added to results/peers.json (peers_cuda.json)
+as it comes; parts can be run one by one. ``python -m benchmarks.peers_page`` then writes tables and figures into
+docs/benchmarks.md, of the CPU's.
 """
 
 from __future__ import annotations
@@ -22,14 +27,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, Run, build, chosen, missing
-from benchmarks.common import read, start, training_step, write
+from benchmarks.common import Device, read, start, tf32, training_step, wait, write
 from benchmarks.gradients import errors, exact, gradients
-from benchmarks.memory import in_a_process
+from benchmarks.memory import in_a_process, on_cuda
 from neuralode_coupled.runge_kutta import tableau
 
 PARTS = ("time", "memory", "gradients", "adaptive")
@@ -46,11 +52,12 @@ OTHER_SCHEMES = {
 """By RK4 these compute something else forward, so that the error of their gradient against ours would say nothing."""
 
 Candidates = dict[str, Callable[[], None]]
+Found = TypeVar("Found")
 
 
-def once(layer: torch.nn.Module, run: Run) -> Callable[[], None]:
+def once(layer: torch.nn.Module, run: Run, device: Device = "cpu") -> Callable[[], None]:
     """One training step from scratch."""
-    z0 = start()
+    z0 = start(device=device)
 
     def step() -> None:
         z0.grad = None
@@ -60,16 +67,18 @@ def once(layer: torch.nn.Module, run: Run) -> Callable[[], None]:
     return step
 
 
-def measure(made: Candidates, rounds: int, against: str) -> dict[str, dict[str, float]]:
+def measure(made: Candidates, rounds: int, against: str, device: Device = "cpu") -> dict[str, dict[str, float]]:
     """Median and quartiles of each candidate's ratio to the one ``against`` of the same round, and median seconds."""
     for step in made.values():
         step()
         step()
+    wait(device)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         for name in random.sample(list(made), len(made)):
             begin = time.perf_counter()
             made[name]()
+            wait(device)
             seconds[name].append(time.perf_counter() - begin)
     return {
         name: _summary([a / b for a, b in zip(values, seconds[against], strict=True)])
@@ -83,19 +92,41 @@ def _summary(values: list[float]) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
-def time_part(solver: str, steps: int, rounds: int, compiled: bool) -> dict[str, Any]:
+def possible(name: str, device: Device, find: Callable[[], Found]) -> Found | None:
+    """What is found; on a GPU None for a candidate that cannot run there, with its words. On the CPU all must."""
+    if device == "cpu":
+        return find()
+    try:
+        return find()
+    except Exception as error:
+        sys.stdout.write(f"{name} does not run on {device}, and is left out: {' '.join(str(error).split())}\n")
+        return None
+
+
+def time_part(solver: str, steps: int, rounds: int, compiled: bool, device: Device = "cpu") -> dict[str, Any]:
     """Ratios to the hand-written loop, or for adaptive solves to `REFERENCE`."""
-    made = {name: once(*build(name, steps, solver)) for name in chosen(solver, compiled) if name not in SKIPPED}
-    return measure(made, rounds, REFERENCE if solver == ADAPTIVE else HAND)
+
+    def tried(name: str) -> Callable[[], None]:
+        step = once(*build(name, steps, solver, device=device), device)
+        if device != "cpu":
+            step()
+        return step
+
+    names = [name for name in chosen(solver, compiled) if name not in SKIPPED]
+    made = {name: possible(name, device, partial(tried, name)) for name in names}
+    able = {name: step for name, step in made.items() if step is not None}
+    return measure(able, rounds, REFERENCE if solver == ADAPTIVE else HAND, device)
 
 
-def memory_part(solver: str, steps: int) -> Iterator[dict[str, int]]:
+def memory_part(solver: str, steps: int, device: Device = "cpu") -> Iterator[dict[str, int]]:
     """Peak bytes of each candidate, one by one."""
     for name in chosen(solver):
-        yield {name: in_a_process(name, solver, steps)}
+        peak = possible(name, device, partial(in_a_process if device == "cpu" else on_cuda, name, solver, steps))
+        if peak is not None:
+            yield {name: peak}
 
 
-def gradient_part(solver: str, steps: int) -> Iterator[dict[str, dict[str, float]]]:
+def gradient_part(solver: str, steps: int, device: Device = "cpu") -> Iterator[dict[str, dict[str, float]]]:
     """Relative errors of each candidate's gradient by group, one by one, against float64 of the same scheme.
 
     The ODE form: all then integrate the weights on the same grid.
@@ -103,8 +134,14 @@ def gradient_part(solver: str, steps: int) -> Iterator[dict[str, dict[str, float
     for name in chosen(solver, form="ode"):
         if solver != ADAPTIVE and name in OTHER_SCHEMES and (solver == "rk4" or "MALI" in name):
             continue
-        layer, run = build(name, steps, solver, form="ode")
-        yield {name: errors(gradients(layer, run, start()), _exact(layer, solver))}
+        found = possible(name, device, partial(_errors, name, steps, solver, device))
+        if found is not None:
+            yield {name: found}
+
+
+def _errors(name: str, steps: int, solver: str, device: Device) -> dict[str, float]:
+    layer, run = build(name, steps, solver, form="ode", device=device)
+    return errors(gradients(layer, run, start(device=device)), _exact(layer, solver))
 
 
 def _exact(layer: Any, solver: str) -> Any:
@@ -114,15 +151,21 @@ def _exact(layer: Any, solver: str) -> Any:
     # torchdiffeq's odeint goes through its choice of the first step as well.
     layer = copy.deepcopy(layer).double()
     layer.zero_grad(set_to_none=True)
-    return gradients(layer, CANDIDATES["odeint_dto"].run(layer), start(torch.float64))
+    z0 = start(torch.float64, device=next(layer.parameters()).device)
+    return gradients(layer, CANDIDATES["odeint_dto"].run(layer), z0)
 
 
-def save(part: str, solver: str, steps: int, found: dict[str, Any], command: str) -> None:
-    """Add to what results/peers.json holds, and show it."""
-    content = read("peers")
+def results_of(device: Device) -> str:
+    """The name of the results."""
+    return "peers" if device == "cpu" else f"peers_{device}"
+
+
+def save(part: str, solver: str, steps: int, found: dict[str, Any], command: str, device: Device = "cpu") -> None:
+    """Add to what the device's results hold, and show it."""
+    content = read(results_of(device))
     content.setdefault("parts", {}).setdefault(part, {}).setdefault(solver, {}).setdefault(str(steps), {}).update(found)
     content.setdefault("commands", {})[f"{part}, {solver}, {steps} steps"] = command
-    write("peers", {key: content[key] for key in ("commands", "parts")})
+    write(results_of(device), {key: content[key] for key in ("commands", "parts")}, device)
     for name, value in found.items():
         sys.stdout.write(f"{part:9} {solver:6} {steps:3} steps  {name:42} {_shown(value)}\n")
     sys.stdout.flush()
@@ -143,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 50])
     parser.add_argument("--solvers", nargs="+", choices=("euler", "rk4"), default=["euler", "rk4"])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--compiled",
         type=int,
@@ -153,27 +197,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; leave it out, or use --device cpu")
     for package in missing():
         sys.stdout.write(f"{package} is not installed: left out\n")
     command = " ".join(["python -m benchmarks.peers", *(sys.argv[1:] if arguments is None else arguments)])
-    for part in options.parts:
-        if part == "adaptive":
-            save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, options.rounds, compiled=False), command)
-            _one_by_one("memory", ADAPTIVE, 0, command)
-            _one_by_one("gradients", ADAPTIVE, 0, command)
-            continue
-        for solver in options.solvers:
-            for steps in options.steps:
-                if part == "time":
-                    compiled = steps * tableau(solver).stages <= options.compiled
-                    save(part, solver, steps, time_part(solver, steps, options.rounds, compiled), command)
-                else:
-                    _one_by_one(part, solver, steps, command)
+    with tf32(False):
+        for part in options.parts:
+            _measured(part, options, command)
 
 
-def _one_by_one(part: str, solver: str, steps: int, command: str) -> None:
-    for found in (memory_part if part == "memory" else gradient_part)(solver, steps):
-        save(part, solver, steps, found, command)
+def _measured(part: str, options: argparse.Namespace, command: str) -> None:
+    """One part, for all solvers and steps that were asked for."""
+    device = options.device
+    if part == "adaptive":
+        save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, options.rounds, False, device), command, device)
+        _one_by_one("memory", ADAPTIVE, 0, command, device)
+        _one_by_one("gradients", ADAPTIVE, 0, command, device)
+        return
+    for solver in options.solvers:
+        for steps in options.steps:
+            if part == "time":
+                compiled = steps * tableau(solver).stages <= options.compiled
+                save(part, solver, steps, time_part(solver, steps, options.rounds, compiled, device), command, device)
+            else:
+                _one_by_one(part, solver, steps, command, device)
+
+
+def _one_by_one(part: str, solver: str, steps: int, command: str, device: Device) -> None:
+    for found in (memory_part if part == "memory" else gradient_part)(solver, steps, device):
+        save(part, solver, steps, found, command, device)
 
 
 if __name__ == "__main__":

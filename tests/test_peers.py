@@ -67,6 +67,64 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     assert found["twice"]["seconds"] == pytest.approx(2, rel=1e-2)
 
 
+def test_a_gpu_is_waited_for_on_both_sides_of_a_step(monkeypatch):
+    """By a clock that goes on only where somebody waits: the device is behind the host."""
+    clock, queued = {"now": 0.0}, []
+
+    def waits(device):
+        assert device == "cuda"
+        clock["now"] += sum(queued)
+        queued.clear()
+
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(peers, "wait", waits)
+    steps = {HAND: lambda: queued.append(1.0), "twice": lambda: queued.append(2.0)}
+    found = peers.measure(steps, 3, HAND, "cuda")
+    assert (found["twice"]["seconds"], found["twice"]["median"]) == (2.0, 2.0)
+
+
+def test_what_a_gpu_cannot_run_is_left_out_with_its_words(capsys):
+    def refuses():
+        raise RuntimeError("not on\nthis device")
+
+    assert peers.possible("a", "cuda", refuses) is None
+    assert "a does not run on cuda, and is left out: not on this device" in capsys.readouterr().out
+    with pytest.raises(RuntimeError):
+        peers.possible("a", "cpu", refuses)
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        peers.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device cuda: torch finds no CUDA device here" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["euler", ADAPTIVE])
+def test_candidates_on_cuda_find_what_they_find_on_the_cpu(solver):
+    for name in chosen(solver):
+        on_both = []
+        for device in ("cpu", "cuda"):
+            layer, run = build(name, 3, solver, form="ode", device=device)
+            layer.double()
+            found = gradients(layer, run, start(torch.float64, SMALL, device))
+            on_both.append({group: [tensor.cpu() for tensor in tensors] for group, tensors in found.items()})
+        assert max(errors(*on_both).values()) < 1e-6, name
+
+
+@pytest.mark.gpu
+def test_findings_on_cuda_have_a_file_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "chosen", lambda solver, compiled=False: [HAND, "DiscreteAdjoint"])
+    peers.main(["--device", "cuda", "--steps", "2", "--solvers", "euler", "--rounds", "2", "--parts", *peers.PARTS[:3]])
+    parts = peers.read("peers_cuda")["parts"]
+    assert all(set(parts[part]["euler"]["2"]) == {HAND, "DiscreteAdjoint"} for part in peers.PARTS[:3])
+    assert parts["memory"]["euler"]["2"]["DiscreteAdjoint"] > 2 * 2**20
+    assert max(parts["gradients"]["euler"]["2"]["DiscreteAdjoint"].values()) < 1e-4
+
+
 def test_a_training_step_starts_from_no_gradients():
     layer, run = build("Backprop", 2, "euler")
     step = peers.once(layer, run)
