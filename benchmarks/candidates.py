@@ -41,6 +41,8 @@ class Candidate:
         fixed: whether it solves on a fixed grid; `ADAPTIVE` otherwise or as well, by ``adaptive``.
         solvers: the fixed-grid methods that it has, by our names.
         forms: the forms of the weights' evolution that it takes.
+        compiled: whether it is compiled by torch, which takes minutes.
+        jitted: whether it is compiled for each shape, at its first call.
     """
 
     run: Callable[[nc.CoupledODE], Run]
@@ -51,6 +53,7 @@ class Candidate:
     solvers: tuple[str, ...] = ("euler", "rk4")
     forms: tuple[Form, ...] = ("propagator", "ode")
     compiled: bool = False
+    jitted: bool = False
 
     @property
     def available(self) -> bool:
@@ -165,6 +168,13 @@ def _torchdiffeqpack(name: str, layer: nc.CoupledODE) -> Run:
     return run
 
 
+def _diffrax(adjoint: str, layer: nc.CoupledODE) -> Run:
+    """diffrax, which is imported where it is used: JAX takes seconds."""
+    from benchmarks import diffrax_peer
+
+    return diffrax_peer.run(adjoint, TOLERANCE if layer.method == ADAPTIVE else None, layer)
+
+
 CANDIDATES: dict[str, Candidate] = {
     HAND: Candidate(by_hand),
     **{name: Candidate(_identity, adjoint, forms=_forms(adjoint)) for name, adjoint in METHODS.items()},
@@ -185,6 +195,13 @@ CANDIDATES: dict[str, Candidate] = {
     "TorchDiffEqPack MALI": Candidate(
         partial(_torchdiffeqpack, "odesolve_adjoint_sym12"), package="TorchDiffEqPack", solvers=("euler",)
     ),
+    # By tolerance diffrax's other adjoints are other schemes, or have an error control of their own.
+    **{
+        f"diffrax {adjoint}": Candidate(
+            partial(_diffrax, adjoint), package="diffrax", adaptive=adjoint == "recursive", jitted=True
+        )
+        for adjoint in ("recursive", "recursive, all states", "backsolve")
+    },
     **{
         f"{name}, compiled": Candidate(_compiled, METHODS[name], compiled=True)
         for name in ("Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept")

@@ -44,12 +44,10 @@ SKIPPED = {"DiscreteAdjoint, 1 state", "DiscreteAdjoint, disk"}
 REFERENCE = "torchdiffeq odeint"
 """What adaptive solves are measured against."""
 OTHER_SCHEMES = {
-    "TorchDiffEqPack MALI": "its own scheme, an asynchronous leapfrog",
-    "torchdyn autograd": "torchdyn's rk4 takes its stages at other times",
-    "torchdyn adjoint": "torchdyn's rk4 takes its stages at other times",
-    "torchdyn interpolated_adjoint": "torchdyn's rk4 takes its stages at other times",
+    "TorchDiffEqPack MALI": ("euler",),  # an asynchronous leapfrog
+    **{f"torchdyn {name}": ("rk4",) for name in ("autograd", "adjoint", "interpolated_adjoint")},  # other stage times
 }
-"""By RK4 these compute something else forward, so that the error of their gradient against ours would say nothing."""
+"""Who computes something else forward by which method, so that its gradient's error against ours would say nothing."""
 
 Candidates = dict[str, Callable[[], None]]
 Found = TypeVar("Found")
@@ -132,7 +130,7 @@ def gradient_part(solver: str, steps: int, device: Device = "cpu") -> Iterator[d
     The ODE form: all then integrate the weights on the same grid.
     """
     for name in chosen(solver, form="ode"):
-        if solver != ADAPTIVE and name in OTHER_SCHEMES and (solver == "rk4" or "MALI" in name):
+        if solver in OTHER_SCHEMES.get(name, ()):
             continue
         found = possible(name, device, partial(_errors, name, steps, solver, device))
         if found is not None:
