@@ -44,28 +44,36 @@ def cell(experiment: Experiment) -> str:
 def measure(runs: Sequence[Planned], costed: Sequence[Planned], folder: Path) -> None:
     """Measure what the folder does not hold yet of the ``costed``, and write it there.
 
+    Times are measured again for all, if any is missing: their ratios are those of one run.
+
     Args:
         runs: finished runs, whose weights gradients are compared at.
         costed: one for each configuration, solver and gradient method; they need not have been trained.
         folder: the records of this schedule.
     """
     torch.set_num_threads(costed[0].experiment.threads or torch.get_num_threads())
-    experiments = [planned.experiment for planned in costed]
-    parts: dict[str, Callable[[], Part]] = {
-        "gradient": lambda: gradient_errors(runs, costed),
-        "memory": lambda: {cell(e): {"peak_bytes": peak_memory_in_a_process(e)} for e in experiments},
-        "time": lambda: step_times(experiments, random_batch(experiments[0])),
+    parts: dict[str, Callable[[Sequence[Planned]], Part]] = {
+        "gradient": lambda some: gradient_errors(runs, some),
+        "memory": lambda some: {cell(e): {"peak_bytes": peak_memory_in_a_process(e)} for e in _experiments(some)},
+        "time": lambda some: step_times(_experiments(costed), random_batch(costed[0].experiment)),
     }
     for name, find in parts.items():
         path = folder / "costs" / f"{name}.json"
-        if set(map(cell, experiments)) <= set(held(path)):
+        known = held(path)
+        missing = [planned for planned in costed if cell(planned.experiment) not in known]
+        if not missing:
             sys.stdout.write(f"{path}: measured already\n")
             continue
-        content = {"environment": environment(), "batch_size": experiments[0].batch_size, "cells": find()}
+        cells = known | find(missing)
+        content = {"environment": environment(), "batch_size": costed[0].experiment.batch_size, "cells": cells}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")
         sys.stdout.write(f"{path}\n")
         sys.stdout.flush()
+
+
+def _experiments(planned: Sequence[Planned]) -> list[Experiment]:
+    return [one.experiment for one in planned]
 
 
 def held(path: Path) -> Part:

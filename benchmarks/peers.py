@@ -116,20 +116,23 @@ def time_part(solver: str, steps: int, rounds: int, compiled: bool, device: Devi
     return measure(able, rounds, REFERENCE if solver == ADAPTIVE else HAND, device)
 
 
-def memory_part(solver: str, steps: int, device: Device = "cpu") -> Iterator[dict[str, int]]:
-    """Peak bytes of each candidate, one by one."""
-    for name in chosen(solver):
+def memory_part(solver: str, steps: int, device: Device = "cpu", only: str = "") -> Iterator[dict[str, int]]:
+    """Peak bytes of each candidate whose name has ``only`` in it, one by one."""
+    for name in filter(lambda name: only in name, chosen(solver)):
         peak = possible(name, device, partial(in_a_process if device == "cpu" else on_cuda, name, solver, steps))
         if peak is not None:
             yield {name: peak}
 
 
-def gradient_part(solver: str, steps: int, device: Device = "cpu") -> Iterator[dict[str, dict[str, float]]]:
-    """Relative errors of each candidate's gradient by group, one by one, against float64 of the same scheme.
+def gradient_part(
+    solver: str, steps: int, device: Device = "cpu", only: str = ""
+) -> Iterator[dict[str, dict[str, float]]]:
+    """Relative errors by group of the gradient of each candidate whose name has ``only`` in it, one by one, against
+    float64 of the same scheme.
 
     The ODE form: all then integrate the weights on the same grid.
     """
-    for name in chosen(solver, form="ode"):
+    for name in filter(lambda name: only in name, chosen(solver, form="ode")):
         if solver in OTHER_SCHEMES.get(name, ()):
             continue
         found = possible(name, device, partial(_errors, name, steps, solver, device))
@@ -192,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="compiled layers too, where a solve has at most N evaluations (80 take minutes to compile)",
     )
+    parser.add_argument("--only", default="", metavar="NAME", help="memory and gradients of these alone; not of time")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
@@ -210,8 +214,8 @@ def _measured(part: str, options: argparse.Namespace, command: str) -> None:
     device = options.device
     if part == "adaptive":
         save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, options.rounds, False, device), command, device)
-        _one_by_one("memory", ADAPTIVE, 0, command, device)
-        _one_by_one("gradients", ADAPTIVE, 0, command, device)
+        _one_by_one("memory", ADAPTIVE, 0, command, device, options.only)
+        _one_by_one("gradients", ADAPTIVE, 0, command, device, options.only)
         return
     for solver in options.solvers:
         for steps in options.steps:
@@ -219,11 +223,11 @@ def _measured(part: str, options: argparse.Namespace, command: str) -> None:
                 compiled = steps * tableau(solver).stages <= options.compiled
                 save(part, solver, steps, time_part(solver, steps, options.rounds, compiled, device), command, device)
             else:
-                _one_by_one(part, solver, steps, command, device)
+                _one_by_one(part, solver, steps, command, device, options.only)
 
 
-def _one_by_one(part: str, solver: str, steps: int, command: str, device: Device) -> None:
-    for found in (memory_part if part == "memory" else gradient_part)(solver, steps, device):
+def _one_by_one(part: str, solver: str, steps: int, command: str, device: Device, only: str) -> None:
+    for found in (memory_part if part == "memory" else gradient_part)(solver, steps, device, only):
         save(part, solver, steps, found, command, device)
 
 

@@ -90,6 +90,11 @@ def _inference(name: str) -> Callable[[Results], float]:
     return lambda results: results["inference"]["euler"]["5"][name]["median"]
 
 
+def _evolution(results: Results) -> float:
+    """In percent of the coupled block's forward pass, so of a training step a smaller share."""
+    return 100 * results["evolution"]["propagator"]["median"]
+
+
 DTO, FOUR = "DiscreteAdjoint", "DiscreteAdjoint, 4 states"
 TARGETS = (
     Target("time: `DiscreteAdjoint()`, Euler, 5 steps", 1.25, _time(DTO)),
@@ -123,11 +128,22 @@ TARGETS = (
         " MiB",
     ),
     Target("memory: `ReversibleAdjoint()`, Euler, 50 steps", 28, _mebibytes("ReversibleAdjoint", 50), " MiB"),
+    Target(
+        'memory: `ReversibleAdjoint(weights="recomputed")`, Euler, 50 steps',
+        28,
+        _mebibytes("ReversibleAdjoint, own weights", 50),
+        " MiB",
+    ),
     Target("memory: `DiscreteAdjoint(4)`, 50 steps against 20", 1.05, _growth(FOUR, 20, 50)),
     Target(
         'memory: `DiscreteAdjoint(4, weights="recomputed")`, 50 steps against 20',
         1.05,
         _growth(f"{FOUR}, own weights", 20, 50),
+    ),
+    Target(
+        'memory: `ReversibleAdjoint(weights="recomputed")`, 50 steps against 5',
+        1.05,
+        _growth("ReversibleAdjoint, own weights", 5, 50),
     ),
     *(
         Target(
@@ -143,6 +159,7 @@ TARGETS = (
     Target("memory: the same", 0.25, _quotient("odeint_dto", "torchdiffeq odeint", "memory", "dopri5", 0)),
     Target("inference: layer against the stack, Euler, 5 steps", 1.02, _inference("coupled layer")),
     Target("inference: baked layer against the stack, Euler, 5 steps", 1.00, _inference("baked layer")),
+    Target("weight evolution (propagator): share of a forward pass, Euler, 5 steps", 3, _evolution, "%"),
 )
 
 
@@ -270,7 +287,10 @@ def sections() -> dict[str, list[str]]:
     made: dict[str, list[str]] = {}
     if peers:
         commands = ", ".join(f"`{command}`" for command in dict.fromkeys(peers["commands"].values()))
-        results = parts | {"inference": others.get("ratio_to_stack", {})}
+        results = parts | {
+            "inference": others.get("ratio_to_stack", {}),
+            "evolution": read("evolution_cost").get("share_of_forward", {}),
+        }
         made["targets"] = [
             "| | target | reached | |",
             "|---|---:|---:|---|",

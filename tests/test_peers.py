@@ -10,6 +10,7 @@ import neuralode_coupled as nc
 from benchmarks import memory, peers, peers_page
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen, missing
 from benchmarks.common import start
+from benchmarks.evolution_cost import CASES
 from benchmarks.gradients import errors, gradients
 
 SMALL = (2, 16, 6, 6)
@@ -213,9 +214,10 @@ def test_targets_name_candidates_that_there_are():
         }
         stack = Recorder()
         tree["inference"] = {"euler": {"5": stack}}
+        tree["evolution"] = stack
         with pytest.raises(KeyError):
             target.value(tree)
-        assert asked[0] in CANDIDATES or asked[0] in ("coupled layer", "baked layer"), target.what
+        assert asked[0] in CANDIDATES or asked[0] in ("coupled layer", "baked layer", *CASES), target.what
 
 
 def test_the_memory_table_leaves_out_what_was_not_measured():
