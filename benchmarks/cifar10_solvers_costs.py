@@ -64,7 +64,7 @@ def measure(runs: Sequence[Planned], costed: Sequence[Planned], folder: Path) ->
         if not missing:
             sys.stdout.write(f"{path}: measured already\n")
             continue
-        cells = known | find(missing)
+        cells = find(missing) if name == "time" else known | find(missing)
         content = {"environment": environment(), "batch_size": costed[0].experiment.batch_size, "cells": cells}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(content, indent=1) + "\n")

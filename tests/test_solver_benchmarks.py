@@ -161,6 +161,32 @@ def test_costs_are_measured_once_and_again_where_the_file_is_broken(images, tmp_
     assert calls[3:] == ["time"]
 
 
+def test_costs_are_added_to_those_that_are_known_but_times_are_of_one_run(images, tmp_path, monkeypatch):
+    plan = planned(tmp_path / "runs", images, ("euler", "midpoint"), threads=1)
+    euler, midpoint = (cifar10_solvers_costs.cell(run.experiment) for run in plan)
+    (tmp_path / "costs").mkdir()
+    for name in ("gradient", "memory", "time"):
+        (tmp_path / "costs" / f"{name}.json").write_text(json.dumps({"cells": {euler: {"old": 1}, "gone": {}}}))
+    monkeypatch.setattr(
+        cifar10_solvers_costs,
+        "gradient_errors",
+        lambda runs, some: {cifar10_solvers_costs.cell(run.experiment): {"new": 1} for run in some},
+    )
+    monkeypatch.setattr(
+        cifar10_solvers_costs,
+        "step_times",
+        lambda some, batch: {cifar10_solvers_costs.cell(e): {"new": 1} for e in some},
+    )
+    monkeypatch.setattr(cifar10_solvers_costs, "peak_memory_in_a_process", lambda experiment: 5)
+    cifar10_solvers_costs.measure(plan, plan, tmp_path)
+    held = {
+        name: cifar10_solvers_costs.held(tmp_path / "costs" / f"{name}.json") for name in ("gradient", "memory", "time")
+    }
+    assert held["gradient"] == {euler: {"old": 1}, midpoint: {"new": 1}, "gone": {}}
+    assert held["memory"] == {euler: {"old": 1}, midpoint: {"peak_bytes": 5}, "gone": {}}
+    assert held["time"] == {euler: {"new": 1}, midpoint: {"new": 1}}
+
+
 # The table and the answer
 
 
