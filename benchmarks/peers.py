@@ -165,8 +165,12 @@ def save(part: str, solver: str, steps: int, found: dict[str, Any], command: str
     """Add to what the device's results hold, and show it."""
     content = read(results_of(device))
     content.setdefault("parts", {}).setdefault(part, {}).setdefault(solver, {}).setdefault(str(steps), {}).update(found)
-    content.setdefault("commands", {})[f"{part}, {solver}, {steps} steps"] = command
-    write(results_of(device), {key: content[key] for key in ("commands", "parts")}, device)
+    key = f"{part}, {solver}, {steps} steps"
+    if "--only" in command:  # it adds to what another command found
+        key += f", {', '.join(found)}"
+    content.setdefault("commands", {})[key] = command
+    content.setdefault("threads", {})[part] = torch.get_num_threads()
+    write(results_of(device), {key: content[key] for key in ("commands", "threads", "parts")}, device)
     for name, value in found.items():
         sys.stdout.write(f"{part:9} {solver:6} {steps:3} steps  {name:42} {_shown(value)}\n")
     sys.stdout.flush()

@@ -279,6 +279,12 @@ def environment(content: dict[str, Any]) -> str:
     return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
 
 
+def _threads(content: dict[str, Any]) -> str:
+    """By how many threads times were measured, which is not that of the parts that came later."""
+    found = content.get("threads", {}).get("time")
+    return "" if found is None else f"Times are those of {found} threads. "
+
+
 def sections() -> dict[str, list[str]]:
     """What goes between which markers."""
     peers, others, sizes = read("peers"), read("inference"), read("scaling")
@@ -296,7 +302,7 @@ def sections() -> dict[str, list[str]]:
             "|---|---:|---:|---|",
             *(target.row(results) for target in TARGETS),
             "",
-            f"{environment(peers)} Made by {commands}.",
+            f"{environment(peers)} {_threads(peers)}Made by {commands}.",
         ]
         made["time"] = table(_columns(parts.get("time", {}), fixed), _ratio)
         made["memory"] = table(_columns(parts.get("memory", {}), fixed), lambda value: f"{value / 2**20:.0f}")
