@@ -91,8 +91,7 @@ class CoupledProblem:
                 (*(by_step[n] for by_step in theta), *self.own[n]) for n in range(grid.steps) for theta in (there, back)
             )
             return plan, Operands((self.z0,), inputs, self.shared)
-        own, constant = OwnWeights(self.field, self.scheme), len(self.shared)
-        own.refuse_carried()
+        own, constant = OwnWeights(self.field, self.scheme, backwards=True), len(self.shared)
 
         def half(m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
             theta, _ = own.advance(m // 2, (), shared[constant:], backwards=m % 2 == 1)

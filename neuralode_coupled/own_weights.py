@@ -13,15 +13,21 @@ from neuralode_coupled.stage_weights import Scheme
 class OwnWeights:
     """The weights of a step, made within it.
 
+    Args:
+        field: whose weights.
+        scheme: the grid and the method of weights and activations.
+        backwards: whether steps are taken from their end as well, for which every weight must be reached at once.
+
     Attributes:
         direct: w0 of what an operator reaches at once from it.
         carried: w0 of the rest, which the state has to carry from step to step.
         captured: the parameters of the operators.
 
-    Raises ValueError unless weights and activations advance by one method on one grid.
+    Raises ValueError unless weights and activations advance by one method on one grid, and for weights that go forward
+    only, if ``backwards``.
     """
 
-    def __init__(self, field: CoupledField, scheme: Scheme) -> None:
+    def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
         if not scheme.together(field.kernel):
             grid, fine = scheme.grid, scheme.weight_grid
             raise ValueError(
@@ -34,14 +40,18 @@ class OwnWeights:
         every = {name: all_at_once(q) for name, q in self._operators.items()}
         self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}
         self._carried = [name for name in self._operators if name not in self._at_once]
+        if backwards:
+            self._refuse_carried()
         self._fractions = {
-            (name, back): scheme.stage_fractions(w0[name], back) for name in self._at_once for back in (False, True)
+            (name, back): scheme.stage_fractions(w0[name], back)
+            for name in self._at_once
+            for back in ((False, True) if backwards else (False,))
         }
         self.direct = tuple(w0[name] for name in self._at_once)
         self.carried = tuple(w0[name] for name in self._carried)
         self.captured = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
 
-    def refuse_carried(self) -> None:
+    def _refuse_carried(self) -> None:
         """Raise the ValueError for weights that only go forward, step by step."""
         if self._carried:
             name = self._carried[0]

@@ -7,7 +7,7 @@ All of it is ordinary differentiable PyTorch: autograd through it is the discret
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +119,7 @@ class Scheme:
     def stage_fractions(self, like: Tensor, backwards: bool = False) -> Float[Tensor, " stages"]:
         """Where in a step its stages are, counted in steps; ``backwards``: from its end. On the device of ``like``."""
         c = tuple(1 - fraction for fraction in self.weight_method.c) if backwards else self.weight_method.c
-        # Filled on the device: copying numbers there would make the host wait.
-        return torch.stack([torch.full((), fraction, dtype=like.dtype, device=like.device) for fraction in c])
+        return _numbers(c, like)
 
     def stages_from(self, operator: nn.Module, w: Weight, n: int) -> tuple[Weight, StageWeights]:
         """w at the end of step ``n``, and at its stages, from w at its start: (*weight) and (stages, *weight)."""
@@ -141,9 +140,7 @@ class Scheme:
         """w at any times: from the last grid point before, one step of the length that remains."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            # Filled on the device: copying numbers there would make the host wait.
-            elapsed = torch.stack([torch.full((), t, dtype=w0.dtype, device=w0.device) for t in times])
-            return trajectory(w0, elapsed - self.weight_grid.t0)
+            return trajectory(w0, _numbers(times, w0) - self.weight_grid.t0)
         path, found, propagate = self.path(operator, w0).unbind(), [], closed_form_for_many_steps(operator, w0)
         for t in times:
             n = min(max(int((t - self.weight_grid.t0) / self.weight_grid.h), 0), self.weight_grid.steps - 1)
@@ -173,3 +170,8 @@ class Scheme:
         if last:
             times = torch.cat([times, torch.full_like(times[:1], self.weight_grid.t1 - self.weight_grid.t0)])
         return times
+
+
+def _numbers(values: Sequence[float], like: Tensor) -> Float[Tensor, " values"]:
+    """A vector on the device of ``like``, filled there: copying numbers would make the host wait."""
+    return torch.stack([torch.full((), value, dtype=like.dtype, device=like.device) for value in values])

@@ -307,12 +307,7 @@ class _Sweep:
         """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
         wanted_y = [n > self.first or need for need in self.needed.y0]
         wanted = [*wanted_y, *self.needed.inputs[n], *self.needed.shared]
-        own = [*y, *self.operands.inputs[n], *self.operands.shared]
-        handed = len(own) - self.plan.captured
-        leaves = [
-            tensor.detach().requires_grad_(need) if i < handed else tensor
-            for i, (tensor, need) in enumerate(zip(own, wanted, strict=True))
-        ]
+        leaves = as_leaves([*y, *self.operands.inputs[n], *self.operands.shared], wanted, self.plan.captured)
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
         with torch.enable_grad(), self.replay.again(n) as buffers, playing(self.spared, n):
             u, v = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
@@ -323,6 +318,15 @@ class _Sweep:
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
         return grads[:width], grads[width:ahead]
+
+
+def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) -> list[Tensor]:
+    """What a step is recomputed on: leaves of its graph, but for the last, see `Plan` for ``captured``."""
+    handed = len(tensors) - captured
+    return [
+        tensor.detach().requires_grad_(need) if i < handed else tensor
+        for i, (tensor, need) in enumerate(zip(tensors, wanted, strict=True))
+    ]
 
 
 def vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_graph: bool = False) -> Gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +12,21 @@ from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import DeviceStore
-from neuralode_coupled.adjoint.engine import Gradients, Sum, add, arranged, differentiate_unrolled, traced, vjp
+from neuralode_coupled.adjoint.engine import (
+    Gradients,
+    Sum,
+    add,
+    arranged,
+    as_leaves,
+    differentiate_unrolled,
+    traced,
+    vjp,
+)
 from neuralode_coupled.adjoint.problem import Operands, Plan, Problem, Stats, Weights, check_weights
 from neuralode_coupled.adjoint.replay import Replay
+
+Increment = Callable[[int, State], State]
+"""``increment(m, source)`` of half step m from its source."""
 
 
 @dataclass(frozen=True)
@@ -82,21 +95,19 @@ class ReversibleAdjoint:
         c = self.coupling
         return tuple((a - (1 - c) * b - d) / c for a, b, d in zip(y, v, increment, strict=True))
 
-    def _unroll(self, plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
-        """The emitted states by a plain loop, as `engine.unroll`."""
-
-        def increment(m: int, source: State) -> State:
-            if replay is None:
-                return plan.step(m, source, operands.inputs[m], operands.shared, plan.buffers[m])[0]
-            with replay.again(m) as buffers:
-                return plan.step(m, source, operands.inputs[m], operands.shared, buffers)[0]
-
-        y, v, emitted = operands.y0, operands.y0, []
+    def march(self, plan: Plan, y0: State, increment: Increment) -> tuple[State, State, list[State]]:
+        """The final y and v, and the emitted states, by the increments of the half steps."""
+        y, v, emitted = y0, y0, []
         for m in range(0, plan.count, 2):
             y = self.first_half(y, v, increment(m, v))
             v = _minus(v, increment(m + 1, y))
             emitted.extend([y] * plan.emits[m + 1])
-        return emitted
+        return y, v, emitted
+
+    def _unroll(self, plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
+        """The emitted states by a plain loop, as `engine.unroll`."""
+        increment = _plain if replay is None else partial(_repeated, replay)
+        return self.march(plan, operands.y0, partial(increment, plan, operands))[2]
 
 
 class _Reversible(torch.autograd.Function):
@@ -107,19 +118,14 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, scheme: ReversibleAdjoint, plan: Plan, structure: Operands, replay: Replay, *flat: Tensor
     ) -> tuple[Tensor, ...]:
         operands = structure.restore([tensor.detach() for tensor in flat])
-        emitted: list[Tensor] = []
-        y, v = operands.y0, operands.y0
-        for m in range(0, plan.count, 2):
-            y = scheme.first_half(y, v, _recorded(plan, operands, replay, m, v))
-            v = _minus(v, _recorded(plan, operands, replay, m + 1, y))
-            emitted.extend(y * plan.emits[m + 1])
+        y, v, emitted = scheme.march(plan, operands.y0, partial(_recorded, replay, plan, operands))
         ctx.scheme, ctx.plan, ctx.structure, ctx.replay = scheme, plan, structure, replay
         # Not by autograd, which would hold on to them until the whole backward pass is over.
         ctx.ends = DeviceStore()
         ctx.ends.put(plan.count // 2, (*y, *v))
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
-        return tuple(emitted)
+        return tuple(part for state in emitted for part in state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -135,9 +141,18 @@ class _Reversible(torch.autograd.Function):
         return None, None, None, None, *found
 
 
-def _recorded(plan: Plan, operands: Operands, replay: Replay, m: int, source: State) -> State:
+def _plain(plan: Plan, operands: Operands, m: int, source: State) -> State:
+    return plan.step(m, source, operands.inputs[m], operands.shared, plan.buffers[m])[0]
+
+
+def _recorded(replay: Replay, plan: Plan, operands: Operands, m: int, source: State) -> State:
     with replay.record(m):
-        return plan.step(m, source, operands.inputs[m], operands.shared, plan.buffers[m])[0]
+        return _plain(plan, operands, m, source)
+
+
+def _repeated(replay: Replay, plan: Plan, operands: Operands, m: int, source: State) -> State:
+    with replay.again(m) as buffers:
+        return plan.step(m, source, operands.inputs[m], operands.shared, buffers)[0]
 
 
 class _Sweep:
@@ -169,15 +184,8 @@ class _Sweep:
         if last in ends:
             both = ends.get(last, last=True)
             return both[:width], both[width:]
-        y = v = self.operands.y0
-        for m in range(0, self.plan.count, 2):
-            y = self.scheme.first_half(y, v, self._repeated(m, v))
-            v = _minus(v, self._repeated(m + 1, y))
-        return y, v
-
-    def _repeated(self, m: int, source: State) -> State:
-        with self.replay.again(m) as buffers:
-            return self.plan.step(m, source, self.operands.inputs[m], self.operands.shared, buffers)[0]
+        increment = partial(_repeated, self.replay, self.plan, self.operands)
+        return self.scheme.march(self.plan, self.operands.y0, increment)[:2]
 
     def _undo_second(
         self, m: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
@@ -199,12 +207,7 @@ class _Sweep:
         """The increment of half step ``m`` once more, and alpha carried back through it to its source."""
         row = self.operands.inputs[m]
         wanted = [*[True] * len(source), *self.needed.inputs[m], *self.needed.shared]
-        own = [*source, *row, *self.operands.shared]
-        handed = len(own) - self.plan.captured
-        leaves = [
-            tensor.detach().requires_grad_(need) if i < handed else tensor
-            for i, (tensor, need) in enumerate(zip(own, wanted, strict=True))
-        ]
+        leaves = as_leaves([*source, *row, *self.operands.shared], wanted, self.plan.captured)
         width, ahead = len(source), len(source) + len(row)
         with torch.enable_grad(), self.replay.again(m) as buffers:
             u, shared = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
