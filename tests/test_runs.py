@@ -185,11 +185,13 @@ def test_peak_memory_without_a_mark_that_resets(monkeypatch):
         raise PermissionError("clear_refs")
 
     monkeypatch.setattr(Path, "write_text", forbidden)
+    earlier = torch.ones(256 * 2**20, dtype=torch.uint8)  # what stays below this peak is missed
+    del earlier
     meter = PeakMemory(torch.device("cpu"))
     before = meter.read()
     # More than anything before, or the process's high-water mark would not move.
     kept = torch.ones(1024 * 2**20, dtype=torch.uint8)
-    assert 1.1 * len(kept) > meter.read() > before
+    assert len(kept) > meter.read() > before
 
 
 @pytest.mark.gpu
