@@ -13,17 +13,18 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import neuralode_coupled as nc
-from benchmarks.candidates import HAND, build
+from benchmarks.candidates import CANDIDATES, HAND, build
 from benchmarks.common import METHODS, by_hand, groups, start, training_step, write
+from benchmarks.pages import DOCS
 from neuralode_coupled import plotting
 
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "gradients.png"
+FIGURE = DOCS / "figures" / "gradients.png"
 
 Gradients = dict[str, list[Tensor]]
 
@@ -63,17 +64,19 @@ def errors(found: Gradients, reference: Gradients) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20])
     parser.add_argument("--solvers", nargs="+", default=["euler", "rk4"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     results: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
     path = None
     for solver in options.solvers:
         results[solver] = {}
         for name in (HAND, *METHODS):
+            if not CANDIDATES[name].takes(solver, "ode"):
+                continue
             results[solver][name] = {}
             for steps in options.steps:
                 # The ODE form: the continuous adjoint then integrates the weights on the same grid as the others.

@@ -16,19 +16,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.candidates import CANDIDATES, HAND, build
 from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
-from benchmarks.pages import put
+from benchmarks.pages import DOCS, put
 from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
-DOCS = Path(__file__).parent.parent / "docs"
 FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"
 
 

@@ -203,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
+    if not any(options.only in name for name in CANDIDATES):
+        parser.error(f"--only {options.only}: no candidate has this in its name; they are {', '.join(CANDIDATES)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; leave it out, or use --device cpu")
     for package in missing():

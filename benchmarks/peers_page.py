@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.candidates import CANDIDATES, HAND
 from benchmarks.common import read
-from benchmarks.pages import put
+from benchmarks.pages import DOCS, put
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "peers.png"
+PAGE = DOCS / "benchmarks.md"
+FIGURE = DOCS / "figures" / "peers.png"
 GROUPS = ("z0", "w0", "p", "static")
 KEPT = "DiscreteAdjoint, products kept"
 

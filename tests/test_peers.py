@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import neuralode_coupled as nc
+from benchmarks import gradients as gradients_benchmark
 from benchmarks import memory, peers, peers_page
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen, missing
-from benchmarks.common import start
+from benchmarks.common import METHODS, start
 from benchmarks.evolution_cost import CASES
 from benchmarks.gradients import errors, gradients
 
@@ -31,7 +35,8 @@ def test_candidates_solve_the_same_problem(solver):
     for name in chosen(solver, form="ode"):
         exact = name not in INEXACT and not any(word in name for word in ("adjoint", "backsolve", "MALI"))
         exact = exact and not (name.startswith("torchdyn") and solver == "rk4")
-        assert max(errors(found(name, solver), expected).values()) < (1e-10 if exact else 0.7), name
+        allowed = 1e-10 if exact else 0.7 if "MALI" in name else 0.5  # MALI's scheme is another one forward too
+        assert max(errors(found(name, solver), expected).values()) < allowed, name
 
 
 def test_adaptive_candidates_solve_the_same_problem():
@@ -40,6 +45,24 @@ def test_adaptive_candidates_solve_the_same_problem():
     assert max(errors(found(peers.REFERENCE, ADAPTIVE), expected).values()) < 1e-3
     for name in chosen(ADAPTIVE, form="ode"):
         assert max(errors(found(name, ADAPTIVE), expected).values()) < 0.5, name
+
+
+def test_the_gradients_of_all_methods_that_take_the_ode_form_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    monkeypatch.setattr(gradients_benchmark, "FIGURE", tmp_path / "gradients.png")
+    monkeypatch.setattr(gradients_benchmark, "start", partial(start, shape=SMALL))
+    gradients_benchmark.main(["--steps", "2", "--solvers", "euler"])
+    found = json.loads((tmp_path / "gradients.json").read_text())["relative_errors"]["euler"]
+    assert set(found) == {HAND, *METHODS} - {"ReversibleAdjoint, own weights"}
+    exact = set(found) - {"ContinuousAdjoint"}
+    assert all(max(found[name]["2"].values()) < 1e-3 for name in exact)
+    assert (tmp_path / "gradients.png").stat().st_size > 10_000
+
+
+def test_a_name_that_no_candidate_has_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        peers.main(["--parts", "memory", "--only", "DiscreteAdjiont"])
+    assert "--only DiscreteAdjiont: no candidate has this in its name" in capsys.readouterr().err
 
 
 def test_who_is_not_installed_is_left_out_with_a_word(monkeypatch):
