@@ -7,6 +7,7 @@ Ours, by hand, and other packages on the same field. A candidate is built for a 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 from collections.abc import Callable
@@ -38,6 +39,7 @@ class Candidate:
         run: makes the function of z0 out of a layer, which says which solver and how many steps.
         adjoint: the gradient method of that layer, where it is used.
         package: what must be installed for it.
+        attribute: what the package must have, where not every release has it.
         fixed: whether it solves on a fixed grid; `ADAPTIVE` otherwise or as well, by ``adaptive``.
         solvers: the fixed-grid methods that it has, by our names.
         forms: the forms of the weights' evolution that it takes.
@@ -48,6 +50,7 @@ class Candidate:
     run: Callable[[nc.CoupledODE], Run]
     adjoint: nc.GradientMethod | None = None
     package: str = ""
+    attribute: str = ""
     fixed: bool = True
     adaptive: bool = False
     solvers: tuple[str, ...] = ("euler", "rk4")
@@ -56,9 +59,13 @@ class Candidate:
     jitted: bool = False
 
     @property
-    def available(self) -> bool:
-        """Whether its package is installed."""
-        return not self.package or importlib.util.find_spec(self.package) is not None
+    def lacks(self) -> str:
+        """What would have to be installed for it; nothing where it can be measured."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return self.package
+        if self.attribute and not hasattr(importlib.import_module(self.package), self.attribute):
+            return f"{self.package}.{self.attribute}"
+        return ""
 
     def takes(self, solver: str, form: Form = "propagator") -> bool:
         """Whether it can solve by this method, weights in this form."""
@@ -195,13 +202,21 @@ CANDIDATES: dict[str, Candidate] = {
     "TorchDiffEqPack MALI": Candidate(
         partial(_torchdiffeqpack, "odesolve_adjoint_sym12"), package="TorchDiffEqPack", solvers=("euler",)
     ),
-    # By tolerance diffrax's other adjoints are other schemes, or have an error control of their own.
+    # By tolerance the number of states is not known beforehand.
     **{
         f"diffrax {adjoint}": Candidate(
-            partial(_diffrax, adjoint), package="diffrax", adaptive=adjoint == "recursive", jitted=True
+            partial(_diffrax, adjoint), package="diffrax", adaptive="all states" not in adjoint, jitted=True
         )
         for adjoint in ("recursive", "recursive, all states", "backsolve")
     },
+    "diffrax reversible": Candidate(
+        partial(_diffrax, "reversible"),
+        package="diffrax",
+        attribute="ReversibleAdjoint",
+        adaptive=True,
+        solvers=("euler",),
+        jitted=True,
+    ),
     **{
         f"{name}, compiled": Candidate(_compiled, METHODS[name], compiled=True)
         for name in ("Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept")
@@ -214,10 +229,10 @@ def chosen(solver: str, compiled: bool = False, form: Form = "propagator") -> li
     return [
         name
         for name, candidate in CANDIDATES.items()
-        if candidate.takes(solver, form) and candidate.available and (compiled or not candidate.compiled)
+        if candidate.takes(solver, form) and not candidate.lacks and (compiled or not candidate.compiled)
     ]
 
 
 def missing() -> list[str]:
-    """The packages that are not installed, and what they would be measured with."""
-    return sorted({candidate.package for candidate in CANDIDATES.values() if not candidate.available})
+    """What is not installed, of packages and of what they must have, and would be measured."""
+    return sorted({candidate.lacks for candidate in CANDIDATES.values() if candidate.lacks})

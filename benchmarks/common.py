@@ -20,6 +20,9 @@ from neuralode_coupled.evolution.reaction_diffusion_advection import Form
 from neuralode_coupled.runge_kutta import step, tableau
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "torchdiffeq", "torchdyn", "TorchDiffEqPack", "diffrax", "jax")
+"""Whose versions stand beside a result, of those that are installed."""
+
 Device = str | torch.device
 SHAPE = (32, 16, 32, 32)
 """The block's activations: one state of it is 2 MiB in float32."""
@@ -123,7 +126,6 @@ def groups(layer: nc.CoupledODE, z0: Tensor) -> dict[str, Sequence[Tensor]]:
 
 def environment(device: Device | None = None) -> dict[str, Any]:
     """What a result depends on; by default it is taken to be a GPU's where there is one."""
-    packages = ("torch", "torchdiffeq")
     on_cuda = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
@@ -131,9 +133,16 @@ def environment(device: Device | None = None) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[1], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "neuralode_coupled": nc.__version__,
-        **{name: metadata.version(name) for name in packages},
+        **{name: version for name in PACKAGES if (version := _version(name)) is not None},
         **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def read(name: str) -> dict[str, Any]:

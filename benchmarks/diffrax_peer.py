@@ -4,10 +4,14 @@ A training step is two jitted functions: a forward pass that also returns what i
 that starts from there, so that nothing is computed twice but what the adjoint itself computes twice. Tensors cross
 by DLPack without a copy, and z is turned to channels last and back within the jitted functions. Each is compiled at its
 first call with a shape: whoever measures calls it beforehand.
+
+On the CPU only. XLA has as many threads as torch had when the first of these runs was made in a process; they cannot be
+changed later. NPROC in the environment, which XLA reads, overrides that.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,9 +31,10 @@ ADJOINTS: dict[str, Callable[[int], Any]] = {
     "recursive": lambda steps: diffrax.RecursiveCheckpointAdjoint(),
     "recursive, all states": lambda steps: diffrax.RecursiveCheckpointAdjoint(checkpoints=steps),
     "backsolve": lambda steps: diffrax.BacksolveAdjoint(),
+    "reversible": lambda steps: diffrax.ReversibleAdjoint(),
 }
-"""By the number of steps; the first keeps about the root of twice the most steps that there may be. diffrax 0.7.2
-has no reversible one."""
+"""By the number of steps. The first keeps about as many states as the root of twice the most steps that there may be;
+the last is in no release up to 0.7.2, and goes with diffrax's own reversible scheme."""
 
 
 def run(adjoint: str, tolerance: float | None, layer: nc.CoupledODE) -> Callable[[Tensor], Tensor]:
@@ -38,10 +43,15 @@ def run(adjoint: str, tolerance: float | None, layer: nc.CoupledODE) -> Callable
     Args:
         adjoint: one of `ADJOINTS`.
         tolerance: relative and absolute, for steps that Dopri5 chooses; None for the layer's own method and grid.
-        layer: a block of the benchmarks. Raises ValueError for another, see `vector_field`.
+        layer: a block of the benchmarks.
+
+    Raises:
+        ValueError: for an unknown adjoint or a layer that `vector_field` refuses, and at a call with tensors that are
+            not on the CPU.
     """
     if adjoint not in ADJOINTS:
         raise ValueError(f"unknown adjoint {adjoint!r}: choose one of {', '.join(ADJOINTS)}")
+    os.environ.setdefault("NPROC", str(torch.get_num_threads()))
     pulled = jax.jit(partial(jax.vjp, _solve(adjoint, tolerance, layer)))
     pull = jax.jit(lambda adjoint, slope: adjoint(slope))
     names = [name for name, _ in layer.field.named_parameters()]
@@ -65,6 +75,8 @@ def run(adjoint: str, tolerance: float | None, layer: nc.CoupledODE) -> Callable
 
 
 def _to_jax(tensor: Tensor) -> Array:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"diffrax is measured on the CPU only, got a tensor on {tensor.device}: use --device cpu")
     return jax.dlpack.from_dlpack(tensor.detach().contiguous())
 
 
@@ -86,23 +98,15 @@ def _solve(adjoint: str, tolerance: float | None, layer: nc.CoupledODE) -> Calla
 def _fixed(adjoint: str, layer: nc.CoupledODE) -> dict[str, Any]:
     """The layer's grid. ``max_steps`` decides how many states are kept; diffrax's own limit is 4096."""
     steps = layer.grid.steps
-    return {
-        "solver": _runge_kutta(layer.method),
-        "dt0": 1 / steps,
-        "max_steps": steps,
-        "adjoint": ADJOINTS[adjoint](steps),
-    }
+    solver = diffrax.ReversibleHeun() if adjoint == "reversible" else _runge_kutta(layer.method)
+    return {"solver": solver, "dt0": 1 / steps, "max_steps": steps, "adjoint": ADJOINTS[adjoint](steps)}
 
 
 def _adaptive(adjoint: str, tolerance: float) -> dict[str, Any]:
-    """Dopri5 and diffrax's choice of steps, with its own limit of their number."""
+    """Dopri5 with the steps that diffrax chooses, and its own limit of their number: 4096."""
+    solver = diffrax.ReversibleHeun() if adjoint == "reversible" else diffrax.Dopri5()
     controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
-    return {
-        "solver": diffrax.Dopri5(),
-        "dt0": None,
-        "stepsize_controller": controller,
-        "adjoint": ADJOINTS[adjoint](4096),
-    }
+    return {"solver": solver, "dt0": None, "stepsize_controller": controller, "adjoint": ADJOINTS[adjoint](4096)}
 
 
 def _runge_kutta(method: str) -> Any:

@@ -66,7 +66,8 @@ def on_cuda(name: str, method: str, steps: int) -> int:
 
 def in_a_process(name: str, method: str, steps: int) -> int:
     """The same in a fresh process."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | allocator | {"NPROC": "1"}  # XLA's threads: one, as torch's
     arguments = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, method, str(steps)]
     done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return int(done.stdout)

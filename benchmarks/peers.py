@@ -45,6 +45,7 @@ REFERENCE = "torchdiffeq odeint"
 """What adaptive solves are measured against."""
 OTHER_SCHEMES = {
     "TorchDiffEqPack MALI": ("euler",),  # an asynchronous leapfrog
+    "diffrax reversible": ("euler",),  # a reversible form of Heun's method
     **{f"torchdyn {name}": ("rk4",) for name in ("autograd", "adjoint", "interpolated_adjoint")},  # other stage times
 }
 """Who computes something else forward by which method, so that its gradient's error against ours would say nothing."""

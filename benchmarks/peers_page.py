@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.candidates import CANDIDATES, HAND
-from benchmarks.common import read
+from benchmarks.common import PACKAGES, read
 from benchmarks.pages import DOCS, put
 
 PAGE = DOCS / "benchmarks.md"
@@ -273,7 +273,7 @@ def draw(parts: Results, steps: int) -> Figure:
 def environment(content: dict[str, Any]) -> str:
     """On what a result was measured, in a line."""
     found = content["environment"]
-    versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "torchdiffeq") if name in found)
+    versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
     threads, load = found["cores"], found.get("load_average")
     busy = "" if load is None else f", the machine's load being {load} when it was written"
     return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
 
 import neuralode_coupled as nc
 from benchmarks import gradients as gradients_benchmark
@@ -33,7 +33,7 @@ def test_candidates_solve_the_same_problem(solver):
     """Exact methods to rounding; those that solve an adjoint ODE, or a scheme of their own, roughly."""
     expected = found(HAND, solver)
     for name in chosen(solver, form="ode"):
-        exact = name not in INEXACT and not any(word in name for word in ("adjoint", "backsolve", "MALI"))
+        exact = name not in INEXACT and not any(word in name for word in ("adjoint", "backsolve", "MALI", "reversible"))
         exact = exact and not (name.startswith("torchdyn") and solver == "rk4")
         allowed = 1e-10 if exact else 0.7 if "MALI" in name else 0.5  # MALI's scheme is another one forward too
         assert max(errors(found(name, solver), expected).values()) < allowed, name
@@ -72,15 +72,46 @@ def test_who_is_not_installed_is_left_out_with_a_word(monkeypatch):
     assert "torchdiffeq odeint" in chosen("euler")
 
 
-def test_in_jax_there_are_the_parts_of_the_block_only():
-    pytest.importorskip("diffrax")
-    from benchmarks import diffrax_peer
+def test_the_benchmark_says_who_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "diffrax" else name)
+    monkeypatch.setattr(peers, "_measured", lambda *arguments: None)
+    peers.main(["--parts", "time", "--steps", "5", "--solvers", "euler", "--rounds", "2"])
+    assert "diffrax is not installed: left out" in capsys.readouterr().out
 
-    layer = nc.CoupledODE(nn.Linear(4, 4), nc.ReactionDiffusionAdvection(), steps=2)
-    with pytest.raises(ValueError, match="in JAX there is no"):
-        diffrax_peer.run("recursive", None, nc.CoupledODE(nn.Sequential(nn.Linear(4, 4)), steps=2))
-    with pytest.raises(ValueError, match="unknown adjoint 'none': choose one of recursive"):
-        diffrax_peer.run("none", None, layer)
+
+def test_a_release_without_what_is_measured_is_left_out_with_a_word(monkeypatch):
+    """torchdiffeq stands for a package that is installed."""
+    monkeypatch.setitem(CANDIDATES, "old", replace(CANDIDATES[HAND], package="torchdiffeq", attribute="absent"))
+    monkeypatch.setitem(CANDIDATES, "new", replace(CANDIDATES[HAND], package="torchdiffeq", attribute="odeint"))
+    assert "torchdiffeq.absent" in missing()
+    assert "new" in chosen("euler")
+    assert "old" not in chosen("euler")
+
+
+def asynchronous_leapfrog(layer: nc.CoupledODE):
+    """The state and its slope advance in turn, as a plain loop under autograd."""
+
+    def run(z0):
+        h, t = 1 / layer.grid.steps, torch.zeros((), dtype=z0.dtype)
+        y = layer.field.initial_state(z0)
+        v = layer.field(t, y)
+        for _ in range(layer.grid.steps):
+            middle = tuple(a + h / 2 * b for a, b in zip(y, v, strict=True))
+            v = tuple(2 * a - b for a, b in zip(layer.field(t, middle), v, strict=True))
+            y = tuple(a + h / 2 * b for a, b in zip(middle, v, strict=True))
+        return y[0]
+
+    return run
+
+
+def test_mali_has_the_gradient_of_its_own_scheme():
+    """In four steps: it keeps times in float32, in which 1/4 is exact."""
+    pytest.importorskip("TorchDiffEqPack")
+    layer, run = build("TorchDiffEqPack MALI", 4, "euler", form="ode")
+    mali = gradients(layer.double(), run, start(torch.float64, SMALL))
+    layer.zero_grad(set_to_none=True)
+    expected = gradients(layer, asynchronous_leapfrog(layer), start(torch.float64, SMALL))
+    assert max(errors(mali, expected).values()) < 1e-10
 
 
 def test_compiled_candidates_are_asked_for():
@@ -148,7 +179,7 @@ def test_cuda_that_is_not_there_is_refused(monkeypatch, capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("solver", ["euler", ADAPTIVE])
 def test_candidates_on_cuda_find_what_they_find_on_the_cpu(solver):
-    for name in chosen(solver):
+    for name in (name for name in chosen(solver) if not CANDIDATES[name].jitted):  # diffrax is for the CPU
         on_both = []
         for device in ("cpu", "cuda"):
             layer, run = build(name, 3, solver, form="ode", device=device)
