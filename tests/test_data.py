@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def ready(**options) -> ImageData:
 
 def epoch_of(images: ImageData, epoch: int) -> torch.Tensor:
     loader = images.train_dataloader()
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.sampler.set_epoch(epoch)
     return torch.cat([labels for _, labels in loader])
 
 
@@ -78,6 +79,17 @@ def test_a_loader_gives_whole_batches_and_each_image_once():
     assert torch.equal(labels, images.test.labels)
 
 
+def test_images_go_to_the_device_that_trains_and_are_fetched_there():
+    """The meta device stands for another than the host: its tensors hold nothing, and mix with no others."""
+    images = ready(batch_size=100)
+    there = torch.device("meta")
+    images.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=there), world_size=1, global_rank=0)
+    for loader, count in ((images.train_dataloader(), 1437), (images.val_dataloader(), 360)):
+        batches = list(loader)
+        assert {part.device for batch in batches for part in batch} == {there}
+        assert sum(len(labels) for _, labels in batches) == count
+
+
 def test_the_order_depends_on_seed_and_epoch_alone():
     first, again, other = ready(seed=1, limit=200), ready(seed=1, limit=200), ready(seed=2, limit=200)
     epoch_of(again, 0)
@@ -115,7 +127,7 @@ def test_devices_share_the_test_images_in_equally_many_batches(count, batch_size
     shares = [list(EvenBatches(count, batch_size, devices, rank)) for rank in range(devices)]
     assert len({len(share) for share in shares}) == 1
     assert all(len(share) == len(EvenBatches(count, batch_size, devices, 0)) for share in shares)
-    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    assert sorted(i for share in shares for batch in share for i in batch.tolist()) == list(range(count))
     assert all(1 <= len(batch) <= batch_size + 1 for share in shares for batch in share)
 
 

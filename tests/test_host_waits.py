@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import neuralode_coupled as nc
 from neuralode_coupled import training
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.data import ImageData, augment
+from neuralode_coupled.data import EvenBatches, ImageData, ImageSet, augment
 from neuralode_coupled.runs import Experiment, RunFolder
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -232,6 +232,18 @@ def test_a_models_forward_pass_on_claimed_cuda_copies_nothing(claimed, variant):
     assert loss.requires_grad
 
 
+def test_batches_on_claimed_cuda_are_fetched_without_a_copy(claimed):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = ImageSet(
+            torch.zeros(20, 3, 32, 32, dtype=torch.uint8, device="cuda"),
+            torch.zeros(20, dtype=torch.int64, device="cuda"),
+        )
+        batches = iter(EvenBatches(len(images), 8, 1, 0, "cuda"))
+        with NoWaiting():
+            fetched = [images.__getitems__(batch) for batch in batches]
+    assert [(len(labels), labels.device.type) for _, labels in fetched] == [(7, "cuda"), (7, "cuda"), (6, "cuda")]
+
+
 @pytest.mark.parametrize("method", ["euler", "rk4"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=["rda", "rda-ode", "rda-tanh", "static"])
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
@@ -260,10 +272,10 @@ def test_a_training_step_on_cuda_does_not_synchronise(variant):
     classifier = training.Classifier(model, epochs=1).cuda()
     optimizer, data = classifier.configure_optimizers(), ImageData("digits", batch_size=16)
     data.setup()
-    images, labels = (part.pin_memory() for part in data.train.__getitems__(range(16)))
+    images, indices = data.train.to(torch.device("cuda", 0)), torch.arange(16, device="cuda")
 
     def step() -> Tensor:
-        pixels, targets = (part.to("cuda", non_blocking=True) for part in (images, labels))
+        pixels, targets = images.__getitems__(indices)
         normalised = data.normalise(augment(pixels, flip=True))
         optimizer.zero_grad()
         loss = functional.cross_entropy(classifier(normalised), targets)
