@@ -52,7 +52,7 @@ def schedule_name(experiment: Experiment) -> str:
     """A folder name for what all runs of one table have in common."""
     parts = [f"epochs{experiment.epochs}", "all" if experiment.limit is None else f"images{experiment.limit}"]
     plain = Experiment()
-    for name in ("validation", "batch_size", "lr", "method", "evolution", "evolution_lr", "precision"):
+    for name in ("validation", "batch_size", "lr", "method", "dynamics", "evolution", "evolution_lr", "precision"):
         value = getattr(experiment, name)
         if value not in (getattr(plain, name), 256 if name == "batch_size" else None):
             parts.append(f"{name.replace('_', '-')}-{value}")
@@ -323,6 +323,7 @@ def add_options(parser: argparse.ArgumentParser, name: str, plain: Experiment) -
     parser.add_argument("--validation", type=int, default=plain.validation)
     parser.add_argument("--lr", type=float, default=plain.lr)
     parser.add_argument("--batch-size", type=int, default=plain.batch_size)
+    parser.add_argument("--dynamics")
     parser.add_argument("--evolution")
     parser.add_argument("--evolution-lr", type=float, default=plain.evolution_lr)
     parser.add_argument("--precision", default=plain.precision)

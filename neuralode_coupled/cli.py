@@ -66,6 +66,15 @@ RelativeTolerance = Annotated[
 AbsoluteTolerance = Annotated[
     float | None, typer.Option("--atol", help="Absolute tolerance of a solver that chooses its steps.")
 ]
+DynamicsName = Annotated[
+    str | None,
+    typer.Option(
+        "--dynamics",
+        help="The parts of the ODE blocks' right-hand side, joined by hyphens: conv, relu, norm (a BatchNorm for each "
+        "step), shared (one for all steps), group (a GroupNorm). By default conv-norm-relu-conv-norm; alexnet: "
+        "conv-norm-relu.",
+    ),
+]
 EvolutionName = Annotated[
     str | None,
     typer.Option(
@@ -110,6 +119,7 @@ def _shared_experiment(
     steps: Steps = None,
     rtol: RelativeTolerance = None,
     atol: AbsoluteTolerance = None,
+    dynamics: DynamicsName = None,
     evolution: EvolutionName = None,
     evolution_lr: EvolutionRate = 1.0,
     adjoint: AdjointName = None,

@@ -57,6 +57,7 @@ class Experiment:
     steps: int | None = None
     rtol: float | None = None
     atol: float | None = None
+    dynamics: str | None = None
     evolution: str | None = None
     evolution_lr: float = 1.0
     adjoint: str | None = None

@@ -429,6 +429,7 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
         method=experiment.method,
         rtol=experiment.rtol,
         atol=experiment.atol,
+        dynamics=experiment.dynamics,
         evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
         adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
         classes=classes,
@@ -481,7 +482,7 @@ def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> 
 
 def origin(experiment: Experiment) -> dict[str, Any]:
     """What decides over the names and shapes of the model's weights, and the version that made them."""
-    decisive = ("model", "variant", "steps", "evolution")
+    decisive = ("model", "variant", "steps", "dynamics", "evolution")
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 

@@ -87,7 +87,8 @@ def runs(tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
 
 def test_a_checkpoint_says_whose_weights_it_holds(runs):
     _, ours, other = runs
-    told = {"model": "resnet4", "variant": "anodev2-2", "steps": None, "evolution": None, "version": nc.__version__}
+    told = {"model": "resnet4", "variant": "anodev2-2", "steps": None, "dynamics": None, "evolution": None}
+    told["version"] = nc.__version__
     assert checkpoints.read(ours.best)[checkpoints.ORIGIN] == told
     assert checkpoints.read(other.last)[checkpoints.ORIGIN]["model"] == "resnet10"
 

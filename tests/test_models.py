@@ -43,6 +43,57 @@ def test_every_network_trains_in_every_variant(name, variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+SEARCHED = (
+    "norm-relu-conv-norm-relu-conv",
+    "conv-norm-relu-conv-norm-relu",
+    "conv-shared-relu-conv-shared",
+    "conv-group-relu-conv-group",
+)
+"""Dynamics of two convolutions and two normalisations, as the networks' own."""
+
+
+@pytest.mark.parametrize("dynamics", SEARCHED)
+@pytest.mark.parametrize("variant", list(nc.models.VARIANTS))
+def test_other_dynamics_have_no_more_parameters(dynamics, variant):
+    own, other = (nc.models.build("resnet4", variant, dynamics=parts) for parts in (None, dynamics))
+    each_step = 0 if variant == "baseline" or "-norm" in dynamics else 64 * (other[3].grid.steps - 1)
+    assert _count(own) - _count(other) == each_step
+
+
+@pytest.mark.parametrize("dynamics", SEARCHED)
+def test_other_dynamics_have_the_gradient_of_the_unrolled_solve(dynamics):
+    layer = nc.models.coupled_layers(nc.models.build("resnet4", "anodev2-1", dynamics=dynamics))["3"].double()
+    oracle.randomize(layer)
+    z0 = torch.randn(4, 16, 6, 6, dtype=torch.float64)
+    probe = torch.randn_like(z0)
+    exact_layer = oracle.in_float64(layer)
+    exact = _gradients(exact_layer, z0, lambda z: oracle.unrolled(exact_layer, z), probe)
+    assert oracle.largest_error(_gradients(layer, z0, layer, probe), exact) < 1e-10
+
+
+def test_the_networks_own_dynamics_have_a_name():
+    torch.manual_seed(0)
+    own = nc.models.build("resnet4", "anodev2-1")
+    torch.manual_seed(0)
+    named = nc.models.build("resnet4", "anodev2-1", dynamics="conv-norm-relu-conv-norm")
+    images = torch.randn(2, 3, 32, 32)
+    assert own.state_dict().keys() == named.state_dict().keys()
+    assert torch.equal(own(images), named(images))
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "said"),
+    [
+        ("conv-batchnorm", "unknown part 'batchnorm' in the dynamics 'conv-batchnorm': join some of conv, norm"),
+        ("norm-relu", "no conv in the dynamics 'norm-relu'"),
+        ("", "unknown part ''"),
+    ],
+)
+def test_dynamics_of_unknown_parts_are_refused(dynamics, said):
+    with pytest.raises(ValueError, match=said):
+        nc.models.build("resnet4", "anodev2-1", dynamics=dynamics)
+
+
 @pytest.mark.parametrize("variant", COUPLED)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])

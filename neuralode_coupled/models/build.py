@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
@@ -14,6 +14,7 @@ from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, Reac
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.models.branch import Branch
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
 from neuralode_coupled.runge_kutta import tableau
 
@@ -95,6 +96,7 @@ def build(
     method: str = "euler",
     rtol: float | None = None,
     atol: float | None = None,
+    dynamics: str | None = None,
     evolution: Evolution | None = None,
     adjoint: GradientMethod | None = None,
     channels: int = 3,
@@ -112,13 +114,14 @@ def build(
             parameters for all times, and not those of single steps.
         rtol: the relative tolerance of an adaptive method.
         atol: the absolute tolerance of an adaptive method.
+        dynamics: the parts of the ODE blocks' f, in place of the network's own: see `Branch`.
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
         classes: the number of logits.
 
     Raises:
-        ValueError: for an unknown name or variant, or what `CoupledODE` cannot solve.
+        ValueError: for an unknown name, variant or part of the dynamics, or what `CoupledODE` cannot solve.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NETWORKS)}")
@@ -128,14 +131,16 @@ def build(
     if not is_adaptive(method):
         tableau(method)  # unknown methods are refused for the baseline too, which has no use for one
 
-    def block(dynamics: Callable[[int], nn.Module]) -> nn.Module:
+    def block(branch: Branch) -> nn.Module:
+        if dynamics is not None:
+            branch = replace(branch, parts=dynamics)
         if chosen is None:
-            return Residual(dynamics(1))
+            return Residual(branch(1))
         count = chosen.steps if steps is None else steps
         adaptive = is_adaptive(method)
         q = Static() if not chosen.evolves else ReactionDiffusionAdvection() if evolution is None else evolution
         return CoupledODE(
-            dynamics(0 if adaptive else max(count, 1)),
+            branch(0 if adaptive else max(count, 1)),
             q,
             chosen.kernel(count),
             steps=steps if adaptive else count,

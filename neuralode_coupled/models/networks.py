@@ -10,10 +10,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation
-from neuralode_coupled.per_step import PerStep
+from neuralode_coupled.models.branch import Branch
 
-Block = Callable[[Callable[[int], nn.Module]], nn.Module]
-"""Makes an ODE block out of ``dynamics(steps)``."""
+Block = Callable[[Branch], nn.Module]
+"""Makes an ODE block out of its dynamics."""
 
 
 class Residual(nn.Module):
@@ -40,7 +40,7 @@ def alexnet(block: Block, channels: int, classes: int) -> nn.Sequential:
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        block(lambda steps: _conv_dynamics(64, steps)),
+        block(Branch("conv-norm-relu", 64, size=5, bias=True)),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 8 * 8, 384),
@@ -55,7 +55,7 @@ def resnet4(block: Block, channels: int, classes: int) -> nn.Sequential:
     """One ODE block of two 3x3 convolutions at 16 channels, for 32x32 images."""
     return nn.Sequential(
         *_stem(channels),
-        block(lambda steps: _basic_dynamics(16, steps)),
+        block(Branch("conv-norm-relu-conv-norm", 16)),
         nn.ReLU(),
         nn.AvgPool2d(8),
         nn.Flatten(),
@@ -70,11 +70,11 @@ def resnet10(block: Block, channels: int, classes: int) -> nn.Sequential:
         *_stem(channels),
         Residual(_basic(16, 16)),
         nn.ReLU(),
-        block(lambda steps: _basic_dynamics(16, steps)),
+        block(Branch("conv-norm-relu-conv-norm", 16)),
         nn.ReLU(),
         Residual(_basic(16, 32, stride=2), shortcut),
         nn.ReLU(),
-        block(lambda steps: _basic_dynamics(32, steps)),
+        block(Branch("conv-norm-relu-conv-norm", 32)),
         nn.ReLU(),
         nn.AvgPool2d(8),
         nn.Flatten(),
@@ -86,26 +86,12 @@ def _stem(channels: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
 
 
-def _basic(inside: int, outside: int, stride: int = 1, steps: int = 0) -> nn.Sequential:
-    """conv, BN, ReLU, conv, BN; with ``steps``, the normalisations are those of each step."""
-
-    def norm() -> nn.Module:
-        return PerStep(nn.BatchNorm2d(outside), steps) if steps else nn.BatchNorm2d(outside)
-
+def _basic(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
+    """conv, BN, ReLU, conv, BN."""
     return nn.Sequential(
         nn.Conv2d(inside, outside, 3, stride, padding=1, bias=False),
-        norm(),
+        nn.BatchNorm2d(outside),
         nn.ReLU(),
         nn.Conv2d(outside, outside, 3, padding=1, bias=False),
-        norm(),
+        nn.BatchNorm2d(outside),
     )
-
-
-def _basic_dynamics(width: int, steps: int) -> nn.Module:
-    return _basic(width, width, steps=steps)
-
-
-def _conv_dynamics(width: int, steps: int) -> nn.Module:
-    """conv, BN, ReLU; the normalisation is that of each step, or without ``steps`` one for all times."""
-    norm = nn.BatchNorm2d(width)
-    return nn.Sequential(nn.Conv2d(width, width, 5, padding=2), PerStep(norm, steps) if steps else norm, nn.ReLU())
