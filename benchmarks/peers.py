@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, Run, build, chosen, missing
-from benchmarks.common import Device, read, start, tf32, training_step, wait, write
+from benchmarks.common import Device, environment, read, start, tf32, training_step, wait, write
 from benchmarks.gradients import errors, exact, gradients
 from benchmarks.memory import in_a_process, on_cuda
 from neuralode_coupled.runge_kutta import tableau
@@ -102,8 +102,12 @@ def possible(name: str, device: Device, find: Callable[[], Found]) -> Found | No
         return None
 
 
-def time_part(solver: str, steps: int, rounds: int, compiled: bool, device: Device = "cpu") -> dict[str, Any]:
-    """Ratios to the hand-written loop, or for adaptive solves to `REFERENCE`."""
+def time_part(
+    solver: str, steps: int, rounds: int, compiled: bool, device: Device = "cpu", only: str = ""
+) -> dict[str, Any]:
+    """Ratios to the hand-written loop, or for adaptive solves to `REFERENCE`, of each candidate whose name has ``only``
+    in it."""
+    against = REFERENCE if solver == ADAPTIVE else HAND
 
     def tried(name: str) -> Callable[[], None]:
         step = once(*build(name, steps, solver, device=device), device)
@@ -111,10 +115,10 @@ def time_part(solver: str, steps: int, rounds: int, compiled: bool, device: Devi
             step()
         return step
 
-    names = [name for name in chosen(solver, compiled) if name not in SKIPPED]
+    names = [n for n in chosen(solver, compiled) if n not in SKIPPED and (only in n or n == against)]
     made = {name: possible(name, device, partial(tried, name)) for name in names}
     able = {name: step for name, step in made.items() if step is not None}
-    return measure(able, rounds, REFERENCE if solver == ADAPTIVE else HAND, device)
+    return measure(able, rounds, against, device)
 
 
 def memory_part(solver: str, steps: int, device: Device = "cpu", only: str = "") -> Iterator[dict[str, int]]:
@@ -163,15 +167,19 @@ def results_of(device: Device) -> str:
 
 
 def save(part: str, solver: str, steps: int, found: dict[str, Any], command: str, device: Device = "cpu") -> None:
-    """Add to what the device's results hold, and show it."""
+    """Add to what the device's results hold, and show it.
+
+    ``runs`` has the commands and what they ran on, ``made_by`` which of them each finding is of: another may measure
+    some anew, on another day.
+    """
     content = read(results_of(device))
     content.setdefault("parts", {}).setdefault(part, {}).setdefault(solver, {}).setdefault(str(steps), {}).update(found)
-    key = f"{part}, {solver}, {steps} steps"
-    if "--only" in command:  # it adds to what another command found
-        key += f", {', '.join(found)}"
-    content.setdefault("commands", {})[key] = command
-    content.setdefault("threads", {})[part] = torch.get_num_threads()
-    write(results_of(device), {key: content[key] for key in ("commands", "threads", "parts")}, device)
+    run = {"command": command, "environment": environment(device) | {"load_average": None}}
+    runs, made_by = content.setdefault("runs", []), content.setdefault("made_by", {})
+    if run not in runs:
+        runs.append(run)
+    made_by |= {f"{part}, {solver}, {steps} steps, {name}": runs.index(run) for name in found}
+    write(results_of(device), {key: content[key] for key in ("runs", "made_by", "parts")}, device)
     for name, value in found.items():
         sys.stdout.write(f"{part:9} {solver:6} {steps:3} steps  {name:42} {_shown(value)}\n")
     sys.stdout.flush()
@@ -200,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="N",
         help="compiled layers too, where a solve has at most N evaluations (80 take minutes to compile)",
     )
-    parser.add_argument("--only", default="", metavar="NAME", help="memory and gradients of these alone; not of time")
+    parser.add_argument("--only", default="", metavar="NAME", help="these candidates alone")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
@@ -218,19 +226,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measured(part: str, options: argparse.Namespace, command: str) -> None:
     """One part, for all solvers and steps that were asked for."""
-    device = options.device
+    device, only, rounds = options.device, options.only, options.rounds
     if part == "adaptive":
-        save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, options.rounds, False, device), command, device)
-        _one_by_one("memory", ADAPTIVE, 0, command, device, options.only)
-        _one_by_one("gradients", ADAPTIVE, 0, command, device, options.only)
+        save("time", ADAPTIVE, 0, time_part(ADAPTIVE, 0, rounds, False, device, only), command, device)
+        _one_by_one("memory", ADAPTIVE, 0, command, device, only)
+        _one_by_one("gradients", ADAPTIVE, 0, command, device, only)
         return
     for solver in options.solvers:
         for steps in options.steps:
             if part == "time":
                 compiled = steps * tableau(solver).stages <= options.compiled
-                save(part, solver, steps, time_part(solver, steps, options.rounds, compiled, device), command, device)
+                save(part, solver, steps, time_part(solver, steps, rounds, compiled, device, only), command, device)
             else:
-                _one_by_one(part, solver, steps, command, device, options.only)
+                _one_by_one(part, solver, steps, command, device, only)
 
 
 def _one_by_one(part: str, solver: str, steps: int, command: str, device: Device, only: str) -> None:

@@ -270,19 +270,21 @@ def draw(parts: Results, steps: int) -> Figure:
     return figure
 
 
-def environment(content: dict[str, Any]) -> str:
+def environment(found: dict[str, Any]) -> str:
     """On what a result was measured, in a line."""
-    found = content["environment"]
     versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
     threads, load = found["cores"], found.get("load_average")
     busy = "" if load is None else f", the machine's load being {load} when it was written"
     return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
 
 
-def _threads(content: dict[str, Any]) -> str:
-    """By how many threads times were measured, which is not that of the parts that came later."""
-    found = content.get("threads", {}).get("time")
-    return "" if found is None else f"Times are those of {found} threads. "
+def commands(peers: dict[str, Any]) -> list[str]:
+    """The commands behind the findings, by what they ran on; not those all of whose findings were measured again."""
+    found: dict[str, list[str]] = {}
+    for index in sorted(set(peers["made_by"].values())):
+        run = peers["runs"][index]
+        found.setdefault(environment(run["environment"]), []).append(f"`{run['command']}`")
+    return [f"{where} By {', '.join(dict.fromkeys(commands))}." for where, commands in found.items()]
 
 
 def sections() -> dict[str, list[str]]:
@@ -292,7 +294,6 @@ def sections() -> dict[str, list[str]]:
     fixed = ("euler", "rk4")
     made: dict[str, list[str]] = {}
     if peers:
-        commands = ", ".join(f"`{command}`" for command in dict.fromkeys(peers["commands"].values()))
         results = parts | {
             "inference": others.get("ratio_to_stack", {}),
             "evolution": read("evolution_cost").get("share_of_forward", {}),
@@ -302,16 +303,16 @@ def sections() -> dict[str, list[str]]:
             "|---|---:|---:|---|",
             *(target.row(results) for target in TARGETS),
             "",
-            f"{environment(peers)} {_threads(peers)}Made by {commands}.",
+            *(f"- {line}" for line in commands(peers)),
         ]
         made["time"] = table(_columns(parts.get("time", {}), fixed), _ratio)
         made["memory"] = table(_columns(parts.get("memory", {}), fixed), lambda value: f"{value / 2**20:.0f}")
         made["accuracy"] = table(_columns(parts.get("gradients", {}), fixed), _errors)
         made["adaptive"] = adaptive(parts)
     if others:
-        made["inference"] = [*inference(others["ratio_to_stack"]), "", environment(others)]
+        made["inference"] = [*inference(others["ratio_to_stack"]), "", environment(others["environment"])]
     if sizes:
-        made["scaling"] = [*scaling(sizes["sweeps"]), "", environment(sizes)]
+        made["scaling"] = [*scaling(sizes["sweeps"]), "", environment(sizes["environment"])]
     return made
 
 

@@ -114,6 +114,26 @@ def test_mali_has_the_gradient_of_its_own_scheme():
     assert max(errors(mali, expected).values()) < 1e-10
 
 
+def test_some_are_timed_beside_what_all_are_timed_against(tmp_path, monkeypatch):
+    """And leave what was found of others, with the command that found it."""
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    monkeypatch.setattr(peers, "build", lambda *arguments, **options: arguments)
+    monkeypatch.setattr(peers, "once", lambda *arguments: lambda: None)
+    monkeypatch.setattr(peers, "chosen", lambda solver, compiled=False: [HAND, "Backprop", "Backprop, compiled"])
+    arguments = ["--parts", "time", "--steps", "5", "--solvers", "euler", "--rounds", "2"]
+    peers.main(arguments)
+    peers.main([*arguments, "--only", "compiled"])
+    found = peers.read("peers")
+    assert {
+        name: found["made_by"][f"time, euler, 5 steps, {name}"] for name in found["parts"]["time"]["euler"]["5"]
+    } == {
+        HAND: 1,
+        "Backprop": 0,
+        "Backprop, compiled": 1,
+    }
+    assert [run["command"].endswith("--only compiled") for run in found["runs"]] == [False, True]
+
+
 def test_compiled_candidates_are_asked_for():
     assert "Backprop, compiled" in chosen("euler", compiled=True)
     assert not any("compiled" in name for name in chosen("euler"))
@@ -226,8 +246,9 @@ RESULTS = {
 
 def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     """On a page of its own; what was not measured is said to be missing, and no target is left out."""
-    contents = {"peers": {"environment": {"device": "cpu", "cores": 2, "python": "3"}, "parts": RESULTS}}
-    contents["peers"]["commands"] = {"time": "python -m benchmarks.peers"}
+    where = {"device": "cpu", "cores": 2, "python": "3", "load_average": None}
+    runs = [{"command": f"python -m {name}", "environment": where} for name in ("old", "benchmarks.peers")]
+    contents = {"peers": {"environment": where, "parts": RESULTS, "runs": runs, "made_by": {"time": 1}}}
     monkeypatch.setattr(peers_page, "read", lambda name: contents.get(name, {}))
     page = tmp_path / "page.md"
     names = ("targets", "time", "memory", "accuracy", "adaptive")
@@ -235,6 +256,7 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     peers_page.main(["--page", str(page), "--figure", str(tmp_path / "peers.png")])
     text = page.read_text()
     assert "old" not in text
+    assert "On cpu, torch's threads 2, Python 3, . By `python -m benchmarks.peers`." in text
     assert all(target.what in text for target in peers_page.TARGETS)
     assert "| time: `DiscreteAdjoint()`, Euler, 5 steps | 1.25 | 1.3 | no |" in text
     assert "| time: `Backprop()`, Euler, 5 steps | 1 | 0.98 | yes |" in text
@@ -298,4 +320,6 @@ def test_findings_are_saved_as_they_come(tmp_path, monkeypatch):
         peers.main(["--parts", "memory", "--steps", "5", "--solvers", "euler"])
     found = peers.read("peers")
     assert found["parts"]["memory"]["euler"]["5"] == {"a": 10, "b": 2}
-    assert list(found["commands"].values()) == ["python -m benchmarks.peers --parts memory --steps 5 --solvers euler"]
+    command = "python -m benchmarks.peers --parts memory --steps 5 --solvers euler"
+    assert [run["command"] for run in found["runs"]] == [command]
+    assert found["made_by"] == {f"memory, euler, 5 steps, {name}": 0 for name in "ab"}
