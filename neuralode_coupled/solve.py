@@ -156,13 +156,20 @@ def discretise(
                 f"{', '.join(METHODS)}"
             )
         return Adaptive(field, t, method, RTOL if rtol is None else rtol, ATOL if atol is None else atol)
+    check_method(method)
     given = [f"{name}={value}" for name, value in tolerances.items() if value is not None]
-    if given and method in METHODS:
+    if given:
         raise ValueError(
             f"{', '.join(given)} has no effect on the fixed steps of {method!r}: set steps, or choose one of "
             f"{', '.join(ADAPTIVE)}"
         )
     return build_scheme(field, t, steps, method, weight_steps, weight_method)
+
+
+def check_method(method: str) -> None:
+    """Raise the ValueError that a user should see for a method that there is not."""
+    if method not in METHODS and method not in ADAPTIVE:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
 
 
 def build_scheme(

@@ -16,7 +16,7 @@ from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models.branch import Branch
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
-from neuralode_coupled.runge_kutta import tableau
+from neuralode_coupled.solve import check_method
 
 NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
     "alexnet": alexnet,
@@ -128,8 +128,7 @@ def build(
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     chosen = VARIANTS[variant]
-    if not is_adaptive(method):
-        tableau(method)  # unknown methods are refused for the baseline too, which has no use for one
+    check_method(method)  # for the baseline too, which has no use for one
 
     def block(branch: Branch) -> nn.Module:
         if dynamics is not None:
