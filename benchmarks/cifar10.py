@@ -15,11 +15,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ def run(
         report: is told what happens, in lines.
     """
     end = None if budget is None else clock() + 60 * budget
-    processes = Processes()
+    processes = Processes(named=at_once > 1)
     sitting = _Sitting(kind, results, end, launch or processes.launch, clock, report)
     titles = [f"[{number}/{len(runs)}] {planned.name}" for number, planned in enumerate(runs, 1)]
     with ThreadPoolExecutor(at_once) as pool:
@@ -262,19 +262,28 @@ class _Sitting:
 
 
 class Processes:
-    """Processes of ``neuralode-coupled``, which can be ended all at once."""
+    """Processes of ``neuralode-coupled``, which can be ended all at once.
 
-    def __init__(self) -> None:
+    Args:
+        named: what they say is shown with the name of the run's folder before each line.
+    """
+
+    def __init__(self, named: bool = False) -> None:
+        self._named = named
         self._lock, self._running, self._ended = Lock(), set[subprocess.Popen](), False
 
     def launch(self, arguments: list[str], seconds: float | None) -> int | None:
         """Run it for at most so many seconds: the exit code, or None if the time was up or all have been ended."""
         environment = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC} | os.environ
+        line = [sys.executable, "-u", "-m", "neuralode_coupled.cli", *arguments]
+        output = subprocess.PIPE if self._named else None
         with self._lock:
             if self._ended:
                 return None
-            started = subprocess.Popen([sys.executable, "-m", "neuralode_coupled.cli", *arguments], env=environment)
+            started = subprocess.Popen(line, env=environment, text=True, stdout=output)
             self._running.add(started)
+        relay = Thread(target=_relay, args=(arguments, started.stdout))
+        relay.start()
         try:
             code = started.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -285,6 +294,7 @@ class Processes:
                 started.terminate()
                 started.wait()
             self._running.discard(started)
+            relay.join()
         return None if self._ended else code
 
     def end(self) -> None:
@@ -293,6 +303,12 @@ class Processes:
             self._ended = True
             for started in [*self._running]:
                 started.terminate()
+
+
+def _relay(arguments: list[str], lines: Iterable[str] | None) -> None:
+    """Show what a run says, to its end, with the name of its folder."""
+    for line in lines or ():
+        say(f"{Path(arguments[arguments.index('--out') + 1]).name}: {line.rstrip()}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -137,6 +137,15 @@ def test_a_process_is_stopped_when_its_time_is_up():
     assert cifar10.Processes().launch(["--help"], 0.01) is None
 
 
+def test_what_runs_side_by_side_say_has_their_names(tmp_path, capfd):
+    folder = tmp_path / "a-run"
+    arguments = ["train", "--data", "digits", "--limit", "20", "--batch-size", "10", "--epochs", "1", "--no-progress"]
+    assert cifar10.Processes(named=True).launch([*arguments, "--out", str(folder)], None) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("a-run: epoch 1/1: train loss") for line in lines)
+    assert all(line.startswith("a-run: ") for line in lines)
+
+
 def variant_of(arguments: list[str]) -> str:
     return arguments[arguments.index("--variant") + 1]
 
