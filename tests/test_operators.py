@@ -213,6 +213,11 @@ def test_operators_take_shape_and_dtype_from_the_weight(kind, dtype):
     [
         (LinearEvolution(per="filter"), "scope='pixels', per='filter'"),
         (LinearEvolution("channels", rank=2), "scope='channels', rank=2"),
+        (nc.ReactionDiffusionAdvection(), "form='propagator', activation='identity', scope='filter', diffusion, adv"),
+        (nc.ReactionDiffusionAdvection("ode", "tanh"), "form='ode', activation='tanh', scope='filter'"),
+        (nc.ReactionDiffusionAdvection("ode", torch.sin), "form='ode', activation=sin, scope='filter'"),
+        (nc.ReactionDiffusionAdvection("ode", nn.PReLU()), "(sigma): PReLU(num_parameters=1)"),
+        (nc.ReactionDiffusionAdvection(nonnegative_diffusion=True), "reaction, nonnegative_diffusion=True"),
         (ConvEvolution(4), "hidden=4, kernel_size=3, padding='circular'"),
         (MLPEvolution(4, time=True), "hidden=4, time=True, scope='kernel'"),
         (HyperNetwork(3, 4), "embedding=3, hidden=4"),
@@ -453,6 +458,8 @@ def test_an_operator_of_ones_own_may_prepare_its_steps():
         (lambda: LinearEvolution("channels", rank=1, per="filter"), "per='filter' belongs to scope='pixels'"),
         (lambda: ConvEvolution(0), "hidden must be a whole number of at least 1, got 0"),
         (lambda: ConvEvolution(2, 4), "kernel_size must be odd and positive.*got 4"),
+        (lambda: ConvEvolution(2, 2.5), "kernel_size must be odd and positive, a whole number.*got 2.5"),
+        (lambda: ConvEvolution(2, "3"), "kernel_size must be odd and positive, a whole number.*got '3'"),
         (lambda: ConvEvolution(2, padding="same"), "unknown padding 'same': choose one of circular, zeros"),
         (lambda: MLPEvolution(-1), "hidden must be a whole number of at least 1, got -1"),
         (lambda: MLPEvolution(2, scope="layer"), "unknown scope 'layer': choose one of kernel, filter"),
@@ -507,15 +514,28 @@ def test_shared_operators_refuse_weights_that_do_not_fit(operator, first, fits, 
         operator.bind(torch.randn(misfit))
 
 
-@pytest.mark.parametrize("activation", [lambda x: x.sum(), nn.Softmax(dim=-1), lambda x: x - x.mean(), nn.Linear(3, 3)])
+@pytest.mark.parametrize(
+    "activation",
+    [lambda x: x.sum(), nn.Softmax(dim=-1), lambda x: x - x.mean(), nn.Linear(3, 3), lambda x: 1.0, lambda x, y: x],
+)
 def test_activations_must_be_elementwise(activation):
     with pytest.raises(ValueError, match="is not elementwise"):
         nc.ReactionDiffusionAdvection(form="ode", activation=activation)
 
 
 def test_activations_are_names_or_functions():
-    with pytest.raises(TypeError, match="one of identity, tanh, sigmoid or a function, got 3"):
-        nc.ReactionDiffusionAdvection(activation=3)
+    for wrong, shown in ((3, "3"), (nn.Tanh, "<class .*Tanh'>")):
+        message = rf"one of identity, tanh, sigmoid or a function \(of a class, one instance\), got {shown}"
+        with pytest.raises(TypeError, match=message):
+            nc.ReactionDiffusionAdvection(activation=wrong)
+
+
+@pytest.mark.parametrize("activation", [torch.log, torch.sqrt, nn.ReLU(inplace=True)])
+def test_activations_need_not_be_defined_everywhere(activation):
+    """A logarithm is elementwise, though it is NaN below zero."""
+    w = torch.rand(2, 2, 3, 3, dtype=torch.float64) + 1
+    q = nc.ReactionDiffusionAdvection(activation=activation).bind(w)
+    assert torch.allclose(q.propagate(w, 1.0), activation(w.clone()))
 
 
 def test_an_activation_with_parameters_is_trained():
@@ -545,6 +565,17 @@ def test_a_propagator_that_overflows_says_which_filter_and_mode(scope, index, wh
         q.propagate(w, 1.0)
     assert q.propagate(w, 0.05).isfinite().all()
     assert nc.ReactionDiffusionAdvection(scope=scope).bind(w.double()).propagate(w.double(), 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("term", ["diffusion", "reaction"])
+def test_coefficients_that_are_no_numbers_say_which_filter(term, value):
+    w = torch.randn(3, 2, 3, 3)
+    q = nc.ReactionDiffusionAdvection().bind(w)
+    with torch.no_grad():
+        getattr(q, term)[1] = value
+    with pytest.raises(NonFiniteWeights, match=r"Fourier mode \(\d, \d\) of filter 1 grows by exp\((nan|inf)\)"):
+        q.trajectory(w, torch.tensor([0.0, 1.0]))
 
 
 def test_overflow_backwards_in_time_is_seen_too():
