@@ -635,11 +635,59 @@ def test_a_solve_says_where_weights_blow_up_whatever_the_kernel(kernel, step):
         coupled(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize(
+    "adjoint",
+    [nc.Backprop(), nc.DiscreteAdjoint(weights="recomputed"), nc.ReversibleAdjoint(), nc.ContinuousAdjoint()],
+    ids=str,
+)
+def test_every_gradient_method_says_where_weights_blow_up(adjoint):
+    """Behind a tanh infinite weights leave activations finite: nobody else would notice."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Exploding(), steps=10, adjoint=adjoint)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 0.1)
+    with pytest.raises(NonFiniteWeights, match=r"weights of '0.weight' are NaN or infinite from step 6 on"):
+        coupled(torch.randn(2, 4))
+
+
+class Ending(nn.Module):
+    """dw/dt = sqrt(1/2 - t) w: not a number from t = 1/2 on."""
+
+    def forward(self, t, w):
+        return (0.5 - t).sqrt() * w
+
+
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=str)
+@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(2), nc.Exponential(2.0)], ids=str)
+def test_an_adaptive_solve_says_whose_weights_are_not_finite(kernel, adjoint):
+    q = {"0.weight": nc.Static(), "2.weight": Ending()}
+    coupled = layer(q, kernel=kernel, steps=None, method="dopri5", rtol=1e-3, atol=1e-3, adjoint=adjoint)
+    with pytest.raises(NonFiniteWeights, match=r"weights of '2.weight' are NaN or infinite, .* near t = [01]\.\d"):
+        coupled(small_state())
+
+
+def test_paths_of_weights_that_blow_up_are_not_handed_out():
+    """Nor are the penalties on them."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Exploding(), steps=10)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 1e-4)
+    solution = nc.solve(coupled.field, torch.randn(2, 4), steps=10)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 0.1)
+    for use in (coupled.weight_trajectory, solution.weights):
+        with pytest.raises(NonFiniteWeights, match=r"'0.weight' are NaN or infinite from requested time 1 on"):
+            use([0.0, 0.9])
+    with pytest.raises(NonFiniteWeights, match=r"'0.weight' are NaN or infinite from weight step 6 on"):
+        coupled.regularization(kinetic=1.0)
+    coupled = layer(nc.ReactionDiffusionAdvection())
+    nn.init.constant_(coupled.field.operator("2.weight").reaction, 800.0)
+    for use in (lambda: coupled.weight_trajectory([1.0]), lambda: coupled.regularization(displacement=1.0)):
+        with pytest.raises(NonFiniteWeights, match=r"parameter '2.weight': .* overflows"):
+            use()
+
+
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
-def test_a_solve_says_whose_coefficients_overflow(activation):
-    coupled = layer(nc.ReactionDiffusionAdvection(activation=activation))
+@pytest.mark.parametrize("weights", ["stored", "recomputed"])
+def test_a_solve_says_whose_coefficients_overflow(activation, weights):
+    coupled = layer(nc.ReactionDiffusionAdvection(activation=activation), adjoint=nc.DiscreteAdjoint(weights=weights))
     with torch.no_grad():
-        coupled.field.operator("2.weight").diffusion[1] = -400.0
+        coupled.field.operator("2.weight").diffusion[1] = -2e4
     with pytest.raises(
         NonFiniteWeights,
         match=r"parameter '2.weight': .* overflows torch.float64: Fourier mode \([12], [12]\) of filter 1",

@@ -8,6 +8,7 @@ from neuralode_coupled.evolution.base import (
     check_finite,
     closed_form,
     closed_form_for_many_steps,
+    named,
 )
 from neuralode_coupled.evolution.linear import LinearEvolution
 from neuralode_coupled.evolution.networks import ConvEvolution, HyperNetwork, MLPEvolution
@@ -26,4 +27,5 @@ __all__ = [
     "check_finite",
     "closed_form",
     "closed_form_for_many_steps",
+    "named",
 ]
