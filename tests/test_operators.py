@@ -546,6 +546,44 @@ def test_an_activation_with_parameters_is_trained():
     assert q.sigma.weight.grad.abs() > 0
 
 
+class Given(nn.Module):
+    """A user's own q, by a function of w."""
+
+    def __init__(self, q):
+        super().__init__()
+        self.q = q
+
+    def forward(self, t, w):
+        return self.q(w)
+
+
+class GivenMap(Given):
+    def propagate(self, w, dt):
+        return self.q(w)
+
+
+@pytest.mark.parametrize("make", [Given, GivenMap])
+@pytest.mark.parametrize(
+    ("q", "made"), [(lambda w: w.sum(0), r"\(4,\)"), (lambda w: w.flatten(), r"\(16,\)"), (lambda w: (w,), "tuple")]
+)
+def test_operators_must_keep_the_shape_of_the_weight(make, q, made):
+    """One that does not is not broadcast."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), make(q), steps=2)
+    message = rf"operator {make.__name__} must keep the shape of the weight: it made {made} of \(4, 4\)"
+    z0 = torch.randn(2, 4)
+    state = coupled.field.initial_state(z0)
+    for use in (lambda: coupled(z0), lambda: coupled.field(torch.zeros(()), state)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("evolution", [nc.ReactionDiffusionAdvection, "static", 3])
+def test_evolution_is_an_operator_a_mapping_or_a_function(evolution):
+    message = r"evolution must be an operator such as .* \(an instance, not the class\).*got .*(Advection|static|3)"
+    with pytest.raises(TypeError, match=message):
+        nc.CoupledODE(nn.Linear(4, 4), evolution, steps=2)
+
+
 # Weights out of range
 
 

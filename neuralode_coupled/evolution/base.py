@@ -78,6 +78,17 @@ def all_at_once(operator: nn.Module) -> Trajectory | None:
     return cast("Trajectory | None", getattr(operator, "trajectory", None))
 
 
+def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
+    """What an operator made of ``w``, or the ValueError that a user should see if that is no weight of its shape."""
+    if not isinstance(found, Tensor) or found.shape != w.shape:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the evolution operator {type(operator).__name__} must keep the shape of the weight: it made {what} of "
+            f"{tuple(w.shape)}"
+        )
+    return found
+
+
 def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Raise the ValueError that a user should see for an operator shared with a parameter that it does not fit.
 
