@@ -18,7 +18,7 @@ from torchdiffeq import odeint, odeint_adjoint
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
-from neuralode_coupled.evolution import check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite
 from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint_arguments import ATOL, RTOL
@@ -136,7 +136,7 @@ class Adaptive:
             for name, weight in zip(names, now, strict=False):
                 rows[name].append(weight)
         for name, path in rows.items():
-            check_finite(torch.stack(path), name)
+            check_finite(torch.stack(path), name, "requested time")
         return rows
 
     def _solve(
@@ -153,7 +153,10 @@ class Adaptive:
             found = _solver(adjoint, flow.params)(
                 flow, y0, t.to(reference.device), rtol=self.rtol, atol=self.atol, method=self.method
             )
-        except AssertionError as error:  # how torchdiffeq refuses; odeint_dto has explained it already
+        except (AssertionError, ValueError) as error:
+            flow.explain(error)
+            if isinstance(error, ValueError):  # odeint_dto has explained it already
+                raise
             raise ValueError(f"{self.method!r} cannot go on: {error}; loosen rtol and atol, or use float64") from error
         flow.solved = True
         rows = list(zip(*(part.unbind() for part in found), strict=True))
@@ -194,6 +197,31 @@ class _Flow(nn.Module):
         super().__init__()
         self.field, self.stats = field, stats
         self.solved = False
+        self.latest: tuple[Tensor, Tensors, Tensors] | None = None
+
+    def weight_side(self, t: Tensor, names: Sequence[str], state: State) -> tuple[Tensors, State]:
+        """`CoupledField.weight_side`. What the forward pass saw last is kept for `explain`."""
+        theta, derivatives = self.field.weight_side(t, names, state)
+        if not self.solved:
+            w, dw = (
+                {name: part.detach() for name, part in zip(names, parts, strict=False)}
+                for parts in (state, derivatives)
+            )
+            self.latest = t.detach(), w, dw
+        return theta, derivatives
+
+    def explain(self, error: Exception) -> None:
+        """Raise `NonFiniteWeights` if evolving weights are why the solve could not go on."""
+        if self.latest is None:
+            return
+        t, *both = self.latest
+        for name in both[0]:
+            if not all(parts[name].isfinite().all() for parts in both):
+                raise NonFiniteWeights(
+                    f"the evolving weights of {name!r} are NaN or infinite, or their derivative is, near "
+                    f"t = {float(t):g}: look at the parameter, and use smaller evolution coefficients or a lower "
+                    "learning rate"
+                ) from error
 
     def callback_accept_step(self, t: Tensor, y: State, dt: Tensor) -> None:
         """torchdiffeq accepts a step."""
@@ -224,7 +252,7 @@ class _Augmented(_Flow):
         self.params = tuple(p for p in field.parameters() if p.requires_grad and id(p) not in evolving)
 
     def forward(self, t: Tensor, state: State) -> State:
-        theta, derivatives = self.field.weight_side(t, self.moving, state[1:])
+        theta, derivatives = self.weight_side(t, self.moving, state[1:])
         return (self.slope(t, state[0], theta), *derivatives)
 
 
@@ -252,4 +280,4 @@ class _WeightSide(_Flow):
         self.params = tuple(dict.fromkeys(p for part in weight_side for p in part.parameters()))
 
     def forward(self, t: Tensor, state: State) -> State:
-        return self.field.weight_side(t, self.names, state)[1]
+        return self.weight_side(t, self.names, state)[1]

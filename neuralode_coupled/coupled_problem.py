@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
-from neuralode_coupled.evolution import NonFiniteWeights, check_finite
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite, named
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.own_weights import OwnWeights
@@ -133,10 +133,7 @@ class CoupledProblem:
     def _theta(self, connected: Callable[[nn.Module, Tensor], Tensor], name: str, w0: Tensor) -> Tensor:
         """theta of one parameter; raises `NonFiniteWeights`, a ValueError, if it is not finite."""
         operator = self.field.operator(name)
-        try:
-            theta = connected(operator, w0)
-        except NonFiniteWeights as error:
-            raise NonFiniteWeights(f"parameter {name!r}: {error}") from error
+        theta = named(name, connected, operator, w0)
         try:
             check_finite(theta, name)
         except NonFiniteWeights:
@@ -236,7 +233,12 @@ class CoupledProblem:
         weights.extend(self.field.kernel.parameters())
         params = (*self.shared, *dict.fromkeys(weights), *(p for row in self.own for p in row))
         w0 = tuple(evolving[name] for name in self.moving)
-        return Flow(slope, 0, plan.count, self.field.with_memory(w0), params)
+        return Flow(slope, 0, plan.count, self.field.with_memory(w0), params, self._check_carried)
+
+    def _check_carried(self, n: int, y: State) -> None:
+        """Raise `NonFiniteWeights` for a state ``(z, *w, *memory)`` at the start of step ``n``."""
+        for name, w in zip(self.moving, y[1:], strict=False):
+            check_finite(w[None], name, "step", n)
 
     def _held_flows(self, plan: Plan, samples: int) -> list[Flow]:
         """One flow for each sample, in which the weights are constants."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from neuralode_coupled._types import Activation, State
-from neuralode_coupled.evolution import EvolutionOperator, Static
+from neuralode_coupled.evolution import EvolutionOperator, Static, check_evolved
 from neuralode_coupled.kernels import Dirac, TimeKernel
 from neuralode_coupled.per_step import per_step_modules
 
@@ -148,9 +148,13 @@ class CoupledField(nn.Module):
         """
         weights, memory = self._split(state, len(names))
         theta = {name: self.kernel.theta(w, m) for name, w, m in zip(names, weights, memory, strict=True)}
-        dw = [self.operator(name)(t, w) for name, w in zip(names, weights, strict=True)]
+        dw = [self._evolve(t, name, w) for name, w in zip(names, weights, strict=True)]
         pairs = zip(weights, memory, strict=True)
         return theta, (*dw, *(part for w, m in pairs for part in self.kernel.memory_derivative(w, m)))
+
+    def _evolve(self, t: Tensor, name: str, w: Tensor) -> Tensor:
+        operator = self.operator(name)
+        return check_evolved(operator(t, w), w, operator)
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
@@ -296,8 +300,13 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
             operator = copy.deepcopy(evolution)
         elif isinstance(evolution, Mapping):
             operator = _matching(evolution, name)
-        else:
+        elif callable(evolution) and not isinstance(evolution, type):
             operator = evolution(name, weight)
+        else:
+            raise TypeError(
+                "evolution must be an operator such as nc.ReactionDiffusionAdvection() (an instance, not the class), a "
+                f"mapping from names to operators or a function (name, weight) -> operator, got {evolution!r}"
+            )
         if not isinstance(operator, nn.Module):
             raise TypeError(f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {operator!r}")
         try:

@@ -477,7 +477,8 @@ class MatrixKernel(TimeKernel):
             row, column = ahead[0]
             raise ValueError(
                 f"the matrix is not causal: row {row} (from {row}/{steps} of the interval) uses w_{column} (at "
-                f"{column}/{nodes - 1} of it): make such entries zero, or pass causal=False"
+                f"{column}/{nodes - 1} of it), with the factor {float(matrix[row, column]):g}: make such entries zero, "
+                "or pass causal=False"
             )
         if isinstance(matrix, nn.Parameter):
             self.matrix = matrix
@@ -567,5 +568,10 @@ def _check_matrix(matrix: Tensor) -> None:
             "MatrixKernel takes a matrix of shape (steps, weight_steps + 1), at least (1, 2), "
             f"got shape {tuple(matrix.shape)}"
         )
-    if not matrix.isfinite().all():
-        raise ValueError("MatrixKernel takes a matrix of finite numbers, got some that are infinite or not a number")
+    bad = (~matrix.detach().isfinite()).nonzero().tolist()
+    if bad:
+        row, column = bad[0]
+        raise ValueError(
+            f"MatrixKernel takes a matrix of finite numbers, got {float(matrix[row, column])} in row {row}, column "
+            f"{column}: replace it by a number"
+        )

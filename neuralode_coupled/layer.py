@@ -13,7 +13,7 @@ from neuralode_coupled.adaptive_solve import Adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.bake import baked
 from neuralode_coupled.coupled_problem import CoupledProblem
-from neuralode_coupled.evolution import Static
+from neuralode_coupled.evolution import Static, check_finite, named
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.solve import Times, build_scheme, discretise, states, times
@@ -90,13 +90,20 @@ class CoupledODE(nn.Module):
         return torch.stack(self._solve(z0, self._inside(t)))
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
-        """w(t) of every evolving parameter, by name: (len(t), *weight). Raises ValueError for times outside."""
+        """w(t) of every evolving parameter, by name: (len(t), *weight).
+
+        Raises ValueError for times outside of the interval, and on the CPU for weights that are not finite.
+        """
         wanted, scheme = self._inside(t), self._discretised()
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted))
-        return {
-            name: scheme.at(self.field.operator(name), w0, list(wanted)) for name, w0 in self.field.evolving().items()
+        found = {
+            name: named(name, scheme.at, self.field.operator(name), w0, list(wanted))
+            for name, w0 in self.field.evolving().items()
         }
+        for name, path in found.items():
+            check_finite(path, name, "requested time")
+        return found
 
     def regularization(
         self, w0: float = 1.0, p: float = 1.0, *, kinetic: float = 0.0, displacement: float = 0.0
@@ -116,8 +123,8 @@ class CoupledODE(nn.Module):
             A scalar, differentiable in w0 and p.
 
         Raises:
-            ValueError: if a weight is negative, infinite or not a number, or for a term on the path of an adaptive
-                layer, which has no grid.
+            ValueError: if a weight is negative, infinite or not a number, for a term on the path of an adaptive layer,
+                which has no grid, or on the CPU for one on a path that is not finite.
         """
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
             if not 0 <= weight < math.inf:
@@ -130,7 +137,8 @@ class CoupledODE(nn.Module):
             return total
         scheme = self._scheme()
         for name, weight in self.field.evolving().items():
-            path = scheme.path(self.field.operator(name), weight)
+            path = named(name, scheme.path, self.field.operator(name), weight)
+            check_finite(path, name, "weight step")
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(scheme.weight_grid.h)
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from neuralode_coupled._types import State
-from neuralode_coupled.evolution import all_at_once, check_finite
+from neuralode_coupled.evolution import all_at_once, check_finite, named
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.stage_weights import Scheme
 
@@ -70,10 +70,10 @@ class OwnWeights:
         with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
             for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):
                 elapsed = (self._fractions[name, backwards] + n) * self._scheme.weight_grid.h
-                theta[name] = trajectory(w, elapsed)
+                theta[name] = named(name, trajectory, w, elapsed)
             for name, w in zip(self._carried, carried, strict=True):
-                w_next, theta[name] = self._scheme.stages_from(self._operators[name], w, n)
+                w_next, theta[name] = named(name, self._scheme.stages_from, self._operators[name], w, n)
                 after.append(w_next)
         for name, weights in theta.items():
-            check_finite(weights, name)
+            check_finite(weights[None], name, "step", n)
         return tuple(theta[name] for name in self._operators), tuple(after)

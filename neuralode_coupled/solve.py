@@ -14,6 +14,7 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
 from neuralode_coupled.adjoint.engine import transformed
 from neuralode_coupled.coupled_problem import CoupledProblem
+from neuralode_coupled.evolution import check_finite, named
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.odeint_arguments import ATOL, RTOL
 from neuralode_coupled.runge_kutta import METHODS, tableau
@@ -46,7 +47,8 @@ class Solution:
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
-        Raises ValueError for times out of order or outside of the solve's interval.
+        Raises ValueError for times out of order or outside of the solve's interval, and on the CPU for weights that
+        are not finite.
         """
         wanted, field, scheme = times(t, fewest=1), self._field, self._scheme
         ends = scheme.ends if isinstance(scheme, Adaptive) else (scheme.grid.t0, scheme.grid.t1)
@@ -54,10 +56,13 @@ class Solution:
             raise ValueError(f"times must lie in the solve's interval {ends}, got {list(wanted)}")
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted), in_force=True)
-        return {
-            name: scheme.in_force(field.operator(name), field.kernel, w0, list(wanted))
+        found = {
+            name: named(name, scheme.in_force, field.operator(name), field.kernel, w0, list(wanted))
             for name, w0 in field.evolving().items()
         }
+        for name, path in found.items():
+            check_finite(path, name, "requested time")
+        return found
 
 
 def solve(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight, WeightPath
-from neuralode_coupled.evolution import all_at_once, closed_form_for_many_steps
+from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps
 from neuralode_coupled.evolution.base import Propagate
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
@@ -154,11 +154,12 @@ class Scheme:
     ) -> tuple[Tensor, list[Tensor]]:
         """One step of the evolution ODE, by the closed form where there is one: the next w, and w at the stages."""
         if propagate is not None:
-            return propagate(w, h), [w if c == 0 else propagate(w, c * h) for c in self.weight_method.c]
+            end = check_evolved(propagate(w, h), w, operator)
+            return end, [w if c == 0 else propagate(w, c * h) for c in self.weight_method.c]
 
         def q(i: int, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             t = torch.full((), self.weight_grid.time(n) + self.weight_method.c[i] * h, dtype=w.dtype, device=w.device)
-            return (operator(t, y[0]),)
+            return (check_evolved(operator(t, y[0]), w, operator),)
 
         (w,), inner = step(q, (w,), h, self.weight_method)
         return w, [y[0] for y in inner]

@@ -4,6 +4,7 @@ other."""
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -74,15 +75,31 @@ def test_diffusion_and_advection_conserve_mass(shape, scope, seed):
             assert operator(torch.zeros(()), w).sum(axes).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 3, 5), (3, 5)])
-@pytest.mark.parametrize("pixels", [1, -2])
-def test_advection_alone_moves_by_whole_pixels(shape, pixels):
-    """upsilon = 1 pixel a unit of time brings w(x + 1) to x; on odd axes, where every mode moves."""
-    operator, w = operator_and_weight(shape, diffusion=False, reaction=False)
+@given(st.sampled_from([(2, 3, 5), (2, 3, 3, 5), (2, 2, 3, 5, 3), (3, 5), (2, 1, 11, 9)]), SCOPES, SEEDS, st.data())
+def test_advection_alone_moves_by_whole_pixels(shape, scope, seed, data):
+    """upsilon = 1 pixel a unit of time brings w(x + 1) to x, along every axis; on odd ones, where every mode moves."""
+    operator, w = operator_and_weight(shape, scope, seed, diffusion=False, reaction=False)
+    axes = operator.advection.shape[-1]
+    pixels = data.draw(st.lists(st.integers(-4, 4), min_size=axes, max_size=axes))
     with torch.no_grad():
-        operator.advection.zero_()
-        operator.advection[..., -1] = pixels
-    assert torch.allclose(operator.propagate(w, 1.0), torch.roll(w, -pixels, dims=-1), atol=1e-12)
+        operator.advection.copy_(torch.tensor(pixels))
+    moved = torch.roll(w, [-n for n in pixels], dims=tuple(range(-axes, 0)))
+    assert torch.allclose(operator.propagate(w, 1.0), moved, atol=1e-11)
+
+
+@given(st.sampled_from([4, 6, 10]), st.floats(-3.0, 3.0), st.floats(0.1, 2.0))
+def test_the_nyquist_mode_of_an_even_axis_stands_still_under_advection(size, upsilon, t):
+    """Between the grid's points it is as much to the left as to the right: moved, a real filter would not stay real.
+    All other modes of the axis move, and diffusion damps this one the most."""
+    x = torch.arange(size, dtype=torch.float64)
+    nyquist, slow = torch.cos(torch.pi * x), torch.cos(2 * torch.pi * x / size)
+    operator = nc.ReactionDiffusionAdvection(scope="layer").bind(torch.zeros(1, 1, size, dtype=torch.float64))
+    torch.nn.init.constant_(operator.advection, upsilon)
+    moved = torch.cos(2 * torch.pi * (x + upsilon * t) / size)
+    assert torch.allclose(operator.propagate((nyquist + slow)[None, None], t)[0, 0], nyquist + moved, atol=1e-11)
+    torch.nn.init.constant_(operator.diffusion, 0.1)
+    damped = nyquist * math.exp(-0.1 * math.pi**2 * t)
+    assert torch.allclose(operator.propagate(nyquist[None, None], t)[0, 0], damped, atol=1e-11)
 
 
 @given(SHAPES, SEEDS, st.floats(-2.0, 2.0), st.floats(0.1, 2.0))

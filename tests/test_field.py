@@ -160,7 +160,7 @@ def test_a_tied_parameter_evolves_everywhere_it_is_used():
     ("make", "error", "message"),
     [
         (lambda: nc.CoupledField(torch.tanh, nc.Static()), TypeError, "dynamics must be an nn.Module"),
-        (lambda: nc.CoupledField(nn.Bilinear(2, 2, 2), "rda"), TypeError, "not callable"),
+        (lambda: nc.CoupledField(nn.Bilinear(2, 2, 2), "rda"), TypeError, "evolution must be an operator .*got 'rda'"),
         (
             lambda: nc.CoupledField(nn.Linear(2, 2), nc.Static(), evolve="conv*"),
             ValueError,

@@ -528,11 +528,15 @@ def test_rates_and_widths_are_positive(make, name, value):
         (lambda: MatrixKernel(torch.eye(2, 3).long()), TypeError, "floating-point tensor, got torch.int64"),
         (lambda: MatrixKernel(torch.ones(3)), ValueError, r"weight_steps \+ 1\), at least \(1, 2\), got shape \(3,\)"),
         (lambda: MatrixKernel(torch.ones(3, 1)), ValueError, r"got shape \(3, 1\)"),
-        (lambda: MatrixKernel(torch.full((1, 2), math.nan)), ValueError, "finite numbers"),
+        (
+            lambda: MatrixKernel(torch.tensor([[1.0, 0.0], [0.5, math.inf]])),
+            ValueError,
+            "finite numbers, got inf in row 1, column 1: replace it",
+        ),
         (
             lambda: MatrixKernel(torch.ones(2, 3)),
             ValueError,
-            r"row 0 \(from 0/2 .*\) uses w_1 \(at 1/2 of it\): make such entries zero, or pass causal=False",
+            r"row 0 \(from 0/2 .*\) uses w_1 \(at 1/2 of it\), with the factor 1: make such .*, or pass causal=False",
         ),
         (
             lambda: nc.CoupledODE(nn.Linear(2, 2), nc.Static(), MatrixKernel(torch.eye(2, 3)), steps=3),

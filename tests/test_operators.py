@@ -213,6 +213,11 @@ def test_operators_take_shape_and_dtype_from_the_weight(kind, dtype):
     [
         (LinearEvolution(per="filter"), "scope='pixels', per='filter'"),
         (LinearEvolution("channels", rank=2), "scope='channels', rank=2"),
+        (nc.ReactionDiffusionAdvection(), "form='propagator', activation='identity', scope='filter', diffusion, adv"),
+        (nc.ReactionDiffusionAdvection("ode", "tanh"), "form='ode', activation='tanh', scope='filter'"),
+        (nc.ReactionDiffusionAdvection("ode", torch.sin), "form='ode', activation=sin, scope='filter'"),
+        (nc.ReactionDiffusionAdvection("ode", nn.PReLU()), "(sigma): PReLU(num_parameters=1)"),
+        (nc.ReactionDiffusionAdvection(nonnegative_diffusion=True), "reaction, nonnegative_diffusion=True"),
         (ConvEvolution(4), "hidden=4, kernel_size=3, padding='circular'"),
         (MLPEvolution(4, time=True), "hidden=4, time=True, scope='kernel'"),
         (HyperNetwork(3, 4), "embedding=3, hidden=4"),
@@ -453,6 +458,8 @@ def test_an_operator_of_ones_own_may_prepare_its_steps():
         (lambda: LinearEvolution("channels", rank=1, per="filter"), "per='filter' belongs to scope='pixels'"),
         (lambda: ConvEvolution(0), "hidden must be a whole number of at least 1, got 0"),
         (lambda: ConvEvolution(2, 4), "kernel_size must be odd and positive.*got 4"),
+        (lambda: ConvEvolution(2, 2.5), "kernel_size must be odd and positive, a whole number.*got 2.5"),
+        (lambda: ConvEvolution(2, "3"), "kernel_size must be odd and positive, a whole number.*got '3'"),
         (lambda: ConvEvolution(2, padding="same"), "unknown padding 'same': choose one of circular, zeros"),
         (lambda: MLPEvolution(-1), "hidden must be a whole number of at least 1, got -1"),
         (lambda: MLPEvolution(2, scope="layer"), "unknown scope 'layer': choose one of kernel, filter"),
@@ -507,15 +514,28 @@ def test_shared_operators_refuse_weights_that_do_not_fit(operator, first, fits, 
         operator.bind(torch.randn(misfit))
 
 
-@pytest.mark.parametrize("activation", [lambda x: x.sum(), nn.Softmax(dim=-1), lambda x: x - x.mean(), nn.Linear(3, 3)])
+@pytest.mark.parametrize(
+    "activation",
+    [lambda x: x.sum(), nn.Softmax(dim=-1), lambda x: x - x.mean(), nn.Linear(3, 3), lambda x: 1.0, lambda x, y: x],
+)
 def test_activations_must_be_elementwise(activation):
     with pytest.raises(ValueError, match="is not elementwise"):
         nc.ReactionDiffusionAdvection(form="ode", activation=activation)
 
 
 def test_activations_are_names_or_functions():
-    with pytest.raises(TypeError, match="one of identity, tanh, sigmoid or a function, got 3"):
-        nc.ReactionDiffusionAdvection(activation=3)
+    for wrong, shown in ((3, "3"), (nn.Tanh, "<class .*Tanh'>")):
+        message = rf"one of identity, tanh, sigmoid or a function \(of a class, one instance\), got {shown}"
+        with pytest.raises(TypeError, match=message):
+            nc.ReactionDiffusionAdvection(activation=wrong)
+
+
+@pytest.mark.parametrize("activation", [torch.log, torch.sqrt, nn.ReLU(inplace=True)])
+def test_activations_need_not_be_defined_everywhere(activation):
+    """A logarithm is elementwise, though it is NaN below zero."""
+    w = torch.rand(2, 2, 3, 3, dtype=torch.float64) + 1
+    q = nc.ReactionDiffusionAdvection(activation=activation).bind(w)
+    assert torch.allclose(q.propagate(w, 1.0), activation(w.clone()))
 
 
 def test_an_activation_with_parameters_is_trained():
@@ -524,6 +544,44 @@ def test_an_activation_with_parameters_is_trained():
     oracle.randomize(q)
     q(torch.zeros(()), w).square().sum().backward()
     assert q.sigma.weight.grad.abs() > 0
+
+
+class Given(nn.Module):
+    """A user's own q, by a function of w."""
+
+    def __init__(self, q):
+        super().__init__()
+        self.q = q
+
+    def forward(self, t, w):
+        return self.q(w)
+
+
+class GivenMap(Given):
+    def propagate(self, w, dt):
+        return self.q(w)
+
+
+@pytest.mark.parametrize("make", [Given, GivenMap])
+@pytest.mark.parametrize(
+    ("q", "made"), [(lambda w: w.sum(0), r"\(4,\)"), (lambda w: w.flatten(), r"\(16,\)"), (lambda w: (w,), "tuple")]
+)
+def test_operators_must_keep_the_shape_of_the_weight(make, q, made):
+    """One that does not is not broadcast."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), make(q), steps=2)
+    message = rf"operator {make.__name__} must keep the shape of the weight: it made {made} of \(4, 4\)"
+    z0 = torch.randn(2, 4)
+    state = coupled.field.initial_state(z0)
+    for use in (lambda: coupled(z0), lambda: coupled.field(torch.zeros(()), state)):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+@pytest.mark.parametrize("evolution", [nc.ReactionDiffusionAdvection, "static", 3])
+def test_evolution_is_an_operator_a_mapping_or_a_function(evolution):
+    message = r"evolution must be an operator such as .* \(an instance, not the class\).*got .*(Advection|static|3)"
+    with pytest.raises(TypeError, match=message):
+        nc.CoupledODE(nn.Linear(4, 4), evolution, steps=2)
 
 
 # Weights out of range
@@ -545,6 +603,17 @@ def test_a_propagator_that_overflows_says_which_filter_and_mode(scope, index, wh
         q.propagate(w, 1.0)
     assert q.propagate(w, 0.05).isfinite().all()
     assert nc.ReactionDiffusionAdvection(scope=scope).bind(w.double()).propagate(w.double(), 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("term", ["diffusion", "reaction"])
+def test_coefficients_that_are_no_numbers_say_which_filter(term, value):
+    w = torch.randn(3, 2, 3, 3)
+    q = nc.ReactionDiffusionAdvection().bind(w)
+    with torch.no_grad():
+        getattr(q, term)[1] = value
+    with pytest.raises(NonFiniteWeights, match=r"Fourier mode \(\d, \d\) of filter 1 grows by exp\((nan|inf)\)"):
+        q.trajectory(w, torch.tensor([0.0, 1.0]))
 
 
 def test_overflow_backwards_in_time_is_seen_too():
@@ -604,11 +673,59 @@ def test_a_solve_says_where_weights_blow_up_whatever_the_kernel(kernel, step):
         coupled(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize(
+    "adjoint",
+    [nc.Backprop(), nc.DiscreteAdjoint(weights="recomputed"), nc.ReversibleAdjoint(), nc.ContinuousAdjoint()],
+    ids=str,
+)
+def test_every_gradient_method_says_where_weights_blow_up(adjoint):
+    """Behind a tanh infinite weights leave activations finite: nobody else would notice."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Exploding(), steps=10, adjoint=adjoint)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 0.1)
+    with pytest.raises(NonFiniteWeights, match=r"weights of '0.weight' are NaN or infinite from step 6 on"):
+        coupled(torch.randn(2, 4))
+
+
+class Ending(nn.Module):
+    """dw/dt = sqrt(1/2 - t) w: not a number from t = 1/2 on."""
+
+    def forward(self, t, w):
+        return (0.5 - t).sqrt() * w
+
+
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=str)
+@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(2), nc.Exponential(2.0)], ids=str)
+def test_an_adaptive_solve_says_whose_weights_are_not_finite(kernel, adjoint):
+    q = {"0.weight": nc.Static(), "2.weight": Ending()}
+    coupled = layer(q, kernel=kernel, steps=None, method="dopri5", rtol=1e-3, atol=1e-3, adjoint=adjoint)
+    with pytest.raises(NonFiniteWeights, match=r"weights of '2.weight' are NaN or infinite, .* near t = [01]\.\d"):
+        coupled(small_state())
+
+
+def test_paths_of_weights_that_blow_up_are_not_handed_out():
+    """Nor are the penalties on them."""
+    coupled = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), Exploding(), steps=10)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 1e-4)
+    solution = nc.solve(coupled.field, torch.randn(2, 4), steps=10)
+    nn.init.constant_(coupled.field.dynamics[0].weight, 0.1)
+    for use in (coupled.weight_trajectory, solution.weights):
+        with pytest.raises(NonFiniteWeights, match=r"'0.weight' are NaN or infinite from requested time 1 on"):
+            use([0.0, 0.9])
+    with pytest.raises(NonFiniteWeights, match=r"'0.weight' are NaN or infinite from weight step 6 on"):
+        coupled.regularization(kinetic=1.0)
+    coupled = layer(nc.ReactionDiffusionAdvection())
+    nn.init.constant_(coupled.field.operator("2.weight").reaction, 800.0)
+    for use in (lambda: coupled.weight_trajectory([1.0]), lambda: coupled.regularization(displacement=1.0)):
+        with pytest.raises(NonFiniteWeights, match=r"parameter '2.weight': .* overflows"):
+            use()
+
+
 @pytest.mark.parametrize("activation", ["identity", "tanh"])
-def test_a_solve_says_whose_coefficients_overflow(activation):
-    coupled = layer(nc.ReactionDiffusionAdvection(activation=activation))
+@pytest.mark.parametrize("weights", ["stored", "recomputed"])
+def test_a_solve_says_whose_coefficients_overflow(activation, weights):
+    coupled = layer(nc.ReactionDiffusionAdvection(activation=activation), adjoint=nc.DiscreteAdjoint(weights=weights))
     with torch.no_grad():
-        coupled.field.operator("2.weight").diffusion[1] = -400.0
+        coupled.field.operator("2.weight").diffusion[1] = -2e4
     with pytest.raises(
         NonFiniteWeights,
         match=r"parameter '2.weight': .* overflows torch.float64: Fourier mode \([12], [12]\) of filter 1",

@@ -74,7 +74,9 @@ class ContinuousAdjoint:
         )
         # From here on torchdiffeq calls the field for the backward solve only.
         field.backward = True
-        return cast("tuple[Tensor, ...]", states)
+        states = cast("tuple[Tensor, ...]", states)
+        flow.check(marks[-1], tuple(part[-1] for part in states))
+        return states
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:
@@ -112,6 +114,7 @@ class _VectorField(nn.Module):
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""
         self._enter(float(t0) + self.direction * abs(float(dt)) / 2)
+        self.flow.check(self.n, y0)
 
     def callback_step_adjoint(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the adjoint solve."""

@@ -99,6 +99,7 @@ class Flow:
         first, last: the indices of the interval's ends on the grid.
         carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
         params: the other tensors that gradients flow to.
+        check: ``check(n, y)`` raises for a state that the forward solve must not go on from at grid point ``n``.
     """
 
     slope: Callable[[int, Tensor, State, State], State]
@@ -106,6 +107,7 @@ class Flow:
     last: int
     carried: State
     params: State
+    check: Callable[[int, State], None] = lambda n, y: None
 
 
 Weights = Literal["stored", "recomputed"]

@@ -5,9 +5,11 @@ from neuralode_coupled.evolution.base import (
     NonFiniteWeights,
     Static,
     all_at_once,
+    check_evolved,
     check_finite,
     closed_form,
     closed_form_for_many_steps,
+    named,
 )
 from neuralode_coupled.evolution.linear import LinearEvolution
 from neuralode_coupled.evolution.networks import ConvEvolution, HyperNetwork, MLPEvolution
@@ -23,7 +25,9 @@ __all__ = [
     "ReactionDiffusionAdvection",
     "Static",
     "all_at_once",
+    "check_evolved",
     "check_finite",
     "closed_form",
     "closed_form_for_many_steps",
+    "named",
 ]

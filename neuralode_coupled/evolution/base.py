@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self, cast
+from typing import ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from neuralode_coupled._types import Weight, WeightPath
 Propagate = Callable[[Tensor, float], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
 Advance = Callable[[Tensor], Tensor]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class NonFiniteWeights(ValueError):
@@ -76,6 +78,17 @@ def all_at_once(operator: nn.Module) -> Trajectory | None:
     return cast("Trajectory | None", getattr(operator, "trajectory", None))
 
 
+def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
+    """What an operator made of ``w``, or the ValueError that a user should see if that is no weight of its shape."""
+    if not isinstance(found, Tensor) or found.shape != w.shape:
+        what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"the evolution operator {type(operator).__name__} must keep the shape of the weight: it made {what} of "
+            f"{tuple(w.shape)}"
+        )
+    return found
+
+
 def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Raise the ValueError that a user should see for an operator shared with a parameter that it does not fit.
 
@@ -100,7 +113,15 @@ def is_seen(flag: Tensor) -> bool:
         return False
 
 
-def check_finite(path: WeightPath, name: str, what: str = "step") -> None:
+def named(name: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``make(*args, **kwargs)``; a `NonFiniteWeights` on the way says that they are those of parameter ``name``."""
+    try:
+        return make(*args, **kwargs)
+    except NonFiniteWeights as error:
+        raise NonFiniteWeights(f"parameter {name!r}: {error}") from error
+
+
+def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0) -> None:
     """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
 
     On the CPU only: elsewhere looking would make the host wait. Not inside of ``torch.compile`` and ``torch.func``
@@ -110,6 +131,7 @@ def check_finite(path: WeightPath, name: str, what: str = "step") -> None:
         path: weights with an axis of steps in front, (steps, *weight) or (steps, stages, *weight).
         name: the parameter's name, for the message.
         what: what the first axis counts, for the message.
+        first: where it begins to count.
     """
     if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
         return
@@ -119,7 +141,7 @@ def check_finite(path: WeightPath, name: str, what: str = "step") -> None:
     finite = path.isfinite().flatten(1).all(1).tolist()
     if all(finite):
         return
-    step = finite.index(False)
+    step = first + finite.index(False)
     raise NonFiniteWeights(
         f"the evolving weights of {name!r} are NaN or infinite "
         + (

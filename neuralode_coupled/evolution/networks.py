@@ -38,8 +38,10 @@ class ConvEvolution(EvolutionOperator):
     def __init__(self, hidden: int, kernel_size: int = 3, padding: Padding = "circular") -> None:
         super().__init__()
         _check_size("hidden", hidden)
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, to keep the filters' size, got {kernel_size}")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be odd and positive, a whole number, to keep the filters' size, got {kernel_size!r}"
+            )
         if padding not in get_args(Padding):
             raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(get_args(Padding))}")
         self.hidden, self.kernel_size, self.padding = hidden, kernel_size, padding

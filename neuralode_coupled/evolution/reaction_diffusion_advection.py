@@ -91,7 +91,9 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     def extra_repr(self) -> str:
         terms = ", ".join(term for term, present in self.terms.items() if present)
-        return f"form={self.form!r}, scope={self.scope!r}, {terms}"
+        activation = "" if isinstance(self.sigma, nn.Module) else f", activation={_activation_name(self.sigma)}"
+        nonnegative = ", nonnegative_diffusion=True" if self.nonnegative_diffusion else ""
+        return f"form={self.form!r}{activation}, scope={self.scope!r}, {terms}{nonnegative}"
 
     def bind(self, weight: Weight) -> Self:
         """Create the coefficients for parameters of this shape, all zero; see the base class."""
@@ -213,16 +215,20 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
 def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The activation, or the error that a user should see for one that is not a function of single entries."""
-    if not callable(activation):
-        raise TypeError(f"activation must be one of {', '.join(ACTIVATIONS)} or a function, got {activation!r}")
+    if not callable(activation) or isinstance(activation, type):
+        raise TypeError(
+            f"activation must be one of {', '.join(ACTIVATIONS)} or a function (of a class, one instance), "
+            f"got {activation!r}"
+        )
     parameter = next(activation.parameters(), None) if isinstance(activation, nn.Module) else None
     factory = {} if parameter is None else {"dtype": parameter.dtype, "device": parameter.device}
     probe = torch.linspace(-1.5, 1.0, 6, **factory).reshape(2, 3)
     try:
         with torch.no_grad():
             whole, alone = activation(probe), torch.stack([activation(x) for x in probe.reshape(6, 1)])
-        same = whole.shape == probe.shape and torch.allclose(whole.flatten(), alone.flatten())
-    except (RuntimeError, ValueError, IndexError) as error:
+        # A logarithm is elementwise, though it is NaN for half of the probe.
+        same = whole.shape == probe.shape and torch.allclose(whole.flatten(), alone.flatten(), equal_nan=True)
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"activation {activation!r} is not elementwise: {error}") from error
     if not same:
         raise ValueError(
@@ -230,6 +236,12 @@ def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], T
             "its argument alone"
         )
     return activation
+
+
+def _activation_name(sigma: Callable[[Tensor], Tensor] | None) -> str:
+    """As the user gave it: a name in quotes, or the function's own."""
+    known = next((repr(name) for name, function in ACTIVATIONS.items() if function is sigma), None)
+    return known or getattr(sigma, "__name__", repr(sigma))
 
 
 def _group_name(group: int, groups: tuple[int, ...]) -> str:

@@ -131,10 +131,10 @@ class Spectrum(nn.Module):
         self, times: Tensor, tau: Tensor | None, rho: Tensor | None
     ) -> tuple[int, tuple[int, ...], float] | None:
         """Where within ``times`` a mode grows beyond the dtype: its group, its indices in the discrete Fourier
-        transform and its exponent; None where all fit."""
+        transform and its exponent; None where all fit. A coefficient that is NaN or infinite does not."""
         growth, _ = self._rates(tau, None, rho)
         peak = torch.maximum(growth * times.max(), growth * times.min())
-        if not is_seen(peak.max() > math.log(torch.finfo(peak.dtype).max)):
+        if not is_seen(~(peak.max() <= math.log(torch.finfo(peak.dtype).max))):
             return None
         worst = int(peak.argmax())
         mode = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst % self.count), self.pixels))
