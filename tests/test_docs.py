@@ -2,26 +2,66 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import shlex
+import sys
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
+import typer
 
 import neuralode_coupled as nc
-from neuralode_coupled import plotting
+from neuralode_coupled import cli, plotting
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for named, text in BLOCK.findall(page.read_text()) if named == language]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page):
     names: dict[str, object] = {}
-    for block in BLOCK.findall(page.read_text()):
+    for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
+
+
+def commands() -> list[list[str]]:
+    """The commands of this project on the pages, as words, without what stands in front and comments behind."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"(neuralode-coupled|python -m benchmarks\.).*", line)
+                if command is not None and re.match(r"\$ |[A-Z_]+=|neuralode-coupled|python", line):
+                    found.append(shlex.split(command[0], comments=True))
+    return found
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "neuralode-coupled"], ids=" ".join)
+def test_commands_are_taken_by_the_command_line(words):
+    command = typer.main.get_command(cli.app).commands[words[1]]
+    # A letter stands for a number that the reader chooses.
+    arguments = ["0" if re.fullmatch("[A-Z]", word) else word for word in words[2:]]
+    with command.make_context(words[1], arguments) as context:
+        assert context.params
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[2].startswith("benchmarks.")], ids=" ".join)
+def test_benchmarks_on_the_pages_have_the_options(words, capsys):
+    module = importlib.import_module(words[2])
+    with pytest.raises(SystemExit, match="0"), patch.object(sys, "argv", [words[2], "--help"]):
+        module.main()
+    shown = capsys.readouterr().out
+    options = [word for word in words[3:] if word.startswith("--")]
+    assert all(re.search(rf"{option}\b", shown) for option in options)
 
 
 def public_names() -> set[str]:
