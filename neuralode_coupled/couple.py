@@ -60,7 +60,10 @@ class WithoutInput(nn.Module):
         """The slope, of the shape of z."""
         result = self.module(z)
         if result.shape != z.shape:
-            raise ValueError(f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it")
+            raise ValueError(
+                f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it. Leave this "
+                "layer as it is, or name one that keeps the shape"
+            )
         return result - z
 
 
@@ -186,7 +189,10 @@ def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[
     for name in chosen:
         for other in coupled:
             if _within(name, other) or _within(other, name):
-                raise ValueError(f"target {name!r} is converted already: {other!r} is a coupled layer")
+                raise ValueError(
+                    f"target {name!r} is converted already: {other!r} is a coupled layer. Leave it out; nc.with_steps "
+                    "changes its steps, and for other operators convert the original model"
+                )
         outer = next((o for o in chosen if o != name and _within(name, o)), None)
         if outer is not None:
             raise ValueError(f"target {name!r} lies inside of target {outer!r}: name one of them")

@@ -186,7 +186,7 @@ def test_a_plain_network_is_a_row_of_euler_steps():
     model = nc.couple(copy.deepcopy(plain), "2", nc.ReactionDiffusionAdvection(), skip="none")
     assert_same(model, plain, torch.randn(7, 2))
     model = nc.couple(copy.deepcopy(plain), "3", skip="none")
-    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\)"):
+    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\) of it\. Leave this layer"):
         model(torch.randn(7, 2))
 
 
@@ -298,7 +298,7 @@ def test_all_or_nothing():
 @pytest.mark.parametrize("second", ["layer1.1", "layer1.1.coupled", "layer1.1.coupled.field.dynamics.conv1", "layer1"])
 def test_conversion_twice(second):
     model = nc.couple(resnet(), "layer1.1", nc.ReactionDiffusionAdvection())
-    with pytest.raises(ValueError, match="converted already"):
+    with pytest.raises(ValueError, match=r"converted already.*Leave it out; nc\.with_steps"):
         nc.couple(model, second, nc.ReactionDiffusionAdvection())
 
 
