@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from neuralode_coupled._types import Activation
+from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.encoder_layer import CoupledEncoderLayer
 from neuralode_coupled.field import Evolution, Evolve
@@ -22,6 +23,9 @@ from neuralode_coupled.residual import NotResidual, Stage, adds_around, stages
 
 Skip = Literal["auto", "inside", "around", "none"]
 _Layer = Callable[[nn.Module], CoupledODE]
+_SHOWN = 20
+"""So many names of submodules are shown in a message."""
+
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -56,7 +60,10 @@ class WithoutInput(nn.Module):
         """The slope, of the shape of z."""
         result = self.module(z)
         if result.shape != z.shape:
-            raise ValueError(f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it")
+            raise ValueError(
+                f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it. Leave this "
+                "layer as it is, or name one that keeps the shape"
+            )
         return result - z
 
 
@@ -66,11 +73,13 @@ def couple(
     evolution: Evolution | None = None,
     kernel: TimeKernel | None = None,
     *,
-    steps: int | None = 1,
+    steps: int | None = None,
     method: str = "euler",
     t: tuple[float, float] = (0.0, 1.0),
     weight_steps: int | None = None,
     weight_method: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
     adjoint: GradientMethod | None = None,
     evolve: Evolve = None,
     skip: Skip = "auto",
@@ -78,7 +87,7 @@ def couple(
 ) -> nn.Module:
     """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
 
-    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with the default ``steps=1`` the converted
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
     model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
     operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
     pretrained weights before converting, because names in the state dict change.
@@ -91,11 +100,13 @@ def couple(
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
         evolution: q, see `CoupledField`; names of parameters count from the branch. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
-        steps: the number of activation steps, see `CoupledODE`.
+        steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
         t: the interval of time.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
+        rtol: the relative tolerance of an adaptive method.
+        atol: the absolute tolerance of an adaptive method.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
         evolve: which parameters of a branch evolve, see `CoupledField`.
         skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
@@ -108,19 +119,22 @@ def couple(
         The model.
 
     Raises:
-        TypeError: if the model is not a module.
+        TypeError: if the model is not a module, or the targets are not names.
         ValueError: for targets that match nothing, are not residual (what was found is said), change their input in
             place, are converted already or lie inside of each other, models in half precision, an unknown ``skip``, and
             as `CoupledODE`. The model is then as it was. A branch that changes the shape shows in the first forward
             pass.
     """
     names = _checked(model, targets, skip)
+    steps = 1 if steps is None and not is_adaptive(method) else steps
     options = {
         "steps": steps,
         "method": method,
         "t": t,
         "weight_steps": weight_steps,
         "weight_method": weight_method,
+        "rtol": rtol,
+        "atol": atol,
         "adjoint": adjoint,
         "evolve": evolve,
     }
@@ -164,23 +178,46 @@ def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[
             "evolve: convert it with .float(), and train under torch.autocast"
         )
     modules = dict(model.named_modules())
-    patterns = [targets] if isinstance(targets, str) else list(targets)
     chosen: list[str] = []
-    for pattern in patterns:
+    for pattern in _patterns(targets):
         matching = _matching(pattern, list(modules))
         if not matching:
             known = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-            raise ValueError(f"targets={pattern!r} matches no submodule: there are {', '.join(known) or 'none'}")
+            raise ValueError(f"targets={pattern!r} matches no submodule: there are {_some(known) or 'none'}")
         chosen.extend(name for name in matching if name not in chosen)
     coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
     for name in chosen:
         for other in coupled:
             if _within(name, other) or _within(other, name):
-                raise ValueError(f"target {name!r} is converted already: {other!r} is a coupled layer")
+                raise ValueError(
+                    f"target {name!r} is converted already: {other!r} is a coupled layer. Leave it out; nc.with_steps "
+                    "changes its steps, and for other operators convert the original model"
+                )
         outer = next((o for o in chosen if o != name and _within(name, o)), None)
         if outer is not None:
             raise ValueError(f"target {name!r} lies inside of target {outer!r}: name one of them")
     return [name for name in modules if name in chosen]
+
+
+def _patterns(targets: str | Iterable[str]) -> list[str]:
+    """The targets as a list; raises TypeError or ValueError for what are none."""
+    if isinstance(targets, str):
+        return [targets]
+    patterns: list[Any] = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not patterns:
+        raise ValueError(f'targets={targets!r} names no submodule: give names, or patterns such as "layer*.1"')
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"targets must be names of submodules, or patterns, got {pattern!r}: see model.named_modules()"
+            )
+    return patterns
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many there are besides."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:

@@ -254,7 +254,10 @@ def check_activation(field: CoupledField, z0: Tensor) -> None:
 def check_slope(dz: Tensor, z: Tensor) -> Tensor:
     """dz, or the ValueError that a user should see for dynamics that change the state's shape."""
     if dz.shape != z.shape:
-        raise ValueError(f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}")
+        raise ValueError(
+            f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
+            "the shape before the layer or behind it"
+        )
     return dz
 
 

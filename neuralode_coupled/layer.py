@@ -79,7 +79,7 @@ class CoupledODE(nn.Module):
         return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
     def forward(self, z0: Activation) -> Activation:
-        """z(t1), of the shape of z0."""
+        """z(t1), of the shape of z0. Raises ValueError where torch exports an adaptive layer, which has no grid."""
         return self._solve(z0, self.t[-1:])[0]
 
     def trajectory(self, z0: Activation, t: Times) -> Trajectory:
@@ -173,7 +173,13 @@ class CoupledODE(nn.Module):
 
     def _solve(self, z0: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
-        z, self.stats = states(self._discretised(), self.field, z0, wanted, self.adjoint)
+        scheme = self._discretised()
+        if isinstance(scheme, Adaptive) and torch.compiler.is_exporting():
+            raise ValueError(
+                f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
+                "fix its grid first, as by layer.steps, layer.method = 20, 'rk4', and export nc.bake(model)"
+            )
+        z, self.stats = states(scheme, self.field, z0, wanted, self.adjoint)
         return z
 
     def _inside(self, t: Times) -> tuple[float, ...]:

@@ -188,7 +188,7 @@ def build_scheme(
     """Check a fixed grid, and fill in what was left open; raises ValueError, also for a solve that has no grid."""
     if is_adaptive(method):
         raise ValueError(
-            f"this needs a fixed grid, and {method!r} chooses its own steps: fix the grid first, as by "
+            f"what is asked for needs a fixed grid, and {method!r} chooses its own steps: fix the grid first, as by "
             "layer.steps, layer.method = 20, 'rk4'"
         )
     if steps is None:

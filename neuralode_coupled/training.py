@@ -551,11 +551,13 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             enable_model_summary=False,
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ValueError(f"{_refused(experiment)}: {error}") from error
+        raise ValueError(f"{_refused(experiment)}: {str(error).rstrip('.!')} ({_there_are()})") from error
     if isinstance(trainer.accelerator, CPUAccelerator):
         cores = os.cpu_count() or 1
         if trainer.num_devices > cores:
-            raise ValueError(f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}")
+            raise ValueError(
+                f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}: ask for no more"
+            )
         if experiment.precision == "16-mixed":
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
     tolerate_unused_parameters(trainer)
@@ -565,6 +567,10 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
 def _refused(experiment: Experiment) -> str:
     asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
     return f"cannot train with {asked}, precision {experiment.precision!r}"
+
+
+def _there_are() -> str:
+    return f"this machine has {torch.cuda.device_count()} GPUs and {os.cpu_count() or 1} CPU cores"
 
 
 def _device_name(device: torch.device) -> str:

@@ -244,6 +244,20 @@ def test_what_needs_a_grid_says_so():
         adaptive(z0)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_wants_a_fixed_grid_first(strict):
+    layer = nc.CoupledODE(smooth(), nc.ReactionDiffusionAdvection(), method="dopri5").eval()
+    z0 = torch.randn(2, 3)
+    # Where torch traces the code itself, it makes an error of its own of ours.
+    message = r"'dopri5' chooses its steps anew.*layer\.steps, layer\.method = 20, 'rk4'"
+    with pytest.raises(Exception, match=message) as raised:
+        torch.export.export(nn.Sequential(layer), (z0,), strict=strict)
+    assert strict or isinstance(raised.value, ValueError)
+    layer.steps, layer.method = 20, "rk4"
+    program = torch.export.export(nc.bake(layer), (z0,), strict=strict)
+    torch.testing.assert_close(program.module()(z0), layer(z0))
+
+
 @pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.ContinuousAdjoint()], ids=repr)
 def test_a_solve_that_cannot_go_on(adjoint):
     class Explodes(nn.Module):

@@ -186,7 +186,7 @@ def test_a_plain_network_is_a_row_of_euler_steps():
     model = nc.couple(copy.deepcopy(plain), "2", nc.ReactionDiffusionAdvection(), skip="none")
     assert_same(model, plain, torch.randn(7, 2))
     model = nc.couple(copy.deepcopy(plain), "3", skip="none")
-    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\)"):
+    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\) of it\. Leave this layer"):
         model(torch.randn(7, 2))
 
 
@@ -298,8 +298,39 @@ def test_all_or_nothing():
 @pytest.mark.parametrize("second", ["layer1.1", "layer1.1.coupled", "layer1.1.coupled.field.dynamics.conv1", "layer1"])
 def test_conversion_twice(second):
     model = nc.couple(resnet(), "layer1.1", nc.ReactionDiffusionAdvection())
-    with pytest.raises(ValueError, match="converted already"):
+    with pytest.raises(ValueError, match=r"converted already.*Leave it out; nc\.with_steps"):
         nc.couple(model, second, nc.ReactionDiffusionAdvection())
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([], ValueError, r"targets=\[\] names no submodule: give names, or patterns such as"),
+        (3, TypeError, "targets must be names of submodules, or patterns, got 3: "),
+        ([nn.Identity()], TypeError, r"targets must be names .*, got Identity\(\)"),
+    ],
+)
+def test_targets_that_are_no_names(targets, error, message):
+    with pytest.raises(error, match=message):
+        nc.couple(resnet(), targets, nc.Static())
+
+
+def test_of_a_large_model_some_names_are_shown():
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(100)))
+    with pytest.raises(ValueError, match=r"there are 0, 1, .* and 80 more$"):
+        nc.couple(model, "layers.*")
+
+
+def test_adaptive_conversion_takes_tolerances_and_no_steps():
+    original = ResidualMLP()
+    model = nc.couple(copy.deepcopy(original), "blocks.*", nc.Static(), method="dopri5", rtol=1e-3, atol=1e-4)
+    layer = next(iter(nc.models.coupled_layers(model).values()))
+    assert (layer.steps, layer.rtol, layer.atol) == (None, 1e-3, 1e-4)
+    fine = nc.couple(original, "blocks.*", nc.Static(), steps=50, method="rk4")
+    points = torch.randn(7, 2)
+    torch.testing.assert_close(model(points), fine(points), rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match="chooses its own steps, by rtol and atol: leave steps=3 out"):
+        nc.couple(ResidualMLP(), "blocks.*", nc.Static(), steps=3, method="dopri5")
 
 
 def test_wrong_kinds_of_arguments():
@@ -319,5 +350,5 @@ def test_a_branch_that_changes_the_shape_shows_at_once():
             return x + self.net(x)  # broadcasts
 
     model = nc.couple(nn.Sequential(Widening()), "0", nc.Static())
-    with pytest.raises(ValueError, match=r"keep the shape of the state: it made \(2, 1\) of \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"keep the shape .* made \(2, 1\) of \(2, 6\): change the shape before"):
         model(torch.randn(2, 6))

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
+import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import pytest
+import typer
 
 import neuralode_coupled as nc
+from neuralode_coupled import cli, plotting
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for named, text in BLOCK.findall(page.read_text()) if named == language]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page):
     names: dict[str, object] = {}
-    for block in BLOCK.findall(page.read_text()):
+    for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)
 
 
@@ -39,7 +51,7 @@ def test_lines_that_the_docs_quote_stand_in_the_code():
 def test_what_a_user_writes_takes_under_fifteen_lines(page):
     """Every operator and every kernel of one's own in the docs."""
     own = (ROOT / "docs" / page).read_text().split("## Your own")[1]
-    trees = [ast.parse(block) for block in BLOCK.findall(own)]
+    trees = [ast.parse(block) for language, block in BLOCK.findall(own) if language == "python"]
     classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
     assert len(classes) == 2
     for node in classes:
@@ -47,7 +59,54 @@ def test_what_a_user_writes_takes_under_fifteen_lines(page):
         assert node.end_lineno - node.lineno + 1 < 15, node.name
 
 
+def commands() -> list[list[str]]:
+    """The commands of this project on the pages, as words, without what stands in front and comments behind."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"(neuralode-coupled|python -m benchmarks\.).*", line)
+                if command is not None and re.match(r"\$ |[A-Z_]+=|neuralode-coupled|python", line):
+                    found.append(shlex.split(command[0], comments=True))
+    return found
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[0] == "neuralode-coupled"], ids=" ".join)
+def test_commands_are_taken_by_the_command_line(words):
+    command = typer.main.get_command(cli.app).commands[words[1]]
+    # A letter stands for a number that the reader chooses.
+    arguments = ["0" if re.fullmatch("[A-Z]", word) else word for word in words[2:]]
+    with command.make_context(words[1], arguments) as context:
+        assert context.params
+
+
+@pytest.mark.parametrize("words", [w for w in commands() if w[2].startswith("benchmarks.")], ids=" ".join)
+def test_benchmarks_on_the_pages_have_the_options(words, capsys):
+    module = importlib.import_module(words[2])
+    with pytest.raises(SystemExit, match="0"), patch.object(sys, "argv", [words[2], "--help"]):
+        module.main()
+    shown = capsys.readouterr().out
+    options = [word for word in words[3:] if word.startswith("--")]
+    assert all(re.search(rf"{option}\b", shown) for option in options)
+
+
+def public_names() -> set[str]:
+    """Classes and functions that are exported, by their full names; of `plotting`, which exports nothing, all."""
+    exported = {module: module.__all__ for module in (nc, nc.kkt, nc.models)}
+    exported[plotting] = [name for name, value in vars(plotting).items() if is_public_of(plotting, name, value)]
+    return {
+        f"{module.__name__}.{name}"
+        for module, names in exported.items()
+        for name in names
+        if inspect.isclass(getattr(module, name)) or inspect.isfunction(getattr(module, name))
+    }
+
+
+def is_public_of(module: ModuleType, name: str, value: object) -> bool:
+    return getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+
+
 def test_every_public_name_is_in_the_reference():
-    reference = (ROOT / "docs" / "api.md").read_text()
-    missing = [name for name in nc.__all__ if f"neuralode_coupled.{name}" not in reference]
-    assert not missing
+    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(reference) == len(set(reference))
+    assert public_names() <= set(reference)

@@ -193,19 +193,19 @@ def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, 
 
 def test_more_processes_than_cores_are_refused(tmp_path):
     asked = Experiment(accelerator="cpu", devices=str(10**4), strategy="ddp")
-    with pytest.raises(ValueError, match=r"devices '10000'.*every process wants a core, and there are \d+"):
+    with pytest.raises(ValueError, match=r"'10000'.*every process wants a core, and there are \d+: ask for no more"):
         training.prepare(asked, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot train with accelerator 'gpu', devices '2'"):
+    with pytest.raises(ValueError, match=r"'gpu', devices '2'.* has 0 GPUs and \d+ CPU cores"):
         training.prepare(Experiment(accelerator="gpu", devices="2"), RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.gpu
 def test_more_gpus_than_there_are_are_refused(tmp_path):
     asked = Experiment(accelerator="gpu", devices=str(torch.cuda.device_count() + 1))
-    with pytest.raises(ValueError, match="cannot train with accelerator 'gpu'"):
+    with pytest.raises(ValueError, match=r"cannot train with accelerator 'gpu'.* has \d+ GPUs"):
         training.prepare(asked, RunFolder(tmp_path / "run"))
