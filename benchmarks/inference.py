@@ -2,7 +2,9 @@
 
     python -m benchmarks.inference
 
-Without gradients, in shuffled rounds of one process; the ratio to the stack of the same round, median and quartiles.
+Without gradients, in shuffled rounds; the ratio to the stack of the same round, its median over the rounds of a
+process, and of that the median and quartiles over several processes. (Where large buffers come to lie on the heap makes
+one of two equal computations up to a fifth slower for as long as a process lives.)
 The stack's weights are made beforehand; the layer makes them at every call; the baked layer, where the package has one,
 has them made as well. Writes results/inference.json.
 """
@@ -10,6 +12,9 @@ has them made as well. Writes results/inference.json.
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
@@ -73,16 +78,39 @@ def candidates(steps: int, solver: str) -> dict[str, Callable[[], None]]:
     return {name: inference(run) for name, run in runs.items()}
 
 
+def in_processes(steps: int, solver: str, rounds: int, processes: int) -> dict[str, dict[str, float]]:
+    """Median and quartiles over processes of each candidate's ratio to the stack."""
+    arguments = [sys.executable, "-m", "benchmarks.inference", "--one", "--steps", str(steps), "--solvers", solver]
+    found: list[dict[str, float]] = []
+    for _ in range(processes):
+        line = [*arguments, "--rounds", str(rounds)]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    spread = {name: statistics.quantiles([medians[name] for medians in found], n=4) for name in found[0]}
+    return {
+        name: {"lower_quartile": low, "median": middle, "upper_quartile": high}
+        for name, (low, middle, high) in spread.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20])
     parser.add_argument("--solvers", nargs="+", default=["euler", "rk4"])
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=15, help="of a process")
+    parser.add_argument("--processes", type=int, default=9, help="at least 2")
+    parser.add_argument("--one", action="store_true", help="print the medians of this process alone")
     options = parser.parse_args(arguments)
+    if options.processes < 2:
+        parser.error(f"a spread needs at least 2 processes, got --processes {options.processes}")
+    if options.one:
+        found = measure(candidates(options.steps[0], options.solvers[0]), options.rounds, STACK)
+        sys.stdout.write(json.dumps({name: ratio["median"] for name, ratio in found.items()}))
+        return
     for solver in options.solvers:
         for steps in options.steps:
-            found = measure(candidates(steps, solver), options.rounds, STACK)
+            found = in_processes(steps, solver, options.rounds, options.processes)
             if "baked layer" not in found:
                 sys.stdout.write("this release has no layer.bake(): left out\n")
             content = read("inference")

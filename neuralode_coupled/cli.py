@@ -271,8 +271,9 @@ def filters(
     """Draw filters that evolve.
 
     A Gaussian filter under diffusion, advection, reaction and all three, as a
-    picture (filters.png) and as an animation (filters.gif); with --run the
-    learned filters of each layer too (learned-LAYER.png).
+    picture (filters.png) and as an animation (filters.gif), and under the
+    other operators (operators.png); with --run the learned filters of each
+    layer too (learned-LAYER.png).
     """
     with _bad_input():
         from neuralode_coupled import gallery

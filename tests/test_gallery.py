@@ -57,6 +57,37 @@ def test_the_processes_are_the_package_s_own_operator():
     assert gallery.evolution("reaction", 15).diffusion is None
 
 
+def test_a_linear_evolution_turns_the_filter():
+    """By a quarter around the middle: what was above and left of it is above and right, or below and left."""
+    first, half, last = gallery.evolve_others(31, [0.0, 0.5, 1.0])["linear: a turn"].numpy()
+    assert np.array_equal(first, gallery.gaussian(31)[0, 0].numpy())
+    np.testing.assert_allclose(last, np.rot90(first, k=-1), atol=0.02)  # its tail reaches around the edge
+    assert half.max() == pytest.approx(1, abs=0.05)
+    assert not np.allclose(half, first, atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["convolutional", "perceptron", "hypernetwork"])
+def test_networks_evolve_the_filter_in_the_same_way_every_time(name):
+    before = torch.get_rng_state()
+    path = gallery.evolve_others(15, [0.0, 0.5, 1.0])[name]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(path, gallery.evolve_others(15, [0.0, 0.5, 1.0])[name])
+    assert torch.equal(path[:1], gallery.gaussian(15)[0])
+    assert 0.05 < float((path[2] - path[0]).abs().max()) < 5
+
+
+def test_the_hypernetwork_approaches_what_it_generates():
+    operator = gallery.operator_of("hypernetwork", 15)
+    path = gallery.evolve_others(15, [0.0, 1.0])["hypernetwork"]
+    generated = operator.generated()[0, 0].detach()
+    torch.testing.assert_close(path[1], generated + math.exp(-1) * (path[0] - generated), rtol=1e-6, atol=1e-6)
+
+
+def test_an_unknown_operator_is_refused():
+    with pytest.raises(ValueError, match="unknown operator 'conv': choose one of linear: a turn, convolutional"):
+        gallery.operator_of("conv", 15)
+
+
 def test_gallery_figure_shows_every_filter_on_one_scale():
     times = [0.0, 0.5, 1.0]
     paths = {process: path.detach().numpy() for process, path in gallery.evolve(15, times).items()}
@@ -112,10 +143,11 @@ def test_command_writes_a_picture_and_an_animation(tmp_path):
     out = tmp_path / "some" / "figures"
     done = run("filters", "--size", 15, "--out", out)
     assert done.exit_code == 0, done.output
-    assert done.stdout.split() == [str(out / "filters.png"), str(out / "filters.gif")]
-    with Image.open(out / "filters.png") as picture:
-        assert picture.format == "PNG"
-        assert min(picture.size) > 500
+    assert done.stdout.split() == [str(out / name) for name in ("filters.png", "filters.gif", "operators.png")]
+    for name in ("filters.png", "operators.png"):
+        with Image.open(out / name) as picture:
+            assert picture.format == "PNG"
+            assert min(picture.size) > 500
     with Image.open(out / "filters.gif") as animation:
         assert animation.n_frames == gallery._FRAMES
         assert animation.info["loop"] == 0
