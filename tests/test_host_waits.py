@@ -302,6 +302,20 @@ def test_a_coupled_layer_on_cuda_does_not_synchronise(adjoint, method):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ReversibleAdjoint()], ids=str)
+def test_a_coupled_layer_is_captured_as_a_graph(adjoint):
+    """A replay on other activations gives what the layer gives, and the same gradients."""
+    layer = small_layer(adjoint).cuda()
+    sample, z0 = (torch.randn(2, 4, 6, 6, device="cuda", requires_grad=True) for _ in range(2))
+    expected = layer(z0)
+    wanted = torch.autograd.grad(expected.square().sum(), [z0, *layer.parameters()])
+    captured = torch.cuda.make_graphed_callables(layer, (sample,))
+    found = captured(z0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), [z0, *layer.parameters()]), wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_between_two_batches_lightning_on_cuda_does_not_synchronise(monkeypatch, tmp_path, precision):
     options = {"variant": "anodev2-2", "accelerator": "gpu", "precision": precision}
