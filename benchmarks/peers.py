@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -218,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--device cuda: torch finds no CUDA device here; leave it out, or use --device cpu")
     for package in missing():
         sys.stdout.write(f"{package} is not installed: left out\n")
-    command = " ".join(["python -m benchmarks.peers", *(sys.argv[1:] if arguments is None else arguments)])
+    command = f"python -m benchmarks.peers {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     with tf32(False):
         for part in options.parts:
             _measured(part, options, command)
