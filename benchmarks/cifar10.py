@@ -78,7 +78,7 @@ def plan(
         for model in order:
             for choice in variants:
                 folder = RunFolder(runs / schedule_name(shared) / f"{model}-{choice.replace('@', '-')}-seed{seed}")
-                planned.append(Planned(_experiment(shared, model, choice, seed), folder))
+                planned.append(Planned(one_run(shared, model, choice, seed), folder))
     return planned
 
 
@@ -94,8 +94,8 @@ def with_ten_classes(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def _experiment(shared: Experiment, model: str, choice: str, seed: int) -> Experiment:
-    """The continuous adjoint stays the Neural ODE's: it is what makes it one."""
+def one_run(shared: Experiment, model: str, choice: str, seed: int) -> Experiment:
+    """The experiment of one run. The continuous adjoint stays the Neural ODE's: it is what makes it one."""
     variant, _, steps = choice.partition("@")
     own = VARIANTS[variant]
     keeps = own is None or variant == "node"

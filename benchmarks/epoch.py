@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning.profilers import SimpleProfiler
-from torch.nn import functional
 
-from benchmarks.common import environment, write
-from benchmarks.pages import DOCS, put
+from benchmarks.cifar10 import CLASSES, one_run
+from benchmarks.cifar10_solvers_costs import random_batch, training_step
+from benchmarks.common import read, write
+from benchmarks.pages import DOCS, machine, put
 from neuralode_coupled import training
 from neuralode_coupled.models import VARIANTS
 from neuralode_coupled.runs import Experiment, RunFolder
@@ -79,22 +80,14 @@ def _second(profiler: SimpleProfiler, pattern: str, batches: tuple[int, int]) ->
 
 def kernels(experiment: Experiment, steps: int = 2) -> Costs:
     """Shares of a training step's time by what is computed, on random images."""
-    experiment = training.resolve(experiment)
-    assert experiment.batch_size is not None
-    model = training.build_model(experiment, 10).train()
+    model, batch = training.build_model(experiment, CLASSES).train(), random_batch(experiment)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    images = torch.randn(experiment.batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (experiment.batch_size,))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    step()
+    training_step(model, batch)
+    optimizer.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
-            step()
+            training_step(model, batch)
+            optimizer.step()
     seconds = {event.key: float(event.self_cpu_time_total) for event in profile.key_averages()}
     total = sum(seconds.values())
     shares = {kind: sum(s for key, s in seconds.items() if re.search(p, key)) / total for kind, p in KERNELS.items()}
@@ -109,7 +102,7 @@ def measure(shared: Experiment, variants: Sequence[str], rounds: int) -> dict[st
     found: dict[str, list[Costs]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant in random.sample(variants, len(variants)):
-            found[variant].append(epoch(_of(shared, variant)))
+            found[variant].append(epoch(one_run(shared, shared.model, variant, shared.seed)))
     return {
         variant: {
             "training": _median(
@@ -117,7 +110,7 @@ def measure(shared: Experiment, variants: Sequence[str], rounds: int) -> dict[st
             ),
             "testing": _median([costs["testing"] / _training(costs) for costs in rows]),
             "phases": {phase: _median([costs[phase] / _training(costs) for costs in rows]) for phase in PHASES},
-            "kernels": kernels(_of(shared, variant)),
+            "kernels": kernels(one_run(shared, shared.model, variant, shared.seed)),
         }
         for variant, rows in found.items()
     }
@@ -131,12 +124,6 @@ def _median(values: Sequence[float]) -> float:
     return round(statistics.median(values), 4)
 
 
-def _of(shared: Experiment, variant: str) -> Experiment:
-    """Everything is stored, as in the tables, but for the continuous adjoint of the Neural ODE."""
-    adjoint = None if variant in (BASELINE, "node") else "backprop"
-    return Experiment(**{**vars(shared), "variant": variant, "adjoint": adjoint})
-
-
 def table(results: dict[str, Any]) -> str:
     """What was measured, in Markdown."""
     phases, kinds = [*PHASES], [*KERNELS, "the rest"]
@@ -146,12 +133,8 @@ def table(results: dict[str, Any]) -> str:
         cells = [f"{100 * row['phases'][phase]:.1f}%" for phase in phases]
         cells += [f"{100 * row['kernels'][kind]:.0f}%" for kind in kinds]
         lines.append(f"| {variant} | {row['training']:.2f} | {' | '.join(cells)} | {row['testing']:.2f} |")
-    found, of = results["environment"], results["experiment"]
-    lines += [
-        "",
-        f"{results['rounds']} rounds, {of['limit']} training images, batches of 256; on {found['device']}, torch's "
-        f"threads {found['cores']}, Python {found['python']}, torch {found['torch']}.",
-    ]
+    of = f"{results['rounds']} rounds, {results['experiment']['limit']} training images, batches of 256."
+    lines += ["", f"{of} {machine(results['environment'])}"]
     return "\n".join(lines) + "\n"
 
 
@@ -167,16 +150,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = vars(parser.parse_args(arguments))
     page, rounds = chosen.pop("page"), chosen.pop("rounds")
-    shared = Experiment(epochs=2, accelerator="cpu", batch_size=256, **chosen)
+    # Everything is stored, as in the tables.
+    shared = Experiment(epochs=2, accelerator="cpu", batch_size=256, adjoint="backprop", **chosen)
     results = {
         "variants": measure(shared, [*VARIANTS], rounds),
         "rounds": rounds,
         "experiment": {"model": shared.model, "limit": shared.limit},
-        "environment": environment("cpu"),
     }
-    write("epoch", results)
+    write("epoch", results, "cpu")
     if page is not None:
-        put(page, "epoch", table(results))
+        put(page, "epoch", table(read("epoch")))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import PACKAGES
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -22,6 +24,14 @@ def put(page: Path, name: str, text: str) -> None:
     if not found or not closed:
         raise ValueError(f"{page} has no place for the tables: it needs a line {begin} and a line {end}")
     page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def machine(found: dict[str, Any]) -> str:
+    """On what a result was measured, in a line."""
+    versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
+    threads, load = found["cores"], found.get("load_average")
+    busy = "" if load is None else f", the machine's load being {load} when it was written"
+    return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
 
 
 def command(

@@ -17,8 +17,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.candidates import CANDIDATES, HAND
-from benchmarks.common import PACKAGES, read
-from benchmarks.pages import DOCS, put
+from benchmarks.common import read
+from benchmarks.pages import DOCS, machine, put
 
 PAGE = DOCS / "benchmarks.md"
 FIGURE = DOCS / "figures" / "peers.png"
@@ -270,20 +270,12 @@ def draw(parts: Results, steps: int) -> Figure:
     return figure
 
 
-def environment(found: dict[str, Any]) -> str:
-    """On what a result was measured, in a line."""
-    versions = ", ".join(f"{name} {found[name]}" for name in PACKAGES if name in found)
-    threads, load = found["cores"], found.get("load_average")
-    busy = "" if load is None else f", the machine's load being {load} when it was written"
-    return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
-
-
 def commands(peers: dict[str, Any]) -> list[str]:
     """The commands behind the findings, by what they ran on; not those all of whose findings were measured again."""
     found: dict[str, list[str]] = {}
     for index in sorted(set(peers["made_by"].values())):
         run = peers["runs"][index]
-        found.setdefault(environment(run["environment"]), []).append(f"`{run['command']}`")
+        found.setdefault(machine(run["environment"]), []).append(f"`{run['command']}`")
     return [f"{where} By {', '.join(dict.fromkeys(commands))}." for where, commands in found.items()]
 
 
@@ -310,9 +302,9 @@ def sections() -> dict[str, list[str]]:
         made["accuracy"] = table(_columns(parts.get("gradients", {}), fixed), _errors)
         made["adaptive"] = adaptive(parts)
     if others:
-        made["inference"] = [*inference(others["ratio_to_stack"]), "", environment(others["environment"])]
+        made["inference"] = [*inference(others["ratio_to_stack"]), "", machine(others["environment"])]
     if sizes:
-        made["scaling"] = [*scaling(sizes["sweeps"]), "", environment(sizes["environment"])]
+        made["scaling"] = [*scaling(sizes["sweeps"]), "", machine(sizes["environment"])]
     return made
 
 

@@ -158,7 +158,7 @@ class Adaptive:
             if isinstance(error, ValueError):  # odeint_dto has explained it already
                 raise
             raise ValueError(f"{self.method!r} cannot go on: {error}; loosen rtol and atol, or use float64") from error
-        flow.solved = True
+        flow.solved, flow.latest = True, None
         rows = list(zip(*(part.unbind() for part in found), strict=True))
         return rows[len(times) - len(wanted) :]
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._messages import some
+
 ORIGIN = "neuralode_coupled"
 """The key under which a checkpoint says what it is of: the version, the model, the variant and so on."""
 
@@ -69,9 +71,4 @@ def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
         "unknown": [name for name in found if name not in expected],
         "of another shape": shapes,
     }
-    return [f"{what}: {_some(names)}" for what, names in groups.items() if names]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return [f"{what}: {some(names, _SHOWN)}" for what, names in groups.items() if names]

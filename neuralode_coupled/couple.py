@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from neuralode_coupled._messages import some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import GradientMethod
@@ -183,7 +184,7 @@ def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[
         matching = _matching(pattern, list(modules))
         if not matching:
             known = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-            raise ValueError(f"targets={pattern!r} matches no submodule: there are {_some(known) or 'none'}")
+            raise ValueError(f"targets={pattern!r} matches no submodule: there are {some(known, _SHOWN) or 'none'}")
         chosen.extend(name for name in matching if name not in chosen)
     coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
     for name in chosen:
@@ -212,12 +213,6 @@ def _patterns(targets: str | Iterable[str]) -> list[str]:
                 f"targets must be names of submodules, or patterns, got {pattern!r}: see model.named_modules()"
             )
     return patterns
-
-
-def _some(names: list[str]) -> str:
-    """The first names, and how many there are besides."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:

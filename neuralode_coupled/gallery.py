@@ -103,8 +103,8 @@ def turning(size: int) -> Float[Tensor, "pixels pixels"]:
 
 
 def operator_of(name: str, size: int) -> EvolutionOperator:
-    """One of `OPERATORS` for filters of ``size`` pixels a side. All start as the identity flow, or nearly: a matrix is
-    set to `turning`, and the last layer of a network drawn at random, the same at every call.
+    """One of `OPERATORS` for filters of ``size`` pixels a side, with something to show: fresh ones leave filters as
+    they are. The matrix is `turning`, the networks' last layers are drawn at random, the same at every call.
 
     Raises ValueError for an unknown name.
     """

@@ -13,7 +13,7 @@ from neuralode_coupled.adaptive_solve import Adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.bake import baked
 from neuralode_coupled.coupled_problem import CoupledProblem
-from neuralode_coupled.evolution import Static, check_finite, named
+from neuralode_coupled.evolution import Static, finite_path
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.solve import Times, build_scheme, discretise, states, times
@@ -97,13 +97,10 @@ class CoupledODE(nn.Module):
         wanted, scheme = self._inside(t), self._discretised()
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted))
-        found = {
-            name: named(name, scheme.at, self.field.operator(name), w0, list(wanted))
+        return {
+            name: finite_path(name, "requested time", scheme.at, self.field.operator(name), w0, list(wanted))
             for name, w0 in self.field.evolving().items()
         }
-        for name, path in found.items():
-            check_finite(path, name, "requested time")
-        return found
 
     def regularization(
         self, w0: float = 1.0, p: float = 1.0, *, kinetic: float = 0.0, displacement: float = 0.0
@@ -137,8 +134,7 @@ class CoupledODE(nn.Module):
             return total
         scheme = self._scheme()
         for name, weight in self.field.evolving().items():
-            path = named(name, scheme.path, self.field.operator(name), weight)
-            check_finite(path, name, "weight step")
+            path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(scheme.weight_grid.h)
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total

@@ -84,8 +84,13 @@ def check_method(method: str | None, rtol: Any, atol: Any, options: Mapping[str,
             f"torchdiffeq.odeint or torchdiffeq.odeint_adjoint, or choose one of {', '.join((*METHODS, *ADAPTIVE))}"
         )
     else:
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
+        raise unknown_method(name)
     return name
+
+
+def unknown_method(name: object) -> ValueError:
+    """The error that a user should see for a method that there is not."""
+    return ValueError(f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
 
 
 def _check_no_tolerances(name: str, rtol: Any, atol: Any) -> None:

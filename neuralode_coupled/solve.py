@@ -14,9 +14,9 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
 from neuralode_coupled.adjoint.engine import transformed
 from neuralode_coupled.coupled_problem import CoupledProblem
-from neuralode_coupled.evolution import check_finite, named
+from neuralode_coupled.evolution import finite_path
 from neuralode_coupled.field import CoupledField, check_activation
-from neuralode_coupled.odeint_arguments import ATOL, RTOL
+from neuralode_coupled.odeint_arguments import ATOL, RTOL, unknown_method
 from neuralode_coupled.runge_kutta import METHODS, tableau
 from neuralode_coupled.stage_weights import Grid, Scheme
 
@@ -56,13 +56,12 @@ class Solution:
             raise ValueError(f"times must lie in the solve's interval {ends}, got {list(wanted)}")
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted), in_force=True)
-        found = {
-            name: named(name, scheme.in_force, field.operator(name), field.kernel, w0, list(wanted))
+        return {
+            name: finite_path(
+                name, "requested time", scheme.in_force, field.operator(name), field.kernel, w0, list(wanted)
+            )
             for name, w0 in field.evolving().items()
         }
-        for name, path in found.items():
-            check_finite(path, name, "requested time")
-        return found
 
 
 def solve(
@@ -174,7 +173,7 @@ def discretise(
 def check_method(method: str) -> None:
     """Raise the ValueError that a user should see for a method that there is not."""
     if method not in METHODS and method not in ADAPTIVE:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
+        raise unknown_method(method)
 
 
 def build_scheme(

@@ -9,6 +9,7 @@ from neuralode_coupled.evolution.base import (
     check_finite,
     closed_form,
     closed_form_for_many_steps,
+    finite_path,
     named,
 )
 from neuralode_coupled.evolution.linear import LinearEvolution
@@ -29,5 +30,6 @@ __all__ = [
     "check_finite",
     "closed_form",
     "closed_form_for_many_steps",
+    "finite_path",
     "named",
 ]

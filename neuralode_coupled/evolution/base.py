@@ -152,6 +152,13 @@ def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0
     )
 
 
+def finite_path(name: str, what: str, make: Callable[P, Tensor], *args: P.args, **kwargs: P.kwargs) -> WeightPath:
+    """The path ``make(*args, **kwargs)`` of parameter ``name``; see `named` and `check_finite` for what is raised."""
+    path = named(name, make, *args, **kwargs)
+    check_finite(path, name, what)
+    return path
+
+
 class Static(EvolutionOperator):
     """``q = 0``: weights that do not evolve, as in the Neural ODE and in ANODE."""
 

@@ -114,7 +114,8 @@ def build(
             parameters for all times, and not those of single steps.
         rtol: the relative tolerance of an adaptive method.
         atol: the absolute tolerance of an adaptive method.
-        dynamics: the parts of the ODE blocks' f, in place of the network's own: see `Branch`.
+        dynamics: the parts of the ODE blocks' f, joined by hyphens, in place of the network's own: ``conv``, ``relu``,
+            ``norm`` (a BatchNorm for each step), ``shared`` (one for all steps), ``group`` (a GroupNorm).
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
