@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from neuralode_coupled._messages import some
+from neuralode_coupled._messages import check_model, some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import GradientMethod
@@ -168,8 +168,7 @@ def couple(
 
 def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[str]:
     """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_model(model)
     if skip not in get_args(Skip):
         raise ValueError(f"unknown skip {skip!r}: choose one of {', '.join(get_args(Skip))}")
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from neuralode_coupled._messages import check_model
 from neuralode_coupled.field import _aliases
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.per_step import check_steps, sharing_parameters
@@ -40,9 +41,11 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
         The copy, of the model's type and in its train/eval mode.
 
     Raises:
+        TypeError: if the model is not a module.
         ValueError: if the model has no coupled layers, for steps below 1 or an unknown method, or if the kernel of a
             layer cannot be put on the grid (`SampleAndHold` needs a multiple of its samples).
     """
+    check_model(model)
     check_steps(steps)
     changed = sharing_parameters(model)
     layers = [module for module in changed.modules() if isinstance(module, CoupledODE)]

@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._messages import check_model
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adaptive_solve import Adaptive
-from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.bake import baked
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.evolution import Static, finite_path
@@ -71,6 +72,7 @@ class CoupledODE(nn.Module):
         self.rtol = rtol
         self.atol = atol
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
+        check_gradient_method(self.adjoint)
         self.stats: Stats | None = None
         self._discretised()  # a layer that cannot be solved fails where it is made
 
@@ -124,7 +126,7 @@ class CoupledODE(nn.Module):
                 which has no grid, or on the CPU for one on a path that is not finite.
         """
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
-            if not 0 <= weight < math.inf:
+            if not isinstance(weight, int | float | Tensor) or not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be zero or a positive finite number, got {name}={weight!r}")
         total = torch.zeros((), device=next(self.parameters()).device)
         for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
@@ -193,8 +195,10 @@ def bake(model: nn.Module) -> nn.Module:
         model: any module; it is left as it is.
 
     Raises:
+        TypeError: if the model is not a module.
         ValueError: if there is no coupled layer in it, or as `CoupledODE.bake`.
     """
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, CoupledODE)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no coupled layer to bake: it is plain PyTorch already")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuralode_coupled._types import Activation, WeightPath
 from neuralode_coupled.adaptive_solve import Adaptive, is_adaptive
-from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.adjoint.adaptive import ADAPTIVE
 from neuralode_coupled.adjoint.engine import transformed
 from neuralode_coupled.coupled_problem import CoupledProblem
@@ -101,7 +101,7 @@ def solve(
         The solution; ``solution.z`` has the shape of z0, or (len(t), *shape of z0) where ``t`` was given.
 
     Raises:
-        TypeError: if z0 is not a floating-point tensor.
+        TypeError: if z0 is not a floating-point tensor, or ``adjoint`` no gradient method.
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
             out of order, z0 on another device or of another dtype than the weights, dynamics that change the state's
             shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that cannot go on,
@@ -124,6 +124,7 @@ def states(
 ) -> tuple[list[Activation], Stats]:
     """z at the times ``wanted`` of a solve, one tensor a time, and what it cost; see `solve`."""
     adjoint = DiscreteAdjoint() if adjoint is None else adjoint
+    check_gradient_method(adjoint)
     if isinstance(scheme, Adaptive):
         return scheme.states(z0, wanted, adjoint)
     check_activation(field, z0)

@@ -469,3 +469,16 @@ def test_the_command_names_bad_input(options, message):
     done = run(*options)
     assert done.exit_code == cli.BAD_INPUT
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        kkt.check,
+        lambda layer, z0: kkt.multipliers(layer, z0, torch.sum),
+        lambda layer, z0: kkt.residuals(layer, z0, torch.sum),
+    ],
+)
+def test_what_is_no_coupled_layer_is_refused(call):
+    with pytest.raises(TypeError, match=r"layer must be a CoupledODE, got Linear: of a model give one of nc.models"):
+        call(nn.Linear(2, 2), torch.ones(1, 2))

@@ -102,3 +102,26 @@ def test_the_memory_format_passes_through_the_layer_and_back(adjoint):
     z.square().sum().backward()
     assert len(seen) == 3
     assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in seen)
+
+
+@pytest.mark.parametrize("adjoint", ["backprop", nc.Backprop, 3])
+def test_what_is_no_gradient_method_is_refused(adjoint):
+    with pytest.raises(
+        TypeError, match=r"adjoint must be a gradient method such as nc.DiscreteAdjoint\(\), an instance"
+    ):
+        nc.CoupledODE(nn.Linear(2, 2), steps=2, adjoint=adjoint)
+    with pytest.raises(TypeError, match="adjoint must be a gradient method"):
+        nc.solve(nc.CoupledField(nn.Linear(2, 2), nc.Static()), torch.ones(1, 2), steps=2, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("weight", ["1", None, [1.0]])
+def test_a_regularisation_weight_is_a_number(weight):
+    layer = nc.CoupledODE(nn.Linear(2, 2), steps=2)
+    with pytest.raises(ValueError, match="w0 must be zero or a positive finite number, got w0="):
+        layer.regularization(weight)
+
+
+@pytest.mark.parametrize("call", [nc.bake, lambda model: nc.with_steps(model, 2), lambda model: nc.couple(model, "0")])
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got str"):
+        call("resnet18")

@@ -94,6 +94,11 @@ def test_dynamics_of_unknown_parts_are_refused(dynamics, said):
         nc.models.build("resnet4", "anodev2-1", dynamics=dynamics)
 
 
+def test_dynamics_that_are_no_string_are_refused():
+    with pytest.raises(TypeError, match="dynamics must be parts joined by hyphens, as in conv-norm-relu, got 3"):
+        nc.models.build("resnet4", "anode", dynamics=3)
+
+
 @pytest.mark.parametrize("variant", COUPLED)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])

@@ -2,7 +2,7 @@
 
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
-from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats
+from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats, check_gradient_method
 from neuralode_coupled.adjoint.reversible import ReversibleAdjoint
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "Plan",
     "ReversibleAdjoint",
     "Stats",
+    "check_gradient_method",
 ]

@@ -164,3 +164,9 @@ class GradientMethod(Protocol):
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """The states at the ``save`` indices, differentiable, and what the solve cost."""
         ...
+
+
+def check_gradient_method(adjoint: object) -> None:
+    """Raise the TypeError that a user should see for what is no gradient method, such as its class or its name."""
+    if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
+        raise TypeError(f"adjoint must be a gradient method such as nc.DiscreteAdjoint(), an instance, got {adjoint!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.field import check_activation
-from neuralode_coupled.kkt.steps import FIELD, substitute
+from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 from neuralode_coupled.layer import CoupledODE
 
@@ -93,6 +93,7 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
     Raises:
         TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
     """
+    check_layer(layer)
     check_activation(layer.field, z0)
     loss = probe(z0) if loss is None else loss
     dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()

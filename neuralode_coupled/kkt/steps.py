@@ -141,12 +141,22 @@ class _Substituted(nn.Module):
         return compute()
 
 
+def check_layer(layer: object) -> None:
+    """Raise the TypeError that a user should see for what is no coupled layer."""
+    if not isinstance(layer, CoupledODE):
+        raise TypeError(
+            f"layer must be a CoupledODE, got {type(layer).__name__}: of a model give one of "
+            "nc.models.coupled_layers(model)"
+        )
+
+
 def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     """``compute(leaves)`` with fresh leaves as the layer's parameters and copies as its buffers.
 
     Neither parameters, statistics nor random numbers of the caller's are touched, and all computations draw the same
-    random numbers.
+    random numbers. Raises TypeError for what is no layer.
     """
+    check_layer(layer)
     leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     tensors = {f"layer.{name}": tensor for name, tensor in (leaves | buffers).items()}

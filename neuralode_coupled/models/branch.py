@@ -24,6 +24,7 @@ class Branch:
         bias: whether convolutions have one.
 
     Raises:
+        TypeError: if ``parts`` is no string.
         ValueError: for an unknown part, or none that is a convolution.
     """
 
@@ -33,6 +34,8 @@ class Branch:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, str):
+            raise TypeError(f"dynamics must be parts joined by hyphens, as in conv-norm-relu, got {self.parts!r}")
         found = self.parts.split("-")
         unknown = [part for part in found if part not in PARTS]
         if unknown or "conv" not in found:
