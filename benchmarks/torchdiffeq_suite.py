@@ -31,7 +31,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from benchmarks.common import write
-from neuralode_coupled.adjoint.adaptive import ADAPTIVE
+from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.runge_kutta import METHODS
 

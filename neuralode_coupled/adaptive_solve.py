@@ -17,7 +17,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, Stats
-from neuralode_coupled.adjoint.adaptive import ADAPTIVE
+from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite
 from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold

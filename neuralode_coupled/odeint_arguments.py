@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.adaptive import ADAPTIVE
+from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.runge_kutta import METHODS
 
 RTOL, ATOL = 1e-7, 1e-9

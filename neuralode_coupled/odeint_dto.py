@@ -44,12 +44,13 @@ def odeint_dto(
 ) -> Any:
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
 
-    A drop-in for ``torchdiffeq.odeint``: the same arguments, values and (to rounding) gradients, but the backward
+    A drop-in for ``torchdiffeq.odeint``: the same arguments and (to rounding) values and gradients, but the backward
     pass recomputes each step from a stored state instead of keeping the graph of all. Unlike ``odeint_adjoint`` it
     solves no second ODE, so the gradient has no error of its own.
 
-    Cost: one more evaluation of each accepted step in the backward pass. Memory: one state a step (or ``checkpoints``
-    states) and one step's graph, besides the outputs. Gradients of any order (those above the first store the unrolled
+    Cost: one more evaluation of each accepted step in the backward pass, and of the earlier parts of an adaptive step
+    of more than four stages another. Memory: one state a step (or ``checkpoints`` states) and the graph of one step, or
+    part of a step, besides the outputs. Gradients of any order (those above the first store the unrolled
     graph); ``torch.func`` transforms with the fixed-grid methods.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
@@ -58,7 +59,7 @@ def odeint_dto(
     ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does.
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
-    ``"tsit5"`` where torchdiffeq has it): torchdiffeq accepts the steps, under its options ``norm``, ``first_step``,
+    ``"tsit5"`` where torchdiffeq has it): torchdiffeq accepts the steps, by its options ``norm``, ``first_step``,
     ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``, ``step_t``, ``jump_t`` and
     ``dtype``. The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs
     along their steps' interpolating polynomials, and ``t[0]`` moves all steps together, up to the first that was cut

@@ -7,7 +7,7 @@ four-stage method is ``rk4_classic``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,13 +105,13 @@ def step(f: Callable[[int, State], State], y: State, dt: float | Tensor, method:
         The state at the end of the step, and the stage states ``y_i`` (the first is ``y`` itself).
     """
     slopes, stages = _evaluate(f, y, dt, method)
-    return _combine(y, slopes, method.b, dt), stages
+    return combine(y, slopes, method.b, dt), stages
 
 
 def increment(f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau) -> State:
     """What `step` adds to ``y``, without the rounding of the addition."""
     slopes, _ = _evaluate(f, y, dt, method)
-    return _combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt)
+    return combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt)
 
 
 def _evaluate(
@@ -121,19 +121,20 @@ def _evaluate(
     slopes: list[State] = []
     stages: list[State] = []
     for i, row in enumerate(method.a):
-        stages.append(_combine(y, slopes, row, dt))
+        stages.append(combine(y, slopes, row, dt))
         slopes.append(f(i, stages[-1]))
     return slopes, stages
 
 
-def _combine(y: State, slopes: list[State], weights: tuple[float, ...], dt: float | Tensor) -> State:
+def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
     """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
     for weight, slope in zip(weights, slopes, strict=True):
-        if weight == 0.0:
+        if not isinstance(weight, Tensor) and weight == 0.0:
             continue
-        if isinstance(dt, Tensor):
-            y = tuple(a + (dt * weight) * k for a, k in zip(y, slope, strict=True))
+        scale = dt * weight
+        if isinstance(scale, Tensor):
+            y = tuple(a + scale * k for a, k in zip(y, slope, strict=True))
         else:
             # A scaled addition is one pass over memory and keeps nothing for its backward.
-            y = tuple(torch.add(a, k, alpha=dt * weight) for a, k in zip(y, slope, strict=True))
+            y = tuple(torch.add(a, k, alpha=scale) for a, k in zip(y, slope, strict=True))
     return y

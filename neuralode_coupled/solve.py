@@ -11,7 +11,7 @@ from torch import Tensor
 from neuralode_coupled._types import Activation, WeightPath
 from neuralode_coupled.adaptive_solve import Adaptive, is_adaptive
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
-from neuralode_coupled.adjoint.adaptive import ADAPTIVE
+from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.adjoint.engine import transformed
 from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.evolution import finite_path

@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_accepted_steps():
     options = {"method": "dopri5", "rtol": 1e-2, "atol": 1e-2}
     with torch.no_grad():
         odeint(Recorded(), field.initial_state(z0), torch.tensor([0.0, 1.0], dtype=torch.float64), **options)
-    from neuralode_coupled.adjoint.adaptive import embedded
+    from neuralode_coupled.adjoint.embedded import embedded
     from neuralode_coupled.runge_kutta import step
 
     method, state = embedded("dopri5").method, field.initial_state(z0)
@@ -160,7 +160,8 @@ def test_what_it_costs_is_counted(kernel):
     layer(torch.randn(2, 3)).sum().backward()
     assert layer.stats.accepted >= (3 if kernel == "three samples" else 1)
     assert layer.stats.evaluations >= 6 * layer.stats.accepted
-    assert 0 < layer.stats.recomputed <= layer.stats.evaluations + 2 * layer.stats.accepted
+    # Of the six stages of a step three are evaluated once more, so that no more than four have a graph at a time.
+    assert 0 < layer.stats.recomputed <= layer.stats.evaluations + (2 + 3) * layer.stats.accepted
 
 
 def test_the_continuous_adjoint_has_the_tolerances_of_the_solve_unless_it_is_given_its_own():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint.checkpointing import DeviceStore, schedule
+from neuralode_coupled.adjoint.checkpointing import Advance, DeviceStore, Load, Reverse, schedule
 from tests import oracle
 
 
@@ -60,6 +60,30 @@ def test_recomputation_is_the_optimum(steps, checkpoints):
     stored = steps if checkpoints is None else min(checkpoints, steps)
     assert layer.stats.recomputed == 2 * schedule(steps, checkpoints).recomputed == 2 * _fewest(steps, stored)
     assert len(schedule(steps, checkpoints).stored) <= stored
+
+
+@given(st.integers(1, 12), st.one_of(st.none(), st.integers(1, 13)), st.integers(1, 4))
+def test_schedules_of_steps_in_parts_reach_every_part_from_what_is_stored(steps, checkpoints, parts):
+    """Carried out on the numbers of the steps: backwards through all, and nothing is loaded that was not stored."""
+    chosen = schedule(steps, checkpoints, parts)
+    assert all(n % parts == 0 for n in chosen.stored)
+    stored, at, reversed_ = set(chosen.stored), None, []
+    for action in chosen.program:
+        match action:
+            case Load(n, last):
+                assert n in stored
+                at = n
+                stored -= {n} if last else set()
+            case Advance(first, end, keep):
+                assert at == first
+                stored |= {first} if keep else set()
+                assert sum(n % parts == 0 for n in stored) <= (checkpoints or steps) + 1  # the step gone back through
+                at = end
+            case Reverse(n):
+                assert at == n
+                reversed_.append(n)
+    assert reversed_ == [*reversed(range(steps * parts))]
+    assert chosen.recomputed == parts * schedule(steps, checkpoints).recomputed + (parts - 1) * steps
 
 
 def test_a_second_backward_finds_the_stored_states_again():

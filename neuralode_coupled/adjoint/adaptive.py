@@ -1,64 +1,24 @@
 """An ODE on the grid that an adaptive method accepts.
 
-torchdiffeq runs the forward pass without a graph, so that its error control, options and interpolation hold by
-construction; the accepted steps are recorded, and repeated in the backward pass by the method's own tableau.
+The forward pass is torchdiffeq's, without a graph, so that its error control and options hold by construction; the
+accepted steps are recorded, and repeated in the backward pass by the method's own tableau.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint  # by name: whoever puts odeint_dto in its place must not send it back here
-from torchdiffeq._impl.odeint import SOLVERS
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.dynamics import Dynamics
+from neuralode_coupled.adjoint.embedded import Embedded, embedded, odeint
 from neuralode_coupled.adjoint.grid import Grid, Scalar, rows, share_out, time_tensor
-from neuralode_coupled.adjoint.interpolation import Quartic
 from neuralode_coupled.adjoint.problem import Operands, Plan, Stats
-from neuralode_coupled.runge_kutta import Tableau, step
-
-ADAPTIVE = tuple(
-    name for name in ("bosh3", "fehlberg2", "adaptive_heun", "dopri5", "dopri8", "tsit5") if name in SOLVERS
-)
-"""The adaptive explicit methods of the installed torchdiffeq."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """An adaptive method as torchdiffeq steps with it.
-
-    Attributes:
-        method: the tableau of the state at a step's end.
-        middle: the weights of all slopes in the state at a step's middle, relative to the step.
-        reuses: whether the last slope is taken at the state at the step's end, so that the next step starts with it
-            ("first same as last"); the tableau then leaves that slope out.
-
-    Without ``reuses`` torchdiffeq starts the next step with the last slope all the same: it is that at a predicted
-    state, and the discrete map carries it along as part of the state.
-    """
-
-    method: Tableau
-    middle: tuple[float, ...]
-    reuses: bool
-
-
-@lru_cache
-def embedded(name: str) -> Embedded:
-    """torchdiffeq's coefficients of a method."""
-    theirs = SOLVERS[name].tableau
-    c = (0.0, *theirs.alpha.tolist())
-    a = ((), *(tuple(row.tolist()) for row in theirs.beta))
-    b = tuple(theirs.c_sol.tolist())
-    reuses = b[-1] == 0.0 and b[:-1] == a[-1]
-    used = len(b) - 1 if reuses else len(b)
-    method = Tableau(name, SOLVERS[name].order, c[:used], a[:used], b[:used])
-    return Embedded(method, tuple(SOLVERS[name].mid.tolist()), reuses)
+from neuralode_coupled.runge_kutta import combine
 
 
 @dataclass
@@ -238,8 +198,15 @@ def _explained(error: AssertionError, observed: _Observed) -> Exception:
     )
 
 
+TOGETHER = 4
+"""How many evaluations of an accepted step, at most, have a graph at the same time (one more where it has outputs)."""
+
+
 class AcceptedSteps:
     """Repeats the accepted steps with their lengths held fixed.
+
+    A step of many stages is several of the engine's, one behind the other: the state between them is y with the slopes
+    so far.
 
     Args:
         dynamics: the right-hand side.
@@ -251,6 +218,9 @@ class AcceptedSteps:
     def __init__(self, dynamics: Dynamics, grid: Grid, method: Embedded, jumps: list[bool]) -> None:
         self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
         self._side = 1 if grid.length[0] > 0 else -1
+        stages = method.method.stages
+        self._parts = -(-stages // TOGETHER)
+        self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
         self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
 
     def discrete(
@@ -262,57 +232,77 @@ class AcceptedSteps:
         shares: list[list[int]],
     ) -> tuple[Plan, Operands]:
         """The steps, with the states and slopes at their ends and the outputs that the forward pass found."""
-        count = len(shares)
+        steps, parts = len(shares), self._parts
         # The solve's very last state is only ever seen through the outputs.
         states = [*states, tuple(torch.empty_like(part) for part in y0)]
+        start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
+        before = start
         for n, share in enumerate(shares):
-            y_next = states[n] if self.method.reuses else (*states[n], *slopes[n])
-            self._recorded[n] = y_next, tuple(self._emit(outputs[j - 1]) for j in share)
+            self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
+            before = states[n] if self.method.reuses else (*states[n], *slopes[n])
+            self._recorded[n * parts + parts - 1] = before, tuple(self._emit(outputs[j - 1]) for j in share)
+        count = steps * parts
         plan = Plan(
-            self._step,
+            self._part,
             count,
-            self.grid.emits,
+            tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
             (self.dynamics.buffers,) * count,
             self.dynamics.module,
             self.method.method.stages,
             Stats(),
             self.dynamics.captured,
+            parts,
         )
-        start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
-        return plan, Operands(start, self.grid.inputs, self.dynamics.shared)
+        inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
+        return plan, Operands(start, inputs, self.dynamics.shared)
 
     def _emit(self, y: State) -> State:
         """A state to return: what the discrete map carries besides is not, but has its place."""
         return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
 
-    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        # The first call of each step is the forward pass, which has been made already; later ones recompute.
-        recorded = self._recorded.pop(n, None)
+    def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        # The first call of each is the forward pass, which has been made already; later ones recompute.
+        recorded = self._recorded.pop(m, None)
         if recorded is not None:
             return recorded
-        return self.dynamics.within(shared, buffers, lambda: self._increment(n, y, inputs, shared))
+        n, part = divmod(m, self._parts)
+        return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs, shared))
 
-    def _increment(self, n: int, y: State, inputs: State, shared: State) -> tuple[State, tuple[State, ...]]:
+    def _advance(
+        self, n: int, part: int, state: State, inputs: State, shared: State
+    ) -> tuple[State, tuple[State, ...]]:
+        """The slopes of one part of step ``n``; with the last, the state at the step's end."""
+        t0, dt, t1, _ = self.grid.step(n, inputs)
+        width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
+        y, *slopes = (state[i : i + width] for i in range(0, len(state), width))
+        if part == 0 and not self.method.reuses and n == 0:
+            slopes = []  # nothing is carried to the start
+        for i in range(len(slopes), self._bounds[part + 1]):
+            stage = combine(y, slopes, self.method.method.a[i], dt)
+            slopes.append(self._slope(n, i, stage, (t0, dt, t1)))
+        if part == 0:
+            self.dynamics.verify(slopes[1], (*state, *inputs), shared)
+        if part < self._parts - 1:
+            return (*y, *(tensor for slope in slopes for tensor in slope)), ()
+        return self._end(n, y, slopes, inputs)
+
+    def _width(self, state: State) -> int:
+        """How many tensors y has in the state at a step's start."""
+        return len(state) if self.method.reuses else len(state) // 2
+
+    def _slope(self, n: int, i: int, stage: State, times: tuple[Scalar, Scalar, Scalar]) -> State:
+        t0, dt, t1 = times
+        c = self.method.method.c[i]
+        t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
+        return self.dynamics(time_tensor(t, stage[0], side), stage)
+
+    def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
+        """The state at the end of step ``n``, and its outputs, by all slopes."""
         t0, dt, t1, outputs = self.grid.step(n, inputs)
-        carried: State = ()
-        if not self.method.reuses:
-            y, carried = y[: len(y) // 2], y[len(y) // 2 :]
-        slopes: list[State] = []
-
-        def slope(i: int, stage: State) -> State:
-            c = self.method.method.c[i]
-            if i == 0 and n > 0 and not self.method.reuses:
-                slopes.append(carried)
-            else:
-                t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
-                slopes.append(self.dynamics(time_tensor(t, stage[0], side), stage))
-            return slopes[-1]
-
-        y_next, _ = step(slope, y, dt, self.method.method)
-        self.dynamics.verify(slopes[1], (*y, *carried, *inputs), shared)
+        y_next = combine(y, slopes, self.method.method.b, dt)
         if self.method.reuses and len(outputs) > 0:
             slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
-        emitted = self._interpolated(t0, dt, outputs, (y, y_next), slopes) if len(outputs) > 0 else ()
+        emitted = tuple(self._emit(self.method.within(y, slopes, dt, (t - t0) / dt)) for t in outputs)
         if self.method.reuses:
             return y_next, emitted
         # Behind a jump the carried slope is that of the other side.
@@ -322,13 +312,3 @@ class AcceptedSteps:
     def _before(self, n: int) -> int:
         """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
         return 0 if n == 0 else self._side if self.jumps[n - 1] else -self._side
-
-    def _interpolated(
-        self, t0: Scalar, dt: Scalar, outputs: Sequence[Scalar], ends: tuple[State, State], slopes: list[State]
-    ) -> tuple[State, ...]:
-        middle = ends[0]
-        for weight, row in zip(self.method.middle, slopes, strict=True):
-            if weight != 0.0:
-                middle = tuple(a + (dt * weight) * k for a, k in zip(middle, row, strict=True))
-        curve = Quartic(dt, ends, middle, (slopes[0], slopes[-1]))
-        return tuple(self._emit(curve((t - t0) / dt)) for t in outputs)

@@ -67,8 +67,32 @@ class Schedule:
 
 
 @lru_cache(maxsize=64)
-def schedule(steps: int, checkpoints: int | None) -> Schedule:
-    """The schedule for a number of steps and of stored states (None: every step's)."""
+def schedule(steps: int, checkpoints: int | None, parts: int = 1) -> Schedule:
+    """The schedule for a number of steps and of stored states (None: every step's), each step in ``parts``."""
+    whole = _schedule(steps, checkpoints)
+    return whole if parts == 1 else _parted(whole, parts)
+
+
+def _parted(whole: Schedule, parts: int) -> Schedule:
+    """The same where each step is several in a row. To go back through one, the states between its parts are made and
+    stored, so that one part's graph exists at a time."""
+    program: list[Load | Advance | Reverse] = []
+    for action in whole.program:
+        match action:
+            case Load(n, last):
+                program.append(Load(n * parts, last))
+            case Advance(first, end, store):
+                program.append(Advance(first * parts, end * parts, store))
+            case Reverse(n):
+                first, final = n * parts, n * parts + parts - 1
+                program += [Advance(m, m + 1, store=True) for m in range(first, final)]
+                program.append(Reverse(final))
+                for m in reversed(range(first, final)):
+                    program += [Load(m, last=True), Reverse(m)]
+    return Schedule(tuple(n * parts for n in whole.stored), tuple(program))
+
+
+def _schedule(steps: int, checkpoints: int | None) -> Schedule:
     if checkpoints is None or checkpoints >= steps:
         backward = [action for n in reversed(range(steps)) for action in (Load(n, last=True), Reverse(n))]
         return Schedule(tuple(range(steps)), tuple(backward))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
 from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from neuralode_coupled._types import State
@@ -74,9 +75,9 @@ def checkpointed(
         return _compiled(plan, operands, keep)
     width = len(operands.y0)
     structure = operands.restore([None] * len(flat))
-    chosen = schedule(plan.count, checkpoints)
+    chosen = schedule(plan.count // plan.parts, checkpoints, plan.parts)
     replay = Replay(plan, operands.y0[0].device)
-    kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) < plan.count)
+    kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) * plan.parts < plan.count)
     tape = None if keep is None else Tape()
     leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, *flat)
     emitted = leaves[: sum(plan.emits) * width]
@@ -223,12 +224,12 @@ def differentiate_unrolled(
     views = [*(tensor.view_as(tensor) for tensor in flat[:handed]), *flat[handed:]]
     emitted = [part for state in run(operands.restore(views)) for part in state]
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
-    found = vjp(emitted, grads, wanted, create_graph=True)
+    found = vjp(edges(emitted), grads, wanted, create_graph=True)
     free = sum(needed[handed:])
     if free:
         # What reaches a captured tensor through the other operands (y0 = g(w)) flows there from their own gradients.
         split = len(wanted) - free
-        again = vjp(wanted[:split], found[:split], wanted[split:], create_graph=True)
+        again = vjp(edges(wanted[:split]), found[:split], wanted[split:], create_graph=True)
         direct = [a if a is None or b is None else a - b for a, b in zip(found[split:], again, strict=True)]
         found = [*found[:split], *direct]
     every = iter(found)
@@ -305,19 +306,23 @@ class _Sweep:
 
     def _reverse(self, n: int, y: State, alpha: Gradients, arriving: Gradients) -> tuple[Gradients, Gradients]:
         """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
-        wanted_y = [n > self.first or need for need in self.needed.y0]
+        wanted_y = [n > self.first] * len(y) if n > 0 else self.needed.y0
         wanted = [*wanted_y, *self.needed.inputs[n], *self.needed.shared]
         leaves = as_leaves([*y, *self.operands.inputs[n], *self.operands.shared], wanted, self.plan.captured)
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
-        with torch.enable_grad(), self.replay.again(n) as buffers, playing(self.spared, n):
-            u, v = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
-            y_next, emitted = self.plan.step(n, tuple(leaves[:width]), u, v, buffers)
-        outputs = [*y_next, *(part for state in emitted for part in state)]
         asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-        found = iter(vjp(outputs, [*alpha, *arriving], asked))
+        found = iter(vjp(self._ends(n, leaves, width, ahead), [*alpha, *arriving], asked))
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
         return grads[:width], grads[width:ahead]
+
+    def _ends(self, n: int, leaves: list[Tensor], width: int, ahead: int) -> list[GradientEdge | None]:
+        """Where the graph of step ``n`` ends, at the next state and what the step emits. Of these tensors themselves
+        only their gradients are known to matter: here they go."""
+        with torch.enable_grad(), self.replay.again(n) as buffers, playing(self.spared, n):
+            y, u, v = leaves[:width], leaves[width:ahead], leaves[ahead:]
+            y_next, emitted = self.plan.step(n, tuple(y), tuple(u), tuple(v), buffers)
+        return edges([*y_next, *(part for state in emitted for part in state)])
 
 
 def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) -> list[Tensor]:
@@ -329,9 +334,19 @@ def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) 
     ]
 
 
-def vjp(outputs: list[Tensor], grads: Gradients, leaves: list[Tensor], create_graph: bool = False) -> Gradients:
-    """grads^T d outputs / d leaves; None where there is no dependence."""
-    pairs = [(y, grad) for y, grad in zip(outputs, grads, strict=True) if grad is not None and y.requires_grad]
+def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
+    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
+
+
+def vjp(
+    ends: Sequence[GradientEdge | None],
+    grads: Sequence[Tensor | None],
+    leaves: list[Tensor],
+    create_graph: bool = False,
+) -> Gradients:
+    """grads^T d outputs / d leaves, outputs by their `edges`; None where there is no dependence."""
+    pairs = [(end, grad) for end, grad in zip(ends, grads, strict=True) if end is not None and grad is not None]
     if not pairs or not leaves:
         return [None] * len(leaves)
     heads, weights = zip(*pairs, strict=True)

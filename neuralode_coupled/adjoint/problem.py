@@ -74,6 +74,8 @@ class Plan:
         stats: where the solve counts what it costs.
         captured: how many of the last shared tensors the steps reach by themselves, as a closure does, whatever they
             are handed: gradients are asked for at those very tensors.
+        parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
+            pass to the backward pass. Between its parts the state may have more tensors than y0.
     """
 
     step: StepFunction
@@ -84,6 +86,7 @@ class Plan:
     stages: int
     stats: Stats
     captured: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         # Here, because every solve in steps, of layers and of functions, comes through here.

@@ -19,6 +19,7 @@ from neuralode_coupled.adjoint.engine import (
     arranged,
     as_leaves,
     differentiate_unrolled,
+    edges,
     traced,
     vjp,
 )
@@ -212,7 +213,8 @@ class _Sweep:
         with torch.enable_grad(), self.replay.again(m) as buffers:
             u, shared = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
             increment, _ = self.plan.step(m, tuple(leaves[:width]), u, shared, buffers)
-        found = iter(vjp(list(increment), alpha, [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]))
+        asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
+        found = iter(vjp(edges(increment), alpha, asked))
         grads = [next(found) if need else None for need in wanted]
         self.inputs[m] = grads[width:ahead]
         self.shared.add(grads[ahead:])
