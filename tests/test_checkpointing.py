@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import weakref
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
+from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.checkpointing import Advance, DeviceStore, Load, Reverse, schedule
+from neuralode_coupled.adjoint.engine import checkpointed
 from tests import oracle
 
 
@@ -84,6 +88,39 @@ def test_schedules_of_steps_in_parts_reach_every_part_from_what_is_stored(steps,
                 reversed_.append(n)
     assert reversed_ == [*reversed(range(steps * parts))]
     assert chosen.recomputed == parts * schedule(steps, checkpoints).recomputed + (parts - 1) * steps
+
+
+class Seen(torch.autograd.Function):
+    """The identity, which asks in its backward pass whether what it gave is still held by anybody."""
+
+    given: ClassVar[list] = []
+    held: ClassVar[list] = []
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Seen.held.append(Seen.given.pop()() is not None)
+        return grad
+
+
+@pytest.mark.parametrize("checkpoints", [None, 1, 2])
+def test_the_end_of_a_recomputed_step_is_not_held_while_its_gradient_is_taken(checkpoints):
+    def step(n, y, inputs, shared, buffers):
+        end = Seen.apply(y[0] * shared[0])
+        if torch.is_grad_enabled():
+            Seen.given.append(weakref.ref(end))
+        return (end,), (((end,),) if n == 3 else ())
+
+    plan = Plan(step, 4, (0, 0, 0, 1), ((),) * 4, nn.Module(), 1, Stats())
+    y0, w = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    ((end,),) = checkpointed(plan, Operands((y0,), ((),) * 4, (w,)), checkpoints)
+    Seen.given, Seen.held = [], []
+    end.sum().backward()
+    assert Seen.held == [False] * 4
+    assert w.grad == 3 * 4 * 2.0**3
 
 
 def test_a_second_backward_finds_the_stored_states_again():

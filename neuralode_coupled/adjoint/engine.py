@@ -311,7 +311,8 @@ class _Sweep:
         leaves = as_leaves([*y, *self.operands.inputs[n], *self.operands.shared], wanted, self.plan.captured)
         width, ahead = len(y), len(y) + len(self.operands.inputs[n])
         asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-        found = iter(vjp(self._ends(n, leaves, width, ahead), [*alpha, *arriving], asked))
+        ends = self._ends(n, leaves, width, ahead)
+        found = iter(vjp(ends, [*alpha, *arriving], asked))
         grads = [next(found) if need else None for need in wanted]
         self.shared.add(grads[ahead:])
         return grads[:width], grads[width:ahead]
