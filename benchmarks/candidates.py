@@ -103,7 +103,9 @@ def _forms(adjoint: nc.GradientMethod) -> tuple[Form, ...]:
 
 def _compiled(layer: nc.CoupledODE) -> Run:
     torch._dynamo.reset()  # otherwise the next number of steps counts as a recompilation of the last
-    return torch.compile(layer, fullgraph=True)
+    on_cpu = next(layer.parameters()).device.type == "cpu"
+    # On the CPU inductor would turn all to channels-last for the convolutions, where its GroupNorm is slow.
+    return torch.compile(layer, fullgraph=True, options={"layout_optimization": False} if on_cpu else None)
 
 
 def _torchdiffeq(name: str, layer: nc.CoupledODE) -> Run:

@@ -1,0 +1,141 @@
+"""Where the time of a training step goes: by operation, and what does not depend on the size of the state.
+
+    python -m benchmarks.anatomy
+
+The coupled block by Euler's method, five steps. *Operations*: what torch's profiler gives each, as shares of all
+operations of the hand-written loop's step, medians over shuffled rounds. *Forward pass*: the hand-written loop without
+a graph, by its whole step, on the clock. *Small state*: the same step for one image of 4x4 pixels, by the hand-written
+loop's step on the whole state: Python, autograd and the launching of operations. Writes results/anatomy.json and its
+table into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.candidates import HAND, Run, build
+from benchmarks.common import SHAPE, environment, start, training_step, write
+from benchmarks.pages import DOCS, machine, put
+
+KINDS = {
+    "convolutions, forward": r"convolution(_overrideable)?$",
+    "convolutions, backward": r"convolution_backward",
+    "GroupNorm": r"native_group_norm",
+    "ReLU": r"clamp_min|threshold_backward",
+    "the rest": r"",
+}
+"""Operations by a pattern of their names; the first that fits counts."""
+NAMES = (HAND, "Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept", "ReversibleAdjoint")
+FORWARD = "forward pass"
+SMALL = (1, SHAPE[1], 4, 4)
+
+Step = Callable[[], None]
+
+
+def on(layer: torch.nn.Module, run: Run, shape: tuple[int, ...]) -> Step:
+    """A training step on a state of a shape."""
+    z0 = start(shape=shape)
+
+    def once() -> None:
+        z0.grad = None
+        layer.zero_grad(set_to_none=True)
+        training_step(run, z0)
+
+    return once
+
+
+def without_graph(run: Run) -> Step:
+    """The forward pass alone."""
+    z0 = start().detach()
+
+    def once() -> None:
+        with torch.no_grad():
+            run(z0)
+
+    return once
+
+
+def operations(step: Step) -> dict[str, float]:
+    """Seconds by kind of operation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in profile.key_averages():
+        if event.key.startswith("aten::"):
+            kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, event.key))
+            found[kind] += event.self_cpu_time_total / 1e6
+    return found
+
+
+def clocked(step: Step) -> float:
+    """Seconds on the clock."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def in_rounds(steps: dict[str, Step], measure: Callable[[Step], Any], rounds: int) -> list[dict[str, Any]]:
+    """What is measured of each, round by round, after two steps to warm up."""
+    for step in steps.values():
+        step()
+        step()
+    return [{name: measure(steps[name]) for name in random.sample(list(steps), len(steps))} for _ in range(rounds)]
+
+
+def measured(steps: int, rounds: int) -> dict[str, Any]:
+    """All three, by candidate; see the module's docstring."""
+    built = {name: build(name, steps, "euler") for name in NAMES}
+    whole = {name: on(*built[name], SHAPE) for name in NAMES}
+    by_kind = in_rounds(whole, operations, rounds)
+    small = {f"small {name}": on(*built[name], SMALL) for name in NAMES}
+    clock = in_rounds({HAND: whole[HAND], FORWARD: without_graph(built[HAND][1])} | small, clocked, 2 * rounds)
+    return {
+        "operations": {
+            name: {kind: _median([row[name][kind] / sum(row[HAND].values()) for row in by_kind]) for kind in KINDS}
+            for name in NAMES
+        },
+        "small": {name: _median([row[f"small {name}"] / row[HAND] for row in clock]) for name in NAMES},
+        FORWARD: _median([row[FORWARD] / row[HAND] for row in clock]),
+    }
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured, in Markdown."""
+    lines = [f"| | {' | '.join(KINDS)} | all operations | small state |", "|---" + "|---:" * (len(KINDS) + 2) + "|"]
+    for name, row in results["operations"].items():
+        cells = [*(row[kind] for kind in KINDS), sum(row.values()), results["small"][name]]
+        lines.append(f"| {name} | {' | '.join(f'{100 * value:.0f}%' for value in cells)} |")
+    forward = f"The forward pass without a graph takes {results[FORWARD]:.2f} of the hand-written loop's step."
+    return "\n".join([*lines, "", f"{forward} {machine(results['environment'])}"]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-page", action="store_true", help="print the table and write nothing")
+    options = parser.parse_args(arguments)
+    results = measured(options.steps, options.rounds)
+    shown = table({"environment": environment("cpu")} | results)
+    if not options.no_page:
+        write("anatomy", results, "cpu")
+        put(DOCS / "benchmarks.md", "anatomy", shown)
+    sys.stdout.write(shown)
+
+
+if __name__ == "__main__":
+    main()
