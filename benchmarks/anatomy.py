@@ -12,19 +12,17 @@ table into docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
-import random
 import re
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.candidates import HAND, Run, build
-from benchmarks.common import SHAPE, environment, start, training_step, write
+from benchmarks.common import SHAPE, read, start, write
 from benchmarks.pages import DOCS, machine, put
+from benchmarks.rounds import Step, clocked, in_rounds, once, rounded_median
 
 KINDS = {
     "convolutions, forward": r"convolution(_overrideable)?$",
@@ -37,20 +35,6 @@ KINDS = {
 NAMES = (HAND, "Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept", "ReversibleAdjoint")
 FORWARD = "forward pass"
 SMALL = (1, SHAPE[1], 4, 4)
-
-Step = Callable[[], None]
-
-
-def on(layer: torch.nn.Module, run: Run, shape: tuple[int, ...]) -> Step:
-    """A training step on a state of a shape."""
-    z0 = start(shape=shape)
-
-    def once() -> None:
-        z0.grad = None
-        layer.zero_grad(set_to_none=True)
-        training_step(run, z0)
-
-    return once
 
 
 def without_graph(run: Run) -> Step:
@@ -76,40 +60,23 @@ def operations(step: Step) -> dict[str, float]:
     return found
 
 
-def clocked(step: Step) -> float:
-    """Seconds on the clock."""
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
-
-
-def in_rounds(steps: dict[str, Step], measure: Callable[[Step], Any], rounds: int) -> list[dict[str, Any]]:
-    """What is measured of each, round by round, after two steps to warm up."""
-    for step in steps.values():
-        step()
-        step()
-    return [{name: measure(steps[name]) for name in random.sample(list(steps), len(steps))} for _ in range(rounds)]
-
-
 def measured(steps: int, rounds: int) -> dict[str, Any]:
     """All three, by candidate; see the module's docstring."""
     built = {name: build(name, steps, "euler") for name in NAMES}
-    whole = {name: on(*built[name], SHAPE) for name in NAMES}
+    whole = {name: once(*built[name]) for name in NAMES}
     by_kind = in_rounds(whole, operations, rounds)
-    small = {f"small {name}": on(*built[name], SMALL) for name in NAMES}
+    small = {f"small {name}": once(*built[name], shape=SMALL) for name in NAMES}
     clock = in_rounds({HAND: whole[HAND], FORWARD: without_graph(built[HAND][1])} | small, clocked, 2 * rounds)
+    shares = [
+        {name: {kind: row[name][kind] / sum(row[HAND].values()) for kind in KINDS} for name in NAMES} for row in by_kind
+    ]
     return {
         "operations": {
-            name: {kind: _median([row[name][kind] / sum(row[HAND].values()) for row in by_kind]) for kind in KINDS}
-            for name in NAMES
+            name: {kind: rounded_median([row[name][kind] for row in shares]) for kind in KINDS} for name in NAMES
         },
-        "small": {name: _median([row[f"small {name}"] / row[HAND] for row in clock]) for name in NAMES},
-        FORWARD: _median([row[FORWARD] / row[HAND] for row in clock]),
+        "small": {name: rounded_median([row[f"small {name}"] / row[HAND] for row in clock]) for name in NAMES},
+        FORWARD: rounded_median([row[FORWARD] / row[HAND] for row in clock]),
     }
-
-
-def _median(values: Sequence[float]) -> float:
-    return round(statistics.median(values), 4)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -127,13 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--no-page", action="store_true", help="print the table and write nothing")
     options = parser.parse_args(arguments)
-    results = measured(options.steps, options.rounds)
-    shown = table({"environment": environment("cpu")} | results)
-    if not options.no_page:
-        write("anatomy", results, "cpu")
-        put(DOCS / "benchmarks.md", "anatomy", shown)
+    write("anatomy", measured(options.steps, options.rounds), "cpu")
+    shown = table(read("anatomy"))
+    put(DOCS / "benchmarks.md", "anatomy", shown)
     sys.stdout.write(shown)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import re
-import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.cifar10 import CLASSES, one_run
 from benchmarks.cifar10_solvers_costs import random_batch, training_step
 from benchmarks.common import read, write
 from benchmarks.pages import DOCS, machine, put
+from benchmarks.rounds import rounded_median
 from neuralode_coupled import training
 from neuralode_coupled.models import VARIANTS
 from neuralode_coupled.runs import Experiment, RunFolder
@@ -105,11 +105,11 @@ def measure(shared: Experiment, variants: Sequence[str], rounds: int) -> dict[st
             found[variant].append(epoch(one_run(shared, shared.model, variant, shared.seed)))
     return {
         variant: {
-            "training": _median(
+            "training": rounded_median(
                 [_training(costs) / _training(b) for costs, b in zip(rows, found[BASELINE], strict=True)]
             ),
-            "testing": _median([costs["testing"] / _training(costs) for costs in rows]),
-            "phases": {phase: _median([costs[phase] / _training(costs) for costs in rows]) for phase in PHASES},
+            "testing": rounded_median([costs["testing"] / _training(costs) for costs in rows]),
+            "phases": {phase: rounded_median([costs[phase] / _training(costs) for costs in rows]) for phase in PHASES},
             "kernels": kernels(one_run(shared, shared.model, variant, shared.seed)),
         }
         for variant, rows in found.items()
@@ -118,10 +118,6 @@ def measure(shared: Experiment, variants: Sequence[str], rounds: int) -> dict[st
 
 def _training(costs: Costs) -> float:
     return sum(costs[phase] for phase in PHASES)
-
-
-def _median(values: Sequence[float]) -> float:
-    return round(statistics.median(values), 4)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -22,21 +22,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, Run, build, chosen, missing
-from benchmarks.common import Device, environment, read, start, tf32, training_step, wait, write
+from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen, missing
+from benchmarks.common import Device, environment, read, start, tf32, write
 from benchmarks.gradients import errors, exact, gradients
 from benchmarks.memory import in_a_process, on_cuda
+from benchmarks.rounds import Found, clocked, in_rounds, once
 from neuralode_coupled.runge_kutta import tableau
 
 PARTS = ("time", "memory", "gradients", "adaptive")
@@ -52,38 +51,15 @@ OTHER_SCHEMES = {
 """Who computes something else forward by which method, so that its gradient's error against ours would say nothing."""
 
 Candidates = dict[str, Callable[[], None]]
-Found = TypeVar("Found")
-
-
-def once(layer: torch.nn.Module, run: Run, device: Device = "cpu") -> Callable[[], None]:
-    """One training step from scratch."""
-    z0 = start(device=device)
-
-    def step() -> None:
-        z0.grad = None
-        layer.zero_grad(set_to_none=True)
-        training_step(run, z0)
-
-    return step
 
 
 def measure(made: Candidates, rounds: int, against: str, device: Device = "cpu") -> dict[str, dict[str, float]]:
     """Median and quartiles of each candidate's ratio to the one ``against`` of the same round, and median seconds."""
-    for step in made.values():
-        step()
-        step()
-    wait(device)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for _ in range(rounds):
-        for name in random.sample(list(made), len(made)):
-            begin = time.perf_counter()
-            made[name]()
-            wait(device)
-            seconds[name].append(time.perf_counter() - begin)
+    rows = in_rounds(made, partial(clocked, device=device), rounds)
     return {
-        name: _summary([a / b for a, b in zip(values, seconds[against], strict=True)])
-        | {"seconds": statistics.median(values)}
-        for name, values in seconds.items()
+        name: _summary([row[name] / row[against] for row in rows])
+        | {"seconds": statistics.median(row[name] for row in rows)}
+        for name in made
     }
 
 

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from benchmarks import anatomy, ordering
+from benchmarks import anatomy, ordering, rounds
 from benchmarks.candidates import HAND, build
 from benchmarks.common import read
 from benchmarks.pages import DOCS
 
 
 def test_operations_are_sorted_into_kinds():
-    step = anatomy.on(*build("DiscreteAdjoint", 2, "euler"), anatomy.SMALL)
+    step = rounds.once(*build("DiscreteAdjoint", 2, "euler"), shape=anatomy.SMALL)
     step()
     found = anatomy.operations(step)
     assert list(found) == [*anatomy.KINDS]
@@ -29,7 +29,7 @@ def test_each_candidate_is_measured_in_every_round():
 
         return once
 
-    rows = anatomy.in_rounds({name: step(name) for name in "ab"}, anatomy.clocked, rounds=3)
+    rows = rounds.in_rounds({name: step(name) for name in "ab"}, rounds.clocked, rounds=3)
     assert [sorted(row) for row in rows] == [["a", "b"]] * 3
     assert count == {"a": 5, "b": 5}
 

@@ -17,6 +17,7 @@ from torchdiffeq._impl.interp import _interp_evaluate, _interp_fit
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import _runge_kutta_step
 
+from neuralode_coupled.adjoint import embedded
 from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.odeint_dto import odeint_dto
 from neuralode_coupled.runge_kutta import METHODS, tableau
@@ -553,6 +554,17 @@ def test_it_can_stand_in_torchdiffeqs_place(monkeypatch):
     expected = torchdiffeq.odeint(lambda t, y: -y, y0, t)
     monkeypatch.setattr(torchdiffeq, "odeint", odeint_dto)
     assert torch.allclose(torchdiffeq.odeint(lambda t, y: -y, y0, t), expected, rtol=0.0, atol=1e-13)
+
+
+def test_a_torchdiffeq_that_takes_its_steps_otherwise_is_named(monkeypatch):
+    class Otherwise(SOLVERS["dopri5"]):
+        def _adaptive_step(self, rk_state):
+            return rk_state
+
+    embedded._odeint.cache_clear()
+    monkeypatch.setitem(SOLVERS, "dopri5", Otherwise)
+    with pytest.raises(ImportError, match=r"_runge_kutta_step of torchdiffeq's .*: install torchdiffeq 0\.2\.5"):
+        odeint_dto(lambda t, y: -y, torch.ones(2), torch.linspace(0, 1, 3), method="dopri5")
 
 
 def test_transforms_of_fixed_grids():

@@ -11,7 +11,7 @@ import torch
 
 import neuralode_coupled as nc
 from benchmarks import gradients as gradients_benchmark
-from benchmarks import memory, peers, peers_page
+from benchmarks import memory, peers, peers_page, rounds
 from benchmarks.candidates import ADAPTIVE, CANDIDATES, HAND, build, chosen, missing
 from benchmarks.common import METHODS, start
 from benchmarks.evolution_cost import CASES
@@ -143,7 +143,7 @@ def test_compiled_candidates_are_asked_for():
 def test_ratios_are_taken_within_a_round(monkeypatch):
     """A machine that gets slower and slower does not show in them, by a clock that the steps move."""
     clock = {"now": 0.0, "pace": 1.0}
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock["now"])
 
     def takes(factor):
         def step():
@@ -171,8 +171,8 @@ def test_a_gpu_is_waited_for_on_both_sides_of_a_step(monkeypatch):
         clock["now"] += sum(queued)
         queued.clear()
 
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock["now"])
-    monkeypatch.setattr(peers, "wait", waits)
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(rounds, "wait", waits)
     steps = {HAND: lambda: queued.append(1.0), "twice": lambda: queued.append(2.0)}
     found = peers.measure(steps, 3, HAND, "cuda")
     assert (found["twice"]["seconds"], found["twice"]["median"]) == (2.0, 2.0)

@@ -8,9 +8,9 @@ place of theirs, so that they hold by construction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from types import FunctionType
 from typing import Any
@@ -84,24 +84,16 @@ def embedded(name: str) -> Embedded:
 
 def odeint(func: Callable[..., Any], y0: Tensor | State, t: Tensor, **arguments: Any) -> Any:
     """torchdiffeq's ``odeint`` for an adaptive method and without gradients."""
-    return _with_globals(torchdiffeq_odeint, SOLVERS=_Solvers())(func, y0, t, **arguments)
-
-
-class _Solvers(Mapping[str, type]):
-    """torchdiffeq's table of methods, the adaptive ones with the step of this file."""
-
-    def __getitem__(self, name: str) -> type:
-        return _solver(name) if name in ADAPTIVE else SOLVERS[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(SOLVERS)
-
-    def __len__(self) -> int:
-        return len(SOLVERS)
+    return _odeint()(func, y0, t, **arguments)
 
 
 @lru_cache
+def _odeint() -> Any:
+    return _with_globals(torchdiffeq_odeint, SOLVERS={name: _solver(name) for name in ADAPTIVE})
+
+
 def _solver(name: str) -> type:
+    """torchdiffeq's solver with the step of this file."""
     theirs: Any = SOLVERS[name]
     method = embedded(name)
 
@@ -112,7 +104,7 @@ def _solver(name: str) -> type:
         return state_at(float((t - t0) / (t1 - t0)))[0]
 
     replaced = {
-        "_adaptive_step": _with_globals(theirs._adaptive_step, _runge_kutta_step=_Step(method)),
+        "_adaptive_step": _with_globals(theirs._adaptive_step, _runge_kutta_step=partial(_step, method)),
         "_interp_fit": fit,
         "_advance": _with_globals(theirs._advance, _interp_evaluate=evaluate),
     }
@@ -123,34 +115,39 @@ def _with_globals(function: Any, **others: Any) -> Any:
     """The same function where some of the global names that it uses stand for something else."""
     missing = others.keys() - set(function.__code__.co_names)
     if missing:
-        raise ImportError(f"torchdiffeq.{function.__qualname__} no longer uses {', '.join(missing)}")
+        raise ImportError(
+            f"adaptive methods need {', '.join(missing)} of torchdiffeq's {function.__qualname__}, which this release "
+            "has no longer: install torchdiffeq 0.2.5"
+        )
     changed = FunctionType(function.__code__, function.__globals__ | others, argdefs=function.__defaults__)
     changed.__kwdefaults__ = function.__kwdefaults__
     return changed
 
 
-class _Step:
+def _step(
+    method: Embedded,
+    func: Callable[..., Tensor],
+    y0: Tensor,
+    f0: Tensor,
+    t0: Tensor,
+    dt: Tensor,
+    t1: Tensor,
+    tableau: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """torchdiffeq's ``_runge_kutta_step``: the state at a step's end, the last slope, the error and all slopes."""
+    start, length, end = (time.to(y0.dtype.to_real()) for time in (t0, dt, t1))
+    h = float(dt)  # torchdiffeq reads numbers of every step: this waits for no more
+    slopes = [f0]
 
-    def __init__(self, method: Embedded) -> None:
-        self._method = method
+    def slope(i: int, stage: State) -> State:
+        if i > 0:
+            c = method.method.c[i]
+            at, side = (end, Perturb.PREV) if c == 1 else (start + c * length, Perturb.NONE)
+            slopes.append(func(at, stage[0], perturb=side))
+        return (slopes[i],)
 
-    def __call__(
-        self, func: Callable[..., Tensor], y0: Tensor, f0: Tensor, t0: Tensor, dt: Tensor, t1: Tensor, tableau: Any
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        start, length, end = (time.to(y0.dtype.to_real()) for time in (t0, dt, t1))
-        h, method = float(dt), self._method.method  # torchdiffeq reads numbers of every step: this waits for no more
-        slopes = [f0]
-
-        def slope(i: int, stage: State) -> State:
-            if i > 0:
-                c = method.c[i]
-                at, side = (end, Perturb.PREV) if c == 1 else (start + c * length, Perturb.NONE)
-                slopes.append(func(at, stage[0], perturb=side))
-            return (slopes[i],)
-
-        (y1,), _ = step(slope, (y0,), h, method)
-        if self._method.reuses:
-            slopes.append(func(end, y1, perturb=Perturb.PREV))
-        (error,) = combine((torch.zeros_like(y0),), [(k,) for k in slopes], self._method.error, h)
-        return y1, slopes[-1], error, slopes
+    (y1,), _ = step(slope, (y0,), h, method.method)
+    if method.reuses:
+        slopes.append(func(end, y1, perturb=Perturb.PREV))
+    (error,) = combine((torch.zeros_like(y0),), [(k,) for k in slopes], method.error, h)
+    return y1, slopes[-1], error, slopes

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from neuralode_coupled._types import State
-
-Scalar = float | Tensor
+from neuralode_coupled.adjoint.grid import Scalar
 
 
 def linear(x: Scalar, y0: State, y1: State) -> State:
