@@ -1,0 +1,68 @@
+"""The graph of one step: fresh leaves, the edges at its end, its vector-Jacobian product, and sums of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Gradients = list[Tensor | None]
+
+
+def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) -> list[Tensor]:
+    """What a step is recomputed on: leaves of its graph, but for the last, see `Plan` for ``captured``."""
+    handed = len(tensors) - captured
+    return [
+        tensor.detach().requires_grad_(need) if i < handed else tensor
+        for i, (tensor, need) in enumerate(zip(tensors, wanted, strict=True))
+    ]
+
+
+def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
+    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
+
+
+def vjp(
+    ends: Sequence[GradientEdge | None],
+    grads: Sequence[Tensor | None],
+    leaves: list[Tensor],
+    create_graph: bool = False,
+) -> Gradients:
+    """grads^T d outputs / d leaves, outputs by their `edges`; None where there is no dependence."""
+    pairs = [(end, grad) for end, grad in zip(ends, grads, strict=True) if end is not None and grad is not None]
+    if not pairs or not leaves:
+        return [None] * len(leaves)
+    heads, weights = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
+
+
+def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:
+    """The sum, part by part, where None is zero."""
+    return [b if a is None else a if b is None else a + b for a, b in zip(alpha, more, strict=True)]
+
+
+class Sum:
+    """A running sum of lists of tensors, some of them None, in one fused addition a list."""
+
+    def __init__(self, size: int) -> None:
+        self.total: Gradients = [None] * size
+        self._owned = [False] * size
+
+    def add(self, terms: Gradients) -> None:
+        both = [
+            (i, a, b) for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None
+        ]
+        ours, theirs = [row for row in both if self._owned[row[0]]], [row for row in both if not self._owned[row[0]]]
+        if ours:
+            _foreach_add_([a for _, a, _ in ours], [b for _, _, b in ours])
+        if theirs:
+            # The first term may be shared with autograd: it must not be written into.
+            fresh = _foreach_add([a for _, a, _ in theirs], [b for _, _, b in theirs])
+            for (i, _, _), tensor in zip(theirs, fresh, strict=True):
+                self.total[i], self._owned[i] = tensor, True
+        for i, term in enumerate(terms):
+            if self.total[i] is None:
+                self.total[i] = term
