@@ -138,25 +138,25 @@ def test_without_evolution_beta_is_the_sum_of_what_gamma_is_yet_to_bring(problem
 FLOWS = sorted(OPERATORS.keys() - {"tanh map"})
 """Operators that are vector fields: the others have no continuous adjoint."""
 
-CONTINUOUS = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
-"""Methods that torchdiffeq has as well, and their orders."""
+CONTINUOUS = {"euler": (1, 64), "midpoint": (2, 16), "heun3": (3, 16), "rk4": (4, 16)}
+"""Methods that torchdiffeq has as well, their orders, and how many steps leave the error its leading term alone."""
 
 
-@settings(max_examples=10)
+@settings(max_examples=15)
 @given(st.integers(0, 2**20), st.sampled_from(FLOWS), st.sampled_from(sorted(CONTINUOUS)))
 def test_otd_and_dto_converge_to_each_other_at_the_methods_order(seed, operator, method):
-    """Whatever the flow of the weights: the continuous adjoint's error falls by 2^order with every halving."""
+    """Whatever the flow of the weights: the continuous adjoint's error falls by 2^order with a halving."""
+    order, few = CONTINUOUS[method]
     errors = []
-    for steps in (8, 16, 32):
+    for steps in (few, 2 * few):
         torch.manual_seed(seed)
         dynamics = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4))
-        layer = nc.CoupledODE(dynamics, OPERATORS[operator](), steps=steps, method=method)
+        layer = nc.CoupledODE(dynamics, OPERATORS[operator](), steps=steps, method=method, t=(0.0, 0.25))
         oracle.randomize(layer, 0.1).double()
         z0 = torch.randn(3, 4, dtype=torch.float64)
         found = [oracle.gradients(*_loss_and_tensors(layer, z0, a)) for a in (nc.ContinuousAdjoint(), nc.Backprop())]
         errors.append(oracle.largest_error(*found))
-    # Rounding, and what the first grid is too coarse for.
-    assert errors[-1] < max(errors[0] / 2 ** (2 * CONTINUOUS[method] - 1), 1e-9), errors
+    assert errors[1] < max(errors[0] / 2 ** (order - 0.5), 1e-10), errors  # or rounding
 
 
 def _loss_and_tensors(layer, z0, adjoint):
