@@ -221,7 +221,12 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     **{
         f"{name}, compiled": Candidate(_compiled, METHODS[name], compiled=True)
-        for name in ("Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept")
+        for name in (
+            "Backprop",
+            "DiscreteAdjoint",
+            "DiscreteAdjoint, last step kept",
+            "DiscreteAdjoint, products kept",
+        )
     },
 }
 

@@ -30,8 +30,10 @@ SHAPE = (32, 16, 32, 32)
 METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),
     "DiscreteAdjoint": nc.DiscreteAdjoint(),
+    "DiscreteAdjoint, last step kept": nc.DiscreteAdjoint(keep_last=1),
     "DiscreteAdjoint, 4 states": nc.DiscreteAdjoint(4),
     "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
+    "DiscreteAdjoint, 4 states, own weights, last step kept": nc.DiscreteAdjoint(4, weights="recomputed", keep_last=1),
     "DiscreteAdjoint, 1 state": nc.DiscreteAdjoint(1),
     "DiscreteAdjoint, products kept": nc.DiscreteAdjoint(keep="products"),
     "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),

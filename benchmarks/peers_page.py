@@ -96,10 +96,12 @@ def _evolution(results: Results) -> float:
     return 100 * results["evolution"]["propagator"]["median"]
 
 
-DTO, FOUR = "DiscreteAdjoint", "DiscreteAdjoint, 4 states"
+DTO, LAST, FOUR = "DiscreteAdjoint", "DiscreteAdjoint, last step kept", "DiscreteAdjoint, 4 states"
 TARGETS = (
     Target("time: `DiscreteAdjoint()`, Euler, 5 steps", 1.25, _time(DTO)),
     Target("time: the same, compiled", 0.90, _time(f"{DTO}, compiled")),
+    Target("time: `DiscreteAdjoint(keep_last=1)`, Euler, 5 steps", 1.25, _time(LAST)),
+    Target("time: the same, compiled", 0.90, _time(f"{LAST}, compiled")),
     Target("time: `Backprop()`, Euler, 5 steps", 1.00, _time("Backprop")),
     Target("time: the same, compiled", 0.75, _time("Backprop, compiled")),
     Target('time: `DiscreteAdjoint(keep="products")`, Euler, 5 steps', 1.08, _time(KEPT)),
@@ -141,6 +143,11 @@ TARGETS = (
         'memory: `DiscreteAdjoint(4, weights="recomputed")`, 50 steps against 20',
         1.05,
         _growth(f"{FOUR}, own weights", 20, 50),
+    ),
+    Target(
+        'memory: `DiscreteAdjoint(4, weights="recomputed", keep_last=1)`, 50 steps against 5',
+        1.05,
+        _growth(f"{FOUR}, own weights, last step kept", 5, 50),
     ),
     Target(
         'memory: `ReversibleAdjoint(weights="recomputed")`, 50 steps against 5',

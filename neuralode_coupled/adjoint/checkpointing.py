@@ -95,7 +95,7 @@ def _parted(whole: Schedule, parts: int) -> Schedule:
 def _schedule(steps: int, checkpoints: int | None) -> Schedule:
     if checkpoints is None or checkpoints >= steps:
         backward = [action for n in reversed(range(steps)) for action in (Load(n, last=True), Reverse(n))]
-        return Schedule(tuple(range(steps)), tuple(backward))
+        return Schedule(tuple(range(max(steps, 1))), tuple(backward))
     # One step more than there is: it stands for the loss, whose graph is the caller's, so that each real step is
     # repeated at least once in the backward pass and no graph is kept in between.
     return _revolve(steps, checkpoints)

@@ -4,7 +4,8 @@ Backward through ``y_{n+1} = S_n(y_n, u_n, v)`` is the discrete alpha equation o
 
     alpha_n, gamma_n, dv += vjp of S_n at (y_n, u_n, v) applied to alpha_{n+1},        n = N - 1 .. 0,
 
-each step recomputed from a stored state, so that one step's graph exists at a time. (The paper's multipliers are the
+each step recomputed from a stored state, so that one step's graph exists at a time (and those of the last steps, where
+they are kept from the forward pass on). (The paper's multipliers are the
 negatives: its Lagrangian has alpha(1) = -dJ/dz(1).)
 """
 
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 
 from neuralode_coupled._types import State
@@ -34,7 +34,7 @@ from neuralode_coupled.adjoint.checkpointing import (
 from neuralode_coupled.adjoint.keeping import Keep, Kept, Tape, playing, recording, selective_contexts
 from neuralode_coupled.adjoint.problem import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import Gradients, Sum, as_leaves, edges, vjp
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, detached, edges, vjp
 
 
 def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
@@ -60,8 +60,10 @@ def checkpointed(
     checkpoints: int | None = None,
     storage: Storage = "device",
     keep: Keep | None = None,
+    keep_last: int = 0,
 ) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state (but for what ``keep`` names)."""
+    """The emitted states, differentiable by recomputing each step from a stored state (but for what ``keep`` names, and
+    the last ``keep_last`` steps)."""
     flat = operands.flatten()
     if traced(flat):
         return unroll(plan, operands)
@@ -71,14 +73,16 @@ def checkpointed(
                 f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={checkpoints}, storage={storage!r}: "
                 "leave them out, or do not compile the layer"
             )
-        return _compiled(plan, operands, keep)
+        return _compiled(plan, operands, keep, keep_last)
+    last: Graphs = dict.fromkeys(range(max(plan.count - keep_last, 0), plan.count))
+    recomputed = plan.count - len(last)
     width = len(operands.y0)
     structure = operands.restore([None] * len(flat))
-    chosen = schedule(plan.count // plan.parts, checkpoints, plan.parts)
+    chosen = schedule(recomputed // plan.parts, checkpoints, plan.parts)
     replay = Replay(plan, operands.y0[0].device)
-    kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) * plan.parts < plan.count)
+    kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) * plan.parts < recomputed)
     tape = None if keep is None else Tape()
-    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, *flat)
+    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, last, *flat)
     emitted = leaves[: sum(plan.emits) * width]
     return arranged(emitted, width)
 
@@ -104,7 +108,7 @@ def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
     return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
-def _compiled(plan: Plan, operands: Operands, keep: Keep | None) -> list[State]:
+def _compiled(plan: Plan, operands: Operands, keep: Keep | None, keep_last: int) -> list[State]:
     """The same for ``torch.compile``, which knows activation checkpointing: it recomputes each step from its state,
     with the random numbers of the forward pass, inside of its own backward graph."""
     contexts = selective_contexts(keep)
@@ -112,7 +116,10 @@ def _compiled(plan: Plan, operands: Operands, keep: Keep | None) -> list[State]:
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
+        if n < plan.count - keep_last:
+            y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
+        else:
+            y, out = plan.step(*arguments)
         emitted.extend(out)
     return emitted
 
@@ -132,11 +139,13 @@ class _Checkpointed(torch.autograd.Function):
         replay: Replay,
         kept: Store | None,
         tape: Tape | None,
+        last: Graphs,
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
         # Detached, because autocast would otherwise cache casts made here and hand them, without a graph, to the
         # code outside that uses the same parameters.
         operands = structure.restore([tensor.detach() for tensor in flat])
+        tracer = _Tracer(plan, structure.restore(list(flat)), structure.restore([t.requires_grad for t in flat]))
         wanted, y = set(chosen.stored), operands.y0
         emitted: list[Tensor] = []
         stored: list[Tensor] = []
@@ -145,8 +154,12 @@ class _Checkpointed(torch.autograd.Function):
             if n > 0 and n in wanted:
                 stored.extend(y) if kept is None else kept.put(n, y)
             before, versions = y, [part._version for part in y]
-            with replay.record(n), recording(tape):
-                y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            if n in last and n >= tracer.first:
+                with replay.record(n):
+                    last[n], y, out = tracer.step(n, y, plan.buffers[n])
+            else:
+                with replay.record(n), recording(tape):
+                    y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
             _check_untouched(n, before, versions)
             emitted.extend(part for state in out for part in state)
         spared = [] if tape is None else tape.hand_over()
@@ -154,7 +167,7 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, ctx.tape, *flat = inputs
+        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, ctx.tape, ctx.last, *flat = inputs
         ctx.outputs = sum(ctx.plan.emits) * len(ctx.structure.y0)
         ctx.mark_non_differentiable(*output[ctx.outputs :])
         ctx.save_for_backward(*flat, *output[ctx.outputs :])
@@ -170,6 +183,7 @@ class _Checkpointed(torch.autograd.Function):
         operands = structure.restore(flat)
         with replay.world():
             if torch.is_grad_enabled():
+                ctx.last.update(dict.fromkeys(ctx.last))  # the whole graph is made: these are not used
                 arrived = list(grads[: ctx.outputs])
                 found = differentiate_unrolled(
                     lambda ops: unroll(plan, ops, replay), operands, arrived, needed, plan.captured
@@ -180,8 +194,8 @@ class _Checkpointed(torch.autograd.Function):
                 spared = None if ctx.tape is None else ctx.tape.around(saved[inside:])
                 sweep = _Sweep(plan, operands, structure.restore(needed), replay, spared)
                 sweep.refill(ctx.schedule, ctx.kept)
-                found = sweep.run(ctx.schedule, states, arriving)
-        return None, None, None, None, None, None, *found
+                found = sweep.run(ctx.schedule, states, arriving, ctx.last)
+        return None, None, None, None, None, None, None, *found
 
 
 def _check_untouched(n: int, y: State, versions: list[int]) -> None:
@@ -253,38 +267,67 @@ class _Stored:
         return self._states.pop(n) if last else self._states[n]
 
 
+class _Tracer:
+    """Steps with their graphs. ``needed`` has the operands' structure with a bool at every leaf.
+
+    Attributes:
+        first: the first step that anybody asked a gradient of; below it there is nothing to do.
+    """
+
+    def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
+        self._plan, self._operands, self._needed = plan, operands, needed
+        everywhere = any(needed.y0) or any(needed.shared)
+        asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
+        self.first = asked[0] if asked else plan.count
+
+    def step(self, n: int, y: State, buffers: State) -> tuple[StepGraph, State, tuple[State, ...]]:
+        """Step ``n``: its graph, and the next state and what the step emits, as they are without it."""
+        inputs, shared = self._operands.inputs[n], self._operands.shared
+        wanted_y = [n > self.first] * len(y) if n > 0 else self._needed.y0
+        wanted = [*wanted_y, *self._needed.inputs[n], *self._needed.shared]
+        row = as_leaves([*y, *inputs, *shared], wanted, self._plan.captured)
+        ahead = len(y) + len(inputs)
+        leaves = tuple(row[: len(y)]), tuple(row[len(y) : ahead]), tuple(row[ahead:])
+        with torch.enable_grad():
+            y_next, emitted = self._plan.step(n, *leaves, buffers)
+        graph = StepGraph(leaves, wanted, edges([*y_next, *(part for state in emitted for part in state)]))
+        return graph, detached(y_next), tuple(detached(state) for state in emitted)
+
+
 class _Sweep:
     """One backward pass over the steps. ``needed`` has the operands' structure with a bool at every leaf."""
 
     def __init__(
         self, plan: Plan, operands: Operands, needed: Operands, replay: Replay, spared: Kept | None = None
     ) -> None:
-        self.plan, self.operands, self.needed, self.replay, self.spared = plan, operands, needed, replay, spared
+        self.plan, self.operands, self.replay, self.spared = plan, operands, replay, spared
+        self.tracer = _Tracer(plan, operands, needed)
         self.shared = Sum(len(operands.shared))
-        # Below the first step that anybody asked for there is nothing to do.
-        everywhere = any(needed.y0) or any(needed.shared)
-        asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
-        self.first = asked[0] if asked else plan.count
 
-    def run(self, chosen: Schedule, states: _Stored, arriving: list[list[Tensor | None]]) -> Gradients:
-        """The gradients in the order of ``operands.flatten()``."""
+    def run(self, chosen: Schedule, states: _Stored, arriving: list[Gradients], last: Graphs) -> Gradients:
+        """The gradients in the order of ``operands.flatten()``; uses up the graphs of the last steps."""
         inputs: list[Gradients] = [[None] * len(row) for row in self.operands.inputs]
         alpha: Gradients = [None] * len(self.operands.y0)
-        y = self.operands.y0
-        for action in chosen.program:
+        first, y = self.tracer.first, self.operands.y0
+        if any(last[n] is None for n in last if n >= first):
+            self._trace_again(chosen, states, last)
+        for n in reversed([n for n in last if n >= first]):
+            if _arrives(alpha, arriving[n]):
+                alpha, inputs[n] = self._through(_taken(last, n), alpha, arriving[n])
+        for action in chosen.program if first < self.plan.count - len(last) else ():
             match action:
-                case Load(n, last):
-                    y = states.get(n, last)
-                case Advance(first, end, keep):
+                case Load(n, final):
+                    y = states.get(n, final)
+                case Advance(start, end, keep):
                     if keep:
-                        states.put(first, y)
-                    y = self._advance(first, end, y)
-                case Reverse(n) if n >= self.first:
-                    if any(part is not None for part in (*alpha, *arriving[n])):
-                        alpha, inputs[n] = self._reverse(n, y, alpha, arriving[n])
+                        states.put(start, y)
+                    y = self._advance(start, end, y)
+                case Reverse(n) if n >= first:
+                    if _arrives(alpha, arriving[n]):
+                        alpha, inputs[n] = self._through(self._trace(n, y)[0], alpha, arriving[n])
                 case Reverse(_):
                     break
-        if self.first > 0:
+        if first > 0:
             alpha = [None] * len(alpha)
         return [*alpha, *(grad for row in inputs for grad in row), *self.shared.total]
 
@@ -303,23 +346,30 @@ class _Sweep:
                 y, _ = self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
         return y
 
-    def _reverse(self, n: int, y: State, alpha: Gradients, arriving: Gradients) -> tuple[Gradients, Gradients]:
-        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
-        wanted_y = [n > self.first] * len(y) if n > 0 else self.needed.y0
-        wanted = [*wanted_y, *self.needed.inputs[n], *self.needed.shared]
-        leaves = as_leaves([*y, *self.operands.inputs[n], *self.operands.shared], wanted, self.plan.captured)
-        width, ahead = len(y), len(y) + len(self.operands.inputs[n])
-        asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-        ends = self._ends(n, leaves, width, ahead)
-        found = iter(vjp(ends, [*alpha, *arriving], asked))
-        grads = [next(found) if need else None for need in wanted]
-        self.shared.add(grads[ahead:])
-        return grads[:width], grads[width:ahead]
+    def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
+        with self.replay.again(n) as buffers, playing(self.spared, n):
+            return self.tracer.step(n, y, buffers)
 
-    def _ends(self, n: int, leaves: list[Tensor], width: int, ahead: int) -> list[GradientEdge | None]:
-        """Where the graph of step ``n`` ends, at the next state and what the step emits. Of these tensors themselves
-        only their gradients are known to matter: here they go."""
-        with torch.enable_grad(), self.replay.again(n) as buffers, playing(self.spared, n):
-            y, u, v = leaves[:width], leaves[width:ahead], leaves[ahead:]
-            y_next, emitted = self.plan.step(n, tuple(y), tuple(u), tuple(v), buffers)
-        return edges([*y_next, *(part for state in emitted for part in state)])
+    def _trace_again(self, chosen: Schedule, states: _Stored, last: Graphs) -> None:
+        """The graphs of the last steps anew, where an earlier backward pass over the same graph has used them up."""
+        start, begin = chosen.stored[-1], max(min(last), self.tracer.first)
+        y = self._advance(start, begin, states.get(start, last=False))
+        for n in range(begin, self.plan.count):
+            last[n], y, _ = self._trace(n, y)
+
+    def _through(self, graph: StepGraph, alpha: Gradients, arriving: Gradients) -> tuple[Gradients, Gradients]:
+        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
+        alpha, gamma, shared = graph.differentiate([*alpha, *arriving])
+        self.shared.add(shared)
+        return alpha, gamma
+
+
+def _taken(graphs: Graphs, n: int) -> StepGraph:
+    graph, graphs[n] = graphs[n], None
+    assert graph is not None
+    return graph
+
+
+def _arrives(*grads: Gradients) -> bool:
+    """Whether there is anything to take back through a step."""
+    return any(part is not None for row in grads for part in row)

@@ -89,8 +89,8 @@ class Kept:
         self._steps = steps
 
     def again(self, n: int) -> AbstractContextManager:
-        """Around a recomputation of step ``n``, as often as wanted."""
-        return _Player(self._steps[n])
+        """Around a recomputation of step ``n``, as often as wanted. Nothing is kept of a step that was not recorded."""
+        return _Player(self._steps[n]) if n < len(self._steps) else nullcontext()
 
 
 def recording(tape: Tape | None) -> AbstractContextManager:
@@ -117,6 +117,15 @@ def check_keep(keep: str | None, storage: str) -> None:
             f"keep={keep!r} holds outputs on the device, got storage={storage!r}: leave one of the two out (fewer "
             "checkpoints go with keep)"
         )
+
+
+def check_keep_last(steps: int) -> None:
+    """Raise the ValueError or TypeError that a user should see for choices that make no sense."""
+    meaning = "of how many of the last steps to keep the graph"
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"keep_last must be a whole number, {meaning}, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"keep_last must be 0 or more, {meaning}, got {steps}")
 
 
 class _Recorder(TorchDispatchMode):

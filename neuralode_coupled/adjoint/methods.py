@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.checkpointing import Storage, check_storage
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
-from neuralode_coupled.adjoint.keeping import Keep, check_keep
+from neuralode_coupled.adjoint.keeping import Keep, check_keep, check_keep_last
 from neuralode_coupled.adjoint.problem import Operands, Problem, Stats, Weights, check_weights
 
 
@@ -51,17 +51,23 @@ class DiscreteAdjoint:
     of the state. It costs the operator's evaluation in every step and recomputed step, and takes the Dirac kernel with
     the weights on the activations' own grid. Not for operators that draw random numbers or update themselves.
 
+    With ``keep_last=k`` the graphs of the last k steps stay from the forward pass to the backward pass, which then
+    recomputes the steps before them only. A graph of the last step is there in any case, later, so that ``keep_last=1``
+    does not raise a layer's peak; but in a network of several layers each holds its own. With all steps it is
+    `Backprop`. A second backward makes the graphs again. Forward hooks fire once for these steps.
+
     Args:
         checkpoints: how many states to store, the initial one included: None for every step's, ``m`` for Revolve's
             schedule with m states, 1 for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
         storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
         keep: ``"products"``, or None to recompute everything.
         weights: ``"stored"`` or ``"recomputed"``.
+        keep_last: of how many steps, the last ones, the graph is kept.
 
     Raises:
-        TypeError, ValueError: for checkpoints below 1, an unknown storage, keep or weights, or keep with another
-            storage than the device; at the solve for recomputed weights with another kernel or grid than above; inside
-            of ``torch.compile`` for checkpoints or a storage.
+        TypeError, ValueError: for checkpoints below 1, keep_last below 0, an unknown storage, keep or weights, or keep
+            with another storage than the device; at the solve for recomputed weights with another kernel or grid than
+            above; inside of ``torch.compile`` for checkpoints or a storage.
         OSError: at the solve, if the disk has no room for the states.
     """
 
@@ -69,16 +75,18 @@ class DiscreteAdjoint:
     storage: Storage = "device"
     keep: Keep | None = None
     weights: Weights = "stored"
+    keep_last: int = 0
 
     def __post_init__(self) -> None:
         check_storage(self.checkpoints, self.storage)
         check_keep(self.keep, self.storage)
+        check_keep_last(self.keep_last)
         check_weights(self.weights)
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         plan, operands = problem.discrete() if self.weights == "stored" else problem.advancing()
-        emitted = checkpointed(plan, operands, self.checkpoints, self.storage, self.keep)
+        emitted = checkpointed(plan, operands, self.checkpoints, self.storage, self.keep, self.keep_last)
         return _with_start(problem, operands, emitted), plan.stats
 
 

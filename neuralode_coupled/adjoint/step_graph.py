@@ -11,6 +11,30 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 Gradients = list[Tensor | None]
 
 
+class StepGraph:
+    """One step's graph, for one vector-Jacobian product.
+
+    Args:
+        leaves: what the step was computed on, in three lists: the state, its inputs, the shared tensors (`as_leaves`).
+        wanted: which of all these gradients are asked for.
+        ends: where gradients enter, see `edges`.
+    """
+
+    def __init__(self, leaves: Sequence[Sequence[Tensor]], wanted: list[bool], ends: list[GradientEdge | None]) -> None:
+        self._leaves, self._wanted, self._ends = leaves, wanted, ends
+
+    def differentiate(self, grads: Sequence[Tensor | None]) -> list[Gradients]:
+        """The gradients at the leaves from those at the ends, None where they are not wanted. The graph is freed."""
+        row = [leaf for leaves in self._leaves for leaf in leaves]
+        asked = [leaf for leaf, need in zip(row, self._wanted, strict=True) if need]
+        found, needs = iter(vjp(self._ends, grads, asked)), iter(self._wanted)
+        return [[next(found) if next(needs) else None for _ in leaves] for leaves in self._leaves]
+
+
+Graphs = dict[int, StepGraph | None]
+"""The graphs of some steps by their numbers, None where one is not made yet or used up."""
+
+
 def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) -> list[Tensor]:
     """What a step is recomputed on: leaves of its graph, but for the last, see `Plan` for ``captured``."""
     handed = len(tensors) - captured
@@ -18,6 +42,11 @@ def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) 
         tensor.detach().requires_grad_(need) if i < handed else tensor
         for i, (tensor, need) in enumerate(zip(tensors, wanted, strict=True))
     ]
+
+
+def detached(state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same numbers without their history."""
+    return tuple(part.detach() for part in state)
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
