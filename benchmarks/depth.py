@@ -27,9 +27,10 @@ from benchmarks import cifar10
 from benchmarks.cifar10 import CLASSES, say, schedule_name, split
 from benchmarks.common import environment
 from neuralode_coupled.compare import Planned
-from neuralode_coupled.data import ImageData, ImageSet
+from neuralode_coupled.data import ImageData
 from neuralode_coupled.depth import with_steps
 from neuralode_coupled.evolution import ReactionDiffusionAdvection, Static
+from neuralode_coupled.image_sources import ImageSet
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models import ADJOINTS, VARIANTS, by_name, coupled_layers
 from neuralode_coupled.models.networks import resnet4

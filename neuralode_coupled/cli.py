@@ -177,6 +177,7 @@ def train(
         run = RunFolder(folder)
         from neuralode_coupled import training
         from neuralode_coupled.evolution import NonFiniteWeights
+        from neuralode_coupled.learner import Diverged
         from neuralode_coupled.processes import FolderNotShared, ProcessLost
 
         run.check(training.resolve(experiment), resume=True)
@@ -194,7 +195,7 @@ def train(
         if error.explained:
             raise typer.Exit(FAILED) from error
         _stop(error, FAILED)
-    except (training.Diverged, NonFiniteWeights, FolderNotShared) as error:
+    except (Diverged, NonFiniteWeights, FolderNotShared) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
         _line(f"{_accuracies(result)}; see {folder}")

@@ -1,61 +1,27 @@
-"""Labelled 32x32 images for training: the embedded digits, CIFAR-10, or any image folder."""
+"""Images in batches, on the device that trains: shared out, augmented and normalised."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-SIZE = 32
+from neuralode_coupled.image_sources import Batch, ImageSet, every_image, source, training_images, validation_images
+
 PADDING = 4
-DOWNLOADS = Path("~/.cache/neuralode-coupled")
-"""Where CIFAR-10 goes if no root is given."""
-
-SPLITS = ("train", "test")
-_ORDER_SEED = 0
-"""Of the digits' split, `limit` and `validation`: fixed, so that runs with other seeds see the same images."""
-
 _MEMORY_FORMAT = defaultdict(lambda: torch.contiguous_format, cpu=torch.channels_last)
 
 Device = str | torch.device
-Batch = tuple[UInt8[Tensor, "batch 3 32 32"], Int[Tensor, " batch"]]
-
-
-class ImageSet(Dataset):
-    """Decoded images in one tensor, fetched a whole batch at a time, where they are.
-
-    Args:
-        pixels: (N, 3, 32, 32), uint8.
-        labels: (N,), int64, on the same device.
-    """
-
-    def __init__(self, pixels: UInt8[Tensor, "images 3 32 32"], labels: Int[Tensor, " images"]) -> None:
-        self.pixels, self.labels = pixels, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: Sequence[int] | Int[Tensor, " batch"]) -> Batch:
-        """The images and labels at ``indices``: (batch, 3, 32, 32) uint8 and (batch,) int64."""
-        chosen = torch.as_tensor(indices)
-        return self.pixels[chosen], self.labels[chosen]
-
-    def to(self, device: torch.device) -> ImageSet:
-        """The same images on a device; they themselves where they are there."""
-        return self if self.pixels.device == device else ImageSet(self.pixels.to(device), self.labels.to(device))
 
 
 class ImageData(pl.LightningDataModule):
@@ -253,204 +219,5 @@ def channel_statistics(pixels: UInt8[Tensor, "images 3 32 32"]) -> tuple[Tensor,
     return mean.float()[:, None, None], deviation.float()[:, None, None]
 
 
-def stratified_order(labels: Int[Tensor, " images"]) -> Int[Tensor, " images"]:
-    """A fixed shuffle of the images, any beginning of which holds every class in proportion.
-
-    Returns the indices, (N,) int64. The first of each class come before the second of any.
-    """
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_ORDER_SEED))
-    position = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        position[members] = torch.arange(len(members), dtype=torch.float64) / len(members)
-    return shuffled[position[shuffled].argsort(stable=True)]
-
-
-def every_image(labels: Int[Tensor, " images"]) -> Int[Tensor, " images"]:
-    """The indices of all images, in their own order."""
-    return torch.arange(len(labels))
-
-
-def training_images(
-    labels: Int[Tensor, " images"], limit: int | None, validation: int | None
-) -> Int[Tensor, " chosen"]:
-    """The indices of the images to train on; raises ValueError if that are more than there are."""
-    left = len(labels) - (validation or 0)
-    if left < 1 or (limit is not None and limit > left):
-        kept_back = f", of which validation keeps back {validation}" if validation else ""
-        raise ValueError(f"limit must be at most the number of training images, {len(labels)}{kept_back}, got {limit}")
-    return every_image(labels) if limit is None and not validation else stratified_order(labels)[:left][:limit]
-
-
-def validation_images(labels: Int[Tensor, " images"], validation: int) -> Int[Tensor, " chosen"]:
-    """The indices of the training images that are kept back: the last in the order of `stratified_order`."""
-    return stratified_order(labels)[-validation:]
-
-
-Choice = Callable[[Int[Tensor, " images"]], Int[Tensor, " chosen"]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where images come from.
-
-    Attributes:
-        batch_size: the default number of images a batch: a small set needs small batches for enough steps an epoch.
-        flips: whether a mirrored image is still one of its class.
-        locate: the root that is used, from the one that was asked for.
-        class_names: the classes found at a root.
-        prepare: download to a root.
-        load: the images of a split at a root, of which a function of all labels gives the indices.
-    """
-
-    batch_size: int
-    flips: bool
-    locate: Callable[[str | Path | None], Path | None]
-    class_names: Callable[[Path | None], tuple[str, ...]]
-    prepare: Callable[[Path | None], None]
-    load: Callable[[Path | None, str, Choice], ImageSet]
-
-
-def source(name: str) -> Source:
-    """The source of that name. Raises ValueError if there is none."""
-    if name not in SOURCES:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}")
-    return SOURCES[name]
-
-
-def _digits_root(root: str | Path | None) -> None:
-    if root is not None:
-        raise ValueError(f"the digits are part of scikit-learn and need no root, got {str(root)!r}: leave it out")
-
-
-def _digits(root: Path | None, split: str, choose: Choice) -> ImageSet:
-    """One image in five is for testing."""
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    labels = torch.from_numpy(digits.target).long()
-    order = stratified_order(labels)
-    tests = -(-len(labels) // 5)
-    chosen = order[:tests] if split == "test" else order[tests:]
-    chosen = chosen[choose(labels[chosen])]
-    grey = torch.from_numpy(digits.images[chosen.numpy()])[:, None] * (255 / 16)
-    large = functional.interpolate(grey, (SIZE, SIZE), mode="bilinear", align_corners=False)
-    return ImageSet(large.round().to(torch.uint8).repeat(1, 3, 1, 1), labels[chosen])
-
-
-_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-def _cifar10_root(root: str | Path | None) -> Path:
-    return Path(DOWNLOADS if root is None else root).expanduser()
-
-
-def _cifar10_dataset(root: Path | None, *, train: bool = True, download: bool = False) -> Any:
-    datasets = _torchvision_datasets()
-    try:
-        return datasets.CIFAR10(str(root), train=train, download=download)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"cannot get CIFAR-10 into {root}: {error}. Download it on a machine with a network, "
-            "or use an image folder (data set 'folder')"
-        ) from error
-
-
-def _cifar10(root: Path | None, split: str, choose: Choice) -> ImageSet:
-    dataset = _cifar10_dataset(root, train=split == "train")
-    labels = torch.tensor(dataset.targets)
-    chosen = choose(labels)
-    pixels = torch.from_numpy(dataset.data)[chosen].permute(0, 3, 1, 2).contiguous()
-    return ImageSet(pixels, labels[chosen])
-
-
-def _folder_root(root: str | Path | None) -> Path:
-    if root is None:
-        raise ValueError("data set 'folder' needs a root: the folder with train/<class>/* and test/<class>/*")
-    found = Path(root).expanduser()
-    if not found.is_dir():
-        raise ValueError(f"there is no folder {str(root)!r}: give the one with train/<class>/* and test/<class>/*")
-    return found
-
-
-def _folder_class_names(root: Path | None) -> tuple[str, ...]:
-    assert root is not None
-    train, test = (_subfolders(root / split) for split in SPLITS)
-    if train != test:
-        raise ValueError(
-            f"train and test in {str(root)!r} must have the same classes: only in train: "
-            f"{sorted(set(train) - set(test))}, only in test: {sorted(set(test) - set(train))}"
-        )
-    return train
-
-
-def _subfolders(folder: Path) -> tuple[str, ...]:
-    if not folder.is_dir():
-        raise ValueError(f"there is no {folder.name!r} in {str(folder.parent)!r}: it must hold train/ and test/")
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
-    if not names:
-        raise ValueError(f"{str(folder)!r} has no classes: put the images into one folder a class, <class>/*")
-    return names
-
-
-def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
-    assert root is not None
-    datasets = _torchvision_datasets()
-    try:
-        dataset = datasets.ImageFolder(str(root / split))
-    except FileNotFoundError as error:  # a class without images: torchvision's message names it
-        raise ValueError(str(error)) from error
-    labels = torch.tensor(dataset.targets)
-    chosen = choose(labels)
-    paths = [dataset.samples[i][0] for i in chosen.tolist()]
-    pixels = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(_decode, paths)):
-            pixels[i] = torch.from_numpy(image)
-    return ImageSet(pixels, labels[chosen])
-
-
-def _decode(path: str) -> np.ndarray:
-    """An image file as (3, 32, 32) uint8."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"cannot read the image {path!r}: {error}") from error
-    if image.size != (SIZE, SIZE):
-        image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1).copy()
-
-
-def _torchvision_datasets() -> Any:
-    """torchvision.datasets. Raises ImportError that says what to install."""
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails with RuntimeError: "operator torchvision::nms does not exist".
-        raise ImportError(
-            f"torchvision does not work with torch {torch.__version__} ({error}): install the two together, "
-            "as in `pip install --upgrade torch torchvision`, or use the data set 'digits'"
-        ) from error
-    return datasets
-
-
-def _nothing(root: Path | None) -> None:
-    """Nothing to prepare."""
-
-
-def _download_cifar10(root: Path | None) -> None:
-    _cifar10_dataset(root, download=True)
-
-
 def _as_fetched(batch: Any) -> Batch:
     return batch
-
-
-SOURCES: dict[str, Source] = {
-    "digits": Source(64, False, _digits_root, lambda root: tuple("0123456789"), _nothing, _digits),
-    "cifar10": Source(256, True, _cifar10_root, lambda root: _CIFAR10_CLASSES, _download_cifar10, _cifar10),
-    "folder": Source(256, True, _folder_root, _folder_class_names, _nothing, _folder),
-}

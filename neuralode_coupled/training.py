@@ -1,4 +1,4 @@
-"""Training a classifier on pytorch-lightning: the paper's recipe, resumable, and stopped when the loss breaks."""
+"""An experiment as a training run in a folder, on pytorch-lightning: resumable, and never done twice."""
 
 from __future__ import annotations
 
@@ -7,283 +7,33 @@ import copy
 import logging
 import os
 import platform
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import checkpoints
-from neuralode_coupled.data import ImageData, source
+from neuralode_coupled.callbacks import Checkpoint, EpochLog, ProgressBar, Report
+from neuralode_coupled.data import ImageData
+from neuralode_coupled.image_sources import source
+from neuralode_coupled.learner import Classifier
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
-from neuralode_coupled.processes import agree, together, tolerate_unused_parameters
-from neuralode_coupled.runs import Experiment, PeakMemory, Result, Row, RunFolder
-from neuralode_coupled.weight_log import WeightLog
-
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-DROPS = (150 / 350, 250 / 350)
-"""The fractions of the epochs after which the learning rate is divided by ten."""
-
-_CHECK_EVERY = 50
-"""Steps between looks at the loss on devices that compute ahead of the host, which a look makes wait."""
+from neuralode_coupled.processes import together, tolerate_unused_parameters
+from neuralode_coupled.runs import Experiment, Result, RunFolder
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 """Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
-
-_NEVER = torch.iinfo(torch.int64).max
-
-Report = Callable[[str], None]
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-    def __init__(self, epoch: int, step: int) -> None:
-        super().__init__(
-            f"the loss became NaN or infinite in epoch {epoch}, at step {step} of the run: "
-            "try a smaller learning rate (checkpoints of earlier epochs are kept)"
-        )
-        self.epoch, self.step = epoch, step
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.epoch, self.step)
-
-
-def learning_rate(base: float, epoch: int, epochs: int) -> float:
-    """``base``, divided by ten after 150/350 and again after 250/350 of the epochs. ``epoch`` counts from 0."""
-    return base / 10 ** sum(epoch >= drop * epochs for drop in DROPS)
-
-
-class Classifier(pl.LightningModule):
-    """Cross entropy by SGD with momentum 0.9 and weight decay 5e-4, and the paper's schedule scaled to the epochs.
-
-    Logs ``train/loss``, ``train/accuracy``, ``test/loss`` and ``test/accuracy`` (means over the images of an epoch).
-    Everything random in an epoch follows from the seed and the number of the epoch.
-
-    Args:
-        model: images (batch, 3, 32, 32) to logits (batch, classes).
-        epochs: the length of the schedule.
-        lr: the learning rate of the first epochs.
-        evolution_lr: the factor on it for the parameters of the evolution operators.
-        seed: of dropout and augmentation.
-        origin: what the model is; checkpoints keep it, see `checkpoints`.
-
-    Raises:
-        Diverged: in training, once the loss is NaN or infinite.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        epochs: int,
-        lr: float = 0.1,
-        evolution_lr: float = 1.0,
-        seed: int = 0,
-        origin: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.origin = dict(origin or {})
-        self.model = model
-        self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
-        self._first_bad_step: Tensor | None = None
-
-    def forward(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
-        """The logits."""
-        return self.model(images)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of a batch, a scalar."""
-        loss = self._measure(batch, "train")
-        self._watch(loss.detach())
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measures a batch of test images."""
-        self._measure(batch, "test")
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD over all parameters, those of the evolution operators in a group of their own."""
-        layers = nc.models.coupled_layers(self.model).values()
-        coefficients = {id(p): p for layer in layers for p in layer.field.evolution.parameters()}
-        others = [p for p in self.parameters() if id(p) not in coefficients]
-        groups = [
-            {"params": parameters, "factor": factor}
-            for parameters, factor in ((others, 1.0), ([*coefficients.values()], self.evolution_lr))
-            if parameters
-        ]
-        return torch.optim.SGD(groups, self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-
-    def on_train_epoch_start(self) -> None:
-        """Set what depends on the epoch: the learning rate and the random state."""
-        # Not by a scheduler: Lightning saves checkpoints before it steps those.
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.lr, self.current_epoch, self.epochs)
-        entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
-        torch.manual_seed(int(entropy.generate_state(1)[0]))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose weights they are."""
-        checkpoint[checkpoints.ORIGIN] = self.origin
-
-    def _measure(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        loss = functional.cross_entropy(logits, labels)
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        self.log_dict(
-            {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
-            on_step=False,
-            on_epoch=True,  # added up on the device, and read once an epoch
-            logger=False,  # `EpochLog` writes one row an epoch
-            sync_dist=True,
-            batch_size=len(labels),
-        )
-        return loss
-
-    def _watch(self, loss: Tensor) -> None:
-        """Remember on the device which step broke; look from time to time, and on the CPU always."""
-        step = self.global_step + 1
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full((), _NEVER, device=loss.device)
-        first = self._first_bad_step
-        self._first_bad_step = torch.where(loss.isfinite(), first, first.clamp(max=step))
-        if _looks(loss.device.type, step) or self.trainer.is_last_batch:
-            # All devices stop together, or some would wait for the others forever.
-            worst = int(self.trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
-            if worst != _NEVER:
-                raise Diverged(self.current_epoch + 1, worst)
-
-
-def _looks(kind: str, step: int) -> bool:
-    """Whether a step on such a device looks at the loss."""
-    return kind == "cpu" or step % _CHECK_EVERY == 0
-
-
-class EpochLog(pl.Callback):
-    """Writes one row an epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
-
-    TensorBoard gets what `WeightLog` writes too.
-
-    A run that is killed between the two loses its checkpoint and does the epoch again: so rows after the checkpoint
-    that training resumed from are dropped.
-
-    Args:
-        folder: whose ``metrics.csv`` it is.
-        done: how many epochs the run had finished when it was resumed.
-        report: is told each epoch in one line.
-    """
-
-    def __init__(self, folder: RunFolder, done: int = 0, report: Report | None = None) -> None:
-        self.folder, self.done, self.report = folder, done, report
-        self.rows: list[Row] = []
-        self._peak: PeakMemory | None = None
-        self._weights: WeightLog | None = None
-        self._began = self._seconds = 0.0
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """See that all processes resume from the same epoch, before the first of them reads a checkpoint."""
-        agree(trainer, self.done)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the rows that are there."""
-        self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
-        assert isinstance(pl_module, Classifier)
-        self._weights = WeightLog(pl_module.model, pl_module.epochs)
-        self._peak = PeakMemory(pl_module.device)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Stop the clock after the last batch."""
-        if trainer.is_last_batch:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
-            self._seconds = time.perf_counter() - self._began
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the row. Raises Diverged if the last step of the epoch broke the weights."""
-        measured = trainer.callback_metrics  # on every device: they add up their shares here
-        row = {"epoch": float(trainer.current_epoch + 1)}
-        for name in ("train/loss", "train/accuracy", "test/loss", "test/accuracy"):
-            row[name] = float(measured[name])
-        if not np.isfinite(row["test/loss"]):
-            raise Diverged(trainer.current_epoch + 1, trainer.global_step)
-        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        row |= evolution_norms(pl_module)
-        assert self._peak is not None
-        row |= {"seconds": self._seconds, "memory": float(self._peak.read())}
-        if trainer.is_global_zero:
-            with self._peak.paused():
-                self._write(trainer, row)
-
-    def _write(self, trainer: pl.Trainer, row: Row) -> None:
-        self.rows.append(row)
-        self.folder.write_rows(self.rows)
-        epoch = int(row["epoch"])
-        for logger in trainer.loggers:
-            assert isinstance(logger, TensorBoardLogger)
-            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
-            assert self._weights is not None
-            self._weights.write(logger.experiment, epoch)
-            logger.experiment.flush()  # a killed run keeps its curves
-        if self.report is not None:
-            self.report(
-                f"epoch {epoch}/{trainer.max_epochs}: train loss {row['train/loss']:.3f}, test accuracy "
-                f"{100 * row['test/accuracy']:.2f}%, {row['seconds']:.1f} s"
-            )
-
-
-class Checkpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` with one fixed name, in a folder that may have been moved before the run is resumed."""
-
-    def __init__(self, folder: Path, name: str, **options: Any) -> None:
-        super().__init__(
-            folder, name, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True, **options
-        )
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the best score, with the paths as they are now."""
-        here = Path(self.dirpath or ".")
-        moved = {str(here / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-        paths = {
-            name: str(here / Path(state_dict[name]).name) if state_dict[name] else ""
-            for name in ("best_model_path", "kth_best_model_path", "last_model_path")
-        }
-        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": moved})
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's, with the one number that is worth the space."""
-
-    _accuracy: float | None = None
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The test accuracy after the last epoch."""
-        return {} if self._accuracy is None else {"test accuracy": f"{100 * self._accuracy:.2f}%"}
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the accuracy: once an epoch and not with every batch, for which the host would wait."""
-        self._accuracy = float(trainer.callback_metrics["test/accuracy"])
-        super().on_validation_end(trainer, pl_module)
 
 
 @dataclass
@@ -484,17 +234,6 @@ def origin(experiment: Experiment) -> dict[str, Any]:
     """What decides over the names and shapes of the model's weights, and the version that made them."""
     decisive = ("model", "variant", "steps", "dynamics", "evolution")
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
-
-
-def evolution_norms(model: nn.Module) -> dict[str, float]:
-    """The Euclidean norms of the evolution coefficients, all layers together, as ``evolution/<coefficient>``."""
-    squares: dict[str, Tensor] = {}
-    for layer in nc.models.coupled_layers(model).values():
-        for name, coefficient in layer.field.evolution.named_parameters():
-            term = f"evolution/{name.rpartition('.')[2]}"
-            square = coefficient.detach().double().square().sum()
-            squares[term] = squares[term] + square if term in squares else square
-    return {term: float(square.sqrt()) for term, square in squares.items()}
 
 
 def function_evaluations(model: nn.Module) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralode_coupled import data
-from neuralode_coupled.data import EvenBatches, ImageData, augment, channel_statistics, stratified_order
+from neuralode_coupled import image_sources
+from neuralode_coupled.data import EvenBatches, ImageData, augment, channel_statistics
+from neuralode_coupled.image_sources import stratified_order
 
 
 def image_folder(root: Path, classes: int = 3, train: int = 8, test: int = 4, size: int = 32) -> Path:
@@ -229,7 +230,7 @@ def test_cifar10_that_cannot_be_downloaded_is_one_clear_error(monkeypatch, tmp_p
         def CIFAR10(*args, **kwargs):
             raise OSError("no network")
 
-    monkeypatch.setattr(data, "_torchvision_datasets", lambda: Offline)
+    monkeypatch.setattr(image_sources, "_torchvision_datasets", lambda: Offline)
     with pytest.raises(ConnectionError, match=r"cannot get CIFAR-10 into .*no network.*'folder'"):
         ImageData("cifar10", tmp_path).prepare_data()
 
@@ -242,7 +243,7 @@ def test_cifar10_as_torchvision_holds_it(monkeypatch, tmp_path):
                 self.data = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
                 self.targets = [i % 10 for i in range(count)]
 
-    monkeypatch.setattr(data, "_torchvision_datasets", lambda: Datasets)
+    monkeypatch.setattr(image_sources, "_torchvision_datasets", lambda: Datasets)
     images = ready(name="cifar10", root=tmp_path, limit=20)
     assert images.train.pixels.shape == (20, 3, 32, 32)
     assert images.train.labels.bincount().tolist() == [2] * 10

@@ -15,12 +15,27 @@ from torch import nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
-from benchmarks import gpu
+from benchmarks import gpu, gpu_costs
 from benchmarks.common import tf32
+from benchmarks.gpu_steps import (
+    FORMATS,
+    MODES,
+    PEER,
+    SOLVERS,
+    ByTorchdiffeq,
+    Graph,
+    Step,
+    build,
+    by_torchdiffeq,
+    candidates,
+    compiled,
+    network,
+    random_batch,
+)
 from neuralode_coupled.models import coupled_layers
 from tests import oracle
 
-EAGER = [("discrete", "eager"), (gpu.PEER, "eager")]
+EAGER = [("discrete", "eager"), (PEER, "eager")]
 
 
 def test_torchdiffeq_solves_the_very_model():
@@ -28,7 +43,7 @@ def test_torchdiffeq_solves_the_very_model():
     ours = nc.models.build("resnet10", "anodev2-1", evolution=nc.ReactionDiffusionAdvection("ode")).double().train()
     for layer in coupled_layers(ours).values():
         oracle.randomize(layer)
-    theirs = gpu.by_torchdiffeq(copy.deepcopy(ours))
+    theirs = by_torchdiffeq(copy.deepcopy(ours))
     images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))
     found = []
     for model in (ours, theirs):
@@ -45,13 +60,13 @@ def test_torchdiffeq_solves_the_very_model():
 def test_other_methods_than_eulers_are_not_for_the_peer():
     layer = nc.CoupledODE(nn.Linear(2, 2), steps=2, method="rk4")
     with pytest.raises(ValueError, match="as by 'euler', got a layer by 'rk4'"):
-        gpu.ByTorchdiffeq(layer)
+        ByTorchdiffeq(layer)
 
 
-@pytest.mark.parametrize("form", gpu.FORMATS)
-@pytest.mark.parametrize("solver", gpu.SOLVERS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_steps_train_in_every_format(solver, form):
-    step = gpu.Step(gpu.network(solver, "cpu"), gpu.FORMATS[form], gpu.random_batch(4, "cpu"))
+    step = Step(network(solver, "cpu"), FORMATS[form], random_batch(4, "cpu"))
     step.optimizer.param_groups[0]["lr"] = 0.02
     losses = []
     for _ in range(4):
@@ -63,18 +78,18 @@ def test_steps_train_in_every_format(solver, form):
 def test_gradient_methods_take_the_same_step():
     first = []
     for solver in ("discrete", "backprop"):
-        step = gpu.build("float32", solver, "eager", gpu.random_batch(4, "cpu"))
+        step = build("float32", solver, "eager", random_batch(4, "cpu"))
         first.append(nn.utils.parameters_to_vector(step.model.parameters()).detach())
     torch.testing.assert_close(*first, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(first[0], nn.utils.parameters_to_vector(gpu.network("discrete", "cpu").parameters()))
+    assert not torch.equal(first[0], nn.utils.parameters_to_vector(network("discrete", "cpu").parameters()))
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_same_step():
     torch._dynamo.reset()
-    batch = gpu.random_batch(2, "cpu")
-    eager = gpu.Step(gpu.network("backprop", "cpu"), gpu.FORMATS["float32"], batch)
-    other = gpu.compiled(gpu.Step(gpu.network("backprop", "cpu"), gpu.FORMATS["float32"], batch), "aot_eager")
+    batch = random_batch(2, "cpu")
+    eager = Step(network("backprop", "cpu"), FORMATS["float32"], batch)
+    other = compiled(Step(network("backprop", "cpu"), FORMATS["float32"], batch), "aot_eager")
     for _ in range(2):
         eager()
         other()
@@ -82,34 +97,34 @@ def test_a_compiled_step_is_the_same_step():
 
 
 def test_the_peer_is_eager_alone():
-    assert list(gpu.candidates(gpu.SOLVERS, gpu.MODES)) == [
-        *((solver, mode) for solver in ("discrete", "backprop") for mode in gpu.MODES),
-        (gpu.PEER, "eager"),
+    assert list(candidates(SOLVERS, MODES)) == [
+        *((solver, mode) for solver in ("discrete", "backprop") for mode in MODES),
+        (PEER, "eager"),
     ]
 
 
 def test_bytes_are_those_of_what_goes_in_and_comes_out():
     x, w = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3)
-    assert gpu.traffic(x.relu) == 2 * 4 * x.numel()
-    assert gpu.traffic(lambda: x.view(-1)[3:]) == 0
-    assert gpu.traffic(lambda: torch.empty(100)) == 0
-    assert gpu.traffic(lambda: functional.conv2d(x, w, padding=1)) == 4 * (x.numel() + w.numel() + 2 * 5 * 64)
+    assert gpu_costs.traffic(x.relu) == 2 * 4 * x.numel()
+    assert gpu_costs.traffic(lambda: x.view(-1)[3:]) == 0
+    assert gpu_costs.traffic(lambda: torch.empty(100)) == 0
+    assert gpu_costs.traffic(lambda: functional.conv2d(x, w, padding=1)) == 4 * (x.numel() + w.numel() + 2 * 5 * 64)
     wide = torch.randn(1).expand(1000)
-    assert gpu.traffic(lambda: wide + wide) == 4 * (1 + 1 + 1000)
+    assert gpu_costs.traffic(lambda: wide + wide) == 4 * (1 + 1 + 1000)
     y = torch.randn(10, requires_grad=True)  # backward too: ones, and their product with a number
-    assert gpu.traffic(lambda: (y * 2).sum().backward()) > 4 * 4 * 10
+    assert gpu_costs.traffic(lambda: (y * 2).sum().backward()) > 4 * 4 * 10
 
 
 def test_recomputation_moves_more():
-    batch = gpu.random_batch(2, "cpu")
-    moved = {s: gpu.traffic(gpu.build("float32", s, "eager", batch)) for s in ("discrete", "backprop")}
+    batch = random_batch(2, "cpu")
+    moved = {s: gpu_costs.traffic(build("float32", s, "eager", batch)) for s in ("discrete", "backprop")}
     assert 1.1 < moved["discrete"] / moved["backprop"] < 1.5
 
 
 def test_the_bandwidth_of_a_copy_counts_both_ways(monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: float(next(now)))
-    assert gpu.copy_bandwidth("cpu", size=100, rounds=3) == 200.0
+    monkeypatch.setattr(gpu_costs.time, "perf_counter", lambda: float(next(now)))
+    assert gpu_costs.copy_bandwidth("cpu", size=100, rounds=3) == 200.0
 
 
 def event(kind: str, name: str) -> dict:
@@ -132,17 +147,17 @@ ONCE = [event("cuda_runtime", "cudaDeviceSynchronize"), event("kernel", "warm-up
 
 
 def test_a_trace_is_counted_by_step(monkeypatch):
-    monkeypatch.setattr(gpu, "trace", lambda step, count, device: ONCE + count * STEP)
-    found = gpu.counts(lambda: None, "cuda")
+    monkeypatch.setattr(gpu_costs, "trace", lambda step, count, device: ONCE + count * STEP)
+    found = gpu_costs.counts(lambda: None, "cuda")
     assert found == {"kernels": 4, "copies": 1, "launches": 5, "synchronisations": 1}
 
 
 def test_a_step_on_the_cpu_has_a_trace_without_kernels():
     taken = []
-    events = gpu.trace(lambda: taken.append(torch.ones(3) + 1), 2, "cpu")
+    events = gpu_costs.trace(lambda: taken.append(torch.ones(3) + 1), 2, "cpu")
     assert len(taken) == 2
     assert sum(e.get("name") == "aten::add" for e in events) == 2
-    assert gpu.counted(events)["kernels"] == 0
+    assert gpu_costs.counted(events)["kernels"] == 0
 
 
 def test_tf32_is_as_it_was_afterwards():
@@ -165,7 +180,7 @@ def test_every_finding_is_saved_as_it_comes(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "measure", broken)
         with pytest.raises(KeyboardInterrupt):
-            gpu.measured("bfloat16", EAGER, gpu.random_batch(2, "cpu"), 1e9, 2, keep)
+            gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, keep)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["environment"]["device"] == "cpu"
     assert set(found["commands"].values()) == {"the command"}
@@ -173,7 +188,7 @@ def test_every_finding_is_saved_as_it_comes(tmp_path, monkeypatch):
     assert set(half) == {"bfloat16, discrete, eager", "bfloat16, torchdiffeq odeint, eager"}
     assert all(row["bytes"] > 0 and row["kernels"] == 0 and "time" not in row for row in half.values())
 
-    gpu.measured("bfloat16", EAGER, gpu.random_batch(2, "cpu"), 1e9, 2, keep)
+    gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, keep)
     whole = json.loads((tmp_path / "gpu.json").read_text())["batches"]["2"]
     assert set(whole) == set(half)  # the reference is there for the ratios
     for row in whole.values():
@@ -198,12 +213,12 @@ def test_too_little_is_refused(capsys, name, value):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", gpu.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("solver", ["discrete", "backprop"])
 def test_a_graph_trains_as_the_eager_step_does(solver, form):
-    batch = gpu.random_batch(8, "cuda")
-    eager = gpu.Step(gpu.network(solver, "cuda"), gpu.FORMATS[form], batch)
-    graph = gpu.Graph(gpu.Step(gpu.network(solver, "cuda"), gpu.FORMATS[form], batch))  # has taken three steps
+    batch = random_batch(8, "cuda")
+    eager = Step(network(solver, "cuda"), FORMATS[form], batch)
+    graph = Graph(Step(network(solver, "cuda"), FORMATS[form], batch))  # has taken three steps
     for _ in range(3):
         eager()
     for _ in range(3):
@@ -216,14 +231,14 @@ def test_a_graph_trains_as_the_eager_step_does(solver, form):
 
 @pytest.mark.gpu
 def test_ours_does_not_synchronise_and_a_graph_is_launched_at_once():
-    batch = gpu.random_batch(8, "cuda")
-    ours = gpu.counts(gpu.build("float32", "discrete", "eager", batch), "cuda")
+    batch = random_batch(8, "cuda")
+    ours = gpu_costs.counts(build("float32", "discrete", "eager", batch), "cuda")
     assert ours["synchronisations"] == 0
     assert min(ours["launches"], ours["kernels"]) > 100
-    graph = gpu.counts(gpu.build("float32", "discrete", "graph", batch), "cuda")
+    graph = gpu_costs.counts(build("float32", "discrete", "graph", batch), "cuda")
     assert graph["launches"] <= 3  # torch may hand the graph the state of its random numbers too
     assert graph["synchronisations"] == 0
-    peer = gpu.counts(gpu.build("float32", gpu.PEER, "eager", batch), "cuda")
+    peer = gpu_costs.counts(build("float32", PEER, "eager", batch), "cuda")
     assert peer["synchronisations"] >= 2 * 5
 
 
@@ -233,7 +248,7 @@ def test_the_benchmark_on_cuda(tmp_path, monkeypatch):
     gpu.main(["--batch-size", "4", "--rounds", "2", "--formats", "bfloat16", "--modes", "eager", "graph"])
     found = json.loads((tmp_path / "gpu.json").read_text())["batches"]["4"]
     assert found.pop("device")["copy_bytes_per_second"] > 1e10
-    names = [f"bfloat16, {solver}, {mode}" for solver, mode in gpu.candidates(gpu.SOLVERS, ("eager", "graph"))]
+    names = [f"bfloat16, {solver}, {mode}" for solver, mode in candidates(SOLVERS, ("eager", "graph"))]
     assert list(found) == names
     assert all(0 < row["share_of_bandwidth"] < 1 for row in found.values())
     assert found[names[0]]["peak_bytes"] > 0

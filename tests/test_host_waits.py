@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import neuralode_coupled as nc
-from neuralode_coupled import training
+from neuralode_coupled import callbacks, learner, training
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.data import EvenBatches, ImageData, ImageSet, augment
+from neuralode_coupled.data import EvenBatches, ImageData, augment
+from neuralode_coupled.image_sources import ImageSet
 from neuralode_coupled.runs import Experiment, RunFolder
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -35,6 +36,7 @@ ADJOINTS = (
     nc.DiscreteAdjoint(2),
     nc.DiscreteAdjoint(2, weights="recomputed"),
     nc.DiscreteAdjoint(keep="products"),
+    nc.DiscreteAdjoint(keep_last=2),
     nc.ReversibleAdjoint(),
 )
 OPERATORS = (
@@ -80,8 +82,8 @@ def as_on_a_device(monkeypatch):
         monkeypatch.setattr(f"neuralode_coupled.{module}.check_finite", lambda *arguments: None)
     monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
     monkeypatch.setattr(Replay, "_random_state", lambda self: ())
-    looks = training._looks
-    monkeypatch.setattr(training, "_looks", lambda kind, step: looks("cuda", step))
+    looks = learner._looks
+    monkeypatch.setattr(learner, "_looks", lambda kind, step: looks("cuda", step))
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def test_copies_are_noticed(claimed, copies):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_training_step_reads_no_number(as_on_a_device, variant):
     model = nc.models.build("resnet4", variant).train()
-    optimizer = training.Classifier(model, epochs=1).configure_optimizers()
+    optimizer = learner.Classifier(model, epochs=1).configure_optimizers()
     pixels, labels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (4,))
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     for _ in range(2):  # the first step makes the optimizer's buffers
@@ -211,7 +213,7 @@ def test_the_progress_bar_shows_the_last_accuracy():
 
     measured = Reader({"test/accuracy": torch.tensor(0.5)})
     trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
-    bar, module = training.ProgressBar(), nn.Identity()
+    bar, module = callbacks.ProgressBar(), nn.Identity()
     trainer = type("T", (), {"callback_metrics": measured, "state": trainer.state})()
     assert bar.get_metrics(trainer, module) == {}
     bar.on_validation_end(trainer, module)
@@ -269,7 +271,7 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_training_step_on_cuda_does_not_synchronise(variant):
     model = nc.models.build("resnet4", variant).cuda().train()
-    classifier = training.Classifier(model, epochs=1).cuda()
+    classifier = learner.Classifier(model, epochs=1).cuda()
     optimizer, data = classifier.configure_optimizers(), ImageData("digits", batch_size=16)
     data.setup()
     images, indices = data.train.to(torch.device("cuda", 0)), torch.arange(16, device="cuda")
@@ -302,7 +304,11 @@ def test_a_coupled_layer_on_cuda_does_not_synchronise(adjoint, method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ReversibleAdjoint()], ids=str)
+@pytest.mark.parametrize(
+    "adjoint",
+    [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(keep_last=1), nc.ReversibleAdjoint()],
+    ids=str,
+)
 def test_a_coupled_layer_is_captured_as_a_graph(adjoint):
     """A replay on other activations gives what the layer gives, and the same gradients."""
     layer = small_layer(adjoint).cuda()

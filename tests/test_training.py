@@ -19,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import training
+from neuralode_coupled import callbacks, learner, training
+from neuralode_coupled.learner import Classifier, Diverged, learning_rate
 from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import Classifier, Diverged, learning_rate, prepare, train
+from neuralode_coupled.training import prepare, train
 from tests.test_data import image_folder
 
 TIMES = {"seconds", "memory"}
@@ -239,7 +240,7 @@ def test_devices_that_compute_ahead_are_looked_at_rarely_and_name_the_right_step
     looks = []
     strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: looks.append(reduce_op) or tensor)
     classifier = Classifier(nn.Linear(1, 1), epochs=1)
-    classifier._first_bad_step = torch.full((), training._NEVER)
+    classifier._first_bad_step = torch.full((), learner._NEVER)
     monkeypatch.setattr(Classifier, "trainer", SimpleNamespace(strategy=strategy, is_last_batch=False))
     monkeypatch.setattr(Classifier, "current_epoch", 0)
     for step in range(1, 50):
@@ -281,14 +282,14 @@ def test_function_evaluations_count_all_residual_branches(model, variant, method
 
 def test_evolution_norms_add_up_the_layers():
     network = nc.models.build("resnet10", "anodev2-1")
-    assert set(training.evolution_norms(network).values()) == {0.0}
+    assert set(callbacks.evolution_norms(network).values()) == {0.0}
     for layer in nc.models.coupled_layers(network).values():
         for name, coefficient in layer.field.evolution.named_parameters():
             if name.endswith("diffusion"):
                 nn.init.constant_(coefficient, 2.0)
     # Two convolutions of 16 filters and two of 32.
-    assert training.evolution_norms(network)["evolution/diffusion"] == pytest.approx(2 * math.sqrt(2 * 16 + 2 * 32))
-    assert training.evolution_norms(nc.models.build("resnet4", "anode")) == {}
+    assert callbacks.evolution_norms(network)["evolution/diffusion"] == pytest.approx(2 * math.sqrt(2 * 16 + 2 * 32))
+    assert callbacks.evolution_norms(nc.models.build("resnet4", "anode")) == {}
 
 
 def test_double_precision_reaches_the_images(small, tmp_path):

@@ -20,7 +20,7 @@ from torchvision.models import resnet18
 import neuralode_coupled as nc
 from neuralode_coupled import plotting
 from neuralode_coupled.data import ImageData
-from neuralode_coupled.training import Classifier
+from neuralode_coupled.learner import Classifier
 from neuralode_coupled.weight_log import WeightLog
 
 

@@ -1,0 +1,106 @@
+"""What a time kernel is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
+
+Connection = Callable[[WeightPath], StageWeights]
+
+
+class TimeKernel(nn.Module):
+    """A kernel K, as a matrix on a grid and, where ``memory`` is a number, as states of the augmented vector field.
+
+    A subclass writes `kappa` and `kappa_at`; `DensityKernel` has both for a K given as a probability density. One with
+    memory writes `memory_derivative` and `theta` too, and `initial_memory` if that is not w0.
+
+    Attributes:
+        memory: how many extra states a weight needs in the augmented vector field (0: theta is w itself), or None where
+            no finite number will do; general-purpose solvers cannot then integrate the field, `nc.solve` can.
+        keeps_constants: whether weights that do not evolve come out as they are.
+    """
+
+    memory: int | None = None
+    keeps_constants: bool = True
+
+    def weight_steps(self, steps: int) -> int:
+        """The number of steps of the weight grid, where the user chose none."""
+        return steps
+
+    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: float = 1.0) -> StageWeights:
+        """``theta = kappa @ w``: the stage weights of ``steps`` activation steps with stage times ``c``.
+
+        Args:
+            path: w at ``M + 1`` equidistant times over the whole interval, ends included.
+            steps: the number N of activation steps.
+            c: the stage times of the Runge-Kutta method as fractions of a step.
+            span: the interval's length, in the units of t; negative where time runs backwards.
+
+        Returns:
+            theta of shape (N, stages, *weight), or (N, 1, *weight) where all stages of a step share it.
+        """
+        return self.connect(steps, c, len(path) - 1, span, path.device)(path)
+
+    def connect(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Connection:
+        """`stage_weights` for two grids, as a function of the path alone.
+
+        A solve calls it once, and the function for each evolving parameter: kappa is made once.
+        """
+        rows = self.kappa(steps, c, weight_steps, span, device)
+        return lambda path: torch.tensordot(rows.to(path), path, dims=1)
+
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+        """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
+        self.kappa(steps, c, weight_steps, span)
+
+    def kappa(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Float[Tensor, "steps stages nodes"]:
+        """The kernel as a matrix of shape (N, stages, M + 1); raises ValueError where the grids do not fit."""
+        picked = torch.tensor(self._selected(steps, c, weight_steps), device=device)
+        return nn.functional.one_hot(picked, weight_steps + 1).to(torch.get_default_dtype())
+
+    def kappa_at(
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
+    ) -> Float[Tensor, "time nodes"]:
+        """The rows of kappa for any times, given as fractions of the interval: (len(fractions), M + 1)."""
+        raise NotImplementedError(f"{type(self).__name__} must define kappa_at(fractions, weight_steps, span)")
+
+    def initial_memory(self, w0: Weight) -> State:
+        """The memory of one weight at t0: w0 for a constant history, so that gradients reach w0 through it too."""
+        return (w0,) * (self.memory or 0)
+
+    def memory_derivative(self, w: Weight, memory: State) -> State:
+        """d memory / dt of one weight, each of its shape."""
+        return ()
+
+    def theta(self, w: Weight, memory: State) -> Weight:
+        """theta, as the weight and its memory give it."""
+        return w
+
+    def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
+        """For a kernel that picks grid points: which one each stage of each step uses."""
+        raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
+
+
+def share(fractions: Tensor, count: int) -> Tensor:
+    """Which of ``count`` equal shares of the interval each time belongs to; the last one has its end."""
+    # Times that are on a boundary but for rounding belong to what begins there.
+    return (fractions * count + 1e-9).long().clamp(0, count - 1)
