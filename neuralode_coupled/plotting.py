@@ -78,11 +78,11 @@ def memory_against_steps(peaks: Mapping[str, Mapping[int, int]], title: str = ""
         ValueError: if there is nothing to show.
     """
     mebibytes = {name: {n: size / 2**20 for n, size in by_steps.items()} for name, by_steps in peaks.items()}
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     _against_steps(axes, mebibytes)
     axes.set(ylabel="peak memory of a training step (MiB)", title=title)
-    axes.legend(fontsize=8, handlelength=3.5)
+    _legend_beside(figure)
     return figure
 
 
@@ -97,15 +97,20 @@ def errors_against_steps(errors: Mapping[str, Mapping[str, Mapping[int, float]]]
     """
     if not errors:
         raise ValueError("there is nothing to show: give the errors of at least one solver")
-    figure = Figure(figsize=(4.5 * len(errors), 4), layout="constrained")
+    figure = Figure(figsize=(3 + 3.5 * len(errors), 4), layout="constrained")
     for axes, (solver, methods) in zip(
         figure.subplots(1, len(errors), sharey=True, squeeze=False)[0], errors.items(), strict=True
     ):
         _against_steps(axes, methods)
         axes.set_title(solver)
     figure.axes[0].set_ylabel("relative error of the gradient")
-    figure.axes[-1].legend(fontsize=7, handlelength=3.5)
+    _legend_beside(figure)
     return figure
+
+
+def _legend_beside(figure: Figure) -> None:
+    """The lines of the last panel, to the right of all: there are too many for a place between them."""
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), fontsize=7, handlelength=3.5, loc="outside right upper")
 
 
 def _against_steps(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None:
@@ -117,6 +122,9 @@ def _against_steps(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None
         values = [by_steps[n] for n in steps]
         # More lines than colours: the marker tells those of one colour apart.
         axes.loglog(steps, values, color=color, linestyle=line, marker="osD^v<>PX*hd"[i % 12], label=name, markersize=4)
+    every = sorted({n for by_steps in lines.values() for n in by_steps})
+    axes.set_xticks(every, [str(n) for n in every])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("steps")
     axes.grid(alpha=0.3, which="both")
 

@@ -182,6 +182,16 @@ def test_memory_and_errors_against_steps():
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == [1e-3, 1e-4]
 
 
+def test_many_methods_are_named_beside_the_panel_and_the_steps_below_it():
+    figure = plotting.memory_against_steps({f"method {i}": {5: 2**20, 20: 2**21} for i in range(14)})
+    drawn(figure)  # lays it out
+    (legend,) = figure.legends
+    panel = figure.axes[0]
+    assert len(legend.get_texts()) == 14
+    assert not legend.get_window_extent().overlaps(panel.get_window_extent())
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["5", "20"]
+
+
 @pytest.mark.parametrize("draw", [plotting.memory_against_steps, plotting.errors_against_steps])
 def test_nothing_against_steps(draw):
     with pytest.raises(ValueError, match="nothing to show"):
