@@ -38,6 +38,7 @@ METHODS: dict[str, nc.GradientMethod] = {
     "DiscreteAdjoint, products kept": nc.DiscreteAdjoint(keep="products"),
     "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),
     "DiscreteAdjoint, disk": nc.DiscreteAdjoint(storage="disk"),
+    "DiscreteAdjoint, disk, own weights": nc.DiscreteAdjoint(storage="disk", weights="recomputed"),
     "ReversibleAdjoint": nc.ReversibleAdjoint(),
     "ReversibleAdjoint, own weights": nc.ReversibleAdjoint(weights="recomputed"),
     "ContinuousAdjoint": nc.ContinuousAdjoint(),

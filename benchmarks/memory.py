@@ -16,12 +16,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from benchmarks.candidates import CANDIDATES, HAND, build
-from benchmarks.common import METHODS, SHAPE, block, by_hand, start, training_step, write
+from benchmarks.common import METHODS, SHAPE, block, by_hand, environment, read, start, training_step, write
 from benchmarks.pages import DOCS, put
 from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
@@ -73,6 +74,16 @@ def in_a_process(name: str, method: str, steps: int) -> int:
     return int(done.stdout)
 
 
+def others(solver: str) -> dict[str, dict[int, int]]:
+    """What was measured before. Raises ValueError if that was another solver, or elsewhere."""
+    before = read("memory")
+    here = {"solver": solver} | {key: value for key, value in environment().items() if key != "load_average"}
+    there = {"solver": before["solver"]} | {key: before["environment"].get(key) for key in here if key != "solver"}
+    if here != there:
+        raise ValueError(f"the other methods were measured with {there}, and this is {here}: leave --only out")
+    return {name: {int(n): size for n, size in peaks.items()} for name, peaks in before["peak_bytes"].items()}
+
+
 def slope(peaks: dict[int, int]) -> float:
     """States a step, by a line through the peaks."""
     steps = sorted(peaks)
@@ -89,7 +100,7 @@ def table(results: dict[str, dict[int, int]], slopes: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -97,15 +108,17 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100, 200])
     parser.add_argument("--solver", default="euler")
-    options = parser.parse_args()
+    parser.add_argument("--only", default="", metavar="NAME", help="these methods alone; the others stay as they are")
+    options = parser.parse_args(arguments)
     if options.one:
         name, method, steps = options.one
         sys.stdout.write(str(measure(name, method, int(steps))))
         return
-    results = {
-        name: {n: in_a_process(name, options.solver, n) for n in options.steps if not (n > 50 and "1 state" in name)}
-        for name in (HAND, *METHODS)
-    }
+    results = others(options.solver) if options.only else {}
+    for name in (name for name in (HAND, *METHODS) if options.only in name):
+        steps = [n for n in options.steps if not (n > 50 and "1 state" in name)]
+        results[name] = {n: in_a_process(name, options.solver, n) for n in steps}
+    results = {name: results[name] for name in (HAND, *METHODS) if name in results}
     slopes = {name: slope(peaks) for name, peaks in results.items()}
     path = write(
         "memory", {"state_bytes": STATE, "solver": options.solver, "peak_bytes": results, "states_a_step": slopes}

@@ -39,8 +39,8 @@ from benchmarks.rounds import Found, clocked, in_rounds, once
 from neuralode_coupled.runge_kutta import tableau
 
 PARTS = ("time", "memory", "gradients", "adaptive")
-SKIPPED = {"DiscreteAdjoint, 1 state", "DiscreteAdjoint, disk"}
-"""Not timed: the one recomputes with the square of the steps, the other measures the disk."""
+SKIPPED = {"DiscreteAdjoint, 1 state", "DiscreteAdjoint, disk", "DiscreteAdjoint, disk, own weights"}
+"""Not timed: the first recomputes with the square of the steps, the others measure the disk."""
 REFERENCE = "torchdiffeq odeint"
 """What adaptive solves are measured against."""
 OTHER_SCHEMES = {

@@ -150,6 +150,11 @@ TARGETS = (
         _growth(f"{FOUR}, own weights, last step kept", 5, 50),
     ),
     Target(
+        'memory: `DiscreteAdjoint(storage="disk", weights="recomputed")`, 50 steps against 5',
+        1.05,
+        _growth(f"{DTO}, disk, own weights", 5, 50),
+    ),
+    Target(
         'memory: `ReversibleAdjoint(weights="recomputed")`, 50 steps against 5',
         1.05,
         _growth("ReversibleAdjoint, own weights", 5, 50),

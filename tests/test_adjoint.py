@@ -299,10 +299,12 @@ def test_autocast_of_the_forward_pass_holds_in_the_backward():
         assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-7)
 
 
-def test_autocast_does_not_lose_gradients_of_shared_parameters():
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_autocast_does_not_lose_gradients_of_shared_parameters(keep_last):
     """A parameter used inside and outside of the layer in one autocast region gets both gradients."""
     linear = nn.Linear(4, 4)
-    layer = nc.CoupledODE(linear, steps=1, evolve=lambda name, p: False)
+    adjoint = nc.DiscreteAdjoint(keep_last=keep_last)
+    layer = nc.CoupledODE(linear, steps=1, evolve=lambda name, p: False, adjoint=adjoint)
     z0 = torch.randn(2, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (layer(z0).float().sum() + linear(z0).float().sum()).backward()

@@ -15,7 +15,13 @@ from torch.nn import functional
 import neuralode_coupled as nc
 from tests.oracle import randomize
 
-ADJOINTS = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.ReversibleAdjoint()]
+ADJOINTS = [
+    nc.Backprop(),
+    nc.DiscreteAdjoint(),
+    nc.DiscreteAdjoint(2),
+    nc.DiscreteAdjoint(keep_last=1),
+    nc.ReversibleAdjoint(),
+]
 
 
 class ResidualMLP(nn.Module):

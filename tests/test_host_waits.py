@@ -2,13 +2,15 @@
 
 Without a GPU this is looked for in two ways. A real training step on the CPU may run no operation that needs to see
 numbers, but for the looks that are for the CPU alone, which are left out here. And a forward pass on tensors that claim
-to be on CUDA, and hold nothing, takes the very branches that a GPU takes; there copies show too. (Autograd has no
-backward pass for such tensors.) With a GPU, torch itself is asked.
+to be on CUDA, and hold nothing, takes the very branches that a GPU takes; there copies show too. So does the package's
+own backward pass, without what autograd does in it, which has none for such tensors. With a GPU, torch itself is
+asked.
 """
 
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -20,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 import neuralode_coupled as nc
 from neuralode_coupled import callbacks, learner, training
@@ -27,6 +30,8 @@ from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.data import EvenBatches, ImageData, augment
 from neuralode_coupled.image_sources import ImageSet
 from neuralode_coupled.runs import Experiment, RunFolder
+from tests.test_adjoint import OPERATORS
+from tests.test_kkt_properties import KERNELS
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VARIANTS = ("anodev2-1", "anodev2-2")
@@ -38,12 +43,6 @@ ADJOINTS = (
     nc.DiscreteAdjoint(keep="products"),
     nc.DiscreteAdjoint(keep_last=2),
     nc.ReversibleAdjoint(),
-)
-OPERATORS = (
-    nc.ReactionDiffusionAdvection(),
-    nc.ReactionDiffusionAdvection("ode"),
-    nc.ReactionDiffusionAdvection(activation="tanh"),
-    nc.Static(),
 )
 
 
@@ -69,10 +68,24 @@ class NoWaiting(TorchDispatchMode):
 
     @staticmethod
     def _copies(func, args, kwargs, result) -> bool:
+        into = func is torch.ops.aten.copy_.default
+        unwaited = args[2:3] == (True,) if into else (kwargs or {}).get("non_blocking", False)
+        return NoWaiting._moves(func, args, kwargs, result) and not unwaited
+
+    @staticmethod
+    def _moves(func, args, kwargs, result) -> bool:
+        """Between host and device. A number in a tensor of the host may stand in an operation of the device: it goes
+        along as an argument."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        # A number in a tensor of the host may stand in an operation of the device: it goes along as an argument.
         moved = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        return moved and len({t.device.type for t in tensors}) > 1 and not (kwargs or {}).get("non_blocking", False)
+        return moved and len({t.device.type for t in tensors}) > 1
+
+
+class NoCopies(NoWaiting):
+    """Raises `Waits` for any copy between host and device: a CUDA graph cannot capture one from memory that is not
+    pinned, whether anybody waits for it or not."""
+
+    _copies = staticmethod(NoWaiting._moves)
 
 
 @pytest.fixture
@@ -103,10 +116,10 @@ def claimed(monkeypatch) -> Iterator[Callable[[nn.Module], nn.Module]]:
     torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
-def small_layer(adjoint, operator=None, method: str = "euler") -> nc.CoupledODE:
+def small_layer(adjoint, operator=None, kernel=None, method: str = "euler") -> nc.CoupledODE:
     dynamics = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.GroupNorm(2, 4), nn.ReLU())
     operator = nc.ReactionDiffusionAdvection() if operator is None else operator
-    return nc.CoupledODE(dynamics, operator, steps=4, method=method, adjoint=adjoint)
+    return nc.CoupledODE(dynamics, operator, kernel, steps=4, method=method, adjoint=adjoint)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -247,15 +260,123 @@ def test_batches_on_claimed_cuda_are_fetched_without_a_copy(claimed):
 
 
 @pytest.mark.parametrize("method", ["euler", "rk4"])
-@pytest.mark.parametrize("operator", OPERATORS, ids=["rda", "rda-ode", "rda-tanh", "static"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
-def test_a_coupled_layer_on_claimed_cuda_copies_nothing(claimed, adjoint, operator, method):
-    layer = small_layer(adjoint, operator, method)
+def test_a_coupled_layer_on_claimed_cuda_copies_nothing(claimed, adjoint, kernel, method):
+    if getattr(adjoint, "weights", "") == "recomputed" and kernel != "Dirac":
+        return  # refused
+    for make in OPERATORS.values():
+        layer = small_layer(adjoint, make(), KERNELS[kernel](4), method)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            claimed(layer)
+            with NoCopies():
+                end = layer(torch.zeros(2, 4, 6, 6, device="cuda"))
+        assert end.device.type == "cuda"
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("adjoint", [a for a in ADJOINTS if not isinstance(a, nc.Backprop)], ids=str)
+def test_the_backward_pass_of_a_layer_on_claimed_cuda_copies_nothing(claimed, monkeypatch, adjoint, operator, method):
+    layer = small_layer(adjoint, OPERATORS[operator](), method=method)
     with FakeTensorMode(allow_non_fake_inputs=True):
         claimed(layer)
-        with NoWaiting():
-            end = layer(torch.zeros(2, 4, 6, 6, device="cuda"))
-    assert end.device.type == "cuda"
+        end = layer(torch.zeros(2, 4, 6, 6, device="cuda", requires_grad=True))
+        with NoCopies():
+            assert claimed_backward(end, monkeypatch) >= 4
+
+
+def claimed_backward(end: Tensor, monkeypatch) -> int:
+    """The backward pass of a layer with this output, in fake mode, without what autograd itself does there: it has
+    nothing to compute with. Gives how often it was asked."""
+    asked = []
+
+    def claim(ends, grads, leaves, create_graph=False):
+        asked.append(len(leaves))
+        return [torch.empty_like(leaf) for leaf in leaves]
+
+    for module in ("step_graph", "reversible"):
+        monkeypatch.setattr(f"neuralode_coupled.adjoint.{module}.vjp", claim)
+    node = end.grad_fn
+    with torch.no_grad():
+        found = node._forward_cls.backward(node, torch.ones_like(end))
+    assert all(grad is None or grad.device.type == "cuda" for grad in found)
+    assert any(grad is not None and grad.shape == end.shape for grad in found)
+    return len(asked)
+
+
+class OnTheHost(TorchDispatchMode):
+    """Notes which memory of the host is asked for: whether it is pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        if func is torch.ops.aten.empty.memory_format and given.get("device", torch.device("cpu")).type == "cpu":
+            self.pinned.append(given.get("pin_memory", False))
+        return func(*args, **given)
+
+
+@pytest.mark.parametrize(("checkpoints", "states"), [(None, 3), (2, 1)])
+def test_states_go_to_pinned_memory_and_back_and_nobody_waits(claimed, monkeypatch, checkpoints, states):
+    layer = small_layer(nc.DiscreteAdjoint(checkpoints, "cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        claimed(layer)
+        with NoWaiting(), OnTheHost() as host:
+            end = layer(torch.zeros(2, 4, 6, 6, device="cuda", requires_grad=True))
+            assert claimed_backward(end, monkeypatch) == 4
+    assert host.pinned == [True] * states
+
+
+class DeviceMemory(TorchDispatchMode):
+    """Counts the bytes of what lives on the device, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
+                self._meet(tensor.untyped_storage())
+        return result
+
+    def _meet(self, storage) -> None:
+        if storage not in self.known:
+            self.known[storage] = True
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._leave, storage.nbytes())
+
+    def _leave(self, size: int) -> None:
+        self.live -= size
+
+
+def peak_on_claimed_cuda(claimed, monkeypatch, adjoint, steps: int) -> float:
+    """Of a training step of a layer with a large state, in states."""
+    layer = small_layer(adjoint)
+    layer.steps = steps
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        claimed(layer)
+        z0 = torch.zeros(8, 4, 64, 64, device="cuda", requires_grad=True)
+        with DeviceMemory() as memory:
+            claimed_backward(layer(z0), monkeypatch)
+    return memory.peak / (z0.numel() * z0.element_size())
+
+
+def test_memory_on_claimed_cuda_grows_by_a_state_a_step_or_not_at_all_with_states_on_the_host(claimed, monkeypatch):
+    def peaks(**storage) -> list[float]:
+        adjoint = nc.DiscreteAdjoint(weights="recomputed", **storage)
+        return [peak_on_claimed_cuda(claimed, monkeypatch, adjoint, steps) for steps in (5, 45)]
+
+    few, many = peaks()
+    assert (many - few) / 40 == pytest.approx(1.0, rel=0.05)
+    few, many = peaks(storage="cpu")
+    assert many == pytest.approx(few, rel=0.05)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import neuralode_coupled as nc
 from benchmarks import gradients as gradients_benchmark
@@ -305,6 +306,24 @@ def test_the_memory_table_leaves_out_what_was_not_measured():
         "| a | 3 | 5 | 0.20 |",
         "| b | 1 |  | 0.00 |",
     ]
+
+
+def test_one_methods_memory_is_measured_again_and_only_where_the_others_were(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    for name in ("FIGURE", "PAGE"):
+        monkeypatch.setattr(memory, name, tmp_path / name)
+    (tmp_path / "PAGE").write_text("<!-- memory -->\n<!-- end of memory -->\n")
+    monkeypatch.setattr(memory.plotting, "memory_against_steps", lambda *arguments: Figure())
+    monkeypatch.setattr(memory, "in_a_process", lambda name, solver, n: n * 2**20)
+    memory.main(["--steps", "5", "10"])
+    monkeypatch.setattr(memory, "in_a_process", lambda name, solver, n: 7 * n * 2**20)
+    memory.main(["--steps", "5", "10", "--only", "disk, own"])
+    found = json.loads((tmp_path / "memory.json").read_text())["peak_bytes"]
+    assert {name for name, peaks in found.items() if peaks["5"] == 35 * 2**20} == {"DiscreteAdjoint, disk, own weights"}
+    assert list(found) == [HAND, *METHODS]
+    assert "| DiscreteAdjoint, disk, own weights | 35 | 70 |" in (tmp_path / "PAGE").read_text()
+    with pytest.raises(ValueError, match=r"'euler'.*'rk4'.*leave --only out"):
+        memory.main(["--solver", "rk4", "--only", "disk, own"])
 
 
 def test_findings_are_saved_as_they_come(tmp_path, monkeypatch):

@@ -100,7 +100,9 @@ def model_and_images() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
 
 
-@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(1)], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(1), nc.DiscreteAdjoint(keep_last=2)], ids=str
+)
 def test_gradients_under_bfloat16_are_those_of_float32_to_its_rounding(adjoint):
     """Its unit round-off is 2^-8; a wrong gradient is not within ten of them."""
     model, images, labels = model_and_images()
@@ -119,7 +121,9 @@ def test_gradients_under_bfloat16_are_those_of_float32_to_its_rounding(adjoint):
     assert 0 < difference < 10 * 2**-8 * sum(float(g.square().sum()) for g in full.values()) ** 0.5
 
 
-@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ReversibleAdjoint()], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(keep_last=2), nc.ReversibleAdjoint()], ids=str
+)
 def test_scaled_gradients_come_back_unscaled_and_a_scale_that_overflows_skips_the_step(adjoint):
     layer = oracle.randomize(
         nc.CoupledODE(

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 import neuralode_coupled as nc
 from tests import oracle
 
-EXACT = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2)]
+EXACT = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.DiscreteAdjoint(keep_last=1)]
 
 
 @pytest.fixture(params=EXACT, ids=str)
