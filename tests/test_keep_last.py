@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
+from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.adjoint.engine import checkpointed
 from tests import oracle
 from tests.test_adjoint import coupled_problems, gradients
 from tests.test_checkpointing import Noisy
@@ -144,6 +146,20 @@ def test_the_graphs_go_with_the_first_backward_pass_or_with_the_output(create_gr
     with torch.no_grad():
         layer(z0)
     layer(z0.detach())
+    assert len(Marked.alive) == 0
+
+
+def test_graphs_that_nothing_is_asked_of_go_too():
+    def step(n, y, inputs, shared, buffers):
+        y = (Marked.apply(y[0]),)
+        return y, (y,)
+
+    y0 = torch.randn(3, requires_grad=True)
+    plan = Plan(step, 4, (1,) * 4, ((),) * 4, nn.Identity(), 1, Stats())
+    states = checkpointed(plan, Operands((y0,), ((),) * 4, ()), keep_last=2)
+    assert len(Marked.alive) == 2
+    states[0][0].sum().backward()
+    gc.collect()
     assert len(Marked.alive) == 0
 
 

@@ -314,6 +314,8 @@ class _Sweep:
         for n in reversed([n for n in last if n >= first]):
             if _arrives(alpha, arriving[n]):
                 alpha, inputs[n] = self._through(_taken(last, n), alpha, arriving[n])
+            else:
+                last[n] = None  # not needed, and not to be kept for as long as the output is
         for action in chosen.program if first < self.plan.count - len(last) else ():
             match action:
                 case Load(n, final):
