@@ -28,6 +28,8 @@ from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""The environment in which glibc gives freed tensors back at once."""
 FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"
 
 
@@ -67,10 +69,9 @@ def on_cuda(name: str, method: str, steps: int) -> int:
 
 def in_a_process(name: str, method: str, steps: int) -> int:
     """The same in a fresh process."""
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | allocator | {"NPROC": "1"}  # XLA's threads: one, as torch's
+    variables = os.environ | ALLOCATOR | {"NPROC": "1"}  # XLA's threads: one, as torch's
     arguments = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, method, str(steps)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=variables)
     return int(done.stdout)
 
 
