@@ -7,7 +7,7 @@ memory, and for sample-and-hold the weights first, then the activations over eac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -170,8 +170,7 @@ def is_adaptive(method: str) -> bool:
 
 def _solver(adjoint: GradientMethod, params: tuple[Tensor, ...]) -> Callable[..., Any]:
     """Whose solve it is; raises ValueError for a gradient method that needs to know the steps beforehand."""
-    plain = DiscreteAdjoint()
-    if isinstance(adjoint, DiscreteAdjoint) and replace(adjoint, checkpoints=None, weights="stored") == plain:
+    if isinstance(adjoint, DiscreteAdjoint) and adjoint.storage == "device" and not (adjoint.keep or adjoint.keep_last):
         return partial(odeint_dto, checkpoints=adjoint.checkpoints, params=params)
     if isinstance(adjoint, Backprop):
         return odeint

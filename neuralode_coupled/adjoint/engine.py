@@ -5,8 +5,8 @@ Backward through ``y_{n+1} = S_n(y_n, u_n, v)`` is the discrete alpha equation o
     alpha_n, gamma_n, dv += vjp of S_n at (y_n, u_n, v) applied to alpha_{n+1},        n = N - 1 .. 0,
 
 each step recomputed from a stored state, so that one step's graph exists at a time (and those of the last steps, where
-they are kept from the forward pass on). (The paper's multipliers are the
-negatives: its Lagrangian has alpha(1) = -dJ/dz(1).)
+they are kept from the forward pass on). (The paper's multipliers are the negatives: its Lagrangian has
+alpha(1) = -dJ/dz(1).)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from neuralode_coupled.adjoint.checkpointing import (
 from neuralode_coupled.adjoint.keeping import Keep, Kept, Tape, playing, recording, selective_contexts
 from neuralode_coupled.adjoint.problem import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, detached, edges, vjp
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, edges, vjp
 
 
 def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
@@ -145,7 +145,8 @@ class _Checkpointed(torch.autograd.Function):
         # Detached, because autocast would otherwise cache casts made here and hand them, without a graph, to the
         # code outside that uses the same parameters.
         operands = structure.restore([tensor.detach() for tensor in flat])
-        tracer = _Tracer(plan, structure.restore(list(flat)), structure.restore([t.requires_grad for t in flat]))
+        needed = [tensor.requires_grad for tensor in flat]
+        tracer = _Tracer(plan, structure.restore(list(flat)), structure.restore(needed)) if last else None
         wanted, y = set(chosen.stored), operands.y0
         emitted: list[Tensor] = []
         stored: list[Tensor] = []
@@ -154,16 +155,17 @@ class _Checkpointed(torch.autograd.Function):
             if n > 0 and n in wanted:
                 stored.extend(y) if kept is None else kept.put(n, y)
             before, versions = y, [part._version for part in y]
-            if n in last and n >= tracer.first:
+            if tracer is not None and n in last and n >= tracer.first:
                 with replay.record(n):
                     last[n], y, out = tracer.step(n, y, plan.buffers[n])
             else:
                 with replay.record(n), recording(tape):
                     y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
             _check_untouched(n, before, versions)
-            emitted.extend(part for state in out for part in state)
+            # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
+            emitted.extend(part.detach() for state in out for part in state)
         spared = [] if tape is None else tape.hand_over()
-        return (*emitted, *_apart([*stored, *spared], emitted))
+        return (*emitted, *stored, *spared)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -205,12 +207,6 @@ def _check_untouched(n: int, y: State, versions: list[int]) -> None:
             f"dynamics changes its input in place (in step {n}), which the backward pass needs again: use "
             "inplace=False there, or a clone"
         )
-
-
-def _apart(stored: list[Tensor], emitted: list[Tensor]) -> list[Tensor]:
-    """A state that is both emitted and stored is one memory, but must be two outputs."""
-    out = {id(part) for part in emitted}
-    return [part.detach() if id(part) in out else part for part in stored]
 
 
 def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
@@ -281,7 +277,7 @@ class _Tracer:
         self.first = asked[0] if asked else plan.count
 
     def step(self, n: int, y: State, buffers: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        """Step ``n``: its graph, and the next state and what the step emits, as they are without it."""
+        """Step ``n``: its graph, the next state, and what the step emits."""
         inputs, shared = self._operands.inputs[n], self._operands.shared
         wanted_y = [n > self.first] * len(y) if n > 0 else self._needed.y0
         wanted = [*wanted_y, *self._needed.inputs[n], *self._needed.shared]
@@ -291,7 +287,7 @@ class _Tracer:
         with torch.enable_grad():
             y_next, emitted = self._plan.step(n, *leaves, buffers)
         graph = StepGraph(leaves, wanted, edges([*y_next, *(part for state in emitted for part in state)]))
-        return graph, detached(y_next), tuple(detached(state) for state in emitted)
+        return graph, y_next, emitted
 
 
 class _Sweep:

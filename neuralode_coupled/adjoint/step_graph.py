@@ -44,11 +44,6 @@ def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) 
     ]
 
 
-def detached(state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same numbers without their history."""
-    return tuple(part.detach() for part in state)
-
-
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
     """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
     return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
