@@ -74,8 +74,7 @@ class TimeKernel(nn.Module):
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
         """The kernel as a matrix of shape (N, stages, M + 1); raises ValueError where the grids do not fit."""
-        picked = torch.tensor(self._selected(steps, c, weight_steps), device=device)
-        return nn.functional.one_hot(picked, weight_steps + 1).to(torch.get_default_dtype())
+        raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
 
     def kappa_at(
         self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
@@ -94,10 +93,6 @@ class TimeKernel(nn.Module):
     def theta(self, w: Weight, memory: State) -> Weight:
         """theta, as the weight and its memory give it."""
         return w
-
-    def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
-        """For a kernel that picks grid points: which one each stage of each step uses."""
-        raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
 
 
 def share(fractions: Tensor, count: int) -> Tensor:

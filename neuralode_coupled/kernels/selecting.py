@@ -13,7 +13,30 @@ from neuralode_coupled._types import StageWeights, WeightPath
 from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 
 
-class Dirac(TimeKernel):
+class SelectingKernel(TimeKernel):
+    """A kernel that picks grid points. A subclass writes `_selected`."""
+
+    def kappa(
+        self,
+        steps: int,
+        c: tuple[float, ...],
+        weight_steps: int,
+        span: float = 1.0,
+        device: torch.device | None = None,
+    ) -> Float[Tensor, "steps stages nodes"]:
+        """A one where a point is picked, see the base class."""
+        return _one_hot(torch.tensor(self._selected(steps, c, weight_steps), device=device), weight_steps)
+
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+        """Without the matrix, because every solve asks."""
+        self._selected(steps, c, weight_steps)
+
+    def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
+        """Which grid point each stage of each step uses; raises ValueError where the grids do not fit."""
+        raise NotImplementedError(f"{type(self).__name__} must define _selected(steps, c, weight_steps)")
+
+
+class Dirac(SelectingKernel):
     """``K = delta``: theta(t) = w(t) (configuration one). The weights are their own memory.
 
     Raises:
@@ -39,10 +62,6 @@ class Dirac(TimeKernel):
 
         return pick
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
-        """Without the matrix, because every solve asks."""
-        self._selected(steps, c, weight_steps)
-
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
         ratio = weight_steps / steps
         picked = [[(n + fraction) * ratio for fraction in c] for n in range(steps)]
@@ -55,7 +74,7 @@ class Dirac(TimeKernel):
         return [[round(x) for x in row] for row in picked]
 
 
-class SampleAndHold(TimeKernel):
+class SampleAndHold(SelectingKernel):
     """Sample the evolving weights ``samples`` times and hold each sample over an equal share of the interval
     (configuration two).
 
@@ -101,17 +120,13 @@ class SampleAndHold(TimeKernel):
         held = self._steps_a_sample(steps)
         return lambda path: self.sampled(path).repeat_interleave(held, dim=0).unsqueeze(1)
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
-        """Without the matrix, because every solve asks."""
-        self._selected(steps, c, weight_steps)
-
     def kappa_at(
         self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
     ) -> Float[Tensor, "time nodes"]:
         """The sample that is held at each time, see the base class."""
         nodes = torch.tensor(self._nodes(weight_steps), device=fractions.device)
         held = nodes[share(fractions, self.samples)]
-        return nn.functional.one_hot(held, weight_steps + 1).to(torch.get_default_dtype())
+        return _one_hot(held, weight_steps)
 
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
         held, nodes = self._steps_a_sample(steps), self._nodes(weight_steps)
@@ -135,3 +150,7 @@ class SampleAndHold(TimeKernel):
                 f"weight_steps={weight_steps} misses: make weight_steps a multiple of {gaps}"
             )
         return [k * weight_steps // gaps for k in range(self.samples)]
+
+
+def _one_hot(picked: Tensor, weight_steps: int) -> Tensor:
+    return nn.functional.one_hot(picked, weight_steps + 1).to(torch.get_default_dtype())
