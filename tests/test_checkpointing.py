@@ -37,17 +37,22 @@ class Noisy(nn.Module):
         return self.outer(self.drop(torch.tanh(self.own(self.inner(z)) + t)))
 
 
+def noisy_layer(steps: int, adjoint: nc.GradientMethod, seed: int) -> tuple[nc.CoupledODE, torch.Tensor]:
+    """A layer of such dynamics and its input, the same for a seed; what is random goes on from there."""
+    torch.manual_seed(seed)
+    layer = nc.CoupledODE(
+        Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
+    )
+    oracle.randomize(layer.double())
+    return layer, torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+
+
 @given(st.integers(1, 9), st.integers(1, 10), st.sampled_from(["device", "cpu", "disk"]), st.integers(0, 2**20))
 def test_gradients_do_not_depend_on_what_is_stored_or_where(steps, checkpoints, storage, seed):
     """The same numbers, to the last bit, as with every state stored."""
     found = []
     for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, storage)):
-        torch.manual_seed(seed)
-        layer = nc.CoupledODE(
-            Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
-        )
-        oracle.randomize(layer.double())
-        z0 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        layer, z0 = noisy_layer(steps, adjoint, seed)
         loss = (layer.trajectory(z0, [0.0, 1.0]) ** 2).sum()
         random_state = torch.get_rng_state()
         found.append(oracle.gradients(loss, {"z0": z0, **dict(layer.named_parameters())}))

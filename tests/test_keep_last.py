@@ -18,7 +18,7 @@ from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
 from tests import oracle
 from tests.test_adjoint import coupled_problems, gradients
-from tests.test_checkpointing import Noisy
+from tests.test_checkpointing import noisy_layer
 
 CHECKPOINTS = st.one_of(st.none(), st.integers(1, 5))
 STORAGES = ["device", "cpu", "disk"]
@@ -39,12 +39,7 @@ def test_random_numbers_statistics_and_updates_are_replayed(steps, checkpoints, 
     """The same numbers, to the last bit, as with everything recomputed; from a second and a third backward too."""
     found, left = [], []
     for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, storage, keep_last=last)):
-        torch.manual_seed(seed)
-        layer = nc.CoupledODE(
-            Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
-        )
-        oracle.randomize(layer.double())
-        z0 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        layer, z0 = noisy_layer(steps, adjoint, seed)
         loss = (layer.trajectory(z0, [0.0, 1.0] if twice else [1.0]) ** 2).sum()
         random_state = torch.get_rng_state()
         tensors = [z0, *layer.parameters()]

@@ -15,7 +15,7 @@ import neuralode_coupled as nc
 from neuralode_coupled.adjoint.keeping import PRODUCTS, _is_kept
 from tests import oracle
 from tests.test_adjoint import coupled_problems, gradients
-from tests.test_checkpointing import Noisy
+from tests.test_checkpointing import noisy_layer
 
 KEEP = nc.DiscreteAdjoint(keep="products")
 
@@ -55,12 +55,7 @@ def test_random_numbers_statistics_and_updates_are_replayed(steps, checkpoints, 
     """The same numbers, to the last bit, as with everything recomputed; from a second backward too."""
     found = []
     for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, keep="products")):
-        torch.manual_seed(seed)
-        layer = nc.CoupledODE(
-            Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
-        )
-        oracle.randomize(layer.double())
-        z0 = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+        layer, z0 = noisy_layer(steps, adjoint, seed)
         loss = (layer.trajectory(z0, [0.0, 1.0]) ** 2).sum()
         random_state = torch.get_rng_state()
         tensors = [z0, *layer.parameters()]
