@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks import common
 from benchmarks.cifar10 import CLASSES, trained
 from benchmarks.common import environment
 from neuralode_coupled.compare import Planned
@@ -150,10 +149,8 @@ def _quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def random_batch(experiment: Experiment) -> Batch:
-    """Images and labels of the size of a training batch: what a step costs does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(experiment.batch_size or 1, 3, 32, 32, generator=generator)
-    labels = torch.randint(CLASSES, (len(images),), generator=generator)
+    """Images, channels-last, and labels of the size of a training batch."""
+    images, labels = common.random_batch(experiment.batch_size or 1)
     return images.contiguous(memory_format=torch.channels_last), labels
 
 
@@ -167,11 +164,9 @@ def first_batch(experiment: Experiment) -> Batch:
     return data.normalise(pixels).contiguous(memory_format=torch.channels_last), labels
 
 
-def peak_memory(experiment: Experiment) -> int:
+def peak_memory(model: nn.Module, batch: Batch) -> int:
     """Peak bytes of a training step above the level before it; in this process."""
     torch.set_num_threads(1)
-    batch = random_batch(experiment)
-    model = build_model(experiment, CLASSES).train()
     small = batch[0][:2], batch[1][:2]
     training_step(model, small)  # what libraries allocate once and keep
     model.zero_grad(set_to_none=True)
@@ -183,16 +178,13 @@ def peak_memory(experiment: Experiment) -> int:
 
 def peak_memory_in_a_process(experiment: Experiment) -> int:
     """The same in a fresh process."""
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = [sys.executable, "-m", "benchmarks.cifar10_solvers_costs"]
-    question = json.dumps(asdict(experiment))
-    done = subprocess.run(arguments, input=question, capture_output=True, text=True, check=True, env=settings)
-    return int(done.stdout)
+    return int(common.printed("benchmarks.cifar10_solvers_costs", given=json.dumps(asdict(experiment))))
 
 
 def main() -> None:
     """One measurement of peak memory, of the experiment on the standard input."""
-    sys.stdout.write(str(peak_memory(Experiment(**json.load(sys.stdin)))))
+    experiment = Experiment(**json.load(sys.stdin))
+    sys.stdout.write(str(peak_memory(build_model(experiment, CLASSES).train(), random_batch(experiment))))
 
 
 if __name__ == "__main__":

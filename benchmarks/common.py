@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -160,6 +162,22 @@ def write(name: str, content: dict[str, Any], device: Device | None = None) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": environment(device), **content}, indent=1) + "\n")
     return path
+
+
+def printed(module: str, *arguments: str, given: str | None = None) -> str:
+    """What a benchmark prints in a fresh process, in which glibc gives freed tensors back at once and XLA, like torch
+    there, has one thread. ``given`` is its standard input."""
+    variables = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "NPROC": "1"}
+    line = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    done = subprocess.run(line, input=given, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | variables)
+    return done.stdout
+
+
+def random_batch(size: int, device: Device = "cpu") -> tuple[Tensor, Tensor]:
+    """Images (size, 3, 32, 32) and labels of ten classes: what a step costs does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, 32, 32, generator=generator)
+    return images.to(device), torch.randint(10, (size,), generator=generator).to(device)
 
 
 def wait(device: Device) -> None:

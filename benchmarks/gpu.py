@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Device, read, write
+from benchmarks.common import Device, random_batch, read, write
 from benchmarks.gpu_costs import copy_bandwidth, counts, peak, traffic
-from benchmarks.gpu_steps import FORMATS, MODES, SOLVERS, Batch, build, candidates, random_batch
+from benchmarks.gpu_steps import FORMATS, MODES, SOLVERS, Batch, build, candidates
 from benchmarks.peers import measure, possible
 
 REFERENCE = "float32, discrete, eager"

@@ -97,13 +97,6 @@ def network(solver: str, device: Device) -> nn.Module:
     return (by_torchdiffeq(model) if solver == PEER else model).to(device).train()
 
 
-def random_batch(size: int, device: Device) -> Batch:
-    """Images and labels: what a step costs does not depend on what they show."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(size, 3, 32, 32, generator=generator)
-    return images.to(device), torch.randint(CLASSES, (size,), generator=generator).to(device)
-
-
 class Step:
     """One training step: forward, backward and the optimizer's step.
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -22,14 +20,12 @@ import numpy as np
 import torch
 
 from benchmarks.candidates import CANDIDATES, HAND, build
-from benchmarks.common import METHODS, SHAPE, block, by_hand, environment, read, start, training_step, write
+from benchmarks.common import METHODS, SHAPE, block, by_hand, environment, printed, read, start, training_step, write
 from benchmarks.pages import DOCS, put
 from neuralode_coupled import plotting
 from neuralode_coupled.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""The environment in which glibc gives freed tensors back at once."""
 FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"
 
 
@@ -69,15 +65,14 @@ def on_cuda(name: str, method: str, steps: int) -> int:
 
 def in_a_process(name: str, method: str, steps: int) -> int:
     """The same in a fresh process."""
-    variables = os.environ | ALLOCATOR | {"NPROC": "1"}  # XLA's threads: one, as torch's
-    arguments = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", "--one", name, method, str(steps)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=variables)
-    return int(done.stdout)
+    return int(printed("benchmarks.memory", "--one", name, method, str(steps)))
 
 
 def others(solver: str) -> dict[str, dict[int, int]]:
-    """What was measured before. Raises ValueError if that was another solver, or elsewhere."""
+    """What was measured before, if anything was. Raises ValueError if that was another solver, or elsewhere."""
     before = read("memory")
+    if not before:
+        return {}
     here = {"solver": solver} | {key: value for key, value in environment().items() if key != "load_average"}
     there = {"solver": before["solver"]} | {key: before["environment"].get(key) for key in here if key != "solver"}
     if here != there:
@@ -115,8 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, method, steps = options.one
         sys.stdout.write(str(measure(name, method, int(steps))))
         return
+    names = [name for name in (HAND, *METHODS) if options.only in name]
+    if not names:
+        parser.error(f"--only {options.only}: no method has this in its name; they are {', '.join((HAND, *METHODS))}")
     results = others(options.solver) if options.only else {}
-    for name in (name for name in (HAND, *METHODS) if options.only in name):
+    for name in names:
         steps = [n for n in options.steps if not (n > 50 and "1 state" in name)]
         results[name] = {n: in_a_process(name, options.solver, n) for n in steps}
     results = {name: results[name] for name in (HAND, *METHODS) if name in results}

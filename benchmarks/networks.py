@@ -2,32 +2,30 @@
 
     python -m benchmarks.networks
 
-The networks are channels-last, as training on a CPU has them, on random images; forward and backward are measured.
-*Time*: all methods take turns in shuffled rounds; the ratio to `nc.Backprop()` is taken within each round, and its
-median and quartiles are reported. *Memory*: the peak above the level before the step, in a process of its own, see
-`benchmarks.memory`. Each finding is added to results/networks.json as it comes; writes the table of docs/gradients.md.
+Images are random, and channels-last, as training on a CPU has them; forward and backward are measured. *Time*: all
+methods take turns in shuffled rounds; the ratio to `nc.Backprop()` is taken within each round, and its median and
+quartiles are reported. *Memory*: the peak above the level before the step, in a process of its own with one thread.
+Each finding is added to results/networks.json as it comes; writes the table of docs/gradients.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import nn
 
 import neuralode_coupled as nc
-from benchmarks.common import METHODS, read, write
-from benchmarks.memory import ALLOCATOR
-from benchmarks.pages import DOCS, machine, put
+from benchmarks.cifar10_solvers_costs import Batch, peak_memory, random_batch, training_step
+from benchmarks.common import METHODS, printed, read, write
+from benchmarks.pages import DOCS, machine, put, ratio
 from benchmarks.peers import measure
 from neuralode_coupled.models import NETWORKS, coupled_layers
-from neuralode_coupled.runs import PeakMemory
+from neuralode_coupled.runs import Experiment
 
 STORED = "Backprop"
 NAMES = (STORED, "DiscreteAdjoint", "DiscreteAdjoint, last step kept")
@@ -35,39 +33,21 @@ VARIANTS = ("anode", "anodev2-1", "anodev2-2")
 PAGE = DOCS / "gradients.md"
 
 
-def step(network: str, variant: str, method: str, batch_size: int) -> Callable[[], None]:
-    """One training step from scratch, without the optimizer's."""
+def network(name: str, variant: str, method: str) -> nn.Module:
+    """The same weights for every method."""
     torch.manual_seed(0)
-    model = nc.models.build(network, variant, adjoint=METHODS[method])
-    model.train().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (a missing overload)
-    images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch_size,))
-
-    def once() -> None:
-        model.zero_grad(set_to_none=True)
-        functional.cross_entropy(model(images), labels).backward()
-
-    return once
+    return nc.models.build(name, variant, adjoint=METHODS[method]).train()
 
 
-def peak(network: str, variant: str, method: str, batch_size: int) -> int:
-    """Peak bytes of a step above the level before it; in this process."""
-    torch.set_num_threads(1)
-    step(network, variant, method, 2)()  # what libraries allocate once and keep
-    measured = step(network, variant, method, batch_size)
-    measured()
-    gc.collect()
-    memory = PeakMemory(torch.device("cpu"))
-    measured()
-    return memory.read()
+def images(batch_size: int) -> Batch:
+    """A batch as training has it."""
+    return random_batch(Experiment(batch_size=batch_size))
 
 
-def in_a_process(network: str, variant: str, method: str, batch_size: int) -> int:
-    """The same in a fresh process."""
-    arguments = [sys.executable, "-m", "benchmarks.networks", "--batch-size", str(batch_size)]
-    line = [*arguments, "--one", network, variant, method]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ALLOCATOR)
-    return int(done.stdout)
+def in_a_process(name: str, variant: str, method: str, batch_size: int) -> int:
+    """Peak bytes of a step above the level before it, in a fresh process."""
+    size = "--batch-size", str(batch_size)
+    return int(printed("benchmarks.networks", *size, "--one", name, variant, method))
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
@@ -77,20 +57,20 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for problem, row in found.items():
         cells = []
         for name in NAMES:
-            time = row[name]["time"]
-            spread = f"{time['lower_quartile']:.2f} to {time['upper_quartile']:.2f}"
-            cells += [f"{time['median']:.2f} ({spread})", f"{row[name]['peak_bytes'] / 2**20:.0f}"]
+            cells += [ratio(row[name]["time"]), f"{row[name]['peak_bytes'] / 2**20:.0f}"]
         lines.append(f"| {problem} | {row['layers']}, {row['steps']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def measured(network: str, variant: str, batch_size: int, rounds: int) -> dict[str, Any]:
+def measured(name: str, variant: str, batch_size: int, rounds: int) -> dict[str, Any]:
     """Time and memory by every method, and how many coupled layers of how many steps the network has."""
-    times = measure({name: step(network, variant, name, batch_size) for name in NAMES}, rounds, STORED)
-    layers = list(coupled_layers(nc.models.build(network, variant)).values())
+    models, batch = {method: network(name, variant, method) for method in NAMES}, images(batch_size)
+    steps = {method: partial(training_step, model, batch) for method, model in models.items()}
+    times = measure(steps, rounds, STORED)
+    layers = list(coupled_layers(models[STORED]).values())
     row: dict[str, Any] = {"layers": len(layers), "steps": layers[0].steps, "batch_size": batch_size, "rounds": rounds}
-    for name in NAMES:
-        row[name] = {"time": times[name], "peak_bytes": in_a_process(network, variant, name, batch_size)}
+    for method in NAMES:
+        row[method] = {"time": times[method], "peak_bytes": in_a_process(name, variant, method, batch_size)}
     return row
 
 
@@ -105,15 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.rounds < 2:
         parser.error(f"a spread needs at least 2 rounds, got --rounds {options.rounds}")
     if options.one:
-        network, variant, method = options.one
-        sys.stdout.write(str(peak(network, variant, method, options.batch_size)))
+        name, variant, method = options.one
+        sys.stdout.write(str(peak_memory(network(name, variant, method), images(options.batch_size))))
         return
-    for network in options.networks:
+    for name in options.networks:
         for variant in VARIANTS:
-            found = read("networks").get("networks", {})
-            found[f"{network}, {variant}"] = measured(network, variant, options.batch_size, options.rounds)
+            problem, found = f"{name}, {variant}", read("networks").get("networks", {})
+            found[problem] = measured(name, variant, options.batch_size, options.rounds)
             write("networks", {"networks": found}, "cpu")
-            sys.stdout.write(f"{table({network: found[f'{network}, {variant}']}).splitlines()[-1]}\n")
+            sys.stdout.write(f"{table({problem: found[problem]}).splitlines()[-1]}\n")
             sys.stdout.flush()
     content = read("networks")
     put(PAGE, "networks", f"{table(content['networks'])}\n\n{machine(content['environment'])}\n")

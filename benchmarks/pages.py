@@ -34,6 +34,11 @@ def machine(found: dict[str, Any]) -> str:
     return f"On {found['device']}, torch's threads {threads}, Python {found['python']}, {versions}{busy}."
 
 
+def ratio(value: dict[str, float]) -> str:
+    """A median with its quartiles."""
+    return f"{value['median']:.2f} ({value['lower_quartile']:.2f} to {value['upper_quartile']:.2f})"
+
+
 def command(
     description: str | None,
     report: Callable[[Path], str],

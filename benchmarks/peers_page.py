@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.candidates import CANDIDATES, HAND
 from benchmarks.common import read
-from benchmarks.pages import DOCS, machine, put
+from benchmarks.pages import DOCS, machine, put, ratio
 
 PAGE = DOCS / "benchmarks.md"
 FIGURE = DOCS / "figures" / "peers.png"
@@ -195,10 +195,6 @@ def _columns(part: dict[str, dict[str, Any]], solvers: Iterable[str]) -> list[tu
     ]
 
 
-def _ratio(value: dict[str, float]) -> str:
-    return f"{value['median']:.2f} ({value['lower_quartile']:.2f} to {value['upper_quartile']:.2f})"
-
-
 def _errors(value: dict[str, float]) -> str:
     return ", ".join(f"{value[group]:.0e}" for group in GROUPS)
 
@@ -207,7 +203,7 @@ def adaptive(parts: Results) -> list[str]:
     """Time, memory and errors of the adaptive solves."""
     columns, cells = [], []
     for title, part, cell in (
-        ("time against `odeint`", "time", _ratio),
+        ("time against `odeint`", "time", ratio),
         ("MiB", "memory", lambda value: f"{value / 2**20:.0f}"),
         (f"error ({', '.join(GROUPS)})", "gradients", _errors),
     ):
@@ -222,7 +218,7 @@ def inference(results: dict[str, dict[str, Any]]) -> list[str]:
     columns = [(f"{solver}, {n} steps", found) for solver, by_steps in results.items() for n, found in by_steps.items()]
     names = list(dict.fromkeys(name for _, found in columns for name in found))
     lines = [f"| | {' | '.join(title for title, _ in columns)} |", f"|---|{'---:|' * len(columns)}"]
-    return lines + [f"| {n} | {' | '.join(_ratio(f[n]) if n in f else '' for _, f in columns)} |" for n in names]
+    return lines + [f"| {n} | {' | '.join(ratio(f[n]) if n in f else '' for _, f in columns)} |" for n in names]
 
 
 def scaling(sweeps: dict[str, dict[str, Any]]) -> list[str]:
@@ -314,7 +310,7 @@ def sections() -> dict[str, list[str]]:
             "",
             *(f"- {line}" for line in commands(peers)),
         ]
-        made["time"] = table(_columns(parts.get("time", {}), fixed), _ratio)
+        made["time"] = table(_columns(parts.get("time", {}), fixed), ratio)
         made["memory"] = table(_columns(parts.get("memory", {}), fixed), lambda value: f"{value / 2**20:.0f}")
         made["accuracy"] = table(_columns(parts.get("gradients", {}), fixed), _errors)
         made["adaptive"] = adaptive(parts)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +22,7 @@ import numpy as np
 import torch
 
 import neuralode_coupled as nc
-from benchmarks.common import block, read, start, training_step, write
+from benchmarks.common import block, printed, read, start, training_step, write
 from neuralode_coupled.runs import PeakMemory
 
 METHODS: dict[str, nc.GradientMethod] = {
@@ -118,10 +116,7 @@ def measure(name: str, size: Size) -> dict[str, float]:
 
 def in_a_process(name: str, size: Size) -> dict[str, float]:
     """The same in a fresh process, in which freed tensors go back at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = [sys.executable, "-m", "benchmarks.scaling", "--one", name, json.dumps(asdict(size))]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-    return json.loads(done.stdout)
+    return json.loads(printed("benchmarks.scaling", "--one", name, json.dumps(asdict(size))))
 
 
 def fit(sweep: str, rows: dict[int, dict[str, float]]) -> dict[str, float]:

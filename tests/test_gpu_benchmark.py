@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import neuralode_coupled as nc
 from benchmarks import gpu, gpu_costs
-from benchmarks.common import tf32
+from benchmarks.common import random_batch, tf32
 from benchmarks.gpu_steps import (
     FORMATS,
     MODES,
@@ -30,7 +30,6 @@ from benchmarks.gpu_steps import (
     candidates,
     compiled,
     network,
-    random_batch,
 )
 from neuralode_coupled.models import coupled_layers
 from tests import oracle

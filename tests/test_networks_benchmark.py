@@ -12,20 +12,12 @@ from benchmarks.common import METHODS
 
 
 @pytest.mark.parametrize("variant", networks.VARIANTS)
-def test_all_methods_take_the_same_step(monkeypatch, variant):
+def test_all_methods_take_the_same_step(variant):
     """The gradients that the measured step leaves behind."""
-    found = []
-
-    def noted(*arguments, **options):
-        model = build(*arguments, **options)
-        found.append(model)
-        return model
-
-    build = networks.nc.models.build
-    monkeypatch.setattr(networks.nc.models, "build", noted)
-    for name in networks.NAMES:
-        networks.step("resnet4", variant, name, 2)()
-    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in found]
+    models = [networks.network("resnet4", variant, name) for name in networks.NAMES]
+    for model in models:
+        networks.training_step(model, networks.images(2))
+    gradients = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in models]
     assert len(gradients) == 3
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-5)

@@ -326,6 +326,17 @@ def test_one_methods_memory_is_measured_again_and_only_where_the_others_were(tmp
         memory.main(["--solver", "rk4", "--only", "disk, own"])
 
 
+def test_memory_of_one_method_needs_no_others_but_a_name_that_exists(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
+    assert memory.others("euler") == {}
+    with pytest.raises(SystemExit) as stop:
+        memory.main(["--only", "tape"])
+    assert stop.value.code == 2
+    assert (
+        "--only tape: no method has this in its name; they are hand-written loop, Backprop," in capsys.readouterr().err
+    )
+
+
 def test_findings_are_saved_as_they_come(tmp_path, monkeypatch):
     """A run that breaks off, or one part measured again, leaves the other findings where they were."""
     monkeypatch.setattr("benchmarks.common.RESULTS", tmp_path)
