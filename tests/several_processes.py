@@ -3,12 +3,14 @@
     python -m tests.several_processes train ...
 
 A module of its own, because every process of a run starts this program again. What it does is chosen by environment
-variables: ``RECORD`` (a folder, for the first gradients and the last weights of every process), ``FAIL`` (``how,rank,
-step``: ``raise`` or ``kill``) and ``BRANCH`` (a parameter is used by one process alone at every step).
+variables: ``RECORD`` (a folder, for the first gradients and the last weights of every process, and for whether it still
+belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise`` or ``kill``) and ``BRANCH`` (a
+parameter is used by one process alone at every step).
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from pathlib import Path
@@ -61,6 +63,11 @@ class Record(pl.Callback):
         torch.save(content, Path(os.environ["RECORD"]) / f"process{RANK}.pt")
 
 
+def note_group() -> None:
+    """Writes ``group<rank>.txt``."""
+    (Path(os.environ["RECORD"]) / f"group{RANK}.txt").write_text(str(torch.distributed.is_initialized()))
+
+
 class Fail(pl.Callback):
     """Raises in one process, or kills it."""
 
@@ -74,6 +81,8 @@ class Fail(pl.Callback):
 
 def main() -> None:
     """The command line with these changes."""
+    if "RECORD" in os.environ:
+        atexit.register(note_group)  # before all others, so that it runs after them
     chosen = [made() for made, name in ((Record, "RECORD"), (Fail, "FAIL")) if name in os.environ]
     trainer = pl.Trainer
     training.pl.Trainer = lambda callbacks, **options: trainer(callbacks=[*chosen, *callbacks], **options)

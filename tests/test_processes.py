@@ -46,7 +46,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """A folder with a run of two processes in ``run``, and ``process0.pt`` and ``process1.pt``."""
+    """A folder with a run of two processes in ``run``, and what each of them records."""
     folder = tmp_path_factory.mktemp("two")
     done = run(folder / "run", *TWO, RECORD=folder)
     assert done.returncode == 0, done.stderr
@@ -76,6 +76,12 @@ def test_two_processes_are_one_with_their_batches_together(two, tmp_path, monkey
     for ours, theirs in zip(*rows, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
         assert ours["test/accuracy"] == pytest.approx(theirs["test/accuracy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_finished_processes_leave_their_group_while_the_interpreter_lives(two):
+    """A thread of gloo that frees a tensor after that aborts the process: a finished run had exit code -6."""
+    assert [(two / f"group{rank}.txt").read_text() for rank in (0, 1)] == ["False", "False"]
 
 
 @pytest.mark.slow
