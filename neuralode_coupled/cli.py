@@ -90,7 +90,8 @@ AdjointName = Annotated[
     str | None,
     typer.Option(
         "--adjoint",
-        help="How gradients come back: backprop, discrete, reversible or continuous; by default the variant's own.",
+        help="How gradients come back: backprop, discrete, discrete-last (the last step's graph is kept: faster), "
+        "reversible or continuous; by default the variant's own.",
     ),
 ]
 Precision = Annotated[str, typer.Option(help="32-true, 64-true, bf16-mixed, or on a GPU 16-mixed.")]

@@ -99,8 +99,9 @@ def prepare(
         report: is told each epoch in one line.
 
     Raises:
-        ValueError: for an unknown model, variant, method, data set, precision or accelerator, data that cannot be used,
-            or a folder that holds another experiment's run, or an unfinished one without ``resume``.
+        ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
+            method does not take, data that cannot be used, or a folder that holds another experiment's run, or an
+            unfinished one without ``resume``.
         ImportError, ConnectionError: as `ImageData`.
     """
     experiment = resolve(experiment)
@@ -117,6 +118,7 @@ def prepare(
             seed=experiment.seed,
             origin=origin(experiment),
         )
+        _tried(classifier.model)
         if experiment.precision == "64-true":
             # Lightning does so after it has read the checkpoint, which it would round to float32.
             classifier.double()
@@ -192,12 +194,19 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     Raises ValueError for gradient methods that cannot be compiled.
     """
     for name, layer in nc.models.coupled_layers(model).items():
-        if layer.adjoint not in (nc.DiscreteAdjoint(), nc.Backprop()):
+        if not _compiles(layer.adjoint):
             raise ValueError(
-                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete or backprop, "
-                "or leave compile out"
+                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete, discrete-last "
+                "or backprop, or leave compile out"
             )
     model.compile(backend=backend)
+
+
+def _compiles(adjoint: nc.GradientMethod) -> bool:
+    """Whether `torch.compile` takes a layer with it."""
+    if isinstance(adjoint, nc.DiscreteAdjoint):
+        return adjoint.checkpoints is None and adjoint.storage == "device"
+    return isinstance(adjoint, nc.Backprop)
 
 
 def load_model(folder: RunFolder) -> nn.Module:
@@ -239,15 +248,22 @@ def origin(experiment: Experiment) -> dict[str, Any]:
 def function_evaluations(model: nn.Module) -> tuple[int, int]:
     """How often one training step evaluates the model's residual branches: forward, and recomputed in backward.
 
-    Coupled layers count their dynamics themselves; a plain residual block is one evaluation. The model is untouched: a
-    copy takes the step, on two empty images.
+    Coupled layers count their dynamics themselves; a plain residual block is one evaluation. The model is untouched.
     """
-    probe = copy.deepcopy(model).cpu().float().train()
-    with torch.random.fork_rng(devices=[]):
-        probe(torch.zeros(2, 3, 32, 32)).sum().backward()
+    probe = _tried(model, backward=True)
     costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
     plain = sum(isinstance(module, Residual) for module in probe.modules())
     return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
+
+
+def _tried(model: nn.Module, backward: bool = False) -> nn.Module:
+    """A copy of the model that has seen two empty images, as in training. Raises as the model does."""
+    probe = copy.deepcopy(model).cpu().float().train()
+    with torch.random.fork_rng(devices=[]):
+        logits = probe(torch.zeros(2, 3, 32, 32))
+        if backward:
+            logits.sum().backward()
+    return probe
 
 
 def versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import typer
@@ -45,6 +46,20 @@ def test_train_says_how_it_went_and_does_not_repeat(quick, tmp_path):
     assert again.exit_code == 0
     assert "is finished already: test accuracy" in again.stdout
     assert "epoch 1/1" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "method", "words"),
+    [
+        ("reversible", "dopri5", "ReversibleAdjoint.*needs a fixed grid"),
+        ("discrete-last", "bosh3", "keep_last=1.*needs a fixed grid"),
+        ("continuous", "rk4_classic", "has no 'rk4_classic'"),
+    ],
+)
+def test_what_a_gradient_method_cannot_solve_is_said_before_the_first_step(quick, tmp_path, adjoint, method, words):
+    chosen = ["--variant", "anodev2-1", "--adjoint", adjoint, "--method", method]
+    assert re.search(words, complaint(run("train", *chosen, *quick, "--out", tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_continues_an_unfinished_run_only_with_resume(quick, tmp_path):

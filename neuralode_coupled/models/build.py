@@ -70,10 +70,11 @@ EVOLUTIONS: dict[str, Callable[[], EvolutionOperator]] = {
 ADJOINTS: dict[str, Callable[[], GradientMethod]] = {
     "backprop": Backprop,
     "discrete": DiscreteAdjoint,
+    "discrete-last": lambda: DiscreteAdjoint(keep_last=1),
     "reversible": ReversibleAdjoint,
     "continuous": ContinuousAdjoint,
 }
-"""Gradient methods by name, likewise."""
+"""Gradient methods by name, likewise. ``discrete-last`` keeps the graph of the last step."""
 
 
 _T = TypeVar("_T")
