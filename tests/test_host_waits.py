@@ -427,7 +427,13 @@ def test_a_coupled_layer_on_cuda_does_not_synchronise(adjoint, method):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "adjoint",
-    [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(keep_last=1), nc.ReversibleAdjoint()],
+    [
+        nc.Backprop(),
+        nc.DiscreteAdjoint(),
+        nc.DiscreteAdjoint(keep_last=1),
+        nc.DiscreteAdjoint(storage="cpu"),
+        nc.ReversibleAdjoint(),
+    ],
     ids=str,
 )
 def test_a_coupled_layer_is_captured_as_a_graph(adjoint):
