@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torchdiffeq import odeint, odeint_adjoint
 
 from neuralode_coupled._types import Activation, State, WeightPath
-from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, Stats
+from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, Stats, check_closed
 from neuralode_coupled.adjoint.embedded import ADAPTIVE
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite
 from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint_arguments import ATOL, RTOL
 from neuralode_coupled.odeint_dto import odeint_dto
+from neuralode_coupled.replaced import call, places
 
 Tensors = dict[str, Tensor]
 
@@ -151,7 +152,12 @@ class Adaptive:
         t = torch.tensor(times, dtype=torch.float64 if reference.dtype == torch.float64 else torch.float32)
         try:
             found = _solver(adjoint, flow.params)(
-                flow, y0, t.to(reference.device), rtol=self.rtol, atol=self.atol, method=self.method
+                _Pinned(flow) if isinstance(adjoint, ContinuousAdjoint) else flow,
+                y0,
+                t.to(reference.device),
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.method,
             )
         except (AssertionError, ValueError) as error:
             flow.explain(error)
@@ -196,7 +202,7 @@ class _Flow(nn.Module):
     def __init__(self, field: CoupledField, stats: Stats) -> None:
         super().__init__()
         self.field, self.stats = field, stats
-        self.solved = False
+        self.solved = self.checked = False
         self.latest: tuple[Tensor, Tensors, Tensors] | None = None
 
     def weight_side(self, t: Tensor, names: Sequence[str], state: State) -> tuple[Tensors, State]:
@@ -233,13 +239,33 @@ class _Flow(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
-        if self.solved:
-            self.stats.recomputed += 1
-            # Running statistics are the forward pass's to update.
-            theta = {name: buffer.clone() for name, buffer in self.field.dynamics.named_buffers()} | theta
-        else:
+        if not self.solved:
             self.stats.evaluations += 1
-        return check_slope(self.field.evaluate(t, z, theta), z).to(z.dtype)
+            return check_slope(self.field.evaluate(t, z, theta), z).to(z.dtype)
+        self.stats.recomputed += 1
+        # Running statistics are the forward pass's to update.
+        buffers = {name: buffer.clone() for name, buffer in self.field.dynamics.named_buffers()}
+        dz = check_slope(self.field.evaluate(t, z, buffers | theta), z).to(z.dtype)
+        if not self.checked and torch.is_grad_enabled():
+            self.checked = True
+            check_closed((dz,), (t, z, *theta.values(), *self.parameters()))
+        return dz
+
+
+class _Pinned(nn.Module):
+    """A flow with the parameters that it has now: ``odeint_adjoint`` calls it again in the backward pass, when it may
+    have others, after a functional_call."""
+
+    def __init__(self, flow: _Flow) -> None:
+        super().__init__()
+        parameters = {id(p) for p in flow.parameters()}
+        self.flow, self.pinned = flow, {name: tensor for name, tensor in places(flow) if id(tensor) in parameters}
+        self.callback_accept_step, self.callback_reject_step = flow.callback_accept_step, flow.callback_reject_step
+
+    def forward(self, t: Tensor, state: State) -> State:
+        if not self.flow.solved:
+            return self.flow(t, state)
+        return call(self.flow, self.pinned, (t, state), self.flow.field.dynamics)
 
 
 class _Augmented(_Flow):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats
+from neuralode_coupled.adjoint import Flow, Operands, Plan, Stats, check_closed
+from neuralode_coupled.adjoint.problem import StepFunction
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite, named
 from neuralode_coupled.field import CoupledField, check_slope
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.own_weights import OwnWeights
+from neuralode_coupled.replaced import DynamicsError, Held, alone, call, places
 from neuralode_coupled.runge_kutta import increment, step
 from neuralode_coupled.stage_weights import Scheme
 
@@ -30,14 +33,15 @@ class CoupledProblem:
         self.method = scheme.method.name
         self.moving = field.moving()
         prefixes = tuple(prefix for prefix, _ in field.per_step)
-        shared = {
-            name: p
-            for name, p in field.dynamics.named_parameters()
-            if name not in self.moving and not (prefixes and name.startswith(prefixes))
-        }
+        with alone(field.dynamics):
+            shared = {
+                name: p
+                for name, p in field.dynamics.named_parameters()
+                if name not in self.moving and not (prefixes and name.startswith(prefixes))
+            }
+            self.own_names, self.own = self._rows("named_parameters")
+            self.buffer_names, self.buffers = self._rows("named_buffers")
         self.shared_names, self.shared = list(shared), tuple(shared.values())
-        self.own_names, self.own = self._rows("named_parameters")
-        self.buffer_names, self.buffers = self._rows("named_buffers")
 
     def time(self, n: int) -> float:
         """The time of grid point ``n``."""
@@ -54,8 +58,7 @@ class CoupledProblem:
     def advancing(self) -> tuple[Plan, Operands]:
         """The solve as Runge-Kutta steps in each of which the weights advance too.
 
-        What an operator reaches at once from w0 is made from it in each step; other weights are part of the state. The
-        operators' parameters are captured, see `Plan`.
+        What an operator reaches at once from w0 is made from it in each step; other weights are part of the state.
 
         Raises ValueError unless weights and activations advance by one method on one grid.
         """
@@ -68,9 +71,9 @@ class CoupledProblem:
             y = (z, *after)
             return y, ((y,) if n + 1 in self.save else ())
 
-        plan = replace(self._plan(), step=advance, captured=len(own.captured))
+        plan = replace(self._plan(), step=self._closed(advance))
         plan.stats.evaluations = plan.count * plan.stages
-        return plan, Operands((self.z0, *own.carried), self.own, (*self.shared, *own.direct, *own.captured))
+        return plan, Operands((self.z0, *own.carried), self.own, (*self.shared, *own.shared))
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Operands]:
         """The solve as half steps, there and back over each step; both use the step's own parameters and buffers.
@@ -83,7 +86,8 @@ class CoupledProblem:
         emits = tuple(m % 2 * int(m // 2 + 1 in self.save) for m in range(2 * grid.steps))
         buffers = tuple(row for row in self.buffers for _ in range(2))
         stats = Stats(evaluations=2 * grid.steps * method.stages)
-        plan = Plan(self._increment, 2 * grid.steps, emits, buffers, self.field.dynamics, method.stages, stats)
+        half_step = self._closed(self._increment)
+        plan = Plan(half_step, 2 * grid.steps, emits, buffers, self.field.dynamics, method.stages, stats)
         if not own_weights:
             there = [weights.unbind() for weights in self.stage_weights().values()]
             back = [weights.unbind() for weights in self.stage_weights(backwards=True).values()]
@@ -97,9 +101,9 @@ class CoupledProblem:
             theta, _ = own.advance(m // 2, (), shared[constant:], backwards=m % 2 == 1)
             return self._increment(m, y, (*theta, *inputs), shared[:constant], buffers)
 
-        plan = replace(plan, step=half, captured=len(own.captured))
+        plan = replace(plan, step=self._closed(half))
         inputs = tuple(row for row in self.own for _ in range(2))
-        return plan, Operands((self.z0,), inputs, (*self.shared, *own.direct, *own.captured))
+        return plan, Operands((self.z0,), inputs, (*self.shared, *own.shared))
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
         """The solve as flows: the augmented field's where the kernel has memory, one for each sample held.
@@ -146,7 +150,26 @@ class CoupledProblem:
     def _plan(self) -> Plan:
         grid, method = self.scheme.grid, self.scheme.method
         emits = tuple(int(n + 1 in self.save) for n in range(grid.steps))
-        return Plan(self._step, grid.steps, emits, self.buffers, self.field.dynamics, method.stages, Stats())
+        whole_step = self._closed(self._step)
+        return Plan(whole_step, grid.steps, emits, self.buffers, self.field.dynamics, method.stages, Stats())
+
+    def _closed(self, step: StepFunction) -> StepFunction:
+        """The step, the first recomputed graph of which is looked over: see `check_closed`."""
+        unrolled, checked = False, False
+
+        def watched(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            nonlocal unrolled, checked
+            after = step(n, y, inputs, shared, buffers)
+            if torch.compiler.is_compiling():
+                return after
+            # Autograd itself, which sees every tensor, starts at z0; what recomputes starts at a leaf of its own.
+            unrolled = y[0] is self.z0 if n == 0 else unrolled
+            if torch.is_grad_enabled() and not (unrolled or checked):
+                checked = True
+                check_closed(after[0], (*y, *inputs, *shared))
+            return after
+
+        return watched
 
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
@@ -183,7 +206,7 @@ class CoupledProblem:
         try:
             dz = self.field.evaluate(t, z, tensors)
         except (RuntimeError, ValueError, IndexError) as error:
-            if not first or isinstance(error, torch.OutOfMemoryError):
+            if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise
             raise ValueError(
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}: {error}"
@@ -224,14 +247,17 @@ class CoupledProblem:
         """(z, w, memory) as one system; Static parameters stay outside of the state where they can."""
         evolving = self.field.evolving()
 
+        # The backward pass may find other tensors in them, after a functional_call.
+        held = Held([*(self.field.operator(name) for name in self.moving), self.field.kernel])
+        pinned = dict(places(held))
+
         def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
-            theta, derivatives = self.field.weight_side(t, self.moving, y[1:])
+            weight_side = partial(self.field.weight_side, t, self.moving, y[1:])
+            theta, derivatives = call(held, pinned, (weight_side,), self.field.dynamics)
             tensors = self._named(self.shared, self.own[n], buffers) | theta
             return (self._evaluate(t, y[0], tensors, first=n == 0), *derivatives)
 
-        weights = [p for name in self.moving for p in self.field.operator(name).parameters()]
-        weights.extend(self.field.kernel.parameters())
-        params = (*self.shared, *dict.fromkeys(weights), *(p for row in self.own for p in row))
+        params = (*self.shared, *held.parameters(), *(p for row in self.own for p in row))
         w0 = tuple(evolving[name] for name in self.moving)
         return Flow(slope, 0, plan.count, self.field.with_memory(w0), params, self._check_carried)
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 
 import torch
 from einops import pack, unpack
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch._C import _are_functorch_transforms_active
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import EvolutionOperator, Static, check_evolved
 from neuralode_coupled.kernels import Dirac, TimeKernel
 from neuralode_coupled.per_step import per_step_modules
+from neuralode_coupled.replaced import DynamicsError, alone, call, places, untouched
+
+_HOOKS = (
+    "dynamics uses torch.utils.checkpoint or other hooks on saved tensors, which would evaluate it again with w0 in "
+    "place of theta(t): leave them out (DiscreteAdjoint recomputes every step anyway), or put them around the layer"
+)
 
 Evolution = nn.Module | Mapping[str, nn.Module] | Callable[[str, Tensor], nn.Module]
 Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
@@ -74,7 +82,8 @@ class CoupledField(nn.Module):
 
     def evolving(self) -> dict[str, nn.Parameter]:
         """w0: the evolving parameters themselves, by name."""
-        parameters = dict(self.dynamics.named_parameters())
+        with alone(self.dynamics):
+            parameters = dict(self.dynamics.named_parameters())
         return {name: parameters[name] for name in self.names}
 
     def moving(self) -> list[str]:
@@ -160,8 +169,25 @@ class CoupledField(nn.Module):
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
         arguments = (t, z) if self.takes_time else (z,)
         tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
-        # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
-        return functional_call(self.dynamics, tensors, arguments, tie_weights=False)
+        with self._hooks_refused():
+            return untouched(self.dynamics, (z,), lambda: call(self.dynamics, tensors, arguments))
+
+    @contextmanager
+    def _hooks_refused(self) -> Iterator[None]:
+        """Without ``torch.utils.checkpoint`` inside of f: it would evaluate it again with w0, and nobody would see."""
+        hidden = torch.compiler.is_compiling() or _are_functorch_transforms_active() or not torch.is_grad_enabled()
+        if hidden or not self.moving():
+            yield
+            return
+        with ExitStack() as stack:
+            with suppress(RuntimeError):  # hooks around the layer, which do no harm, and which we cannot look behind
+                stack.enter_context(disable_saved_tensors_hooks(_HOOKS))
+            try:
+                yield
+            except RuntimeError as error:
+                if str(error) != _HOOKS:
+                    raise
+                raise DynamicsError(_HOOKS) from error
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""
@@ -272,11 +298,10 @@ def _takes_time(dynamics: nn.Module) -> bool:
 
 
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every name of each tensor that the module holds under several, by the first of them."""
+    """Every place of each tensor that the module holds at several, by the first of them."""
     names: dict[int, list[str]] = {}
-    for members in (dynamics.named_parameters, dynamics.named_buffers):
-        for name, tensor in members(remove_duplicate=False):
-            names.setdefault(id(tensor), []).append(name)
+    for name, tensor in places(dynamics):
+        names.setdefault(id(tensor), []).append(name)
     return {group[0]: tuple(group) for group in names.values() if len(group) > 1}
 
 

@@ -7,6 +7,7 @@ import torch
 from neuralode_coupled._types import State
 from neuralode_coupled.evolution import all_at_once, check_finite, named
 from neuralode_coupled.field import CoupledField
+from neuralode_coupled.replaced import Held, alone, call, places_of
 from neuralode_coupled.stage_weights import Scheme
 
 
@@ -19,9 +20,8 @@ class OwnWeights:
         backwards: whether steps are taken from their end as well, for which every weight must be reached at once.
 
     Attributes:
-        direct: w0 of what an operator reaches at once from it.
+        shared: w0 of what an operator reaches at once from it, then the parameters of the operators.
         carried: w0 of the rest, which the state has to carry from step to step.
-        captured: the parameters of the operators.
 
     Raises ValueError unless weights and activations advance by one method on one grid, and for weights that go forward
     only, if ``backwards``.
@@ -47,9 +47,14 @@ class OwnWeights:
             for name in self._at_once
             for back in ((False, True) if backwards else (False,))
         }
-        self.direct = tuple(w0[name] for name in self._at_once)
-        self.carried = tuple(w0[name] for name in self._carried)
-        self.captured = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
+        self._owner = field.dynamics
+        with alone(self._owner):
+            parameters = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
+        # torch.compile takes parameters as they are, and does not look into a module that is made meanwhile.
+        self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
+        self._places = [] if self._held is None else places_of(self._held, parameters)
+        self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
+        self.carried: State = tuple(w0[name] for name in self._carried)
 
     def _refuse_carried(self) -> None:
         """Raise the ValueError for weights that only go forward, step by step."""
@@ -62,10 +67,20 @@ class OwnWeights:
                 "or DiscreteAdjoint"
             )
 
-    def advance(self, n: int, carried: State, direct: State, backwards: bool = False) -> tuple[State, State]:
-        """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end."""
+    def advance(self, n: int, carried: State, shared: State, backwards: bool = False) -> tuple[State, State]:
+        """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end.
+
+        All from the tensors handed in: by the time of a recomputation the modules may hold others.
+        """
         if not self._operators:
             return (), ()
+        direct, parameters = shared[: len(self._at_once)], shared[len(self._at_once) :]
+        if self._held is None:
+            return self._advance(n, carried, direct, backwards)
+        tensors = {name: parameters[i] for name, i in self._places}
+        return call(self._held, tensors, (lambda: self._advance(n, carried, direct, backwards),), self._owner)
+
+    def _advance(self, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
         theta, after = {}, []
         with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
             for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):

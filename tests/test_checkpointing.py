@@ -230,7 +230,7 @@ def test_dynamics_that_overwrite_a_stored_state_are_noticed(checkpoints):
             return self.linear(z)
 
     layer = nc.CoupledODE(Overwrites(), steps=6, adjoint=nc.DiscreteAdjoint(checkpoints))
-    with pytest.raises(ValueError, match=r"changes its input in place \(in step 0\).*inplace=False"):
+    with pytest.raises(ValueError, match=r"Overwrites changes its input in place.*inplace=False"):
         layer(torch.randn(2, 3))
 
 

@@ -1,5 +1,6 @@
 """How gradients come back through a solve."""
 
+from neuralode_coupled.adjoint.captured import check_closed
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
 from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats, check_gradient_method
@@ -15,5 +16,6 @@ __all__ = [
     "Plan",
     "ReversibleAdjoint",
     "Stats",
+    "check_closed",
     "check_gradient_method",
 ]

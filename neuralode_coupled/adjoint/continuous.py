@@ -11,6 +11,7 @@ from torchdiffeq import odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.captured import check_closed
 from neuralode_coupled.adjoint.problem import Flow, Plan, Problem, Stats
 from neuralode_coupled.runge_kutta import METHODS
 
@@ -93,7 +94,7 @@ class _VectorField(nn.Module):
         self.times = [problem.time(n) for n in range(flow.first, flow.last + 1)]
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
-        self.backward = False
+        self.backward = self.checked = False
 
     def grid(self, func: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
         """The steps between the first and the last of ``t``, whichever way they run."""
@@ -109,7 +110,11 @@ class _VectorField(nn.Module):
             buffers = tuple(buffer.clone() for buffer in buffers)
         else:
             self.plan.stats.evaluations += 1
-        return self.flow.slope(self.n, t, y, buffers)
+        slope = self.flow.slope(self.n, t, y, buffers)
+        if self.backward and not self.checked:
+            self.checked = True
+            check_closed(slope, (t, *y, *self.flow.params))
+        return slope
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""

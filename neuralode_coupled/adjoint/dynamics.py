@@ -8,23 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
-from torch.func import functional_call
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.captured import captured, overlooked
+from neuralode_coupled.replaced import Held, call, places_of, untouched
 
 Result = TypeVar("Result")
-
-
-class _Holder(nn.Module):
-    """The modules that a right-hand side uses, so that their tensors can be replaced and their flags replayed."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        super().__init__()
-        self.held = nn.ModuleList(modules)
-
-    def forward(self, run: Callable[[], Result]) -> Result:
-        return run()
 
 
 class Dynamics:
@@ -54,7 +43,7 @@ class Dynamics:
         self._is_tuple, self._verify = is_tuple, params is None
         self._func = func
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
-        self.module = _Holder(modules)
+        self.module = Held(modules)
         own = {id(p) for p in self.module.parameters()}
         asked = [*self.module.parameters(), *tensors] if params is None else _checked_params(params)
         wanted = [p for p in dict.fromkeys(asked) if p.requires_grad]
@@ -63,9 +52,9 @@ class Dynamics:
         self.shared: State = (*replaced, *free)
         self.captured = len(free)
         self.buffers: State = tuple(self.module.buffers())
-        # Tied tensors have several names: resolved once, not at every evaluation.
-        self._parameters = _names(self.module.named_parameters(remove_duplicate=False), replaced)
-        self._buffer_names = _names(self.module.named_buffers(remove_duplicate=False), self.buffers)
+        # Tied tensors have several places: looked for once, not at every evaluation.
+        self._parameters = places_of(self.module, replaced)
+        self._buffer_names = places_of(self.module, self.buffers)
 
     def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
         """``run()`` with the given tensors in place of the modules' own."""
@@ -73,7 +62,7 @@ class Dynamics:
             return run()
         tensors = {name: shared[i] for name, i in self._parameters}
         tensors |= {name: buffers[i] for name, i in self._buffer_names}
-        return functional_call(self.module, tensors, (run,), tie_weights=False)
+        return call(self.module, tensors, (run,))
 
     def in_forward(self, shared: State, device: torch.device) -> State:
         """What to evaluate the forward pass with: the modules' own tensors, where it has no graph."""
@@ -82,7 +71,8 @@ class Dynamics:
 
     def __call__(self, t: Tensor, y: State) -> State:
         """dy/dt at ``(t, y)``, checked to have the state's structure, shapes and dtype."""
-        return self._checked(self._func(t, y if self._is_tuple else y[0]), y)
+        slope = untouched(self._func, y, lambda: self._func(t, y if self._is_tuple else y[0]))
+        return self._checked(slope, y)
 
     def verify(self, slope: State, own: State, shared: State) -> None:
         """Once a solve, where a slope's graph is at hand: raise the ValueError for a parameter that nobody named.
@@ -130,12 +120,6 @@ def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
         got = "one tensor" if isinstance(params, Tensor) else str([type(p).__name__ for p in found])
         raise TypeError(f"params must be a sequence of tensors, such as tuple(net.parameters()), got {got}")
     return found
-
-
-def _names(members: Iterable[tuple[str, Tensor]], tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
-    """Every name under which a module holds one of the tensors, with the tensor's index."""
-    index = {id(tensor): i for i, tensor in enumerate(tensors)}
-    return [(name, index[id(tensor)]) for name, tensor in members if id(tensor) in index]
 
 
 def _describe(value: Any) -> str:

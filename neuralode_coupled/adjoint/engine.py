@@ -154,14 +154,12 @@ class _Checkpointed(torch.autograd.Function):
             # The initial state is an input: autograd keeps it.
             if n > 0 and n in wanted:
                 stored.extend(y) if kept is None else kept.put(n, y)
-            before, versions = y, [part._version for part in y]
             if tracer is not None and n in last and n >= tracer.first:
                 with replay.record(n):
                     last[n], y, out = tracer.step(n, y, plan.buffers[n])
             else:
                 with replay.record(n), recording(tape):
                     y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-            _check_untouched(n, before, versions)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
             emitted.extend(part.detach() for state in out for part in state)
         spared = [] if tape is None else tape.hand_over()
@@ -179,7 +177,8 @@ class _Checkpointed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan, structure, replay = ctx.plan, ctx.structure, ctx.replay
         size = len(structure.flatten())
-        flat, saved = list(ctx.saved_tensors[:size]), ctx.saved_tensors[size:]
+        tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint hands each of them over a single time
+        flat, saved = list(tensors[:size]), tensors[size:]
         needed = list(ctx.needs_input_grad[-size:])
         arriving = _by_step(plan, len(structure.y0), grads[: ctx.outputs])
         operands = structure.restore(flat)
@@ -198,15 +197,6 @@ class _Checkpointed(torch.autograd.Function):
                 sweep.refill(ctx.schedule, ctx.kept)
                 found = sweep.run(ctx.schedule, states, arriving, ctx.last)
         return None, None, None, None, None, None, None, *found
-
-
-def _check_untouched(n: int, y: State, versions: list[int]) -> None:
-    """Raise the ValueError for dynamics that overwrite the state they are given: it could not be started from again."""
-    if [part._version for part in y] != versions:
-        raise ValueError(
-            f"dynamics changes its input in place (in step {n}), which the backward pass needs again: use "
-            "inplace=False there, or a clone"
-        )
 
 
 def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:

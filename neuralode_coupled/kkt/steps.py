@@ -8,13 +8,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.evolution import closed_form
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.layer import CoupledODE
+from neuralode_coupled.replaced import call, places
 from neuralode_coupled.runge_kutta import step
 from neuralode_coupled.solve import build_scheme
 from neuralode_coupled.stage_weights import Scheme
@@ -158,12 +158,14 @@ def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     """
     check_layer(layer)
     leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
-    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    tensors = {f"layer.{name}": tensor for name, tensor in (leaves | buffers).items()}
+    others = {id(p): leaves[name] for name, p in layer.named_parameters()}
+    others |= {id(buffer): buffer.clone() for buffer in layer.buffers()}
+    holder = _Substituted(layer)
+    tensors = {name: others[id(tensor)] for name, tensor in places(holder)}
     stats = layer.stats
     devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
-            return functional_call(_Substituted(layer), tensors, (lambda: compute(leaves),))
+            return call(holder, tensors, (lambda: compute(leaves),), layer.field.dynamics)
     finally:
         layer.stats = stats

@@ -1,0 +1,98 @@
+"""Calling a module with other tensors in place of its own parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
+from torch.func import functional_call
+
+Result = TypeVar("Result")
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+class DynamicsError(ValueError):
+    """A module does what a solve with it cannot follow: the message says what, and what to do instead."""
+
+
+def alone(module: nn.Module) -> AbstractContextManager:
+    """For as long as no other thread may see the module with tensors that are not its own."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    # Kept outside of the module, which can be copied and pickled, as a lock cannot.
+    return _LOCKS.get(module) or _LOCKS.setdefault(module, RLock())
+
+
+def call(
+    module: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...], owner: nn.Module | None = None
+) -> Any:
+    """``module(*arguments)`` with the given tensors, by their `places`.
+
+    `alone` with ``owner``, which is the module itself by default. Raises `DynamicsError` for a module that assigns one
+    of the tensors anew: nobody would see that.
+    """
+    after = dict(tensors)  # functional_call writes into it what it finds in the end
+    with alone(module if owner is None else owner):
+        # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
+        result = functional_call(module, after, arguments, tie_weights=False)
+    if not torch.compiler.is_compiling():
+        for name, tensor in tensors.items():
+            if after[name] is not tensor:
+                own = name.rpartition(".")[2]
+                raise DynamicsError(
+                    f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
+                    f"self.{own}.copy_(...)"
+                )
+    return result
+
+
+def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Callable[[], Result]) -> Result:
+    """``run()``, or the `DynamicsError` that a user should see if it overwrites the state, which the solve needs again.
+
+    Inference tensors have no version: with them nothing is noticed.
+    """
+    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+        return run()
+    before = [0 if part.is_inference() else part._version for part in state]
+    result = run()
+    if before != [0 if part.is_inference() else part._version for part in state]:
+        raise DynamicsError(
+            f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
+            "clone"
+        )
+    return result
+
+
+class Held(nn.Module):
+    """Modules that something runs with, as one whose tensors can be replaced."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.held = nn.ModuleList(modules)
+
+    def forward(self, run: Callable[[], Result]) -> Result:
+        return run()
+
+
+def places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every place where the module holds a parameter or buffer, by a name: tied tensors have several places.
+
+    A module that is there twice has its places once. Replaced twice, they would in the end be given back what they were
+    replaced by, for good (``functional_call`` with the names of ``named_parameters(remove_duplicate=False)`` does so).
+    """
+    for prefix, part in module.named_modules():
+        yield from part.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        yield from part.named_buffers(prefix, recurse=False, remove_duplicate=False)
+
+
+def places_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
+    """Every place of one of the tensors, with the tensor's index."""
+    index = {id(tensor): i for i, tensor in enumerate(tensors)}
+    return [(name, index[id(tensor)]) for name, tensor in places(module) if id(tensor) in index]
