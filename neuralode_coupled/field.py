@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from einops import pack, unpack
@@ -169,25 +169,15 @@ class CoupledField(nn.Module):
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
         arguments = (t, z) if self.takes_time else (z,)
         tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
-        with self._hooks_refused():
-            return untouched(self.dynamics, (z,), lambda: call(self.dynamics, tensors, arguments))
+        run = partial(call, self.dynamics, tensors, arguments)
+        if torch.is_grad_enabled() and self._moves and not _hidden():
+            run = partial(_without_hooks, run)
+        return untouched(self.dynamics, (z,), run)
 
-    @contextmanager
-    def _hooks_refused(self) -> Iterator[None]:
-        """Without ``torch.utils.checkpoint`` inside of f: it would evaluate it again with w0, and nobody would see."""
-        hidden = torch.compiler.is_compiling() or _are_functorch_transforms_active() or not torch.is_grad_enabled()
-        if hidden or not self.moving():
-            yield
-            return
-        with ExitStack() as stack:
-            with suppress(RuntimeError):  # hooks around the layer, which do no harm, and which we cannot look behind
-                stack.enter_context(disable_saved_tensors_hooks(_HOOKS))
-            try:
-                yield
-            except RuntimeError as error:
-                if str(error) != _HOOKS:
-                    raise
-                raise DynamicsError(_HOOKS) from error
+    @property
+    def _moves(self) -> bool:
+        """Whether any theta is not w0 at all times."""
+        return not self.kernel.keeps_constants or any(not isinstance(q, Static) for q in self.evolution.values())
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""
@@ -257,6 +247,31 @@ class FlatField(nn.Module):
             # parameter at every evaluation, and give one they miss the wrong shape.
             dx = dx + sum(0 * w.reshape(-1)[0] for w in self.field.evolving().values())
         return dx.reshape(x.shape)
+
+
+def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
+    """``run()`` without ``torch.utils.checkpoint`` in it: that would evaluate f again with w0, and nobody would see.
+
+    Raises `DynamicsError`, unless there are hooks around the solve already, which do no harm but hide those within.
+    """
+    guard = disable_saved_tensors_hooks(_HOOKS)
+    try:
+        guard.__enter__()
+    except RuntimeError:
+        return run()
+    try:
+        return run()
+    except RuntimeError as error:
+        if str(error) != _HOOKS:
+            raise
+        raise DynamicsError(_HOOKS) from error
+    finally:
+        guard.__exit__(None, None, None)
+
+
+def _hidden() -> bool:
+    """Whether what runs is traced, and nothing can be learnt about it."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
 
 
 def check_activation(field: CoupledField, z0: Tensor) -> None:

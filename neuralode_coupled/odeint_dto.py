@@ -81,7 +81,8 @@ def odeint_dto(
             schedule with the fewest steps, 1 for y0 alone.
         params: the tensors that gradients flow to besides y0 and t. None: all parameters of func, or of the modules
             that a plain callable's closure, globals and attributes hold, and the tensors there that require gradients;
-            one that escapes the search is named in an error by the backward pass. They must not depend on each other.
+            one that escapes the search is an error of the backward pass, if the step it looks at depends on it. They
+            must not depend on each other.
 
     Returns:
         The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
@@ -42,14 +43,12 @@ def call(
     with alone(module if owner is None else owner):
         # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
         result = functional_call(module, after, arguments, tie_weights=False)
-    if not torch.compiler.is_compiling():
-        for name, tensor in tensors.items():
-            if after[name] is not tensor:
-                own = name.rpartition(".")[2]
-                raise DynamicsError(
-                    f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
-                    f"self.{own}.copy_(...)"
-                )
+    if not (torch.compiler.is_compiling() or all(map(operator.is_, after.values(), tensors.values()))):
+        name = next(name for name, tensor in tensors.items() if after[name] is not tensor)
+        raise DynamicsError(
+            f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
+            f"self.{name.rpartition('.')[2]}.copy_(...)"
+        )
     return result
 
 

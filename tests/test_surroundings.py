@@ -294,3 +294,61 @@ def test_a_solve_of_a_module_that_is_there_twice():
     for _ in range(2):
         found = gradients(lambda z: nc.odeint_dto(lambda t, y: both(y), z, t, method="rk4"), z0, net.parameters())
         torch.testing.assert_close(found, expected)
+
+
+class Probed(nn.Module):
+    """f that computes one product more where a gradient is wanted, or one fewer."""
+
+    def __init__(self, wanted: bool) -> None:
+        super().__init__()
+        self.net, self.probe, self.wanted = smooth(4), nn.Linear(4, 4), wanted
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() == self.wanted:
+            self.seen = self.probe(z.detach()).detach()
+        return self.net(z)
+
+
+@pytest.mark.parametrize("checkpoints", [None, 2])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kept_products_are_not_taken_for_others(wanted, checkpoints):
+    made, z0 = layer(Probed(wanted), nc.DiscreteAdjoint(checkpoints, keep="products")), activations()
+    found = gradients(made, z0, made.field.dynamics.net.parameters())
+    made.adjoint = nc.Backprop()
+    torch.testing.assert_close(found, gradients(made, z0, made.field.dynamics.net.parameters()))
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_frozen_parameters_of_a_solve_are_held_and_watched(method):
+    z0, t = activations(), torch.linspace(0, 1, 4, dtype=torch.float64)
+    net = smooth().double().requires_grad_(False)
+
+    class Solve(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, z):
+            return nc.odeint_dto(lambda t, y: self.net(y), z, t, method=method)
+
+    solve, other = Solve(), {name: p + 0.1 for name, p in Solve().named_parameters()}
+    (found,) = gradients(lambda z: functional_call(solve, other, (z,)), z0, [])
+    end = solve(z0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        end[-1].sum().backward()
+    (expected,) = gradients(solve, z0, [])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_jacobians_in_one_batch(adjoint):
+    made, z0 = layer(adjoint=adjoint), activations()
+    end = made(z0).sum(0)
+    weight = made.field.dynamics[0].weight
+    each = [torch.autograd.grad(end, weight, row, retain_graph=True)[0] for row in torch.eye(4, dtype=torch.float64)]
+    rows = torch.eye(4, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(end, weight, rows, is_grads_batched=True)
+    torch.testing.assert_close(batched, torch.stack(each))

@@ -46,8 +46,10 @@ class Dynamics:
         self.module = Held(modules)
         own = {id(p) for p in self.module.parameters()}
         asked = [*self.module.parameters(), *tensors] if params is None else _checked_params(params)
+        # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
+        frozen = [] if params is not None else [p for p in self.module.parameters() if not p.requires_grad]
         wanted = [p for p in dict.fromkeys(asked) if p.requires_grad]
-        replaced = [p for p in wanted if id(p) in own]
+        replaced = [*(p for p in wanted if id(p) in own), *frozen]
         free = [p for p in wanted if id(p) not in own]
         self.shared: State = (*replaced, *free)
         self.captured = len(free)

@@ -12,7 +12,7 @@ alpha(1) = -dJ/dz(1).)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ from neuralode_coupled.adjoint.keeping import Keep, Kept, Tape, playing, recordi
 from neuralode_coupled.adjoint.problem import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, edges, vjp
+
+Result = TypeVar("Result")
 
 
 def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
@@ -330,13 +332,21 @@ class _Sweep:
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):
-            with self.replay.again(n) as buffers, playing(self.spared, n):
-                y, _ = self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
+            inputs, shared = self.operands.inputs[n], self.operands.shared
+            y, _ = self._again(n, lambda buffers, n=n, y=y, u=inputs, v=shared: self.plan.step(n, y, u, v, buffers))
         return y
 
     def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        with self.replay.again(n) as buffers, playing(self.spared, n):
-            return self.tracer.step(n, y, buffers)
+        return self._again(n, lambda buffers: self.tracer.step(n, y, buffers))
+
+    def _again(self, n: int, run: Callable[[State], Result]) -> Result:
+        """Step ``n`` once more, spared what was kept of it unless it takes another way than in the forward pass."""
+        with self.replay.again(n) as buffers, playing(self.spared, n) as player:
+            result = run(buffers)
+        if player is None or not player.strayed:
+            return result
+        with self.replay.again(n) as buffers:
+            return run(buffers)
 
     def _trace_again(self, chosen: Schedule, states: _Stored, last: Graphs) -> None:
         """The graphs of the last steps anew, where an earlier backward pass over the same graph has used them up."""

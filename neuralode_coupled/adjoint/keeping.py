@@ -88,7 +88,7 @@ class Kept:
     def __init__(self, steps: list[list[tuple[_Product, list[Tensor]]]]) -> None:
         self._steps = steps
 
-    def again(self, n: int) -> AbstractContextManager:
+    def again(self, n: int) -> AbstractContextManager[_Player | None]:
         """Around a recomputation of step ``n``, as often as wanted. Nothing is kept of a step that was not recorded."""
         return _Player(self._steps[n]) if n < len(self._steps) else nullcontext()
 
@@ -98,7 +98,7 @@ def recording(tape: Tape | None) -> AbstractContextManager:
     return nullcontext() if tape is None else tape.record()
 
 
-def playing(kept: Kept | None, n: int) -> AbstractContextManager:
+def playing(kept: Kept | None, n: int) -> AbstractContextManager[_Player | None]:
     """`Kept.again` where anything is kept."""
     return nullcontext() if kept is None else kept.again(n)
 
@@ -153,6 +153,10 @@ class _Player(TorchDispatchMode):
 
     Some operations are split up differently with and without gradients (a matrix product of many axes). From the first
     product on that was not called in the same way, a step is computed anew.
+
+    Attributes:
+        strayed: whether the step has computed more products than were kept, or fewer, each called in the same way as
+            the one in its place: some may have been answered by another's output.
     """
 
     supports_higher_order_operators = True
@@ -160,12 +164,19 @@ class _Player(TorchDispatchMode):
     def __init__(self, products: list[tuple[_Product, list[Tensor]]]) -> None:
         super().__init__()
         self._ahead = iter(products)
+        self._split = self._beyond = False
+
+    @property
+    def strayed(self) -> bool:
+        return not self._split and (self._beyond or next(self._ahead, None) is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_kept(func, args, kwargs):
             product, outputs = next(self._ahead, (None, []))
-            if product is None or product.call != _call(func, args, kwargs):
-                self._ahead = iter(())
+            if product is None:
+                self._beyond = True
+            elif product.call != _call(func, args, kwargs):
+                self._ahead, self._split = iter(()), True
             elif not product.lost:
                 row = iter(outputs)
                 # Detached: autograd writes its own history into what it is given, and the next backward needs another.

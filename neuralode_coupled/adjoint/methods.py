@@ -39,10 +39,10 @@ class DiscreteAdjoint:
 
     With ``keep="products"`` the outputs of convolutions, matrix products and attention are kept as well, and only
     normalisation, activation and the rest are recomputed. A step is then cheap to repeat, so that few checkpoints go
-    well with it. Exact whatever f does: an output that f overwrites in place (``ReLU(inplace=True)`` right behind a
-    convolution), attention with dropout, and the products of a step behind one that PyTorch splits up otherwise with
-    gradients than without, are recomputed. Not for small states, where noticing a product costs more than repeating
-    it (some microseconds an operation).
+    well with it. An output that f overwrites in place (``ReLU(inplace=True)`` right behind a convolution), attention
+    with dropout, and the products of a step behind one that PyTorch splits up otherwise with gradients than without,
+    are recomputed, and so is a step that computes more products with gradients than without, or fewer. Not for small
+    states, where noticing a product costs more than repeating it (some microseconds an operation).
 
     The weights of all steps, their gradients and the graph of their evolution are stored by default: a few times the
     evolving weights for each step, which is little beside the states of a batch and much beside few checkpoints, or for

@@ -76,6 +76,15 @@ class Sum:
         self._owned = [False] * size
 
     def add(self, terms: Gradients) -> None:
+        """Add one list."""
+        try:
+            self._add_fused(terms)
+        except RuntimeError as error:
+            if "Batching rule not implemented" not in str(error):  # of ``torch.autograd.grad(is_grads_batched=True)``
+                raise
+            self.total = add(self.total, terms)
+
+    def _add_fused(self, terms: Gradients) -> None:
         both = [
             (i, a, b) for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None
         ]
