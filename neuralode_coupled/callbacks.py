@@ -1,7 +1,9 @@
-"""What happens besides training: a row an epoch, checkpoints that may be moved, a progress bar."""
+"""What happens besides training: a row an epoch, checkpoints that may be moved, signals, a progress bar."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +118,23 @@ class Checkpoint(ModelCheckpoint):
             for name in ("best_model_path", "kth_best_model_path", "last_model_path")
         }
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": moved})
+
+
+class OwnSignals(pl.Callback):
+    """Leaves SIGTERM to the handler that was there before Lightning's.
+
+    Lightning's lets the run end as if all were well, exit code 0, and among several processes waits for an exchange
+    that the others are not in.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before Lightning takes it."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After that."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
 
 
 class ProgressBar(RichProgressBar):

@@ -144,8 +144,9 @@ def run(
             continue
         report(title)
         outcome = (launch or launch_process)(command(planned, progress))
-        if outcome.code != 0:
+        if outcome.code != 0 or planned.folder.result() is None:
             how = f"killed by signal {-outcome.code}" if outcome.code < 0 else f"exit code {outcome.code}"
+            how += ", but no result" if outcome.code == 0 else ""
             failures.append(f"{planned.name} ({how}): {outcome.complaint}")
     return failures
 

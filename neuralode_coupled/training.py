@@ -23,7 +23,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import checkpoints
-from neuralode_coupled.callbacks import Checkpoint, EpochLog, ProgressBar, Report
+from neuralode_coupled.callbacks import Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
 from neuralode_coupled.data import ImageData
 from neuralode_coupled.image_sources import source
 from neuralode_coupled.learner import Classifier
@@ -56,6 +56,7 @@ class Training:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
             FolderNotShared: in a process that does not see what the run is resumed from.
             ProcessLost: in the other processes, if one has raised an error, or is gone.
+            Interrupted: as the signal handlers of `interruptible` do, within it.
         """
         with together(self.trainer, self.folder.failure), _without_idle_warnings():
             if self.done < self.experiment.epochs:
@@ -282,6 +283,7 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
         # The best before the last: the last then remembers the best score of its own epoch.
         Checkpoint(folder.checkpoints, "best", monitor="test/accuracy", mode="max"),
         Checkpoint(folder.checkpoints, "last"),
+        OwnSignals(),
     ]
     if progress:
         callbacks.append(ProgressBar())

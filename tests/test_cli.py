@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 
 import pytest
 import typer
@@ -103,6 +105,26 @@ def test_another_experiments_folder_is_refused(quick, tmp_path):
     line = complaint(run("train", "--variant", "anode", *quick, "--lr", 0.5, "--out", out))
     assert "variant: 'baseline' there, 'anode' asked for" in line
     assert "lr: 0.1 there, 0.5 asked for" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_says_how_it_goes_on(quick, tmp_path, monkeypatch, number):
+    class Asked(training.EpochLog):
+        def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+            if trainer.global_step == 4:  # the first of the second epoch
+                os.kill(os.getpid(), number)
+
+    options = ["train", "--variant", "baseline", *quick, "--epochs", 2, "--out", tmp_path / "run"]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "EpochLog", Asked)
+        done = run(*options)
+    assert done.exit_code == 128 + number, done.output
+    assert done.stderr == f"error: interrupted by {number.name}: continue the run with --resume\n"
+    assert RunFolder(tmp_path / "run").result() is None
+    assert "continuing after epoch 1 of 2" in run(*options, "--resume").stdout
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_broken_loss_is_a_failed_run(quick, tmp_path, monkeypatch):

@@ -130,6 +130,13 @@ def test_a_run_that_fails_takes_no_other_along(shared, tmp_path):
     assert "anodev2-2" in printed(tmp_path / "out", runs)
 
 
+def test_a_run_without_a_result_has_failed(shared, tmp_path):
+    runs = plan(tmp_path / "out", shared, ["baseline"], [0])
+    assert compare.run(runs, report=str, launch=lambda arguments: Outcome(0, "no message")) == [
+        "resnet4-baseline-seed0 (exit code 0, but no result): no message"
+    ]
+
+
 def test_the_table_is_over_the_seeds(shared, tmp_path):
     runs = plan(tmp_path, shared, ["anode", "baseline"], [0, 1, 2])
     for planned, accuracy, seconds, memory in zip(runs, (0.5, 0.8, 0.7), (1.0, 9.0, 2.0), (1, 3, 2), strict=False):
