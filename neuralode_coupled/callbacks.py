@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import neuralode_coupled as nc
 from neuralode_coupled.learner import Classifier, Diverged
 from neuralode_coupled.processes import agree
-from neuralode_coupled.runs import PeakMemory, Row, RunFolder
+from neuralode_coupled.runs import PeakMemory, Row, RunFolder, draft
 from neuralode_coupled.weight_log import WeightLog
 
 Report = Callable[[str], None]
@@ -118,6 +119,20 @@ class Checkpoint(ModelCheckpoint):
             for name in ("best_model_path", "kth_best_model_path", "last_model_path")
         }
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": moved})
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints as drafts in their own folder.
+
+    Lightning's own go through the system's folder of temporary files, and from another file system come piece by piece.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises OSError that names ``path``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft(path) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class OwnSignals(pl.Callback):

@@ -210,11 +210,30 @@ class RunFolder:
         write_atomically(self.metrics, "\n".join(lines) + "\n")
 
 
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place at the end, or is gone if the writing fails.
+
+    Readers, and the next run after a kill, find the old content of ``path`` or the new, never a part.
+
+    Raises OSError that names ``path``.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers, and the next run after a kill, find the old content or the new, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
+    """Write a file as a `draft`."""
+    with draft(path) as beside:
+        beside.write_text(text)
 
 
 class PeakMemory:

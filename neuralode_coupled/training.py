@@ -23,7 +23,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import checkpoints
-from neuralode_coupled.callbacks import Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
+from neuralode_coupled.callbacks import AtomicCheckpoints, Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
 from neuralode_coupled.data import ImageData
 from neuralode_coupled.image_sources import source
 from neuralode_coupled.learner import Classifier
@@ -300,6 +300,7 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             strategy=experiment.strategy,
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
             callbacks=callbacks,
+            plugins=[AtomicCheckpoints()],
             logger=logger,
             default_root_dir=folder.path,
             num_sanity_val_steps=0,

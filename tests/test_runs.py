@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -105,12 +106,13 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     def full(self, text):
         with self.open("w") as file:
             file.write(text[:1])
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=rf"disk full: '{path}'"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_result_is_the_summary_of_its_rows():
