@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from neuralode_coupled.interruptions import Interrupted, interruptible
+from neuralode_coupled.interruptions import Interrupted, end_with_standard_input, interruptible
 from neuralode_coupled.runs import Experiment, Result, RunFolder
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     progress: Progress = True,
+    end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
     experiment: Experiment,
 ) -> None:
     """Train one network.
@@ -175,6 +176,8 @@ def train(
     run is not repeated; one that was killed continues with --resume.
     """
     with _interruptible("continue the run with --resume"):
+        if end_with_stdin:
+            end_with_standard_input()
         with _bad_input():
             experiment = replace(experiment, variant=variant, seed=seed)
         _train(experiment, RunFolder(folder), resume, progress)

@@ -25,6 +25,8 @@ from neuralode_coupled.training import build_data, build_model, load_model, reso
 
 MIB = 2**20
 
+PROGRAM = (sys.executable, "-m", "neuralode_coupled.cli")
+
 Report = Callable[[str], None]
 
 
@@ -166,15 +168,19 @@ def launch_process(arguments: list[str]) -> Outcome:
     """Run ``neuralode-coupled`` with these arguments in a process of its own. What it complains of is passed on."""
     # Threads that wait actively are up to ten times slower where another program wants a core too.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    done = subprocess.run(
-        [sys.executable, "-m", "neuralode_coupled.cli", *arguments],
+    # The pipe to its standard input ends with this process, however that ends, and then so does the other.
+    with subprocess.Popen(
+        [*PROGRAM, *arguments, "--end-with-stdin"],
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env=environment,
-    )
-    sys.stderr.write(done.stderr)
-    return Outcome(done.returncode, (done.stderr.strip().splitlines() or ["no message"])[-1])
+    ) as process:
+        assert process.stderr is not None
+        complaints = process.stderr.read()
+        process.wait()
+    sys.stderr.write(complaints)
+    return Outcome(process.returncode, (complaints.strip().splitlines() or ["no message"])[-1])
 
 
 def summarise(runs: Sequence[Planned]) -> list[Line]:

@@ -6,6 +6,7 @@ tensorboard/        the same for TensorBoard
 checkpoints/        best.ckpt (by test accuracy) and last.ckpt
 result.json         written when the run is finished
 failure.txt         what ended a run of several processes, until it is continued
+.lock               held by the process that trains here
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from neuralode_coupled.locks import Lock
 
 Row = dict[str, float]
 """One epoch: ``epoch`` (from 1), ``train/loss``, ``train/accuracy``, ``test/loss``, ``test/accuracy`` (accuracies are
@@ -148,6 +151,7 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.failure = self.path / "failure.txt"
+        self._lock = self.path / ".lock"
 
     def experiment(self) -> Experiment | None:
         """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
@@ -173,7 +177,7 @@ class RunFolder:
         """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``)."""
         there = self.experiment()
         if there is None:
-            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            if self.path.is_file() or (self.path.is_dir() and not all(map(self._is_left, self.path.iterdir()))):
                 raise ValueError(f"{self.path} exists and holds something else than a run: choose another folder")
             return
         differences = there.differences(experiment)
@@ -186,9 +190,23 @@ class RunFolder:
                 f"{self.path} holds an unfinished run: continue it with --resume, or choose another folder"
             )
 
+    def lock(self) -> Lock:
+        """The folder for one process alone, which makes it if need be. Raises as `Lock`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return Lock(self._lock)
+
+    def _is_left(self, path: Path) -> bool:
+        """Whether this is what a run leaves that ended before it had its ``config.json``."""
+        if path == self.checkpoints:
+            return path.is_dir() and not any(path.iterdir())
+        return path == self._lock or path.name.startswith(f".{self.config.name}.")
+
     def claim(self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str]) -> None:
-        """Make the folder and write ``config.json``."""
+        """Make the folder and write ``config.json``; drafts that a killed process has left go."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.json.*", ".*.csv.*", "checkpoints/.*.ckpt.*"):
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
         content = {"experiment": asdict(experiment), "classes": list(class_names), "versions": versions}
         write_atomically(self.config, json.dumps(content, indent=2) + "\n")
 

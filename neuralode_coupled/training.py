@@ -27,6 +27,7 @@ from neuralode_coupled.callbacks import AtomicCheckpoints, Checkpoint, EpochLog,
 from neuralode_coupled.data import ImageData
 from neuralode_coupled.image_sources import source
 from neuralode_coupled.learner import Classifier
+from neuralode_coupled.locks import Lock
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.processes import together, tolerate_unused_parameters
@@ -46,9 +47,10 @@ class Training:
     classifier: Classifier
     trainer: pl.Trainer
     done: int
+    lock: Lock | None
 
     def run(self) -> Result:
-        """Train what is left to train, and write the result.
+        """Train what is left to train, write the result, and let others have the folder.
 
         Several processes give the same result, and end together when one of them fails.
 
@@ -58,14 +60,21 @@ class Training:
             ProcessLost: in the other processes, if one has raised an error, or is gone.
             Interrupted: as the signal handlers of `interruptible` do, within it.
         """
-        with together(self.trainer, self.folder.failure), _without_idle_warnings():
-            if self.done < self.experiment.epochs:
-                checkpoint = self.folder.last if self.done else None
-                self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
-            if self.trainer.is_global_zero:
-                self.folder.finish(self._result())
-            # The others may be on machines that do not see the folder.
-            result = self.trainer.strategy.broadcast(self.folder.result())
+        try:
+            with together(self.trainer, self.folder.failure), _without_idle_warnings():
+                return self._run()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _run(self) -> Result:
+        if self.done < self.experiment.epochs:
+            checkpoint = self.folder.last if self.done else None
+            self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.trainer.is_global_zero:
+            self.folder.finish(self._result())
+        # The others may be on machines that do not see the folder.
+        result = self.trainer.strategy.broadcast(self.folder.result())
         assert result is not None
         return result
 
@@ -92,6 +101,8 @@ def prepare(
 ) -> Training:
     """Everything before the first step: what the user got wrong shows here.
 
+    From here to the end of `Training.run` the folder is locked, or as long as the `Training` is kept.
+
     Args:
         experiment: what to run.
         folder: where; its ``config.json`` is written.
@@ -102,43 +113,63 @@ def prepare(
     Raises:
         ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
             method does not take, data that cannot be used, or a folder that holds another experiment's run, or an
-            unfinished one without ``resume``.
+            unfinished one without ``resume``, or is in use.
         ImportError, ConnectionError: as `ImageData`.
     """
     experiment = resolve(experiment)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    with _without_idle_warnings():
+    with _without_idle_warnings(), contextlib.ExitStack() as failing:
         pl.seed_everything(experiment.seed, verbose=False)
         data = build_data(experiment)
-        classifier = Classifier(
-            build_model(experiment, data.classes),
-            epochs=experiment.epochs,
-            lr=experiment.lr,
-            evolution_lr=experiment.evolution_lr,
-            seed=experiment.seed,
-            origin=origin(experiment),
-        )
-        _tried(classifier.model)
-        if experiment.precision == "64-true":
-            # Lightning does so after it has read the checkpoint, which it would round to float32.
-            classifier.double()
-        if experiment.compile:
-            compile_model(classifier.model)
-        done = finished_epochs(folder, classifier) if resume else 0
-        trainer = _trainer(experiment, folder, done, progress, report)
-        if experiment.threads is not None and trainer.world_size > 1:
-            # Lightning otherwise shares the cores out anew when it starts the processes.
-            os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
-        # Once, by the process that starts the others: they come when the folder is in use already.
+        classifier = _classifier(experiment, data.classes)
+        trainer = _trainer(experiment, folder, progress)
+        # One process alone looks after the folder, and does so before it starts the others.
+        lock = None
         if trainer.is_global_zero:
-            folder.check(experiment, resume=resume)
-            folder.failure.unlink(missing_ok=True)
+            folder.check(experiment, resume=True)
+            if folder.config.exists():
+                lock = _locked(folder, failing)
+                folder.check(experiment, resume=resume)
+        done = finished_epochs(folder, classifier) if resume else 0
         data.prepare_data()
         data.setup()
-    if trainer.is_global_zero:
-        folder.claim(experiment, data.class_names, versions())
-    return Training(experiment, folder, data, classifier, trainer, done)
+        if trainer.is_global_zero:
+            if lock is None:
+                lock = _locked(folder, failing)
+                if folder.config.exists():
+                    raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
+            folder.failure.unlink(missing_ok=True)
+            folder.claim(experiment, data.class_names, versions())
+        _log(trainer, folder, done, report)
+        failing.pop_all()
+    return Training(experiment, folder, data, classifier, trainer, done, lock)
+
+
+def _locked(folder: RunFolder, failing: contextlib.ExitStack) -> Lock:
+    """The folder's lock, which is released if preparing fails."""
+    lock = folder.lock()
+    failing.callback(lock.release)
+    return lock
+
+
+def _classifier(experiment: Experiment, classes: int) -> Classifier:
+    """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
+    classifier = Classifier(
+        build_model(experiment, classes),
+        epochs=experiment.epochs,
+        lr=experiment.lr,
+        evolution_lr=experiment.evolution_lr,
+        seed=experiment.seed,
+        origin=origin(experiment),
+    )
+    _tried(classifier.model)
+    if experiment.precision == "64-true":
+        # Lightning does so after it has read the checkpoint, which it would round to float32.
+        classifier.double()
+    if experiment.compile:
+        compile_model(classifier.model)
+    return classifier
 
 
 def train(experiment: Experiment, folder: RunFolder, **options: Any) -> Result:
@@ -277,9 +308,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: bool, report: Report | None) -> pl.Trainer:
+def _trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Trainer:
+    """Without what depends on where the run goes on: see `_log`."""
     callbacks: list[pl.Callback] = [
-        EpochLog(folder, done, report),
         # The best before the last: the last then remembers the best score of its own epoch.
         Checkpoint(folder.checkpoints, "best", monitor="test/accuracy", mode="max"),
         Checkpoint(folder.checkpoints, "last"),
@@ -287,8 +318,6 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
     ]
     if progress:
         callbacks.append(ProgressBar())
-    # TensorBoard drops what it has after the checkpoint that training resumes from.
-    logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=done + 1 if done else None)
     if experiment.precision not in PRECISIONS:
         raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
     try:
@@ -301,7 +330,7 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
             callbacks=callbacks,
             plugins=[AtomicCheckpoints()],
-            logger=logger,
+            logger=False,
             default_root_dir=folder.path,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -319,7 +348,18 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
         if experiment.precision == "16-mixed":
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
     tolerate_unused_parameters(trainer)
+    if experiment.threads is not None and trainer.world_size > 1:
+        # Lightning otherwise shares the cores out anew when it starts the processes.
+        os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
     return trainer
+
+
+def _log(trainer: pl.Trainer, folder: RunFolder, done: int, report: Report | None) -> None:
+    """Have the trainer write down the epochs after those that are done."""
+    trainer.callbacks.insert(0, EpochLog(folder, done, report))  # pyright: ignore[reportAttributeAccessIssue]
+    # TensorBoard drops what it has after the checkpoint that training resumes from.
+    purge = done + 1 if done else None
+    trainer.logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=purge)
 
 
 def _refused(experiment: Experiment) -> str:

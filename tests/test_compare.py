@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,20 +206,48 @@ def test_a_process_that_fails_is_told_by_its_last_line(shared, tmp_path, capfd):
     assert "the loss became NaN" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_ends_with_the_comparison_that_started_it(shared, tmp_path):
+    """However that ends: here it is killed without a word."""
+    out = tmp_path / "out"
+    (planned,) = plan(out, shared, ["baseline"], [0])
+    command = [sys.executable, "-m", "neuralode_coupled.cli", "compare", *compare.command(planned)[1:]]
+    command = [word for word in command if word != "--resume"]
+    for option, its in (("--variant", "--variants"), ("--seed", "--seeds"), ("--epochs", "--epochs")):
+        command[command.index(option)] = its
+    command[command.index("--epochs") + 1] = "100000"
+    command[command.index("--out") + 1] = str(out)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        _within_a_minute(planned.folder.last.exists)
+        with pytest.raises(ValueError, match="in use by"):
+            planned.folder.lock()
+        parent.kill()
+    _within_a_minute(lambda: _free(planned.folder))
+    assert planned.folder.result() is None
+
+
+def _within_a_minute(happens) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _free(folder: RunFolder) -> bool:
+    try:
+        folder.lock().release()
+    except ValueError:
+        return False
+    return True
+
+
 def test_processes_wait_passively_unless_told_otherwise(monkeypatch):
-    seen = []
-
-    class Done:
-        returncode, stderr = 0, ""
-
-    monkeypatch.setattr(compare.subprocess, "run", lambda command, env, **options: seen.append((command, env)) or Done)
+    program = [sys.executable, "-c", "import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'] + ' ' + sys.argv[1])"]
+    monkeypatch.setattr(compare, "PROGRAM", program)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert compare.launch_process(["train"]) == Outcome(0, "no message")
+    assert compare.launch_process(["train"]) == Outcome(1, "passive train")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    compare.launch_process(["train"])
-    assert [env["OMP_WAIT_POLICY"] for _, env in seen] == ["passive", "active"]
-    assert seen[0][0] == [sys.executable, "-m", "neuralode_coupled.cli", "train"]
-    assert seen[0][1]["PATH"] == os.environ["PATH"]
+    assert compare.launch_process(["train"]) == Outcome(1, "active train")
 
 
 def test_learning_curves_show_unfinished_runs_too(shared, tmp_path):

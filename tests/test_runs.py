@@ -78,6 +78,28 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     RunFolder(tmp_path / "new").check(Experiment(), resume=False)
 
 
+def test_what_a_claim_that_was_cut_short_leaves_does_not_block(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for left in (".lock", ".config.json.123"):
+        (tmp_path / left).touch()
+    folder.check(Experiment(), resume=False)
+    folder.claim(Experiment(), ["cat"], {})
+    assert not (tmp_path / ".config.json.123").exists()
+    folder.config.unlink()
+    folder.best.touch()
+    with pytest.raises(ValueError, match="something else than a run"):
+        folder.check(Experiment(), resume=False)
+
+
+def test_drafts_of_a_killed_process_go_when_the_run_is_continued(folder):
+    left = folder.checkpoints / ".last.ckpt.123"
+    folder.last.touch()
+    left.touch()
+    folder.claim(Experiment(), ["cat", "dog"], {})
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.parametrize("content", ["", '{"parameters": 1', '{"parameters": 1}', "[]", "null"])
 def test_a_half_written_result_is_no_result(folder, content):
     (folder.path / "result.json").write_text(content)

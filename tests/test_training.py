@@ -185,6 +185,41 @@ def test_a_run_that_lost_only_its_result_is_not_trained_again(small, tmp_path):
     assert folder.last.stat().st_mtime_ns == saved
 
 
+def test_a_run_has_its_folder_for_itself(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    ready = prepare(small, folder)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="run is in use by process"):
+            prepare(small, folder, resume=resume)
+    ready.run()
+    (folder.path / "result.json").unlink()
+    assert prepare(small, folder, resume=True).done == 1
+
+
+def test_what_cannot_be_prepared_holds_nothing(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    prepare(small, folder)
+    with pytest.raises(ValueError, match="unfinished run") as caught:
+        prepare(small, folder)
+    assert prepare(small, folder, resume=True).done == 0, caught
+
+
+def test_of_two_that_start_at_once_in_a_new_folder_one_is_refused(small, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    setup = training.ImageData.setup
+
+    def while_another_trains(images, stage=None):
+        monkeypatch.setattr(training.ImageData, "setup", setup)
+        train(small, folder)
+        setup(images)
+
+    monkeypatch.setattr(training.ImageData, "setup", while_another_trains)
+    with pytest.raises(ValueError, match="has become another run's folder meanwhile: choose another folder"):
+        prepare(small, folder)
+
+
 class BreaksAtStep(nn.Module):
     """A model whose logits are NaN from a training step on; at the last step of an epoch only its weights are."""
 
