@@ -112,8 +112,9 @@ def prepare(
 
     Raises:
         ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
-            method does not take, data that cannot be used, or a folder that holds another experiment's run, or an
-            unfinished one without ``resume``, or is in use.
+            method does not take, data that cannot be used, or a folder that is in use, or holds another experiment's
+            run, an unfinished one without ``resume``, or one that cannot be continued: other images or classes, a
+            damaged checkpoint, rows that are missing.
         ImportError, ConnectionError: as `ImageData`.
     """
     experiment = resolve(experiment)
@@ -135,12 +136,17 @@ def prepare(
         data.prepare_data()
         data.setup()
         if trainer.is_global_zero:
-            if lock is None:
+            assert data.train is not None
+            images = len(data.train)
+            if lock is not None:
+                folder.check_data(data.class_names, images)
+                folder.check_rows(done)
+            else:
                 lock = _locked(folder, failing)
                 if folder.config.exists():
                     raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
             folder.failure.unlink(missing_ok=True)
-            folder.claim(experiment, data.class_names, versions())
+            folder.claim(experiment, data.class_names, versions(), images)
         _log(trainer, folder, done, report)
         failing.pop_all()
     return Training(experiment, folder, data, classifier, trainer, done, lock)
@@ -261,13 +267,14 @@ def load_model(folder: RunFolder) -> nn.Module:
 def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> int:
     """How many epochs the last checkpoint has behind it; 0 without one.
 
-    Raises ValueError for one that is damaged, or does not fit ``classifier``.
+    Raises ValueError for one that is damaged, does not fit ``classifier``, or cannot be continued from.
     """
     if not folder.last.exists():
         return 0
     checkpoint = checkpoints.read(folder.last)
     if classifier is not None:
         checkpoints.check(folder.last, checkpoint, classifier, classifier.origin)
+        checkpoints.check_continues(folder.last, checkpoint)
     return int(checkpoint["epoch"]) + 1
 
 

@@ -106,11 +106,25 @@ def test_a_half_written_result_is_no_result(folder, content):
     assert folder.result() is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"experiment": {"planet": "Mars"}}', '{"experiment": {"epochs": 0}}'])
-def test_a_damaged_config_says_what_to_do(folder, content):
-    folder.config.write_text(content)
-    with pytest.raises(ValueError, match=r"config.json is damaged .*delete the folder"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "\udcff", '{"experiment": {"epochs": "3"}}'),
+        *('{"experiment": {"planet": "Mars"}}', '{"experiment": {"epochs": 0}}'),
+    ],
+)
+def test_a_config_that_is_no_runs_says_what_to_do(folder, content):
+    """It may be another program's: deleting the folder would be bad advice."""
+    folder.config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*: choose another"):
         folder.experiment()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"classes": 5}', '{"classes": [1]}', '{"classes": null}'])
+def test_a_config_without_classes_says_what_to_do(folder, content):
+    folder.config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*classes"):
+        folder.class_names()
 
 
 def test_rows_come_back_to_the_last_digit(folder):
@@ -119,6 +133,30 @@ def test_rows_come_back_to_the_last_digit(folder):
     folder.write_rows(rows)
     assert folder.rows() == rows
     assert folder.metrics.read_text().splitlines()[1].startswith("1,0.30000000000000004,")
+
+
+CUT, LONG, SHORT = "line 3 is cut off", r"line 3 has \d numbers, not 4", "no rows of the epochs"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: "", f"{SHORT} 1, 2, which the last checkpoint has behind it: restore it, or train again"),
+        (lambda text: "".join(text.splitlines(True)[:2]), f"{SHORT} 2"),
+        (lambda text: "".join(text.splitlines(True)[::2]), f"{SHORT} 1"),
+        (lambda text: text[:-9], rf"damaged \({CUT}\): restore it, or train again in another folder"),
+        (lambda text: text[:-2], CUT),
+        (lambda text: text[:-20] + "\n", LONG),
+        (lambda text: text.replace("\n2,", "\ntwo,"), "line 3: .*'two'"),
+        (lambda text: "a,b\n1,2\n", "no column 'epoch'"),
+    ],
+)
+def test_rows_that_are_missing_or_damaged_are_named(folder, damage, message):
+    folder.write_rows([row(1), row(2)])
+    folder.check_rows(2)
+    folder.metrics.write_text(damage(folder.metrics.read_text()))
+    with pytest.raises(ValueError, match=rf"metrics.csv .*{message}"):
+        folder.check_rows(2)
 
 
 def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,54 @@ def test_what_cannot_be_prepared_holds_nothing(small, tmp_path):
     with pytest.raises(ValueError, match="unfinished run") as caught:
         prepare(small, folder)
     assert prepare(small, folder, resume=True).done == 0, caught
+
+
+def stopped(experiment: Experiment, folder: RunFolder) -> None:
+    """A run that has its last checkpoint and no result yet."""
+    train(experiment, folder)
+    (folder.path / "result.json").unlink()
+
+
+def test_a_run_is_continued_only_with_the_classes_and_images_it_began_with(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    root = Path(small.data_root)
+    (root / "train" / "class0" / "0.png").rename(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="was trained on 48 images, and there are 47: restore them, or choose another"):
+        prepare(small, folder, resume=True)
+    (tmp_path / "0.png").rename(root / "train" / "class0" / "0.png")
+    for split in ("train", "test"):
+        (root / split / "class0").rename(root / split / "zebra")
+    with pytest.raises(
+        ValueError,
+        match=r"trained on the classes 'class0', 'class1', 'class2', and there are 'class1', 'class2', 'zebra'",
+    ):
+        prepare(small, folder, resume=True)
+    for split in ("train", "test"):
+        (root / split / "zebra").rename(root / split / "class0")
+    assert train(small, folder, resume=True).epochs == 1
+
+
+def test_rows_are_looked_at_before_the_first_step(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    folder.metrics.unlink()
+    with pytest.raises(ValueError, match="no rows of the epochs 1"):
+        prepare(small, folder, resume=True)
+
+
+@pytest.mark.parametrize("part", ["epoch", "optimizer_states", "loops", "callbacks"])
+def test_a_checkpoint_of_weights_alone_does_not_continue_a_run(small, tmp_path, part):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    content = torch.load(folder.last, weights_only=True)
+    del content[part]
+    torch.save(content, folder.last)
+    with pytest.raises(ValueError, match=f"last.ckpt cannot be continued from, it has no '{part}': delete it"):
+        prepare(small, folder, resume=True)
 
 
 def test_of_two_that_start_at_once_in_a_new_folder_one_is_refused(small, tmp_path, monkeypatch):
