@@ -239,7 +239,8 @@ def compare(
         failures = comparison.run(chosen, progress=progress, report=_line)
         for failure in failures:
             err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
-        comparison.present(folder, chosen, out)
+        with _bad_input():  # what the folder of a finished run holds may be damaged
+            comparison.present(folder, chosen, out)
     if failures:
         raise typer.Exit(FAILED)
 

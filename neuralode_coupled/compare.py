@@ -21,7 +21,7 @@ from rich.table import Table
 from neuralode_coupled import plotting
 from neuralode_coupled.models import coupled_layers
 from neuralode_coupled.runs import Experiment, Result, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, build_model, load_model, resolve
+from neuralode_coupled.training import build_data, check, load_model, resolve
 
 MIB = 2**20
 
@@ -99,13 +99,18 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
         seeds: each variant is trained once for each.
 
     Raises:
-        ValueError: for names or data that cannot be used, nothing to compare, or a folder of another experiment.
+        ValueError: for names or data that cannot be used, nothing to compare, a folder of another experiment, or what
+            `prepare` would refuse in every run.
+        ImportError, ConnectionError: as `ImageData`.
     """
     for what, chosen in (("variants", variants), ("seeds", seeds)):
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"{what} must be one or more different ones, got {list(chosen)}")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file: choose a folder")
     experiment = resolve(experiment)
-    classes = build_data(experiment).classes
+    data = build_data(experiment)
     for folder in (RunFolder(path.parent) for path in sorted(out.glob("*/config.json"))):
         there = folder.experiment()
         differences = [] if there is None else there.differences(experiment, ignore=("variant", "seed"))
@@ -122,8 +127,11 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
         for seed in seeds
     ]
     for run in runs:
-        build_model(run.experiment, classes)
+        check(run.experiment, run.folder, data.classes)
         run.folder.check(run.experiment, resume=True)
+    if any(run.folder.result() is None for run in runs):
+        data.prepare_data()
+        data.setup()
     return runs
 
 

@@ -125,6 +125,9 @@ def prepare(
         data = build_data(experiment)
         classifier = _classifier(experiment, data.classes)
         trainer = _trainer(experiment, folder, progress)
+        if experiment.threads is not None and trainer.world_size > 1:
+            # Lightning otherwise shares the cores out anew when it starts the processes.
+            os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
         # One process alone looks after the folder, and does so before it starts the others.
         lock = None
         if trainer.is_global_zero:
@@ -176,6 +179,13 @@ def _classifier(experiment: Experiment, classes: int) -> Classifier:
     if experiment.compile:
         compile_model(classifier.model)
     return classifier
+
+
+def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
+    """Look at the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
+    with _without_idle_warnings():
+        _classifier(experiment, classes)
+        _trainer(experiment, folder, progress=False)
 
 
 def train(experiment: Experiment, folder: RunFolder, **options: Any) -> Result:
@@ -355,9 +365,6 @@ def _trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Tr
         if experiment.precision == "16-mixed":
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
     tolerate_unused_parameters(trainer)
-    if experiment.threads is not None and trainer.world_size > 1:
-        # Lightning otherwise shares the cores out anew when it starts the processes.
-        os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
     return trainer
 
 

@@ -186,6 +186,23 @@ def test_compare_shows_the_others_when_one_fails(quick, tmp_path, monkeypatch):
     assert "learning_curves.png" in done.stdout
 
 
+def test_compare_names_what_is_damaged_in_a_finished_run_below_the_table(quick, tmp_path, monkeypatch):
+    from neuralode_coupled import compare
+
+    monkeypatch.setattr(
+        compare, "launch_process", lambda arguments: compare.Outcome(run(*arguments).exit_code, "no message")
+    )
+    options = ["compare", "--variants", "baseline", *quick, "--out", tmp_path / "out"]
+    assert run(*options).exit_code == 0
+    metrics = tmp_path / "out" / "resnet4-baseline-seed0" / "metrics.csv"
+    metrics.write_text(metrics.read_text()[:-9])
+    done = run(*options)
+    assert done.exit_code == cli.BAD_INPUT
+    assert "baseline" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert f"error: {metrics} is damaged" in line
+
+
 COMMANDS = ["train", "compare", "check", "filters", "transport"]
 
 

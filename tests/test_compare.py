@@ -72,6 +72,37 @@ def test_plans_that_cannot_be_carried_out(shared, tmp_path, variants, seeds, mes
         plan(tmp_path / "out", shared, variants, seeds)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "foo"}, "unknown precision 'foo': choose one of"),
+        ({"limit": 10**6}, "limit must be at most the number of training images, 24, got 1000000"),
+        ({"compile": True}, "which cannot be compiled: use the adjoint"),
+        ({"adjoint": "reversible", "method": "dopri5"}, "needs a fixed grid"),
+        ({"devices": "some"}, "devices 'some'"),
+    ],
+)
+def test_what_every_run_would_complain_of_is_said_before_the_first(shared, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path / "out", replace(shared, **wrong), ["baseline", "node"], [0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_broken_keeps_nobody_from_a_table_of_finished_runs(shared, tmp_path):
+    finish(plan(tmp_path, shared, ["baseline"], [0])[0], 0.5)
+    (Path(shared.data_root) / "train" / "class0" / "0.png").write_text("not an image")
+    plan(tmp_path, shared, ["baseline"], [0])
+    with pytest.raises(ValueError, match="cannot read the image"):
+        plan(tmp_path, shared, ["baseline"], [1])
+
+
+def test_a_comparison_needs_a_folder(shared, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=rf"{tmp_path / 'file'} is a file: choose a folder"):
+            plan(out, shared, ["baseline"], [0])
+
+
 def test_a_folder_holds_one_comparison(shared, tmp_path):
     finish(plan(tmp_path, shared, ["anode"], [0])[0], 0.5)
     # More variants and seeds of the same are welcome.
