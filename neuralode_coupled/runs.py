@@ -44,8 +44,8 @@ class Experiment:
     """One training run. The fields are the options of ``neuralode-coupled train``.
 
     Raises:
-        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1, a negative seed, or a learning
-            rate or tolerance that is not positive.
+        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
+            negative seed, or a learning rate or tolerance that is not positive, or too large.
     """
 
     model: str = "resnet4"
@@ -79,12 +79,18 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         for name in ("lr", "evolution_lr", "rtol", "atol"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        largest = torch.finfo(torch.float32).max
+        for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, what float32 holds, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
         """Where another experiment is not this one: a ``"name: this value, that value"`` each."""

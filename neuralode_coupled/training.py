@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 import neuralode_coupled as nc
@@ -93,7 +95,7 @@ class Training:
 
 def prepare(
     experiment: Experiment,
-    folder: RunFolder,
+    folder: RunFolder | str | Path,
     *,
     resume: bool = False,
     progress: bool = False,
@@ -117,7 +119,7 @@ def prepare(
             damaged checkpoint, rows that are missing.
         ImportError, ConnectionError: as `ImageData`.
     """
-    experiment = resolve(experiment)
+    experiment, folder = resolve(experiment), _as_folder(folder)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     with _without_idle_warnings(), contextlib.ExitStack() as failing:
@@ -188,17 +190,26 @@ def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
         _trainer(experiment, folder, progress=False)
 
 
-def train(experiment: Experiment, folder: RunFolder, **options: Any) -> Result:
+def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
     """`prepare` and run; a finished run is not repeated: its result is returned."""
+    folder = _as_folder(folder)
     folder.check(resolve(experiment), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()
+
+
+def _as_folder(folder: RunFolder | str | Path) -> RunFolder:
+    return folder if isinstance(folder, RunFolder) else RunFolder(folder)
 
 
 def resolve(experiment: Experiment) -> Experiment:
     """The experiment with the default batch size of its data filled in and an absolute root.
 
-    Raises ValueError for an unknown data set, or a root that it cannot have.
+    Raises ValueError for an unknown data set, a root that it cannot have, or more threads than there are cores.
     """
+    cores = os.cpu_count() or 1
+    if experiment.threads is not None and experiment.threads > cores:
+        # OpenMP ends the process when it cannot start them.
+        raise ValueError(f"threads must be at most the number of CPU cores, {cores}, got {experiment.threads}")
     chosen = source(experiment.data)
     root = chosen.locate(experiment.data_root)
     return replace(
@@ -257,13 +268,14 @@ def _compiles(adjoint: nc.GradientMethod) -> bool:
     return isinstance(adjoint, nc.Backprop)
 
 
-def load_model(folder: RunFolder) -> nn.Module:
+def load_model(folder: RunFolder | str | Path) -> nn.Module:
     """The model of a run with the weights of its best checkpoint, on the CPU, in evaluation mode.
 
     Raises:
         ValueError: if the folder holds no run, or the run has no checkpoint yet, or one that is damaged, or of another
             model or a version whose models had other weights.
     """
+    folder = _as_folder(folder)
     experiment = folder.experiment()
     if experiment is None or not folder.best.exists():
         raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
@@ -356,6 +368,8 @@ def _trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Tr
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ValueError(f"{_refused(experiment)}: {str(error).rstrip('.!')} ({_there_are()})") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(f"{_refused(experiment)}: each process has to start as a program of its own, use strategy ddp")
     if isinstance(trainer.accelerator, CPUAccelerator):
         cores = os.cpu_count() or 1
         if trainer.num_devices > cores:

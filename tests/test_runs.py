@@ -195,6 +195,10 @@ def test_a_result_is_the_summary_of_its_rows():
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"rtol": -1e-3}, "rtol must be positive and finite, got -0.001"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"lr": 1e300}, r"lr must be at most 3.4\d+e\+38, what float32 holds, got 1e\+300"),
+        ({"lr": 1e20, "evolution_lr": 1e20}, r"lr times evolution_lr must be at most 3.4\d+e\+38, .*, got 1e\+40"),
+        ({"epochs": 10**400}, r"epochs must be below 2\*\*63, got 10{400}$"),
+        ({"batch_size": 10**23}, r"batch_size must be below 2\*\*63, got 10{23}$"),
     ],
 )
 def test_numbers_that_make_no_experiment(wrong, message):

@@ -99,6 +99,13 @@ def test_a_run_is_a_function_of_its_seed(small, tmp_path):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_folder_may_be_given_by_its_path(small, tmp_path):
+    small = replace(small, epochs=1, variant="baseline")
+    result = train(small, tmp_path / "run")
+    assert train(small, str(tmp_path / "run")) == result
+    assert not training.load_model(str(tmp_path / "run")).training
+
+
 def test_a_finished_run_is_not_repeated(small, tmp_path):
     folder = RunFolder(tmp_path / "run")
     result = train(replace(small, epochs=1), folder)
