@@ -1,7 +1,9 @@
-"""What happens besides training: a row an epoch, checkpoints that may be moved, a progress bar."""
+"""What happens besides training: a row an epoch, checkpoints that may be moved, signals, a progress bar."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 import neuralode_coupled as nc
 from neuralode_coupled.learner import Classifier, Diverged
 from neuralode_coupled.processes import agree
-from neuralode_coupled.runs import PeakMemory, Row, RunFolder
+from neuralode_coupled.runs import PeakMemory, Row, RunFolder, draft
 from neuralode_coupled.weight_log import WeightLog
 
 Report = Callable[[str], None]
@@ -116,6 +119,37 @@ class Checkpoint(ModelCheckpoint):
             for name in ("best_model_path", "kth_best_model_path", "last_model_path")
         }
         super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": moved})
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints as drafts in their own folder.
+
+    Lightning's own go through the system's folder of temporary files, and from another file system come piece by piece.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises OSError that names ``path``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft(path) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class OwnSignals(pl.Callback):
+    """Leaves SIGTERM to the handler that was there before Lightning's.
+
+    Lightning's lets the run end as if all were well, exit code 0, and among several processes waits for an exchange
+    that the others are not in.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before Lightning takes it."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After that."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
 
 
 class ProgressBar(RichProgressBar):

@@ -59,6 +59,13 @@ def check(path: Path, content: Mapping[str, Any], module: nn.Module, wanted: Map
     )
 
 
+def check_continues(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the checkpoint has, beside weights, what training is continued from."""
+    for part in ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers"):
+        if part not in content:
+            raise ValueError(f"{path} cannot be continued from, it has no {part!r}: delete it, and train again")
+
+
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
     """How the tensors of two state dicts differ in name and shape; empty if they fit."""
     shapes = [

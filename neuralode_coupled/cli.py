@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from neuralode_coupled.interruptions import Interrupted, end_with_standard_input, interruptible
 from neuralode_coupled.runs import Experiment, Result, RunFolder
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     progress: Progress = True,
+    end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
     experiment: Experiment,
 ) -> None:
     """Train one network.
@@ -173,9 +175,17 @@ def train(
     the best and the last checkpoint, and at the end result.json. A finished
     run is not repeated; one that was killed continues with --resume.
     """
+    with _interruptible("continue the run with --resume"):
+        if end_with_stdin:
+            end_with_standard_input()
+        with _bad_input():
+            experiment = replace(experiment, variant=variant, seed=seed)
+        _train(experiment, RunFolder(folder), resume, progress)
+
+
+def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool) -> None:
+    """`train`, of an experiment that is complete."""
     with _bad_input():
-        experiment = replace(experiment, variant=variant, seed=seed)
-        run = RunFolder(folder)
         from neuralode_coupled import training
         from neuralode_coupled.evolution import NonFiniteWeights
         from neuralode_coupled.learner import Diverged
@@ -184,7 +194,7 @@ def train(
         run.check(training.resolve(experiment), resume=True)
         result = run.result()
         if result is not None:
-            _line(f"{folder} is finished already: {_accuracies(result)}")
+            _line(f"{run.path} is finished already: {_accuracies(result)}")
             return
         bar = progress and out.is_terminal
         ready = training.prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
@@ -199,7 +209,7 @@ def train(
     except (Diverged, NonFiniteWeights, FolderNotShared) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
-        _line(f"{_accuracies(result)}; see {folder}")
+        _line(f"{_accuracies(result)}; see {run.path}")
 
 
 @app.command(epilog="Example: neuralode-coupled compare --variants baseline,anodev2-1 --seeds 0,1 --out runs/compare")
@@ -225,10 +235,12 @@ def compare(
         from neuralode_coupled import compare as comparison
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
-    failures = comparison.run(chosen, progress=progress, report=_line)
-    for failure in failures:
-        err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
-    comparison.present(folder, chosen, out)
+    with _interruptible("the same command goes on from here"):
+        failures = comparison.run(chosen, progress=progress, report=_line)
+        for failure in failures:
+            err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
+        with _bad_input():  # what the folder of a finished run holds may be damaged
+            comparison.present(folder, chosen, out)
     if failures:
         raise typer.Exit(FAILED)
 
@@ -340,9 +352,21 @@ def _bad_input() -> Iterator[None]:
         _stop(error, BAD_INPUT)
 
 
-def _stop(error: Exception, code: int) -> NoReturn:
+@contextlib.contextmanager
+def _interruptible(advice: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what happens here, with one line that says how it goes on."""
+    with interruptible():
+        try:
+            yield
+        except Interrupted as error:
+            if error.explained:
+                raise typer.Exit(error.exit_code) from error
+            _stop(f"{error}: {advice}", error.exit_code)
+
+
+def _stop(error: Exception | str, code: int) -> NoReturn:
     err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
-    raise typer.Exit(code) from error
+    raise typer.Exit(code)
 
 
 def _line(text: str) -> None:

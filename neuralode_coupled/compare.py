@@ -21,9 +21,11 @@ from rich.table import Table
 from neuralode_coupled import plotting
 from neuralode_coupled.models import coupled_layers
 from neuralode_coupled.runs import Experiment, Result, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, build_model, load_model, resolve
+from neuralode_coupled.training import build_data, check, load_model, resolve
 
 MIB = 2**20
+
+PROGRAM = (sys.executable, "-m", "neuralode_coupled.cli")
 
 Report = Callable[[str], None]
 
@@ -97,13 +99,18 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
         seeds: each variant is trained once for each.
 
     Raises:
-        ValueError: for names or data that cannot be used, nothing to compare, or a folder of another experiment.
+        ValueError: for names or data that cannot be used, nothing to compare, a folder of another experiment, or what
+            `prepare` would refuse in every run.
+        ImportError, ConnectionError: as `ImageData`.
     """
     for what, chosen in (("variants", variants), ("seeds", seeds)):
         if not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"{what} must be one or more different ones, got {list(chosen)}")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{existing} is a file: choose a folder")
     experiment = resolve(experiment)
-    classes = build_data(experiment).classes
+    data = build_data(experiment)
     for folder in (RunFolder(path.parent) for path in sorted(out.glob("*/config.json"))):
         there = folder.experiment()
         differences = [] if there is None else there.differences(experiment, ignore=("variant", "seed"))
@@ -120,8 +127,11 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
         for seed in seeds
     ]
     for run in runs:
-        build_model(run.experiment, classes)
+        check(run.experiment, run.folder, data.classes)
         run.folder.check(run.experiment, resume=True)
+    if any(run.folder.result() is None for run in runs):
+        data.prepare_data()
+        data.setup()
     return runs
 
 
@@ -144,8 +154,9 @@ def run(
             continue
         report(title)
         outcome = (launch or launch_process)(command(planned, progress))
-        if outcome.code != 0:
+        if outcome.code != 0 or planned.folder.result() is None:
             how = f"killed by signal {-outcome.code}" if outcome.code < 0 else f"exit code {outcome.code}"
+            how += ", but no result" if outcome.code == 0 else ""
             failures.append(f"{planned.name} ({how}): {outcome.complaint}")
     return failures
 
@@ -165,15 +176,19 @@ def launch_process(arguments: list[str]) -> Outcome:
     """Run ``neuralode-coupled`` with these arguments in a process of its own. What it complains of is passed on."""
     # Threads that wait actively are up to ten times slower where another program wants a core too.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-    done = subprocess.run(
-        [sys.executable, "-m", "neuralode_coupled.cli", *arguments],
+    # The pipe to its standard input ends with this process, however that ends, and then so does the other.
+    with subprocess.Popen(
+        [*PROGRAM, *arguments, "--end-with-stdin"],
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env=environment,
-    )
-    sys.stderr.write(done.stderr)
-    return Outcome(done.returncode, (done.stderr.strip().splitlines() or ["no message"])[-1])
+    ) as process:
+        assert process.stderr is not None
+        complaints = process.stderr.read()
+        process.wait()
+    sys.stderr.write(complaints)
+    return Outcome(process.returncode, (complaints.strip().splitlines() or ["no message"])[-1])
 
 
 def summarise(runs: Sequence[Planned]) -> list[Line]:

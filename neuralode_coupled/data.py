@@ -87,7 +87,8 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Decode the images, once.
 
-        Raises ValueError for more images than there are (``limit``, ``validation``), or an image that is broken.
+        Raises ValueError for more images than there are (``limit``, ``validation``), or an image that is broken, has
+        more than 8 bits a channel, or would be left out because of its extension.
         """
         if self.train is None:
             kept_back = self.validation

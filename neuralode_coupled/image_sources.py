@@ -73,7 +73,9 @@ def training_images(
 ) -> Int[Tensor, " chosen"]:
     """The indices of the images to train on; raises ValueError if that are more than there are."""
     left = len(labels) - (validation or 0)
-    if left < 1 or (limit is not None and limit > left):
+    if left < 1:
+        raise ValueError(f"of {len(labels)} training images validation keeps back {validation}: keep back less")
+    if limit is not None and limit > left:
         kept_back = f", of which validation keeps back {validation}" if validation else ""
         raise ValueError(f"limit must be at most the number of training images, {len(labels)}{kept_back}, got {limit}")
     return every_image(labels) if limit is None and not validation else stratified_order(labels)[:left][:limit]
@@ -194,9 +196,10 @@ def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     assert root is not None
     datasets = _torchvision_datasets()
     try:
-        dataset = datasets.ImageFolder(str(root / split))
+        dataset = datasets.ImageFolder(str(root / split), is_valid_file=_is_taken)
     except FileNotFoundError as error:  # a class without images: torchvision's message names it
-        raise ValueError(str(error)) from error
+        extensions = ", ".join(datasets.folder.IMG_EXTENSIONS)
+        raise ValueError(f"{error}in {str(root / split)!r}: images have the extensions {extensions}") from error
     labels = torch.tensor(dataset.targets)
     chosen = choose(labels)
     paths = [dataset.samples[i][0] for i in chosen.tolist()]
@@ -207,15 +210,42 @@ def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     return ImageSet(pixels, labels[chosen])
 
 
+_CLIPPED = ("I", "F")
+"""How the modes of Pillow begin whose numbers have more than 8 bits."""
+
+
+def _is_taken(path: str) -> bool:
+    """Whether a file of a class is one of its images. Raises ValueError for an image of a kind that is not taken."""
+    from PIL import Image
+
+    taken = _torchvision_datasets().folder.IMG_EXTENSIONS
+    extension = Path(path).suffix.lower()
+    if extension in taken:
+        return True
+    kind = Image.registered_extensions().get(extension, "")
+    if Image.MIME.get(kind, "").startswith("image/"):
+        raise ValueError(
+            f"the image {path!r} would be left out: the extensions that are taken are {', '.join(taken)}: "
+            "convert it, or move it away"
+        )
+    return False
+
+
 def _decode(path: str) -> np.ndarray:
     """An image file as (3, 32, 32) uint8."""
     from PIL import Image
 
     try:
         with Image.open(path) as file:
+            mode = file.mode
             image = file.convert("RGB")
-    except OSError as error:
+    except Exception as error:  # each decoder has its own: SyntaxError, struct.error, DecompressionBombError ...
         raise ValueError(f"cannot read the image {path!r}: {error}") from error
+    if mode.startswith(_CLIPPED):
+        raise ValueError(
+            f"the image {path!r} has the mode {mode}, of which only values from 0 to 255 would be kept: "
+            "convert it to 8 bits a channel"
+        )
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1).copy()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import os
-import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 
+from neuralode_coupled.interruptions import Interrupted, ignore_more
+
 _BROKEN_LINE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connection was likely closed")
 """What the error of a collective operation says (gloo's, TCPStore's, NCCL's) when another process has gone."""
+
+
+_PATIENCE = 10.0
+"""Seconds that a process has to end when it is asked to."""
 
 
 class ProcessLost(RuntimeError):
@@ -63,6 +68,8 @@ def tolerate_unused_parameters(trainer: pl.Trainer) -> None:
 def together(trainer: pl.Trainer, note: Path) -> Iterator[None]:
     """Around the work of all processes: the first that fails raises its error, the others raise `ProcessLost`.
 
+    Those that a signal asks to end raise `Interrupted`, all but the first of them ``explained``.
+
     The process group that the work has made is left when the program ends, so that later work can use it.
 
     Args:
@@ -75,12 +82,18 @@ def together(trainer: pl.Trainer, note: Path) -> Iterator[None]:
     found = torch.distributed.is_initialized()
     try:
         yield
+    except Interrupted as error:
+        ignore_more()
+        atexit.unregister(_leave_group)
+        error.explained = not _first(note, trainer.global_rank, error)
+        _end(getattr(trainer.strategy.launcher, "procs", []))
+        raise
     except Exception as error:
         atexit.unregister(_leave_group)  # would wait for exchanges that the others no longer answer
         first = _first(note, trainer.global_rank, error)
         if not first:
             raise ProcessLost(explained=True) from error
-        _end(getattr(trainer.strategy.launcher, "procs", ()))
+        _end(getattr(trainer.strategy.launcher, "procs", []))
         if any(words in str(error) for words in _BROKEN_LINE):
             raise ProcessLost(explained=False) from error
         raise
@@ -98,7 +111,7 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _first(note: Path, rank: int, error: Exception) -> bool:
+def _first(note: Path, rank: int, error: BaseException) -> bool:
     """Whether this process is the first to fail. Exactly one finds so."""
     try:
         with note.open("x") as file:
@@ -110,8 +123,17 @@ def _first(note: Path, rank: int, error: Exception) -> bool:
     return True
 
 
-def _end(processes: Any) -> None:
-    """Those that this one started: they would find out at their next exchange only."""
+def _end(launched: list[subprocess.Popen[Any]]) -> None:
+    """End the processes that this one has started: they would find out at their next exchange only.
+
+    Lightning kills this process soon after one of those on its list has ended: the list is emptied.
+    """
+    processes = launched.copy()
+    launched.clear()
     for process in processes:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGTERM)
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()

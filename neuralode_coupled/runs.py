@@ -6,11 +6,11 @@ tensorboard/        the same for TensorBoard
 checkpoints/        best.ckpt (by test accuracy) and last.ckpt
 result.json         written when the run is finished
 failure.txt         what ended a run of several processes, until it is continued
+.lock               held by the process that trains here
 """
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import json
 import math
@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 
+from neuralode_coupled._messages import some
+from neuralode_coupled.locks import Lock
+
 Row = dict[str, float]
 """One epoch: ``epoch`` (from 1), ``train/loss``, ``train/accuracy``, ``test/loss``, ``test/accuracy`` (accuracies are
 fractions), ``lr``, ``evolution/*`` (norms of the evolution coefficients), ``seconds`` (of training) and ``memory`` (the
@@ -33,14 +36,16 @@ peak so far, in bytes)."""
 _HOW_NOT_WHAT = frozenset({"compile", "accelerator", "strategy", "threads"})
 """What an experiment may differ in and still be the same: it changes no more than round-off."""
 
+_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class Experiment:
     """One training run. The fields are the options of ``neuralode-coupled train``.
 
     Raises:
-        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1, a negative seed, or a learning
-            rate or tolerance that is not positive.
+        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
+            negative seed, or a learning rate or tolerance that is not positive, or too large.
     """
 
     model: str = "resnet4"
@@ -74,12 +79,18 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, got {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         for name in ("lr", "evolution_lr", "rtol", "atol"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        largest = torch.finfo(torch.float32).max
+        for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, what float32 holds, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
         """Where another experiment is not this one: a ``"name: this value, that value"`` each."""
@@ -148,19 +159,35 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.failure = self.path / "failure.txt"
+        self._lock = self.path / ".lock"
 
     def experiment(self) -> Experiment | None:
         """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
         if not self.config.exists():
             return None
-        try:
-            return Experiment(**json.loads(self.config.read_text())["experiment"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.config} is damaged ({error}): delete the folder, or use another") from error
+        with self._reading_config() as content:
+            return Experiment(**content["experiment"])
 
     def class_names(self) -> list[str]:
-        """The names of the classes that the run's model tells apart, in the order of its logits."""
-        return json.loads(self.config.read_text())["classes"]
+        """The names of the classes that the run's model tells apart, in the order of its logits.
+
+        Raises ValueError if they cannot be read.
+        """
+        with self._reading_config() as content:
+            names = content["classes"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"classes are {names!r}")
+            return names
+
+    @contextmanager
+    def _reading_config(self) -> Iterator[dict[str, Any]]:
+        """Raises ValueError for what cannot be made of it."""
+        try:
+            yield json.loads(self.config.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.config} is damaged, or no run's of this version ({error}): choose another folder"
+            ) from error
 
     def result(self) -> Result | None:
         """The result; None for a run that is not finished, or was killed while it wrote its result."""
@@ -173,7 +200,7 @@ class RunFolder:
         """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``)."""
         there = self.experiment()
         if there is None:
-            if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            if self.path.is_file() or (self.path.is_dir() and not all(map(self._is_left, self.path.iterdir()))):
                 raise ValueError(f"{self.path} exists and holds something else than a run: choose another folder")
             return
         differences = there.differences(experiment)
@@ -186,10 +213,55 @@ class RunFolder:
                 f"{self.path} holds an unfinished run: continue it with --resume, or choose another folder"
             )
 
-    def claim(self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str]) -> None:
-        """Make the folder and write ``config.json``."""
+    def lock(self) -> Lock:
+        """The folder for one process alone, which makes it if need be. Raises as `Lock`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return Lock(self._lock)
+
+    def _is_left(self, path: Path) -> bool:
+        """Whether this is what a run leaves that ended before it had its ``config.json``."""
+        if path == self.checkpoints:
+            return path.is_dir() and not any(path.iterdir())
+        return path == self._lock or path.name.startswith(f".{self.config.name}.")
+
+    def check_data(self, class_names: Sequence[str], images: int) -> None:
+        """Raise ValueError if a run that is here has other classes, or began with another number of training images."""
+        with self._reading_config() as content:
+            began_with = content.get("images", images)  # versions before did not write it down
+        if self.class_names() != list(class_names):
+            raise self._of_other_data(f"the classes {_listed(self.class_names())}", _listed(class_names))
+        if began_with != images:
+            raise self._of_other_data(f"{began_with} images", str(images))
+
+    def _of_other_data(self, there: str, now: str) -> ValueError:
+        return ValueError(
+            f"{self.path} holds a run that was trained on {there}, and there are {now}: "
+            "restore them, or choose another folder"
+        )
+
+    def check_rows(self, done: int) -> None:
+        """Raise ValueError unless ``metrics.csv`` has the epochs that are done."""
+        found = {row["epoch"] for row in self.rows()}
+        missing = [str(epoch) for epoch in range(1, done + 1) if epoch not in found]
+        if missing:
+            raise ValueError(
+                f"{self.metrics} has no rows of the epochs {some(missing, _SHOWN)}, which the last checkpoint has "
+                "behind it: restore it, or train again in another folder"
+            )
+
+    def claim(
+        self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str], images: int | None = None
+    ) -> None:
+        """Make the folder and write ``config.json``; drafts that a killed process has left go.
+
+        ``images`` is how many there are to train on.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.json.*", ".*.csv.*", "checkpoints/.*.ckpt.*"):
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
         content = {"experiment": asdict(experiment), "classes": list(class_names), "versions": versions}
+        content |= {} if images is None else {"images": images}
         write_atomically(self.config, json.dumps(content, indent=2) + "\n")
 
     def finish(self, result: Result) -> None:
@@ -197,11 +269,15 @@ class RunFolder:
         write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
 
     def rows(self) -> list[Row]:
-        """The epochs so far."""
+        """The epochs so far. Raises ValueError if the file is damaged."""
         if not self.metrics.exists():
             return []
-        with self.metrics.open(newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            return _parsed(self.metrics.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.metrics} is damaged ({error}): restore it, or train again in another folder"
+            ) from error
 
     def write_rows(self, rows: Sequence[Row]) -> None:
         """Write ``metrics.csv`` anew, all epochs of it. Floats keep every digit."""
@@ -210,11 +286,30 @@ class RunFolder:
         write_atomically(self.metrics, "\n".join(lines) + "\n")
 
 
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place at the end, or is gone if the writing fails.
+
+    Readers, and the next run after a kill, find the old content of ``path`` or the new, never a part.
+
+    Raises OSError that names ``path``.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that readers, and the next run after a kill, find the old content or the new, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
+    """Write a file as a `draft`."""
+    with draft(path) as beside:
+        beside.write_text(text)
 
 
 class PeakMemory:
@@ -271,3 +366,29 @@ class PeakMemory:
 
 def _number(value: float) -> str:
     return str(int(value)) if float(value).is_integer() and abs(value) < 2**53 else repr(float(value))
+
+
+def _parsed(text: str) -> list[Row]:
+    """What `RunFolder.write_rows` has written. Raises ValueError that names the line."""
+    if not text:
+        return []
+    heading, *lines = text.splitlines()
+    names = heading.split(",")
+    if not text.endswith("\n"):
+        raise ValueError(f"line {len(lines) + 1} is cut off")
+    if "epoch" not in names:
+        raise ValueError("no column 'epoch'")
+    rows = []
+    for number, line in enumerate(lines, 2):
+        values = line.split(",")
+        if len(values) != len(names):
+            raise ValueError(f"line {number} has {len(values)} numbers, not {len(names)}")
+        try:
+            rows.append(dict(zip(names, map(float, values), strict=True)))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

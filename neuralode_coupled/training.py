@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,14 +20,16 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_fabric.utilities.warnings import PossibleUserWarning
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import checkpoints
-from neuralode_coupled.callbacks import Checkpoint, EpochLog, ProgressBar, Report
+from neuralode_coupled.callbacks import AtomicCheckpoints, Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
 from neuralode_coupled.data import ImageData
 from neuralode_coupled.image_sources import source
 from neuralode_coupled.learner import Classifier
+from neuralode_coupled.locks import Lock
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.processes import together, tolerate_unused_parameters
@@ -46,9 +49,10 @@ class Training:
     classifier: Classifier
     trainer: pl.Trainer
     done: int
+    lock: Lock | None
 
     def run(self) -> Result:
-        """Train what is left to train, and write the result.
+        """Train what is left to train, write the result, and let others have the folder.
 
         Several processes give the same result, and end together when one of them fails.
 
@@ -56,15 +60,23 @@ class Training:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
             FolderNotShared: in a process that does not see what the run is resumed from.
             ProcessLost: in the other processes, if one has raised an error, or is gone.
+            Interrupted: as the signal handlers of `interruptible` do, within it.
         """
-        with together(self.trainer, self.folder.failure), _without_idle_warnings():
-            if self.done < self.experiment.epochs:
-                checkpoint = self.folder.last if self.done else None
-                self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
-            if self.trainer.is_global_zero:
-                self.folder.finish(self._result())
-            # The others may be on machines that do not see the folder.
-            result = self.trainer.strategy.broadcast(self.folder.result())
+        try:
+            with together(self.trainer, self.folder.failure), _without_idle_warnings():
+                return self._run()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _run(self) -> Result:
+        if self.done < self.experiment.epochs:
+            checkpoint = self.folder.last if self.done else None
+            self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.trainer.is_global_zero:
+            self.folder.finish(self._result())
+        # The others may be on machines that do not see the folder.
+        result = self.trainer.strategy.broadcast(self.folder.result())
         assert result is not None
         return result
 
@@ -83,13 +95,15 @@ class Training:
 
 def prepare(
     experiment: Experiment,
-    folder: RunFolder,
+    folder: RunFolder | str | Path,
     *,
     resume: bool = False,
     progress: bool = False,
     report: Report | None = None,
 ) -> Training:
     """Everything before the first step: what the user got wrong shows here.
+
+    From here to the end of `Training.run` the folder is locked, or as long as the `Training` is kept.
 
     Args:
         experiment: what to run.
@@ -100,57 +114,102 @@ def prepare(
 
     Raises:
         ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
-            method does not take, data that cannot be used, or a folder that holds another experiment's run, or an
-            unfinished one without ``resume``.
+            method does not take, data that cannot be used, or a folder that is in use, or holds another experiment's
+            run, an unfinished one without ``resume``, or one that cannot be continued: other images or classes, a
+            damaged checkpoint, rows that are missing.
         ImportError, ConnectionError: as `ImageData`.
     """
-    experiment = resolve(experiment)
+    experiment, folder = resolve(experiment), _as_folder(folder)
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    with _without_idle_warnings():
+    with _without_idle_warnings(), contextlib.ExitStack() as failing:
         pl.seed_everything(experiment.seed, verbose=False)
         data = build_data(experiment)
-        classifier = Classifier(
-            build_model(experiment, data.classes),
-            epochs=experiment.epochs,
-            lr=experiment.lr,
-            evolution_lr=experiment.evolution_lr,
-            seed=experiment.seed,
-            origin=origin(experiment),
-        )
-        _tried(classifier.model)
-        if experiment.precision == "64-true":
-            # Lightning does so after it has read the checkpoint, which it would round to float32.
-            classifier.double()
-        if experiment.compile:
-            compile_model(classifier.model)
-        done = finished_epochs(folder, classifier) if resume else 0
-        trainer = _trainer(experiment, folder, done, progress, report)
+        classifier = _classifier(experiment, data.classes)
+        trainer = _trainer(experiment, folder, progress)
         if experiment.threads is not None and trainer.world_size > 1:
             # Lightning otherwise shares the cores out anew when it starts the processes.
             os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
-        # Once, by the process that starts the others: they come when the folder is in use already.
+        # One process alone looks after the folder, and does so before it starts the others.
+        lock = None
         if trainer.is_global_zero:
-            folder.check(experiment, resume=resume)
-            folder.failure.unlink(missing_ok=True)
+            folder.check(experiment, resume=True)
+            if folder.config.exists():
+                lock = _locked(folder, failing)
+                folder.check(experiment, resume=resume)
+        done = finished_epochs(folder, classifier) if resume else 0
         data.prepare_data()
         data.setup()
-    if trainer.is_global_zero:
-        folder.claim(experiment, data.class_names, versions())
-    return Training(experiment, folder, data, classifier, trainer, done)
+        if trainer.is_global_zero:
+            assert data.train is not None
+            images = len(data.train)
+            if lock is not None:
+                folder.check_data(data.class_names, images)
+                folder.check_rows(done)
+            else:
+                lock = _locked(folder, failing)
+                if folder.config.exists():
+                    raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
+            folder.failure.unlink(missing_ok=True)
+            folder.claim(experiment, data.class_names, versions(), images)
+        _log(trainer, folder, done, report)
+        failing.pop_all()
+    return Training(experiment, folder, data, classifier, trainer, done, lock)
 
 
-def train(experiment: Experiment, folder: RunFolder, **options: Any) -> Result:
+def _locked(folder: RunFolder, failing: contextlib.ExitStack) -> Lock:
+    """The folder's lock, which is released if preparing fails."""
+    lock = folder.lock()
+    failing.callback(lock.release)
+    return lock
+
+
+def _classifier(experiment: Experiment, classes: int) -> Classifier:
+    """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
+    classifier = Classifier(
+        build_model(experiment, classes),
+        epochs=experiment.epochs,
+        lr=experiment.lr,
+        evolution_lr=experiment.evolution_lr,
+        seed=experiment.seed,
+        origin=origin(experiment),
+    )
+    _tried(classifier.model)
+    if experiment.precision == "64-true":
+        # Lightning does so after it has read the checkpoint, which it would round to float32.
+        classifier.double()
+    if experiment.compile:
+        compile_model(classifier.model)
+    return classifier
+
+
+def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
+    """Look at the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
+    with _without_idle_warnings():
+        _classifier(experiment, classes)
+        _trainer(experiment, folder, progress=False)
+
+
+def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
     """`prepare` and run; a finished run is not repeated: its result is returned."""
+    folder = _as_folder(folder)
     folder.check(resolve(experiment), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()
+
+
+def _as_folder(folder: RunFolder | str | Path) -> RunFolder:
+    return folder if isinstance(folder, RunFolder) else RunFolder(folder)
 
 
 def resolve(experiment: Experiment) -> Experiment:
     """The experiment with the default batch size of its data filled in and an absolute root.
 
-    Raises ValueError for an unknown data set, or a root that it cannot have.
+    Raises ValueError for an unknown data set, a root that it cannot have, or more threads than there are cores.
     """
+    cores = os.cpu_count() or 1
+    if experiment.threads is not None and experiment.threads > cores:
+        # OpenMP ends the process when it cannot start them.
+        raise ValueError(f"threads must be at most the number of CPU cores, {cores}, got {experiment.threads}")
     chosen = source(experiment.data)
     root = chosen.locate(experiment.data_root)
     return replace(
@@ -209,13 +268,14 @@ def _compiles(adjoint: nc.GradientMethod) -> bool:
     return isinstance(adjoint, nc.Backprop)
 
 
-def load_model(folder: RunFolder) -> nn.Module:
+def load_model(folder: RunFolder | str | Path) -> nn.Module:
     """The model of a run with the weights of its best checkpoint, on the CPU, in evaluation mode.
 
     Raises:
         ValueError: if the folder holds no run, or the run has no checkpoint yet, or one that is damaged, or of another
             model or a version whose models had other weights.
     """
+    folder = _as_folder(folder)
     experiment = folder.experiment()
     if experiment is None or not folder.best.exists():
         raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
@@ -229,13 +289,14 @@ def load_model(folder: RunFolder) -> nn.Module:
 def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> int:
     """How many epochs the last checkpoint has behind it; 0 without one.
 
-    Raises ValueError for one that is damaged, or does not fit ``classifier``.
+    Raises ValueError for one that is damaged, does not fit ``classifier``, or cannot be continued from.
     """
     if not folder.last.exists():
         return 0
     checkpoint = checkpoints.read(folder.last)
     if classifier is not None:
         checkpoints.check(folder.last, checkpoint, classifier, classifier.origin)
+        checkpoints.check_continues(folder.last, checkpoint)
     return int(checkpoint["epoch"]) + 1
 
 
@@ -276,17 +337,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: bool, report: Report | None) -> pl.Trainer:
+def _trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Trainer:
+    """Without what depends on where the run goes on: see `_log`."""
     callbacks: list[pl.Callback] = [
-        EpochLog(folder, done, report),
         # The best before the last: the last then remembers the best score of its own epoch.
         Checkpoint(folder.checkpoints, "best", monitor="test/accuracy", mode="max"),
         Checkpoint(folder.checkpoints, "last"),
+        OwnSignals(),
     ]
     if progress:
         callbacks.append(ProgressBar())
-    # TensorBoard drops what it has after the checkpoint that training resumes from.
-    logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=done + 1 if done else None)
     if experiment.precision not in PRECISIONS:
         raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
     try:
@@ -298,7 +358,8 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             strategy=experiment.strategy,
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
             callbacks=callbacks,
-            logger=logger,
+            plugins=[AtomicCheckpoints()],
+            logger=False,
             default_root_dir=folder.path,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
@@ -307,6 +368,8 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ValueError(f"{_refused(experiment)}: {str(error).rstrip('.!')} ({_there_are()})") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(f"{_refused(experiment)}: each process has to start as a program of its own, use strategy ddp")
     if isinstance(trainer.accelerator, CPUAccelerator):
         cores = os.cpu_count() or 1
         if trainer.num_devices > cores:
@@ -317,6 +380,14 @@ def _trainer(experiment: Experiment, folder: RunFolder, done: int, progress: boo
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
     tolerate_unused_parameters(trainer)
     return trainer
+
+
+def _log(trainer: pl.Trainer, folder: RunFolder, done: int, report: Report | None) -> None:
+    """Have the trainer write down the epochs after those that are done."""
+    trainer.callbacks.insert(0, EpochLog(folder, done, report))  # pyright: ignore[reportAttributeAccessIssue]
+    # TensorBoard drops what it has after the checkpoint that training resumes from.
+    purge = done + 1 if done else None
+    trainer.logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=purge)
 
 
 def _refused(experiment: Experiment) -> str:

@@ -4,8 +4,9 @@
 
 A module of its own, because every process of a run starts this program again. What it does is chosen by environment
 variables: ``RECORD`` (a folder, for the first gradients and the last weights of every process, and for whether it still
-belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise`` or ``kill``) and ``BRANCH`` (a
-parameter is used by one process alone at every step).
+belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as ``SIGKILL`` to this
+process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process alone at every
+step).
 """
 
 from __future__ import annotations
@@ -69,14 +70,15 @@ def note_group() -> None:
 
 
 class Fail(pl.Callback):
-    """Raises in one process, or kills it."""
+    """Raises in one process, or sends a signal."""
 
     def on_train_batch_end(self, trainer, *args) -> None:
         how, rank, step = os.environ["FAIL"].split(",")
         if int(rank) == RANK and trainer.global_step == int(step):
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("the disk of this process is full")
+            if how == "raise":
+                raise ValueError("the disk of this process is full")
+            name, _, every = how.partition("-")
+            (os.killpg if every else os.kill)(0 if every else os.getpid(), signal.Signals[name])
 
 
 def main() -> None:

@@ -7,7 +7,10 @@ adds to tests/data/state_dicts.pt what the current version makes of models that 
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import checkpoints, training
+from neuralode_coupled.callbacks import AtomicCheckpoints
 from neuralode_coupled.runs import Experiment, RunFolder
 from neuralode_coupled.training import prepare, train
 from tests import oracle
@@ -140,6 +144,31 @@ def test_what_is_no_checkpoint_is_refused(runs):
     torch.save([1], ours.last)
     with pytest.raises(ValueError, match="has no 'state_dict'"):
         prepare(experiment, ours, resume=True)
+
+
+def test_a_checkpoint_is_drafted_beside_its_place(tmp_path, monkeypatch):
+    """The system's folder of temporary files may be on another disk, from which a file comes piece by piece."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    folder = RunFolder(tmp_path / "run")
+    train(Experiment(variant="baseline", epochs=1, limit=20, accelerator="cpu"), folder)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_save_that_fails_keeps_the_checkpoint_that_is_there(tmp_path):
+    class Unfinished:
+        def __reduce__(self):
+            seen.extend(path.name for path in tmp_path.iterdir())
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    seen: list[str] = []
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)
+    whole = path.read_bytes()
+    with pytest.raises(OSError, match=rf"no space left on device: '{path}'"):
+        AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(9), "last": Unfinished()}, path)
+    assert sorted(seen) == [f".last.ckpt.{os.getpid()}", "last.ckpt"]
+    assert path.read_bytes() == whole
+    assert [left.name for left in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 if __name__ == "__main__":

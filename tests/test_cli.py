@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 
 import pytest
 import typer
@@ -89,6 +91,9 @@ def test_train_continues_an_unfinished_run_only_with_resume(quick, tmp_path):
         (["--precision", "7-bit"], "7-bit"),
         (["--accelerator", "abacus"], "abacus"),
         (["--devices", "some"], "'some'"),
+        (["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp_spawn"], "strategy 'ddp_spawn'"),
+        (["--threads", "100000"], "threads must be at most the number of CPU cores, "),
+        (["--lr", "1e300"], "lr must be at most 3.4"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, options, message):
@@ -103,6 +108,26 @@ def test_another_experiments_folder_is_refused(quick, tmp_path):
     line = complaint(run("train", "--variant", "anode", *quick, "--lr", 0.5, "--out", out))
     assert "variant: 'baseline' there, 'anode' asked for" in line
     assert "lr: 0.1 there, 0.5 asked for" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_says_how_it_goes_on(quick, tmp_path, monkeypatch, number):
+    class Asked(training.EpochLog):
+        def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+            if trainer.global_step == 4:  # the first of the second epoch
+                os.kill(os.getpid(), number)
+
+    options = ["train", "--variant", "baseline", *quick, "--epochs", 2, "--out", tmp_path / "run"]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "EpochLog", Asked)
+        done = run(*options)
+    assert done.exit_code == 128 + number, done.output
+    assert done.stderr == f"error: interrupted by {number.name}: continue the run with --resume\n"
+    assert RunFolder(tmp_path / "run").result() is None
+    assert "continuing after epoch 1 of 2" in run(*options, "--resume").stdout
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_broken_loss_is_a_failed_run(quick, tmp_path, monkeypatch):
@@ -162,6 +187,23 @@ def test_compare_shows_the_others_when_one_fails(quick, tmp_path, monkeypatch):
     assert "failed: resnet4-anode-seed0 (killed by signal 9): no message" in done.stderr
     assert (tmp_path / "out" / "table.md").exists()
     assert "learning_curves.png" in done.stdout
+
+
+def test_compare_names_what_is_damaged_in_a_finished_run_below_the_table(quick, tmp_path, monkeypatch):
+    from neuralode_coupled import compare
+
+    monkeypatch.setattr(
+        compare, "launch_process", lambda arguments: compare.Outcome(run(*arguments).exit_code, "no message")
+    )
+    options = ["compare", "--variants", "baseline", *quick, "--out", tmp_path / "out"]
+    assert run(*options).exit_code == 0
+    metrics = tmp_path / "out" / "resnet4-baseline-seed0" / "metrics.csv"
+    metrics.write_text(metrics.read_text()[:-9])
+    done = run(*options)
+    assert done.exit_code == cli.BAD_INPUT
+    assert "baseline" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert f"error: {metrics} is damaged" in line
 
 
 COMMANDS = ["train", "compare", "check", "filters", "transport"]

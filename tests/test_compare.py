@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,37 @@ def test_plans_that_cannot_be_carried_out(shared, tmp_path, variants, seeds, mes
         plan(tmp_path / "out", shared, variants, seeds)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "foo"}, "unknown precision 'foo': choose one of"),
+        ({"limit": 10**6}, "limit must be at most the number of training images, 24, got 1000000"),
+        ({"compile": True}, "which cannot be compiled: use the adjoint"),
+        ({"adjoint": "reversible", "method": "dopri5"}, "needs a fixed grid"),
+        ({"devices": "some"}, "devices 'some'"),
+    ],
+)
+def test_what_every_run_would_complain_of_is_said_before_the_first(shared, tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path / "out", replace(shared, **wrong), ["baseline", "node"], [0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_broken_keeps_nobody_from_a_table_of_finished_runs(shared, tmp_path):
+    finish(plan(tmp_path, shared, ["baseline"], [0])[0], 0.5)
+    (Path(shared.data_root) / "train" / "class0" / "0.png").write_text("not an image")
+    plan(tmp_path, shared, ["baseline"], [0])
+    with pytest.raises(ValueError, match="cannot read the image"):
+        plan(tmp_path, shared, ["baseline"], [1])
+
+
+def test_a_comparison_needs_a_folder(shared, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match=rf"{tmp_path / 'file'} is a file: choose a folder"):
+            plan(out, shared, ["baseline"], [0])
+
+
 def test_a_folder_holds_one_comparison(shared, tmp_path):
     finish(plan(tmp_path, shared, ["anode"], [0])[0], 0.5)
     # More variants and seeds of the same are welcome.
@@ -128,6 +160,13 @@ def test_a_run_that_fails_takes_no_other_along(shared, tmp_path):
     ]
     assert [line.variant for line in compare.summarise(runs)] == ["anodev2-2"]
     assert "anodev2-2" in printed(tmp_path / "out", runs)
+
+
+def test_a_run_without_a_result_has_failed(shared, tmp_path):
+    runs = plan(tmp_path / "out", shared, ["baseline"], [0])
+    assert compare.run(runs, report=str, launch=lambda arguments: Outcome(0, "no message")) == [
+        "resnet4-baseline-seed0 (exit code 0, but no result): no message"
+    ]
 
 
 def test_the_table_is_over_the_seeds(shared, tmp_path):
@@ -198,20 +237,48 @@ def test_a_process_that_fails_is_told_by_its_last_line(shared, tmp_path, capfd):
     assert "the loss became NaN" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_ends_with_the_comparison_that_started_it(shared, tmp_path):
+    """However that ends: here it is killed without a word."""
+    out = tmp_path / "out"
+    (planned,) = plan(out, shared, ["baseline"], [0])
+    command = [sys.executable, "-m", "neuralode_coupled.cli", "compare", *compare.command(planned)[1:]]
+    command = [word for word in command if word != "--resume"]
+    for option, its in (("--variant", "--variants"), ("--seed", "--seeds"), ("--epochs", "--epochs")):
+        command[command.index(option)] = its
+    command[command.index("--epochs") + 1] = "100000"
+    command[command.index("--out") + 1] = str(out)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        _within_a_minute(planned.folder.last.exists)
+        with pytest.raises(ValueError, match="in use by"):
+            planned.folder.lock()
+        parent.kill()
+    _within_a_minute(lambda: _free(planned.folder))
+    assert planned.folder.result() is None
+
+
+def _within_a_minute(happens) -> None:
+    end = time.monotonic() + 60
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _free(folder: RunFolder) -> bool:
+    try:
+        folder.lock().release()
+    except ValueError:
+        return False
+    return True
+
+
 def test_processes_wait_passively_unless_told_otherwise(monkeypatch):
-    seen = []
-
-    class Done:
-        returncode, stderr = 0, ""
-
-    monkeypatch.setattr(compare.subprocess, "run", lambda command, env, **options: seen.append((command, env)) or Done)
+    program = [sys.executable, "-c", "import os, sys; sys.exit(os.environ['OMP_WAIT_POLICY'] + ' ' + sys.argv[1])"]
+    monkeypatch.setattr(compare, "PROGRAM", program)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert compare.launch_process(["train"]) == Outcome(0, "no message")
+    assert compare.launch_process(["train"]) == Outcome(1, "passive train")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    compare.launch_process(["train"])
-    assert [env["OMP_WAIT_POLICY"] for _, env in seen] == ["passive", "active"]
-    assert seen[0][0] == [sys.executable, "-m", "neuralode_coupled.cli", "train"]
-    assert seen[0][1]["PATH"] == os.environ["PATH"]
+    assert compare.launch_process(["train"]) == Outcome(1, "active train")
 
 
 def test_learning_curves_show_unfinished_runs_too(shared, tmp_path):

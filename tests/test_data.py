@@ -196,7 +196,42 @@ def test_a_class_without_images_and_an_image_that_is_none(tmp_path):
         ready(name="folder", root=root)
     for file in (root / "train" / "class1").iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="class1"):
+    with pytest.raises(ValueError, match=r"class1.*\.png"):
+        ready(name="folder", root=root)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "mode"),
+    [("0.png", np.full((32, 32), 40000, np.uint16), "I;16"), ("0.tiff", np.full((32, 32), 0.5, np.float32), "F")],
+)
+def test_an_image_whose_values_8_bits_do_not_hold_is_refused(tmp_path, name, pixels, mode):
+    """Pillow would clip them: all white, or all black."""
+    root = image_folder(tmp_path, train=2, test=1)
+    Image.fromarray(pixels).save(root / "train" / "class1" / name)
+    message = rf"class1/{name}' has the mode {mode}, .* 0 to 255 .*: convert it to 8 bits"
+    with pytest.raises(ValueError, match=message):
+        ready(name="folder", root=root)
+
+
+def test_an_image_that_would_be_left_out_is_refused_and_other_files_are_not(tmp_path):
+    root = image_folder(tmp_path, train=2, test=1)
+    for name in ("notes.txt", "Thumbs.db", "list.pdf"):
+        (root / "train" / "class1" / name).touch()
+    assert len(ready(name="folder", root=root).train) == 6
+    Image.new("L", (32, 32)).save(root / "train" / "class1" / "x.GIF")
+    with pytest.raises(ValueError, match=r"class1/x.GIF' would be left out: .* are .jpg, .*.png.*: convert it, or"):
+        ready(name="folder", root=root)
+
+
+def test_an_image_that_a_decoder_fails_at_is_named(tmp_path):
+    root = image_folder(tmp_path, train=2, test=1)
+    path = root / "train" / "class1" / "0.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:16] + bytes(9) + whole[25:])  # no size: Pillow raises a SyntaxError
+    with pytest.raises(ValueError, match=r"cannot read the image .*class1/0.png"):
+        ready(name="folder", root=root)
+    Image.new("1", (20000, 10000)).save(path)
+    with pytest.raises(ValueError, match=r"cannot read the image .*class1/0.png': .*200000000 pixels"):
         ready(name="folder", root=root)
 
 
@@ -268,5 +303,5 @@ def test_more_images_than_there_are_beside_the_validation_images():
         ImageData(validation=5)
     with pytest.raises(ValueError, match="1437, of which validation keeps back 1000, got 500"):
         ready(validation=1000, limit=500)
-    with pytest.raises(ValueError, match="1437, of which validation keeps back 1437, got None"):
+    with pytest.raises(ValueError, match="of 1437 training images validation keeps back 1437: keep back less"):
         ready(validation=1437)

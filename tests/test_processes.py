@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,14 @@ def run(out: Path, *options: str, **environment: object) -> subprocess.Completed
     chosen = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     chosen |= {name: str(value) for name, value in environment.items()}
     return subprocess.run(
-        command, env=os.environ | chosen, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300
+        command,
+        env=os.environ | chosen,
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        start_new_session=True,  # a process group that the tests are not in
     )
 
 
@@ -87,7 +95,7 @@ def test_finished_processes_leave_their_group_while_the_interpreter_lives(two):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on_from_there(two, tmp_path):
     out = tmp_path / "run"
-    killed = run(out, *TWO, FAIL="kill,1,6")  # in the second epoch, of four steps
+    killed = run(out, *TWO, FAIL="SIGKILL,1,6")  # in the second epoch, of four steps
     assert killed.returncode in (cli.FAILED, -signal.SIGKILL)
     assert "Traceback" not in killed.stderr
     assert [line for line in killed.stderr.splitlines() if line.startswith("error: ")] == [
@@ -111,6 +119,22 @@ def test_an_error_in_one_process_ends_all_and_unused_parameters_keep_nobody_wait
     assert done.stderr.count("Traceback") == 1
     assert RunFolder(out).failure.read_text() == "process 1: ValueError: the disk of this process is full\n"
     assert float(weights(out)["model.2.scale"].abs().max()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM,0,6", "SIGTERM-all,0,6", "SIGINT-all,1,6"])
+def test_processes_that_are_asked_to_end_do_so_in_one_line_and_the_run_goes_on(two, tmp_path, how):
+    out = tmp_path / "run"
+    number = signal.Signals[how.split(",")[0].removesuffix("-all")]
+    asked = run(out, *TWO, FAIL=how)
+    assert asked.returncode == 128 + number, asked.stderr
+    assert asked.stderr.splitlines()[-1:] == [f"error: interrupted by {number.name}: continue the run with --resume"]
+    assert asked.stderr.count("error: ") == 1
+    assert "Traceback" not in asked.stderr
+    assert RunFolder(out).result() is None
+    resumed = run(out, *TWO, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert largest_difference(weights(out), weights(two / "run")) == 0.0
 
 
 @pytest.mark.slow
@@ -141,8 +165,8 @@ def test_two_machines_train_one_model(tmp_path):
     assert torch.load(RunFolder(tmp_path / "run").last, weights_only=True)["global_step"] == 8
 
 
-def trainer(world_size: int = 2, rank: int = 0, procs: tuple[object, ...] = ()) -> SimpleNamespace:
-    launcher = SimpleNamespace(procs=procs)
+def trainer(world_size: int = 2, rank: int = 0, procs: Sequence[object] = ()) -> SimpleNamespace:
+    launcher = SimpleNamespace(procs=list(procs))
     return SimpleNamespace(world_size=world_size, global_rank=rank, strategy=SimpleNamespace(launcher=launcher))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -77,17 +78,53 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     RunFolder(tmp_path / "new").check(Experiment(), resume=False)
 
 
+def test_what_a_claim_that_was_cut_short_leaves_does_not_block(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for left in (".lock", ".config.json.123"):
+        (tmp_path / left).touch()
+    folder.check(Experiment(), resume=False)
+    folder.claim(Experiment(), ["cat"], {})
+    assert not (tmp_path / ".config.json.123").exists()
+    folder.config.unlink()
+    folder.best.touch()
+    with pytest.raises(ValueError, match="something else than a run"):
+        folder.check(Experiment(), resume=False)
+
+
+def test_drafts_of_a_killed_process_go_when_the_run_is_continued(folder):
+    left = folder.checkpoints / ".last.ckpt.123"
+    folder.last.touch()
+    left.touch()
+    folder.claim(Experiment(), ["cat", "dog"], {})
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
+
+
 @pytest.mark.parametrize("content", ["", '{"parameters": 1', '{"parameters": 1}', "[]", "null"])
 def test_a_half_written_result_is_no_result(folder, content):
     (folder.path / "result.json").write_text(content)
     assert folder.result() is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"experiment": {"planet": "Mars"}}', '{"experiment": {"epochs": 0}}'])
-def test_a_damaged_config_says_what_to_do(folder, content):
-    folder.config.write_text(content)
-    with pytest.raises(ValueError, match=r"config.json is damaged .*delete the folder"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "\udcff", '{"experiment": {"epochs": "3"}}'),
+        *('{"experiment": {"planet": "Mars"}}', '{"experiment": {"epochs": 0}}'),
+    ],
+)
+def test_a_config_that_is_no_runs_says_what_to_do(folder, content):
+    """It may be another program's: deleting the folder would be bad advice."""
+    folder.config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*: choose another"):
         folder.experiment()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"classes": 5}', '{"classes": [1]}', '{"classes": null}'])
+def test_a_config_without_classes_says_what_to_do(folder, content):
+    folder.config.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*classes"):
+        folder.class_names()
 
 
 def test_rows_come_back_to_the_last_digit(folder):
@@ -98,6 +135,30 @@ def test_rows_come_back_to_the_last_digit(folder):
     assert folder.metrics.read_text().splitlines()[1].startswith("1,0.30000000000000004,")
 
 
+CUT, LONG, SHORT = "line 3 is cut off", r"line 3 has \d numbers, not 4", "no rows of the epochs"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: "", f"{SHORT} 1, 2, which the last checkpoint has behind it: restore it, or train again"),
+        (lambda text: "".join(text.splitlines(True)[:2]), f"{SHORT} 2"),
+        (lambda text: "".join(text.splitlines(True)[::2]), f"{SHORT} 1"),
+        (lambda text: text[:-9], rf"damaged \({CUT}\): restore it, or train again in another folder"),
+        (lambda text: text[:-2], CUT),
+        (lambda text: text[:-20] + "\n", LONG),
+        (lambda text: text.replace("\n2,", "\ntwo,"), "line 3: .*'two'"),
+        (lambda text: "a,b\n1,2\n", "no column 'epoch'"),
+    ],
+)
+def test_rows_that_are_missing_or_damaged_are_named(folder, damage, message):
+    folder.write_rows([row(1), row(2)])
+    folder.check_rows(2)
+    folder.metrics.write_text(damage(folder.metrics.read_text()))
+    with pytest.raises(ValueError, match=rf"metrics.csv .*{message}"):
+        folder.check_rows(2)
+
+
 def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, "old")
@@ -105,12 +166,13 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     def full(self, text):
         with self.open("w") as file:
             file.write(text[:1])
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=rf"disk full: '{path}'"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_result_is_the_summary_of_its_rows():
@@ -133,6 +195,10 @@ def test_a_result_is_the_summary_of_its_rows():
         ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
         ({"rtol": -1e-3}, "rtol must be positive and finite, got -0.001"),
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"lr": 1e300}, r"lr must be at most 3.4\d+e\+38, what float32 holds, got 1e\+300"),
+        ({"lr": 1e20, "evolution_lr": 1e20}, r"lr times evolution_lr must be at most 3.4\d+e\+38, .*, got 1e\+40"),
+        ({"epochs": 10**400}, r"epochs must be below 2\*\*63, got 10{400}$"),
+        ({"batch_size": 10**23}, r"batch_size must be below 2\*\*63, got 10{23}$"),
     ],
 )
 def test_numbers_that_make_no_experiment(wrong, message):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,13 @@ def test_a_run_is_a_function_of_its_seed(small, tmp_path):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_folder_may_be_given_by_its_path(small, tmp_path):
+    small = replace(small, epochs=1, variant="baseline")
+    result = train(small, tmp_path / "run")
+    assert train(small, str(tmp_path / "run")) == result
+    assert not training.load_model(str(tmp_path / "run")).training
+
+
 def test_a_finished_run_is_not_repeated(small, tmp_path):
     folder = RunFolder(tmp_path / "run")
     result = train(replace(small, epochs=1), folder)
@@ -183,6 +191,89 @@ def test_a_run_that_lost_only_its_result_is_not_trained_again(small, tmp_path):
     saved = folder.last.stat().st_mtime_ns
     assert train(small, folder, resume=True) == result
     assert folder.last.stat().st_mtime_ns == saved
+
+
+def test_a_run_has_its_folder_for_itself(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    ready = prepare(small, folder)
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="run is in use by process"):
+            prepare(small, folder, resume=resume)
+    ready.run()
+    (folder.path / "result.json").unlink()
+    assert prepare(small, folder, resume=True).done == 1
+
+
+def test_what_cannot_be_prepared_holds_nothing(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    prepare(small, folder)
+    with pytest.raises(ValueError, match="unfinished run") as caught:
+        prepare(small, folder)
+    assert prepare(small, folder, resume=True).done == 0, caught
+
+
+def stopped(experiment: Experiment, folder: RunFolder) -> None:
+    """A run that has its last checkpoint and no result yet."""
+    train(experiment, folder)
+    (folder.path / "result.json").unlink()
+
+
+def test_a_run_is_continued_only_with_the_classes_and_images_it_began_with(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    root = Path(small.data_root)
+    (root / "train" / "class0" / "0.png").rename(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="was trained on 48 images, and there are 47: restore them, or choose another"):
+        prepare(small, folder, resume=True)
+    (tmp_path / "0.png").rename(root / "train" / "class0" / "0.png")
+    for split in ("train", "test"):
+        (root / split / "class0").rename(root / split / "zebra")
+    with pytest.raises(
+        ValueError,
+        match=r"trained on the classes 'class0', 'class1', 'class2', and there are 'class1', 'class2', 'zebra'",
+    ):
+        prepare(small, folder, resume=True)
+    for split in ("train", "test"):
+        (root / split / "zebra").rename(root / split / "class0")
+    assert train(small, folder, resume=True).epochs == 1
+
+
+def test_rows_are_looked_at_before_the_first_step(small, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    folder.metrics.unlink()
+    with pytest.raises(ValueError, match="no rows of the epochs 1"):
+        prepare(small, folder, resume=True)
+
+
+@pytest.mark.parametrize("part", ["epoch", "optimizer_states", "loops", "callbacks"])
+def test_a_checkpoint_of_weights_alone_does_not_continue_a_run(small, tmp_path, part):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    content = torch.load(folder.last, weights_only=True)
+    del content[part]
+    torch.save(content, folder.last)
+    with pytest.raises(ValueError, match=f"last.ckpt cannot be continued from, it has no '{part}': delete it"):
+        prepare(small, folder, resume=True)
+
+
+def test_of_two_that_start_at_once_in_a_new_folder_one_is_refused(small, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    setup = training.ImageData.setup
+
+    def while_another_trains(images, stage=None):
+        monkeypatch.setattr(training.ImageData, "setup", setup)
+        train(small, folder)
+        setup(images)
+
+    monkeypatch.setattr(training.ImageData, "setup", while_another_trains)
+    with pytest.raises(ValueError, match="has become another run's folder meanwhile: choose another folder"):
+        prepare(small, folder)
 
 
 class BreaksAtStep(nn.Module):
