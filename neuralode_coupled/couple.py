@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -146,14 +147,15 @@ def couple(
         made.training = branch.training
         return made
 
-    # All or nothing: whatever cannot be converted shows before anything is replaced.
+    # All or nothing: whatever cannot be converted shows before a target is replaced.
     converted: dict[int, nn.Module] = {}
-    for name in names:
-        target = model.get_submodule(name)
-        try:
-            converted[id(target)] = _convert(model, name, skip, layer)
-        except ValueError as error:
-            raise ValueError(f"target {name!r}: {error}") from error
+    with _put_back_on_failure(model):
+        for name in names:
+            target = model.get_submodule(name)
+            try:
+                converted[id(target)] = _convert(model, name, skip, layer)
+            except ValueError as error:
+                raise ValueError(f"target {name!r}: {error}") from error
     for module in (part for new in converted.values() for part in _after(new)):
         # What a layer returns may be a state that its backward pass starts from.
         module.inplace = False
@@ -295,6 +297,19 @@ def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
     for module in norms.values():
         module.training = branch.training
     return _replace(branch, norms)
+
+
+@contextmanager
+def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever stops the body, every submodule is then where it was: branches share containers with the model."""
+    before = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

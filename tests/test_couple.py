@@ -301,6 +301,42 @@ def test_all_or_nothing():
     assert not nc.models.coupled_layers(model)
 
 
+class NormedBlock(nn.Module):
+    """A block whose BatchNorm lies in a container, which the branch that is cut out of it shares."""
+
+    def __init__(self, adds: bool = True, width: int = 6) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh())
+        self.adds = adds
+
+    def forward(self, x):
+        return x + self.net(x) if self.adds else self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "options", "message"),
+    [
+        (lambda: nn.Sequential(NormedBlock(), NormedBlock(adds=False)), ["0", "1"], {}, "target '1'"),
+        (lambda: nn.Sequential(NormedBlock(), NormedBlock()), ["0", "1"], {"method": "eulr"}, "unknown method"),
+        (NormedBlock, "net", {"skip": "around", "method": "eulr"}, "unknown method"),
+        (
+            lambda: torchvision.models.mobilenet_v2(num_classes=5),
+            "features.[35]",
+            {"kernel": nc.SampleAndHold(2), "steps": 3},
+            "make steps a multiple of 2",
+        ),
+    ],
+    ids=["second-target", "method", "around", "mobilenet"],
+)
+def test_a_refused_call_leaves_every_batch_norm_in_its_place(model, targets, options, message):
+    made = model()
+    modules, keys = dict(made.named_modules()), list(made.state_dict())
+    with pytest.raises(ValueError, match=message):
+        nc.couple(made, targets, nc.ReactionDiffusionAdvection(), **{"steps": 2} | options)
+    assert dict(made.named_modules()) == modules
+    assert list(made.state_dict()) == keys
+
+
 @pytest.mark.parametrize("second", ["layer1.1", "layer1.1.coupled", "layer1.1.coupled.field.dynamics.conv1", "layer1"])
 def test_conversion_twice(second):
     model = nc.couple(resnet(), "layer1.1", nc.ReactionDiffusionAdvection())
