@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,10 +123,11 @@ def couple(
 
     Raises:
         TypeError: if the model is not a module, or the targets are not names.
-        ValueError: for targets that match nothing, are not residual (what was found is said), change their input in
-            place, are converted already or lie inside of each other, models in half precision, an unknown ``skip``, and
-            as `CoupledODE`. The model is then as it was. A branch that changes the shape shows in the first forward
-            pass.
+        ValueError: for targets that match nothing, are not residual (what was found is said), take more than one
+            input, change their input in place, do something besides adding (hooks on them, what their code sets or
+            changes without returning it), are converted already or lie inside of each other, models in half precision,
+            an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes the shape shows
+            in the first forward pass.
     """
     names = _checked(model, targets, skip)
     steps = 1 if steps is None and not is_adaptive(method) else steps
@@ -235,14 +237,16 @@ def _within(name: str, outer: str) -> bool:
 def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module:
     """What takes the target's place."""
     target = model.get_submodule(name)
+    _check_inputs(target)
     if isinstance(target, nn.TransformerEncoderLayer):
+        _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
     if skip == "none":
         return layer(WithoutInput(target))
     if skip == "around":
         return AddedAround(layer(target))
     try:
-        return _assembled(stages(target), layer, target.training)
+        found = stages(target)
     except NotResidual as error:
         if skip == "auto" and _added_around(model, name):
             return AddedAround(layer(target))
@@ -250,6 +254,31 @@ def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module
             f"{error}. Name a block that adds its input; or, if the code around the target adds it in a way that was "
             'not seen, pass skip="around"; or take it as a plain layer, one Euler step of f(z) - z, by skip="none"'
         ) from error
+    _check_no_hooks(target)
+    return _assembled(found, layer, target.training)
+
+
+def _check_inputs(target: nn.Module) -> None:
+    """Raise ValueError for a target that is called with more than a state."""
+    parameters = inspect.signature(target.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise ValueError(
+            f"a {type(target).__name__} takes ({', '.join(needed)}), and a coupled layer takes one input: leave it "
+            "out, or name a module inside of it that takes one"
+        )
+
+
+def _check_no_hooks(target: nn.Module) -> None:
+    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
+    hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
+    if hooks:
+        raise ValueError(
+            f"a {type(target).__name__} has hooks ({', '.join(hooks)}), which a coupled layer in its place would not "
+            "call: remove them by handle.remove(), and register them on the converted model; those on modules inside "
+            "of it stay"
+        )
 
 
 def _assembled(found: list[Stage], layer: _Layer, training: bool) -> nn.Module:
