@@ -18,7 +18,7 @@ from neuralode_coupled._types import Activation
 from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.encoder_layer import CoupledEncoderLayer
-from neuralode_coupled.field import Evolution, Evolve
+from neuralode_coupled.field import ByPattern, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.per_step import PerStep
@@ -101,7 +101,8 @@ def couple(
             matches otherwise). A target is a block that adds its input itself
             (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
-        evolution: q, see `CoupledField`; names of parameters count from the branch. `Static` by default.
+        evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
+            for in all targets together. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
         steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
@@ -143,9 +144,13 @@ def couple(
         "evolve": evolve,
     }
 
+    # An entry may be for the parameters of some targets alone.
+    by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
+    operators = evolution if by_pattern is None else by_pattern
+
     def layer(branch: nn.Module) -> CoupledODE:
         branch = _with_norms_per_step(branch, steps) if per_step and steps is not None and steps > 1 else branch
-        made = CoupledODE(branch, evolution, copy.deepcopy(kernel), **options)
+        made = CoupledODE(branch, operators, copy.deepcopy(kernel), **options)
         made.training = branch.training
         return made
 
@@ -158,6 +163,8 @@ def couple(
                 converted[id(target)] = _convert(model, name, skip, layer)
             except ValueError as error:
                 raise ValueError(f"target {name!r}: {error}") from error
+        if by_pattern is not None:
+            by_pattern.check()
     for module in (part for new in converted.values() for part in _after(new)):
         # What a layer returns may be a state that its backward pass starts from.
         module.inplace = False

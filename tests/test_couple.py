@@ -430,6 +430,29 @@ def test_a_constant_made_on_the_way_is_named():
     assert "_tensor_constant0" not in vars(model[0])
 
 
+def test_operators_by_pattern_are_looked_for_in_all_targets():
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.wide(x)
+
+    def make():
+        return nn.Sequential(Block(), Wide())
+
+    rda, static = nc.ReactionDiffusionAdvection(), nc.Static()
+    model = nc.couple(make(), ["0", "1"], {"0.*": rda, "weight": static})
+    assert model[0].field.operator("0.weight") is rda
+    assert model[1].field.operator("weight") is static
+    refused = make()
+    before = list(refused.modules())
+    with pytest.raises(ValueError, match=r"'conv\*' matches none of the evolving parameters"):
+        nc.couple(refused, ["0", "1"], {"conv*": rda, "*": static})
+    assert list(refused.modules()) == before
+
+
 def test_all_or_nothing():
     model = resnet()
     with pytest.raises(ValueError, match=r"layer2\.0"):
