@@ -177,7 +177,7 @@ class CoupledODE(nn.Module):
         if isinstance(scheme, Adaptive) and torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
-                "fix its grid first, as by layer.steps, layer.method = 20, 'rk4', and export nc.bake(model)"
+                "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
         z, self.stats = states(scheme, self.field, z0, wanted, self.adjoint)
         return z

@@ -166,7 +166,7 @@ def discretise(
     given = [f"{name}={value}" for name, value in tolerances.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} has no effect on the fixed steps of {method!r}: set steps, or choose one of "
+            f"{', '.join(given)} has no effect on the fixed steps of {method!r}: leave it out, or choose one of "
             f"{', '.join(ADAPTIVE)}"
         )
     return build_scheme(field, t, steps, method, weight_steps, weight_method)
@@ -190,7 +190,7 @@ def build_scheme(
     if is_adaptive(method):
         raise ValueError(
             f"what is asked for needs a fixed grid, and {method!r} chooses its own steps: fix the grid first, as by "
-            "layer.steps, layer.method = 20, 'rk4'"
+            "nc.with_steps(layer, 20, 'rk4')"
         )
     if steps is None:
         raise ValueError(f"{method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}")

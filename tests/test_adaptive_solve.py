@@ -233,9 +233,9 @@ def test_what_needs_a_grid_says_so():
         lambda: layer.regularization(kinetic=1.0),
         lambda: nc.kkt.multipliers(layer, z0, lambda z: z.sum()),
     ):
-        with pytest.raises(ValueError, match=r"needs a fixed grid.*layer\.steps, layer\.method = 20, 'rk4'"):
+        with pytest.raises(ValueError, match=r"needs a fixed grid.*nc\.with_steps\(layer, 20, 'rk4'\)"):
             call()
-    layer.steps, layer.method = 20, "rk4"
+    layer = nc.with_steps(layer, 20, "rk4")
     torch.testing.assert_close(layer.bake()(z0), layer(z0))
     per_step = nn.Sequential(nn.Linear(3, 3), nc.PerStep(nn.BatchNorm1d(3), 2))
     with pytest.raises(ValueError, match=r"dynamics\.1 has parameters for single steps.*one normalisation"):
@@ -293,11 +293,11 @@ def test_export_wants_a_fixed_grid_first(strict):
     layer = nc.CoupledODE(smooth(), nc.ReactionDiffusionAdvection(), method="dopri5").eval()
     z0 = torch.randn(2, 3)
     # Where torch traces the code itself, it makes an error of its own of ours.
-    message = r"'dopri5' chooses its steps anew.*layer\.steps, layer\.method = 20, 'rk4'"
+    message = r"'dopri5' chooses its steps anew.*nc\.with_steps\(layer, 20, 'rk4'\)"
     with pytest.raises(Exception, match=message) as raised:
         torch.export.export(nn.Sequential(layer), (z0,), strict=strict)
     assert strict or isinstance(raised.value, ValueError)
-    layer.steps, layer.method = 20, "rk4"
+    layer = nc.with_steps(layer, 20, "rk4")
     program = torch.export.export(nc.bake(layer), (z0,), strict=strict)
     torch.testing.assert_close(program.module()(z0), layer(z0))
 
