@@ -102,7 +102,7 @@ class Adaptive:
         found, z = {edges[0]: z0}, z0
         for k in range(samples):
             inside = [t for t in wanted if sign * (t - edges[k]) > 0 and sign * (t - edges[k + 1]) <= 0]
-            times = [*inside, *([edges[k + 1]] if edges[k + 1] not in inside else [])]
+            times = [*inside, edges[k + 1]]
             flow = _Held(self.field, stats, {name: rows[k] for name, rows in theta.items()})
             part = self._solve(flow, (z,), tuple(times), adjoint, edges[k])
             found |= {t: state[0] for t, state in zip(times, part, strict=True)}
@@ -128,12 +128,10 @@ class Adaptive:
         names, w0 = self.field.names, tuple(self.field.evolving().values())
         flow = _WeightSide(self.field, names)
         state = self.field.with_memory(w0)
-        order = sorted(set(times), reverse=self._direction < 0)
-        found = dict(zip(order, self._solve(flow, state, tuple(order), DiscreteAdjoint()), strict=True))
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        for t in times:
+        for found in self._solve(flow, state, tuple(times), DiscreteAdjoint()):
             # The field's state begins with z, which has no part in this.
-            now = self.field.weights((w0[0], *found[t])).values() if in_force else found[t]
+            now = self.field.weights((w0[0], *found)).values() if in_force else found
             for name, weight in zip(names, now, strict=False):
                 rows[name].append(weight)
         for name, path in rows.items():
@@ -143,13 +141,18 @@ class Adaptive:
     def _solve(
         self, flow: _Flow, y0: State, wanted: tuple[float, ...], adjoint: GradientMethod, start: float | None = None
     ) -> list[State]:
-        """The states at the times ``wanted``, the first of which may be the start itself."""
+        """The states at the times ``wanted``, in any order; the start may be one of them."""
         start = self.ends[0] if start is None else start
-        times = [start, *(t for t in wanted if t != start)]
-        if len(times) == 1 or not y0:
+        if not y0:
             return [y0 for _ in wanted]
         reference = y0[0]
-        t = torch.tensor(times, dtype=torch.float64 if reference.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        # As the solver sees them: times that are one but for the rounding are one.
+        start, *at = torch.tensor([start, *wanted], dtype=dtype, device="cpu").tolist()
+        order = [start, *sorted(set(at) - {start}, reverse=self._direction < 0)]
+        if len(order) == 1:
+            return [y0 for _ in wanted]
+        t = torch.tensor(order, dtype=dtype)
         try:
             found = _solver(adjoint, flow.params)(
                 _Pinned(flow) if isinstance(adjoint, ContinuousAdjoint) else flow,
@@ -165,8 +168,8 @@ class Adaptive:
                 raise
             raise ValueError(f"{self.method!r} cannot go on: {error}; loosen rtol and atol, or use float64") from error
         flow.solved, flow.latest = True, None
-        rows = list(zip(*(part.unbind() for part in found), strict=True))
-        return rows[len(times) - len(wanted) :]
+        states = dict(zip(order, zip(*(part.unbind() for part in found), strict=True), strict=True))
+        return [states[time] for time in at]
 
 
 def is_adaptive(method: str) -> bool:

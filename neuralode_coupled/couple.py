@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -16,7 +18,7 @@ from neuralode_coupled._types import Activation
 from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.encoder_layer import CoupledEncoderLayer
-from neuralode_coupled.field import Evolution, Evolve
+from neuralode_coupled.field import ByPattern, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.per_step import PerStep
@@ -99,7 +101,8 @@ def couple(
             matches otherwise). A target is a block that adds its input itself
             (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
-        evolution: q, see `CoupledField`; names of parameters count from the branch. `Static` by default.
+        evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
+            for in all targets together. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
         steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
@@ -121,10 +124,11 @@ def couple(
 
     Raises:
         TypeError: if the model is not a module, or the targets are not names.
-        ValueError: for targets that match nothing, are not residual (what was found is said), change their input in
-            place, are converted already or lie inside of each other, models in half precision, an unknown ``skip``, and
-            as `CoupledODE`. The model is then as it was. A branch that changes the shape shows in the first forward
-            pass.
+        ValueError: for targets that match nothing, are not residual (what was found is said), take more than one
+            input, change their input in place, do something besides adding (hooks on them, what their code sets or
+            changes without returning it), are converted already or lie inside of each other, models in half precision,
+            an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes the shape shows
+            in the first forward pass.
     """
     names = _checked(model, targets, skip)
     steps = 1 if steps is None and not is_adaptive(method) else steps
@@ -140,20 +144,27 @@ def couple(
         "evolve": evolve,
     }
 
+    # An entry may be for the parameters of some targets alone.
+    by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
+    operators = evolution if by_pattern is None else by_pattern
+
     def layer(branch: nn.Module) -> CoupledODE:
         branch = _with_norms_per_step(branch, steps) if per_step and steps is not None and steps > 1 else branch
-        made = CoupledODE(branch, evolution, copy.deepcopy(kernel), **options)
+        made = CoupledODE(branch, operators, copy.deepcopy(kernel), **options)
         made.training = branch.training
         return made
 
-    # All or nothing: whatever cannot be converted shows before anything is replaced.
+    # All or nothing: whatever cannot be converted shows before a target is replaced.
     converted: dict[int, nn.Module] = {}
-    for name in names:
-        target = model.get_submodule(name)
-        try:
-            converted[id(target)] = _convert(model, name, skip, layer)
-        except ValueError as error:
-            raise ValueError(f"target {name!r}: {error}") from error
+    with _put_back_on_failure(model):
+        for name in names:
+            target = model.get_submodule(name)
+            try:
+                converted[id(target)] = _convert(model, name, skip, layer)
+            except ValueError as error:
+                raise ValueError(f"target {name!r}: {error}") from error
+        if by_pattern is not None:
+            by_pattern.check()
     for module in (part for new in converted.values() for part in _after(new)):
         # What a layer returns may be a state that its backward pass starts from.
         module.inplace = False
@@ -233,14 +244,16 @@ def _within(name: str, outer: str) -> bool:
 def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module:
     """What takes the target's place."""
     target = model.get_submodule(name)
+    _check_inputs(target)
     if isinstance(target, nn.TransformerEncoderLayer):
+        _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
     if skip == "none":
         return layer(WithoutInput(target))
     if skip == "around":
         return AddedAround(layer(target))
     try:
-        return _assembled(stages(target), layer, target.training)
+        found = stages(target)
     except NotResidual as error:
         if skip == "auto" and _added_around(model, name):
             return AddedAround(layer(target))
@@ -248,6 +261,31 @@ def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module
             f"{error}. Name a block that adds its input; or, if the code around the target adds it in a way that was "
             'not seen, pass skip="around"; or take it as a plain layer, one Euler step of f(z) - z, by skip="none"'
         ) from error
+    _check_no_hooks(target)
+    return _assembled(found, layer, target.training)
+
+
+def _check_inputs(target: nn.Module) -> None:
+    """Raise ValueError for a target that is called with more than a state."""
+    parameters = inspect.signature(target.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise ValueError(
+            f"a {type(target).__name__} takes ({', '.join(needed)}), and a coupled layer takes one input: leave it "
+            "out, or name a module inside of it that takes one"
+        )
+
+
+def _check_no_hooks(target: nn.Module) -> None:
+    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
+    hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
+    if hooks:
+        raise ValueError(
+            f"a {type(target).__name__} has hooks ({', '.join(hooks)}), which a coupled layer in its place would not "
+            "call: remove them by handle.remove(), and register them on the converted model; those on modules inside "
+            "of it stay"
+        )
 
 
 def _assembled(found: list[Stage], layer: _Layer, training: bool) -> nn.Module:
@@ -295,6 +333,19 @@ def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
     for module in norms.values():
         module.training = branch.training
     return _replace(branch, norms)
+
+
+@contextmanager
+def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever stops the body, every submodule is then where it was: branches share containers with the model."""
+    before = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

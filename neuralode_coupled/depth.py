@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from neuralode_coupled._messages import check_model
+from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.field import _aliases
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.per_step import check_steps, sharing_parameters
@@ -35,15 +36,16 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     Args:
         model: a `CoupledODE`, or a module that contains some.
         steps: the number of activation steps.
-        method: the Runge-Kutta method; by default each layer's own.
+        method: the Runge-Kutta method; by default each layer's own. An adaptive layer, whose tolerances the copy does
+            without, needs one.
 
     Returns:
         The copy, of the model's type and in its train/eval mode.
 
     Raises:
         TypeError: if the model is not a module.
-        ValueError: if the model has no coupled layers, for steps below 1 or an unknown method, or if the kernel of a
-            layer cannot be put on the grid (`SampleAndHold` needs a multiple of its samples).
+        ValueError: if the model has no coupled layers, for steps below 1, an unknown or an adaptive method, or if the
+            kernel of a layer cannot be put on the grid (`SampleAndHold` needs a multiple of its samples).
     """
     check_model(model)
     check_steps(steps)
@@ -63,6 +65,12 @@ def _change(layer: CoupledODE, steps: int, method: str | None) -> None:
     """Put a layer that nobody else uses on another grid."""
     layer.steps = steps
     layer.method = layer.method if method is None else method
+    if is_adaptive(layer.method):
+        raise ValueError(
+            f"{layer.method!r} chooses its own steps, by rtol and atol: name a method that takes equal ones, as in "
+            f"nc.with_steps(model, {steps}, 'rk4')"
+        )
+    layer.rtol = layer.atol = None  # an adaptive layer's, of no use on a grid
     layer.stats = None
     for _, module in layer.field.per_step:
         module.copies = module.resample(steps).copies

@@ -42,14 +42,16 @@ class CoupledField(nn.Module):
         dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
             other parameters are static.
         evolution: q. One operator, copied for each evolving parameter; or a mapping from parameter name or pattern to
-            operator, in which the same object named twice is shared; or a callable ``(name, weight) -> operator``.
+            operator, in which the same object named twice is shared, every entry matches something and ``"*"`` is for
+            the rest; or a callable ``(name, weight) -> operator``.
         kernel: K; `Dirac` by default.
         evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
             By default every parameter with at least two axes.
 
     Raises:
         TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
-        ValueError: if a pattern matches nothing, a parameter has no operator, or an operator cannot take a parameter.
+        ValueError: if a name or pattern matches nothing, a parameter has no operator, or an operator cannot take a
+            parameter.
     """
 
     def __init__(
@@ -71,14 +73,11 @@ class CoupledField(nn.Module):
         self.per_step = tuple(per_step_modules(dynamics))
         self.names = _select(dynamics, self.per_step, evolve)
         self._aliases = _aliases(dynamics)
-        # "/" because a module's name must not contain the dots of a parameter's.
-        self.evolution = nn.ModuleDict(
-            {name.replace(".", "/"): op for name, op in _assign(evolution, self.evolving()).items()}
-        )
+        self.evolution = nn.ModuleDict({_key(name): op for name, op in _assign(evolution, self.evolving()).items()})
 
     def operator(self, name: str) -> nn.Module:
         """The evolution operator of one evolving parameter. Raises KeyError if no parameter of that name evolves."""
-        return self.evolution[name.replace(".", "/")]
+        return self.evolution[_key(name)]
 
     def evolving(self) -> dict[str, nn.Parameter]:
         """w0: the evolving parameters themselves, by name."""
@@ -335,16 +334,26 @@ def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], ev
     return tuple(name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
+_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
+
+
+def _key(name: str) -> str:
+    """Where `CoupledField.evolution` has a parameter's operator: a module's name must not contain the dots of a
+    parameter's, nor be that of an attribute, such as ``keys``."""
+    key = name.replace(".", "/")
+    return f"/{key}" if key in _ATTRIBUTES else key
+
+
 def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """One bound operator for each evolving parameter."""
+    by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
+    choose = evolution if by_pattern is None else by_pattern
     operators: dict[str, nn.Module] = {}
     for name, weight in weights.items():
-        if isinstance(evolution, nn.Module):
-            operator = copy.deepcopy(evolution)
-        elif isinstance(evolution, Mapping):
-            operator = _matching(evolution, name)
-        elif callable(evolution) and not isinstance(evolution, type):
-            operator = evolution(name, weight)
+        if isinstance(choose, nn.Module):
+            operator = copy.deepcopy(choose)
+        elif callable(choose) and not isinstance(choose, type):
+            operator = choose(name, weight)
         else:
             raise TypeError(
                 "evolution must be an operator such as nc.ReactionDiffusionAdvection() (an instance, not the class), a "
@@ -356,13 +365,43 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
             operators[name] = operator.bind(weight) if isinstance(operator, EvolutionOperator) else operator
         except ValueError as error:
             raise ValueError(f"parameter {name!r}: {error}") from error
+    if by_pattern is not None:
+        by_pattern.check()
     return operators
 
 
-def _matching(evolution: Mapping[str, nn.Module], name: str) -> nn.Module:
-    if name in evolution:
-        return evolution[name]
-    for pattern, operator in evolution.items():
-        if fnmatchcase(name, pattern):
-            return operator
-    raise ValueError(f"no operator for parameter {name!r} among {list(evolution)}: add one, or '*': nc.Static()")
+class ByPattern:
+    """A mapping from names or patterns to operators as a function ``(name, weight) -> operator``, which knows what was
+    asked of it: for several fields that share the mapping.
+
+    Args:
+        operators: the mapping. A name comes before every pattern, the first pattern before the others.
+    """
+
+    def __init__(self, operators: Mapping[str, nn.Module]) -> None:
+        self.operators = operators
+        self.asked: list[str] = []
+
+    def __call__(self, name: str, weight: Tensor) -> nn.Module:
+        """The operator of one parameter; raises ValueError if there is none for it."""
+        self.asked.append(name)
+        if name in self.operators:
+            return self.operators[name]
+        for pattern, operator in self.operators.items():
+            if fnmatchcase(name, pattern):
+                return operator
+        among = list(self.operators)
+        raise ValueError(f"no operator for parameter {name!r} among {among}: add one, or '*': nc.Static()")
+
+    def check(self) -> None:
+        """Raise ValueError for an entry that no parameter can have asked for; ``"*"`` is for the rest, maybe none."""
+        entries = list(self.operators)
+        behind = entries[entries.index("*") + 1 :] if "*" in entries else []
+        for entry in entries:
+            if entry in self.asked or entry == "*":
+                continue
+            if not any(fnmatchcase(name, entry) for name in self.asked):
+                names = ", ".join(dict.fromkeys(self.asked)) or "none"
+                raise ValueError(f"evolution: {entry!r} matches none of the evolving parameters, which are {names}")
+            if entry in behind:
+                raise ValueError(f"evolution: {entry!r} stands behind '*', which takes all of its own: put '*' last")

@@ -17,7 +17,7 @@ from neuralode_coupled.coupled_problem import CoupledProblem
 from neuralode_coupled.evolution import Static, finite_path
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
-from neuralode_coupled.solve import Times, build_scheme, discretise, states, times
+from neuralode_coupled.solve import Times, build_scheme, discretise, states, times, times_within
 from neuralode_coupled.stage_weights import Grid, Scheme
 
 
@@ -87,16 +87,18 @@ class CoupledODE(nn.Module):
     def trajectory(self, z0: Activation, t: Times) -> Trajectory:
         """z at the given times of the layer's interval: (len(t), *shape of z0).
 
-        Raises ValueError for times outside of the interval or out of order.
+        They may run either way. Raises TypeError for what are no times, ValueError for times outside of the interval
+        or out of order.
         """
-        return torch.stack(self._solve(z0, self._inside(t)))
+        return torch.stack(self._solve(z0, times_within(t, self.t, "layer")))
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight).
 
-        Raises ValueError for times outside of the interval, and on the CPU for weights that are not finite.
+        Raises TypeError for what are no times, ValueError for times outside of the interval or out of order, and on the
+        CPU for weights that are not finite.
         """
-        wanted, scheme = self._inside(t), self._discretised()
+        wanted, scheme = times_within(t, self.t, "layer"), self._discretised()
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted))
         return {
@@ -175,17 +177,10 @@ class CoupledODE(nn.Module):
         if isinstance(scheme, Adaptive) and torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
-                "fix its grid first, as by layer.steps, layer.method = 20, 'rk4', and export nc.bake(model)"
+                "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
         z, self.stats = states(scheme, self.field, z0, wanted, self.adjoint)
         return z
-
-    def _inside(self, t: Times) -> tuple[float, ...]:
-        wanted = times(t, fewest=1)
-        low, high = min(self.t), max(self.t)
-        if min(wanted) < low or max(wanted) > high:
-            raise ValueError(f"times must lie in the layer's interval {self.t}, got {list(wanted)}")
-        return wanted
 
 
 def bake(model: nn.Module) -> nn.Module:

@@ -37,13 +37,15 @@ def stages(block: nn.Module) -> list[Stage]:
     """The residual stages of a block, in order. Their modules share the block's parameters.
 
     Raises:
-        NotResidual: if the block's forward cannot be traced, adds nothing to its own input, or changes that in place.
+        NotResidual: if the block's forward cannot be traced, adds nothing to its own input, changes that in place, or
+            does something besides, which would be lost.
     """
     code = _Code(block)
     inputs = [node for node in code.graph.nodes if node.op == "placeholder"]
     end = next(node for node in code.graph.nodes if node.op == "output").args[0]
     if not inputs or not isinstance(end, fx.Node):
         raise NotResidual(f"a {_kind(block)} takes {len(inputs)} inputs and returns {end!r}, not one tensor from one")
+    code.check_nothing_besides(end)
     start, found = inputs[0], []
     while end is not start:
         total = _last_sum(end)
@@ -82,7 +84,7 @@ class _Code:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.graph = _trace(block)
+        self.graph, self.sets = _trace(block)
 
     def split(self, total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """A sum's terms as (u, f(u)): the one that the other is a function of, and of nothing else."""
@@ -92,6 +94,27 @@ class _Code:
             if branch is not stem and _depends_only(branch, {stem, origin}):
                 return origin, branch
         return None
+
+    def check_nothing_besides(self, end: fx.Node) -> None:
+        """Raise NotResidual if the code does what its result does not show: in its place stands what makes that."""
+        constants = [name for name in self.sets if name.startswith("_tensor_constant")]
+        if constants:
+            raise NotResidual(
+                f"the forward of a {_kind(self.block)} makes a tensor of its own on the way: make it in __init__, by "
+                "self.register_buffer(...)"
+            )
+        used = self._between(None, end)
+        lost = [f"sets self.{name}" for name in self.sets]
+        lost += [
+            f"computes {self.describe(node)}"
+            for node in self.graph.nodes
+            if node not in used and (node.op == "call_module" or self._in_place(node))
+        ]
+        if lost:
+            raise NotResidual(
+                f"besides what it returns, the forward of a {_kind(self.block)} {lost[0]}, which a coupled layer in "
+                "its place would not do: take that out of it, or do it in a module of its branch"
+            )
 
     def adds(self, call: fx.Node) -> bool:
         """Whether what a module is called with is added to its result."""
@@ -133,8 +156,8 @@ class _Code:
         inside = "..." if depth == 0 else ", ".join(self.describe(part, depth - 1) for part in node.all_input_nodes)
         return f"{name}({inside})"
 
-    def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """What ``end`` needs besides ``start``, in the graph's order."""
+    def _between(self, start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
+        """What ``end`` needs besides ``start``, in the graph's order; without a start, all that it needs."""
         needed, queue = set(), [end]
         while queue:
             node = queue.pop()
@@ -157,33 +180,60 @@ class _Code:
         if module is not None:
             return bool(getattr(module, "inplace", False))
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        return bool(node.kwargs.get("inplace")) or name.endswith("_") or node.target is operator.iadd
+        # operator.and_ and the like have their underscore from Python's keywords.
+        changes = name.endswith("_") and getattr(node.target, "__module__", None) != operator.add.__module__
+        return bool(node.kwargs.get("inplace")) or changes or node.target is operator.iadd
 
 
-def _trace(block: nn.Module) -> fx.Graph:
-    """The graph of the block's forward, which must be the same in training and evaluation."""
-    mode = block.training
+def _trace(block: nn.Module) -> tuple[fx.Graph, list[str]]:
+    """The graph of the block's forward, which must be the same in training and evaluation, and what it sets on self."""
     # Arguments that have defaults keep them.
     arguments = inspect.signature(block.forward).parameters.values()
     optional = {p.name: p.default for p in arguments if p.default is not p.empty}
+    kept, graphs, changed = _Kept(block), [], []
     try:
-        graphs = []
-        for training in (not mode, mode):
+        for training in (not block.training, block.training):
             # The block's own flag alone: the modules that it calls are not looked into.
             block.training = training
             graphs.append(_Tracer().trace(block, concrete_args=optional))
+            changed = kept.put_back()
     except Exception as error:  # whatever the block's code raises when its input is a stand-in
         raise NotResidual(
             f"the forward of a {_kind(block)} cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     finally:
-        block.training = mode
+        kept.put_back()
     if str(graphs[0]) != str(graphs[1]):
         raise NotResidual(
             f"the forward of a {_kind(block)} asks for self.training: let modules do that, such as nn.Dropout in place "
             "of functional.dropout"
         )
-    return graphs[1]
+    return graphs[1], changed
+
+
+class _Kept:
+    """A block's attributes and buffers as they were, for tracing runs whatever its forward does to them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.attributes, self.own = dict(vars(block)), dict(block._buffers)
+        self.buffers = [(n, b, b._version, b.clone()) for n, b in block.named_buffers() if not b.is_inference()]
+
+    def put_back(self) -> list[str]:
+        """Put everything back; the names of what was set."""
+        missing = object()
+        attributes, own = vars(self.block), self.block._buffers
+        changed = [n for n, value in attributes.items() if value is not self.attributes.get(n, missing)]
+        changed += [n for n, buffer in own.items() if buffer is not self.own.get(n, missing)]
+        for now, before in ((attributes, self.attributes), (own, self.own)):
+            now.clear()
+            now.update(before)
+        for name, buffer, version, value in self.buffers:
+            if buffer._version != version:
+                changed.append(name)
+                with torch.no_grad():
+                    buffer.copy_(value)
+        return [name for name in changed if name != "training"]
 
 
 def _last_sum(end: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -47,13 +48,12 @@ class Solution:
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
-        Raises ValueError for times out of order or outside of the solve's interval, and on the CPU for weights that
-        are not finite.
+        Raises TypeError for what are no times, ValueError for times out of order or outside of the solve's interval,
+        and on the CPU for weights that are not finite.
         """
-        wanted, field, scheme = times(t, fewest=1), self._field, self._scheme
+        field, scheme = self._field, self._scheme
         ends = scheme.ends if isinstance(scheme, Adaptive) else (scheme.grid.t0, scheme.grid.t1)
-        if min(wanted) < min(ends) or max(wanted) > max(ends):
-            raise ValueError(f"times must lie in the solve's interval {ends}, got {list(wanted)}")
+        wanted = times_within(t, ends, "solve")
         if isinstance(scheme, Adaptive):
             return scheme.weights(list(wanted), in_force=True)
         return {
@@ -101,11 +101,11 @@ def solve(
         The solution; ``solution.z`` has the shape of z0, or (len(t), *shape of z0) where ``t`` was given.
 
     Raises:
-        TypeError: if z0 is not a floating-point tensor, or ``adjoint`` no gradient method.
+        TypeError: if z0 is not a floating-point tensor, ``t`` no row of numbers, or ``adjoint`` no gradient method.
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
-            out of order, z0 on another device or of another dtype than the weights, dynamics that change the state's
-            shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that cannot go on,
-            or, on the CPU, a state that is not finite.
+            out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that change
+            the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that
+            cannot go on, or, on the CPU, a state that is not finite.
     """
     at = (0.0, 1.0) if t is None else times(t)
     wanted = at[-1:] if t is None else at
@@ -160,12 +160,13 @@ def discretise(
                 f"{method!r} chooses its own steps, by rtol and atol: leave {', '.join(given)} out, or choose one of "
                 f"{', '.join(METHODS)}"
             )
-        return Adaptive(field, t, method, RTOL if rtol is None else rtol, ATOL if atol is None else atol)
+        start, end = times(t)
+        return Adaptive(field, (start, end), method, RTOL if rtol is None else rtol, ATOL if atol is None else atol)
     check_method(method)
     given = [f"{name}={value}" for name, value in tolerances.items() if value is not None]
     if given:
         raise ValueError(
-            f"{', '.join(given)} has no effect on the fixed steps of {method!r}: set steps, or choose one of "
+            f"{', '.join(given)} has no effect on the fixed steps of {method!r}: leave it out, or choose one of "
             f"{', '.join(ADAPTIVE)}"
         )
     return build_scheme(field, t, steps, method, weight_steps, weight_method)
@@ -189,7 +190,7 @@ def build_scheme(
     if is_adaptive(method):
         raise ValueError(
             f"what is asked for needs a fixed grid, and {method!r} chooses its own steps: fix the grid first, as by "
-            "layer.steps, layer.method = 20, 'rk4'"
+            "nc.with_steps(layer, 20, 'rk4')"
         )
     if steps is None:
         raise ValueError(f"{method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}")
@@ -203,6 +204,7 @@ def build_scheme(
                 f"solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer on "
                 "that grid by nc.with_steps"
             )
+    t = times(t)  # a layer's may have been set since
     fine = field.kernel.weight_steps(steps) if weight_steps is None else weight_steps
     scheme = Scheme(
         Grid(t[0], t[-1], steps),
@@ -216,12 +218,32 @@ def build_scheme(
 
 
 def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
-    """Times as numbers; raises ValueError unless there are enough and they are strictly monotone."""
-    values = tuple(float(value) for value in (t.tolist() if isinstance(t, Tensor) else t))
+    """Times as numbers; raises TypeError for what are none.
+
+    Raises ValueError unless there are enough, all finite and strictly monotone.
+    """
+    try:
+        values = tuple(float(value) for value in (t.tolist() if isinstance(t, Tensor) else t))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {t!r}") from error
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"t must hold finite times, got {list(values)}: give numbers in place of nan and inf")
     rising = [b > a for a, b in pairwise(values)]
     if len(values) < fewest or (any(rising) and not all(rising)) or len(set(values)) < len(values):
         raise ValueError(f"t must hold at least {fewest} strictly increasing or decreasing times, got {list(values)}")
     return values
+
+
+def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, ...]:
+    """Times of an interval as numbers; raises ValueError, in which it is the interval of ``whose``, for others.
+
+    What lies beyond an end by no more than a rounding to float32 (of `torch.linspace`, say) is that end.
+    """
+    wanted, low, high = times(t, fewest=1), min(ends), max(ends)
+    slack = min(torch.finfo(torch.float32).eps * max(abs(low), abs(high)), 1e-6 * (high - low))
+    if min(wanted) < low - slack or max(wanted) > high + slack:
+        raise ValueError(f"times must lie in the {whose}'s interval {ends}, got {list(wanted)}")
+    return tuple(min(max(time, low), high) for time in wanted)
 
 
 def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:

@@ -233,9 +233,9 @@ def test_what_needs_a_grid_says_so():
         lambda: layer.regularization(kinetic=1.0),
         lambda: nc.kkt.multipliers(layer, z0, lambda z: z.sum()),
     ):
-        with pytest.raises(ValueError, match=r"needs a fixed grid.*layer\.steps, layer\.method = 20, 'rk4'"):
+        with pytest.raises(ValueError, match=r"needs a fixed grid.*nc\.with_steps\(layer, 20, 'rk4'\)"):
             call()
-    layer.steps, layer.method = 20, "rk4"
+    layer = nc.with_steps(layer, 20, "rk4")
     torch.testing.assert_close(layer.bake()(z0), layer(z0))
     per_step = nn.Sequential(nn.Linear(3, 3), nc.PerStep(nn.BatchNorm1d(3), 2))
     with pytest.raises(ValueError, match=r"dynamics\.1 has parameters for single steps.*one normalisation"):
@@ -245,16 +245,59 @@ def test_what_needs_a_grid_says_so():
         adaptive(z0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(3)], ids=repr)
+@pytest.mark.parametrize("wanted", [[1.0, 0.0], [0.75, 0.5, 0.0], [0.25, 0.5, 1.0], [0.0, 0.5, 1.0]])
+def test_times_may_run_against_the_direction(wanted, kernel, dtype):
+    torch.manual_seed(0)
+    for ends in ((0.0, 1.0), (1.0, 0.0)):
+        layer = nc.CoupledODE(
+            nn.Sequential(nn.Linear(3, 3), nn.Tanh()),
+            nc.ReactionDiffusionAdvection(),
+            kernel,
+            method="dopri5",
+            t=ends,
+            rtol=1e-6,
+            atol=1e-6,
+        ).to(dtype)
+        layer.field.operator("0.weight").reaction.data.fill_(0.7)
+        x = torch.randn(2, 3, dtype=dtype)
+        found = layer.trajectory(x, wanted)
+        for state, t in zip(found, wanted, strict=True):  # each time on its own
+            torch.testing.assert_close(state, layer.trajectory(x, [t])[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[wanted.index(ends[0])] if ends[0] in wanted else x, x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop()], ids=repr)
+def test_times_on_the_edges_of_shares_but_for_rounding(dtype, adjoint):
+    """Three shares of (0, 0.3) end at 0.1, 0.19999999999999998 and 0.3."""
+    torch.manual_seed(0)
+    options = {"t": (0.0, 0.3), "method": "dopri5", "adjoint": adjoint}
+    dynamics = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), nc.SampleAndHold(3), **options).to(dtype)
+    layer.field.operator("0.weight").reaction.data.fill_(2.0)
+    x = torch.randn(2, 3, dtype=dtype)
+    found = layer.trajectory(x, [0.1, 0.2, 0.3])
+    assert torch.equal(found[-1], layer(x))
+    fine = nc.CoupledODE(dynamics, layer.field.evolution["0/weight"], nc.SampleAndHold(3), steps=30, method="rk4")
+    fine.t = (0.0, 0.3)
+    torch.testing.assert_close(found, fine.to(dtype).trajectory(x, [0.1, 0.2, 0.3]), rtol=1e-5, atol=1e-5)
+    for exact in (0.2, 0.19999999999999998, 0.1 + 0.1):
+        torch.testing.assert_close(layer.trajectory(x, [exact, 0.3]), found[1:], rtol=1e-5, atol=1e-6)
+    layer.trajectory(x, [0.2, 0.3]).sum().backward()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_wants_a_fixed_grid_first(strict):
     layer = nc.CoupledODE(smooth(), nc.ReactionDiffusionAdvection(), method="dopri5").eval()
     z0 = torch.randn(2, 3)
     # Where torch traces the code itself, it makes an error of its own of ours.
-    message = r"'dopri5' chooses its steps anew.*layer\.steps, layer\.method = 20, 'rk4'"
+    message = r"'dopri5' chooses its steps anew.*nc\.with_steps\(layer, 20, 'rk4'\)"
     with pytest.raises(Exception, match=message) as raised:
         torch.export.export(nn.Sequential(layer), (z0,), strict=strict)
     assert strict or isinstance(raised.value, ValueError)
-    layer.steps, layer.method = 20, "rk4"
+    layer = nc.with_steps(layer, 20, "rk4")
     program = torch.export.export(nc.bake(layer), (z0,), strict=strict)
     torch.testing.assert_close(program.module()(z0), layer(z0))
 

@@ -294,11 +294,206 @@ def test_what_cannot_be_converted_is_refused(model, targets, message):
     assert list(made.modules()) == before
 
 
+class Conditioned(nn.Module):
+    """A block of two inputs, the second of which enters behind the first sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, c):
+        x = x + self.net(x)
+        return (x + self.other(x)) * c
+
+
+@pytest.mark.parametrize("skip", ["auto", "inside", "around", "none"])
+@pytest.mark.parametrize(
+    ("make", "inputs"), [(Conditioned, "x, c"), (lambda: nn.TransformerDecoderLayer(6, 2, 8), "tgt, memory")]
+)
+def test_a_block_of_two_inputs_is_refused(skip, make, inputs):
+    model = nn.ModuleList([make()])
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=f"target '0': .* takes \\({inputs}\\), .* one input.* name a module inside"):
+        nc.couple(model, "0", nc.Static(), skip=skip)
+    assert list(model.modules()) == before
+
+
+class Besides(nn.Module):
+    """A block that does something besides adding."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 6)
+        self.probe = nn.BatchNorm1d(6)
+        self.register_buffer("calls", torch.zeros(()))
+        self.what, self.seen = what, 0
+
+    def forward(self, x):
+        y = self.net(x)
+        if self.what == "buffer":
+            self.calls.add_(1)
+        elif self.what == "buffer's name":
+            self.calls += 1
+        elif self.what == "new buffer":
+            self.calls = self.calls + 1
+        elif self.what == "average":
+            self.calls.mul_(0.9).add_(y.mean())
+        elif self.what == "mean":
+            self.calls.copy_(y.mean())
+        elif self.what == "in place":
+            y.mul_(2)
+        elif self.what == "item":
+            y[:, 0] = 0
+        elif self.what == "module":
+            self.probe(y)
+        elif self.what == "attribute":
+            self.seen = y
+        elif self.what == "count":
+            self.seen += 1
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("buffer", r"sets self\.calls"),
+        ("buffer's name", r"sets self\.calls"),
+        ("new buffer", r"sets self\.calls"),
+        ("average", r"sets self\.calls"),
+        ("mean", r"besides .*copy_\(calls, mean"),
+        ("in place", r"besides .*mul_\(net:Linear\(x\)\)"),
+        ("item", "besides|cannot be traced"),
+        ("module", r"besides .*probe:BatchNorm1d\("),
+        ("attribute", r"sets self\.seen"),
+        ("count", r"sets self\.seen"),
+    ],
+)
+def test_what_a_block_does_besides_is_not_dropped(what, message):
+    model = nn.Sequential(Besides(what))
+    attributes, calls = dict(vars(model[0])), model[0].calls
+    with pytest.raises(ValueError, match=message):
+        nc.couple(model, "0", nc.Static())
+    assert vars(model[0]) == attributes
+    assert model[0].calls is calls
+    assert calls == 0
+    around = nc.couple(model, "0", nc.Static(), skip="around")  # calls the block as it is
+    assert len(nc.models.coupled_layers(around)) == 1
+
+
+def test_shapes_that_are_looked_at_and_not_used_are_no_obstacle():
+    class Looks(Block):
+        def forward(self, x):
+            _batch, _width = x.shape
+            return super().forward(x)
+
+    original = nn.Sequential(Looks())
+    assert_same(nc.couple(copy.deepcopy(original), "0", nc.Static()), original, torch.randn(3, 6))
+
+
+HOOKS = {
+    "register_forward_hook": lambda module, inputs, result: result + 1,
+    "register_forward_pre_hook": lambda module, inputs: (inputs[0] + 1,),
+    "register_full_backward_hook": lambda module, into, out: (into[0] * 2,),
+    "register_full_backward_pre_hook": lambda module, out: (out[0] * 2,),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_are_kept_or_refused(kind):
+    model = nn.Sequential(Block())
+    handle = getattr(model[0], kind)(HOOKS[kind])
+    with pytest.raises(ValueError, match=r"target '0': a Block has hooks \(.*<lambda>.*\), .*handle\.remove\(\)"):
+        nc.couple(model, "0", nc.Static())
+    handle.remove()
+    getattr(model[0].net, kind)(HOOKS[kind])
+    original = copy.deepcopy(model)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert_same(nc.couple(model, "0", nc.Static(), adjoint=nc.Backprop()), original, x)
+
+
+def test_hooks_on_an_encoder_layer_are_refused():
+    model = encoder()
+    model.layers[1].register_forward_hook(HOOKS["register_forward_hook"])
+    with pytest.raises(ValueError, match=r"target 'layers\.1': a TransformerEncoderLayer has hooks"):
+        nc.couple(model, "layers.*", nc.Static())
+    assert not nc.models.coupled_layers(model)
+
+
+def test_a_constant_made_on_the_way_is_named():
+    class Constant(Block):
+        def forward(self, x):
+            return x + self.net(x) * torch.ones(6)
+
+    model = nn.Sequential(Constant())
+    with pytest.raises(ValueError, match=r"makes a tensor of its own .*register_buffer"):
+        nc.couple(model, "0", nc.Static())
+    assert "_tensor_constant0" not in vars(model[0])
+
+
+def test_operators_by_pattern_are_looked_for_in_all_targets():
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return x + self.wide(x)
+
+    def make():
+        return nn.Sequential(Block(), Wide())
+
+    rda, static = nc.ReactionDiffusionAdvection(), nc.Static()
+    model = nc.couple(make(), ["0", "1"], {"0.*": rda, "weight": static})
+    assert model[0].field.operator("0.weight") is rda
+    assert model[1].field.operator("weight") is static
+    refused = make()
+    before = list(refused.modules())
+    with pytest.raises(ValueError, match=r"'conv\*' matches none of the evolving parameters"):
+        nc.couple(refused, ["0", "1"], {"conv*": rda, "*": static})
+    assert list(refused.modules()) == before
+
+
 def test_all_or_nothing():
     model = resnet()
     with pytest.raises(ValueError, match=r"layer2\.0"):
         nc.couple(model, ["layer1.1", "layer2.0"], nc.ReactionDiffusionAdvection())
     assert not nc.models.coupled_layers(model)
+
+
+class NormedBlock(nn.Module):
+    """A block whose BatchNorm lies in a container, which the branch that is cut out of it shares."""
+
+    def __init__(self, adds: bool = True, width: int = 6) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh())
+        self.adds = adds
+
+    def forward(self, x):
+        return x + self.net(x) if self.adds else self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "options", "message"),
+    [
+        (lambda: nn.Sequential(NormedBlock(), NormedBlock(adds=False)), ["0", "1"], {}, "target '1'"),
+        (lambda: nn.Sequential(NormedBlock(), NormedBlock()), ["0", "1"], {"method": "eulr"}, "unknown method"),
+        (NormedBlock, "net", {"skip": "around", "method": "eulr"}, "unknown method"),
+        (
+            lambda: torchvision.models.mobilenet_v2(num_classes=5),
+            "features.[35]",
+            {"kernel": nc.SampleAndHold(2), "steps": 3},
+            "make steps a multiple of 2",
+        ),
+    ],
+    ids=["second-target", "method", "around", "mobilenet"],
+)
+def test_a_refused_call_leaves_every_batch_norm_in_its_place(model, targets, options, message):
+    made = model()
+    modules, keys = dict(made.named_modules()), list(made.state_dict())
+    with pytest.raises(ValueError, match=message):
+        nc.couple(made, targets, nc.ReactionDiffusionAdvection(), **{"steps": 2} | options)
+    assert dict(made.named_modules()) == modules
+    assert list(made.state_dict()) == keys
 
 
 @pytest.mark.parametrize("second", ["layer1.1", "layer1.1.coupled", "layer1.1.coupled.field.dynamics.conv1", "layer1"])

@@ -166,6 +166,24 @@ def test_steps_are_a_whole_number(steps):
         norms(2).resample(steps)
 
 
+def test_an_adaptive_layer_gets_a_grid():
+    options = {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
+    dynamics = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    made = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), nc.Exponential(2.0), **options).double()
+    made.field.operator("0.weight").reaction.data.fill_(0.5)
+    fixed = with_steps(made, 20, "rk4")
+    assert (fixed.steps, fixed.method, fixed.rtol, fixed.atol) == (20, "rk4", None, None)
+    assert fixed.field.dynamics[0].weight is made.field.dynamics[0].weight
+    z0 = start().double()
+    torch.testing.assert_close(fixed(z0), made(z0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fixed.bake()(z0), fixed(z0))
+    assert (made.steps, made.method, made.rtol) == (None, "dopri5", 1e-8)  # as it was
+    with pytest.raises(ValueError, match=r"'dopri5' chooses its own steps.*nc\.with_steps\(model, 7, 'rk4'\)"):
+        with_steps(made, 7)
+    with pytest.raises(ValueError, match=r"'bosh3' chooses its own steps"):
+        with_steps(fixed, 7, "bosh3")
+
+
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="Sequential has no coupled layers"):
         with_steps(nn.Sequential(nn.Linear(2, 2)), 3)

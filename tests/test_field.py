@@ -145,6 +145,58 @@ def test_evolve_by_name_pattern_or_predicate(evolve, names):
     assert field.names == names
 
 
+@pytest.mark.parametrize("name", ["keys", "values", "items", "pop", "update", "clear"])
+def test_parameters_may_have_any_name(name):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("weight", nn.Parameter(torch.eye(3)))
+            setattr(self, name, nn.Parameter(torch.randn(3, 3)))
+
+        def forward(self, z):
+            return z @ self.weight + z @ self._parameters[name]
+
+    def make():
+        return nc.CoupledODE(Named(), nc.ReactionDiffusionAdvection(), steps=2)
+
+    layer, other = make(), make()
+    assert set(layer.field.names) == {"weight", name}
+    assert "field.evolution.weight.reaction" in layer.state_dict()  # as ever
+    layer.field.operator(name).reaction.data.fill_(1.0)
+    other.load_state_dict(layer.state_dict())
+    z0 = torch.randn(2, 3)
+    assert torch.equal(other(z0), layer(z0))
+    layer(z0).sum().backward()
+    assert layer.field.operator(name).reaction.grad != 0
+    assert len(layer.regularization().reshape(-1)) == 1
+    torch.testing.assert_close(layer.bake()(z0), layer(z0))
+
+
+@pytest.mark.parametrize(
+    ("evolution", "message"),
+    [
+        ({"0.weigth": nc.ReactionDiffusionAdvection(), "*": nc.Static()}, r"'0\.weigth' matches none of .* 0\.weight"),
+        ({"0.bias": nc.LinearEvolution(), "*": nc.Static()}, r"'0\.bias' matches none of the evolving parameters"),
+        ({"2.weight": nc.Static(), "0.weight": nc.Static()}, r"'2\.weight' matches none .*0\.weight"),  # tied
+        ({"*": nc.Static(), "0.w*": nc.ReactionDiffusionAdvection()}, r"'0\.w\*' stands behind '\*', .* put '\*' last"),
+    ],
+)
+def test_operators_for_parameters_that_there_are_not(evolution, message):
+    dynamics = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    dynamics[2].weight = dynamics[0].weight
+    with pytest.raises(ValueError, match=message):
+        nc.CoupledField(dynamics, evolution)
+
+
+def test_a_star_is_for_the_rest_which_may_be_none():
+    rda = nc.ReactionDiffusionAdvection()
+    field = nc.CoupledField(nn.Linear(3, 3), {"weight": rda, "*": nc.Static()})
+    assert field.operator("weight") is rda
+    # A name comes before every pattern, wherever it stands.
+    assert nc.CoupledField(nn.Linear(3, 3), {"*": nc.Static(), "weight": rda}).operator("weight") is rda
+    assert nc.CoupledField(nn.Tanh(), {"*": nc.Static()}).names == ()
+
+
 def test_a_tied_parameter_evolves_everywhere_it_is_used():
     dynamics = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
     dynamics[2].weight = dynamics[0].weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 
@@ -68,6 +69,78 @@ def test_trajectories(layer):
     for trajectory in (lambda t: layer.trajectory(z0, t), layer.weight_trajectory):
         with pytest.raises(ValueError, match=r"must lie in the layer's interval \(0\.0, 1\.0\), got \[0\.5, 1\.5\]"):
             trajectory([0.5, 1.5])
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"method": "dopri5"}], ids=str)
+def test_the_ends_may_be_rounded_to_float32(options):
+    made = nc.CoupledODE(nn.Linear(3, 3), nc.ReactionDiffusionAdvection(), t=(0.0, 0.3), **options)
+    z0 = torch.randn(2, 3)
+    times = torch.linspace(0, 0.3, 4)
+    assert times[-1].item() > 0.3
+    torch.testing.assert_close(made.trajectory(z0, times), made.trajectory(z0, [0.0, 0.1, 0.2, 0.3]))
+    assert made.weight_trajectory(times)["weight"].shape == (4, 3, 3)
+    solution = nc.solve(made.field, z0, [0.0, 0.3], **options)
+    assert solution.weights(times)["weight"].shape == (4, 3, 3)
+    assert solution.weights([0.1 * 3])["weight"].shape == (1, 3, 3)
+    for beyond in (0.3001, -1e-6):
+        with pytest.raises(ValueError, match=r"layer's interval \(0\.0, 0\.3\), got"):
+            made.trajectory(z0, [beyond])
+        with pytest.raises(ValueError, match=r"solve's interval \(0\.0, 0\.3\), got"):
+            solution.weights([beyond])
+
+
+LAYERS = [{"steps": 2}, {"method": "dopri5"}]
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        ((0.0, math.inf), ValueError, r"finite times, got \[0\.0, inf\]"),
+        ((0.0, math.nan), ValueError, r"finite times, got \[0\.0, nan\]"),
+        ((math.nan, math.nan), ValueError, r"finite times, got \[nan, nan\]"),
+        ((1.0, 1.0), ValueError, r"at least 2 strictly .* got \[1\.0, 1\.0\]"),
+        (1.0, TypeError, r"row of numbers, such as \(0\.0, 1\.0\), got 1\.0"),
+        (None, TypeError, "row of numbers, .* got None"),
+        (torch.zeros(()), TypeError, r"row of numbers, .* got tensor\(0\.\)"),
+        (torch.zeros(2, 1), TypeError, r"row of numbers, .* got tensor\("),
+        (("a", "b"), TypeError, r"row of numbers, .* got \('a', 'b'\)"),
+    ],
+)
+def test_times_that_are_none(options, t, error, message):
+    dynamics, z0 = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.zeros(1, 3)
+    with pytest.raises(error, match=message):
+        nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), t=t, **options)
+    if t is not None:  # there it means from 0 to 1
+        with pytest.raises(error, match=message):
+            nc.solve(nc.CoupledField(dynamics, nc.Static()), z0, t, **options)
+    made = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), **options)
+    if isinstance(t, tuple):
+        made.t = t
+        calls = [lambda: made(z0), lambda: made.weight_trajectory([0.5])]
+        for call in [*calls, made.bake] if "steps" in options else calls:
+            with pytest.raises((ValueError, TypeError)):
+                call()
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+@pytest.mark.parametrize(
+    ("t", "error", "message"),
+    [
+        ([math.nan], ValueError, r"finite times, got \[nan\]"),
+        ([0.5, math.nan], ValueError, r"finite times, got \[0\.5, nan\]"),
+        ([], ValueError, "at least 1"),
+        (0.5, TypeError, r"row of numbers, .* got 0\.5"),
+    ],
+)
+def test_wanted_times_that_are_none(options, t, error, message):
+    made = nc.CoupledODE(nn.Linear(3, 3), nc.MLPEvolution(2), **options)
+    solution = nc.solve(made.field, torch.zeros(1, 3), **options)
+    for call in (lambda: made.trajectory(torch.zeros(1, 3), t), lambda: made.weight_trajectory(t)):
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(error, match=message):
+        solution.weights(t)
 
 
 def test_regularization_acts_on_w0_and_p(layer):

@@ -7,6 +7,7 @@ import io
 import math
 from itertools import pairwise
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -110,6 +111,78 @@ def test_kappa_converges_at_second_order_in_the_weight_step(name, history):
         expected = [[convolved(kernel, smooth, time) for time in row] for row in t]
         errors.append(float((theta - torch.tensor(expected, dtype=torch.float64)).square().mean().sqrt()))
     assert all(1.8 < math.log2(a / b) < 2.3 for a, b in pairwise(errors))
+
+
+def ramp_under(order, rate, t=1.0):
+    """theta(t) of w(s) = s under Erlang's kernel with a constant history, and its derivative by the logarithm of the
+    rate, in many digits: (x P_k(x) - k P_{k+1}(x)) / rate at x = rate t, P the regularised incomplete gamma."""
+    with mpmath.workdps(80):
+
+        def theta(log_rate):
+            r = mpmath.exp(log_rate)
+            p, q = (mpmath.gammainc(k, 0, r * t, regularized=True) for k in (order, order + 1))
+            return t * p - order / r * q
+
+        at = mpmath.log(mpmath.mpf(rate))
+        step = mpmath.mpf(10) ** -20
+        slope = (theta(at + step) - theta(at - step)) / (2 * step)
+        return float(theta(at)), float(slope)
+
+
+@pytest.mark.parametrize(
+    ("order", "rate"),
+    [
+        *((1, rate) for rate in (1e-18, 1e-15, 1e-12, 1e-6, 1e-3, 0.1, 0.999, 1.0, 30.0, 1e3, 1e6)),
+        *((2, rate) for rate in (1e-12, 1e-6, 1e-3, 1.999, 2.0, 1e3)),
+        *((5, rate) for rate in (1e-5, 1e-3, 0.1, 4.0, 6.0, 50.0)),
+        *((100, rate) for rate in (10.0, 90.0, 100.0, 130.0)),
+        *((1000, rate) for rate in (700.0, 990.0, 1000.0, 2000.0)),
+    ],
+)
+def test_all_orders_and_rates_to_many_digits(order, rate):
+    """Low rates leave w0 all but alone, which a difference of numbers near one loses; high orders underflow."""
+    log_rate = torch.tensor(math.log(rate), dtype=torch.float64, requires_grad=True)
+    kernel = Erlang(order, rate, learnable=True)
+    kernel.log_rate = nn.Parameter(log_rate.detach())
+    steps = 20
+    nodes = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    rows = kernel.kappa_at(torch.ones(1, dtype=torch.float64), steps)
+    theta = (rows @ nodes)[0]
+    expected, slope = ramp_under(order, float(kernel.rate.detach()))
+    assert float(theta) == pytest.approx(expected, rel=1e-10, abs=1e-14)
+    (gradient,) = torch.autograd.grad(theta, kernel.log_rate)
+    assert float(gradient) == pytest.approx(slope, rel=1e-9, abs=1e-12)
+    assert rows.min() >= -1e-14
+    assert float(rows.sum()) == pytest.approx(1.0, abs=1e-13)
+
+
+def test_gradients_of_rates_in_forward_mode():
+    kernel = Erlang(3, 5.0)
+
+    def theta(rate):
+        kernel._rate = rate
+        return kernel.kappa_at(torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64), 8)
+
+    rate = torch.tensor(5.0, dtype=torch.float64)
+    forwards = torch.func.jacfwd(theta)(rate)
+    torch.testing.assert_close(forwards, torch.func.jacrev(theta)(rate))
+    assert torch.func.hessian(theta)(rate).isfinite().all()
+
+
+def test_a_rate_that_forgets_nothing_leaves_the_weights_as_they_were():
+    for make in (Exponential, lambda rate: Erlang(3, rate), lambda rate: Box(1 / rate)):
+        field = nc.CoupledField(nn.Linear(2, 2), nc.ReactionDiffusionAdvection(), make(1e-18)).double()
+        field.operator("weight").reaction.data.fill_(2.0)
+        solution = nc.solve(field, torch.ones(1, 2, dtype=torch.float64), steps=10, weight_steps=1000)
+        first, last = solution.weights([0.0, 1.0])["weight"]
+        torch.testing.assert_close(last, first, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("width", [1e-12, 0.5, 1.0, 1e3, 1e15, 1e18])
+def test_all_widths_to_many_digits(width):
+    nodes = torch.linspace(0, 1, 101, dtype=torch.float64)
+    theta = Box(width).kappa_at(torch.ones(1, dtype=torch.float64), 100) @ nodes
+    assert float(theta) == pytest.approx(1 - width / 2 if width < 1 else 0.5 / width, rel=1e-10, abs=1e-14)
 
 
 @given(

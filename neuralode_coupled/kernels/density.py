@@ -127,13 +127,11 @@ class Erlang(DensityKernel):
 
     def cumulative(self, s: Tensor) -> Tensor:
         """``F(s)``: the probability that a Poisson process has made ``k`` jumps. See the base class."""
-        return self._jumped(s)[0]
+        return jumps_from(self.order, self.rate * s)[0]
 
     def cumulative_integral(self, s: Tensor) -> Tensor:
         """``int_0^s F``. See the base class."""
-        # By parts: s F_k(s) - int_0^s v K_k(v) dv, whose integrand is k / rate times the density of order k + 1.
-        now, next_order = self._jumped(s)
-        return s * now - self.order / self.rate * next_order
+        return jumps_from(self.order, self.rate * s)[1] / self.rate
 
     def memory_derivative(self, w: Weight, memory: State) -> State:
         """The chain, see above."""
@@ -142,16 +140,6 @@ class Erlang(DensityKernel):
     def theta(self, w: Weight, memory: State) -> Weight:
         """The end of the chain."""
         return memory[-1]
-
-    def _jumped(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """The cumulative densities of orders k and k + 1."""
-        x = self.rate * s
-        term = torch.exp(-x)
-        fewer = term
-        for jumps in range(1, self.order):
-            term = term * x / jumps
-            fewer = fewer + term
-        return 1 - fewer, 1 - fewer - term * x / self.order
 
     def _details(self) -> str:
         learnable = "" if self.log_rate is None else ", learnable=True"
@@ -215,8 +203,45 @@ class Box(DensityKernel):
 
     def cumulative_integral(self, s: Tensor) -> Tensor:
         """``int_0^s F``: s^2 / (2 width) up to the width, s - width / 2 from there on. See the base class."""
-        share = self.cumulative(s)
-        return s - self.width * share * (1 - share / 2)
+        return torch.where(s < self.width, s * self.cumulative(s) / 2, s - self.width / 2)
+
+
+def jumps_from(order: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``P(N >= k)`` and ``E max(N - k, 0)`` of a number N with Poisson's distribution of mean x, elementwise: the gamma
+    distribution of order k and its integral from 0 to x.
+
+    Sums of positive terms on both sides of ``x = k``, for a difference of two numbers near one would lose the small
+    ones that a low rate, which divides them, makes large again.
+
+    Args:
+        order: k, at least 1.
+        x: means, at least 0 (float64).
+    """
+    small, middle = x < order, torch.full_like(x, order)
+    least = torch.finfo(x.dtype).tiny  # in place of zero, whose logarithm has no gradient
+    low, high = torch.where(small, x.clamp(min=least), middle), torch.where(small, middle, x)
+    above, above_order = _moments(_poisson(order, low), order, low)
+    below, below_order = _moments(_poisson(order, high), order, high, downwards=True)
+    return torch.where(small, above, 1 - below), torch.where(small, above_order, high - order + below_order)
+
+
+def _poisson(jumps: int, x: Tensor) -> Tensor:
+    return torch.exp(jumps * x.log() - x - math.lgamma(jumps + 1))
+
+
+def _moments(term: Tensor, order: int, x: Tensor, downwards: bool = False) -> tuple[Tensor, Tensor]:
+    """From the probability of k jumps of mean x, those of more jumps, k included, or of fewer: the sum of them, and of
+    how far from k they lie times their probabilities."""
+    total, first = (torch.zeros_like(term) if downwards else term), torch.zeros_like(term)
+    largest = 1.0
+    for n in range(1, order + 1 if downwards else order + 60):
+        ratio = (order + 1 - n) / order if downwards else order / (order + n)
+        largest *= ratio
+        term = term * ((order + 1 - n) / x if downwards else x / (order + n))
+        total, first = total + term, torch.add(first, term, alpha=n)
+        if largest * n < 1e-17:
+            break
+    return total, first
 
 
 def _positive(name: str, value: float) -> float:
