@@ -126,9 +126,9 @@ def couple(
         TypeError: if the model is not a module, or the targets are not names.
         ValueError: for targets that match nothing, are not residual (what was found is said), take more than one
             input, change their input in place, do something besides adding (hooks on them, what their code sets or
-            changes without returning it), are converted already or lie inside of each other, models in half precision,
-            an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes the shape shows
-            in the first forward pass.
+            changes without returning it), are scripted, are converted already or lie inside of each other, models in
+            half precision, an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes
+            the shape shows in the first forward pass.
     """
     names = _checked(model, targets, skip)
     steps = 1 if steps is None and not is_adaptive(method) else steps
@@ -197,7 +197,14 @@ def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[
             raise ValueError(f"targets={pattern!r} matches no submodule: there are {some(known, _SHOWN) or 'none'}")
         chosen.extend(name for name in matching if name not in chosen)
     coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
+    scripted = [name for name, m in modules.items() if isinstance(m, torch.jit.ScriptModule)]
     for name in chosen:
+        part = next((part for part in scripted if _within(part, name)), None)
+        if part is not None:
+            raise ValueError(
+                f"target {name!r}: {part!r} is scripted, and takes no other weights: convert the original, and script "
+                "or export what nc.bake makes of it"
+            )
         for other in coupled:
             if _within(name, other) or _within(other, name):
                 raise ValueError(
@@ -226,7 +233,11 @@ def _patterns(targets: str | Iterable[str]) -> list[str]:
 
 
 def _matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that a pattern matches part by part between the dots; if there are none, as a whole."""
+    """The names that a pattern matches part by part between the dots; if there are none, as a whole.
+
+    The model itself has an empty name, and no pattern but that one means it.
+    """
+    names = [name for name in names if bool(name) == bool(pattern)]
     parts = pattern.split(".")
     by_part = [
         name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -225,7 +226,13 @@ class FlatField(nn.Module):
         return flat
 
     def unpack(self, flat: Float[Tensor, "*lead n"]) -> State:
-        """The parts of a flat state; leading axes (times, torchdyn's batch of one) are kept."""
+        """The parts of a flat state; leading axes (times, torchdyn's batch of one) are kept.
+
+        Raises ValueError for a state of another length.
+        """
+        length = sum(math.prod(shape) for shape in self.shapes)
+        if flat.ndim < 1 or flat.shape[-1] != length:
+            raise ValueError(f"a flat state of this field has {length} numbers, got shape {tuple(flat.shape)}")
         rows = unpack(flat.reshape(-1, flat.shape[-1]), self.shapes, "lead *")
         return tuple(part.reshape(*flat.shape[:-1], *part.shape[1:]) for part in rows)
 
@@ -292,7 +299,9 @@ def check_activation(field: CoupledField, z0: Tensor) -> None:
 
 
 def check_slope(dz: Tensor, z: Tensor) -> Tensor:
-    """dz, or the ValueError that a user should see for dynamics that change the state's shape."""
+    """dz, or the TypeError or ValueError that a user should see for dynamics that give no state of its shape."""
+    if not isinstance(dz, Tensor):
+        raise TypeError(f"dynamics must return a tensor, got {type(dz).__name__}: wrap it in a module that returns one")
     if dz.shape != z.shape:
         raise ValueError(
             f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
@@ -307,7 +316,8 @@ def _takes_time(dynamics: nn.Module) -> bool:
     parameters = inspect.signature(dynamics.forward).parameters.values()
     required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
     if len(required) not in (1, 2):
-        raise TypeError(f"dynamics must be f(z) or f(t, z), but its forward takes {required or 'no named argument'}")
+        takes = required or "no named argument (as torch.compile makes it: compile the layer or the model instead)"
+        raise TypeError(f"dynamics must be f(z) or f(t, z), but its forward takes {takes}")
     return len(required) == 2
 
 

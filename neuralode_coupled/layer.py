@@ -130,7 +130,7 @@ class CoupledODE(nn.Module):
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
             if not isinstance(weight, int | float | Tensor) or not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be zero or a positive finite number, got {name}={weight!r}")
-        total = torch.zeros((), device=next(self.parameters()).device)
+        total = torch.zeros((), device=next(self.parameters(), torch.zeros(())).device)
         for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
             for tensor in tensors:
                 total = total + weight / 2 * tensor.square().sum()

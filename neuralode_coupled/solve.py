@@ -195,7 +195,7 @@ def build_scheme(
     if steps is None:
         raise ValueError(f"{method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}")
     for name, count in (("steps", steps), ("weight_steps", weight_steps)):
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}")
     for name, module in field.per_step:
         if len(module) != steps:

@@ -453,6 +453,20 @@ def test_operators_by_pattern_are_looked_for_in_all_targets():
     assert list(refused.modules()) == before
 
 
+def test_a_star_matches_the_blocks_and_not_the_model():
+    model = nc.couple(nn.Sequential(Block(), Block()), "*", nc.Static())
+    assert list(nc.models.coupled_layers(model)) == ["0", "1"]
+    assert isinstance(nc.couple(Block(), "", nc.Static()), nc.CoupledODE)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("skip", ["auto", "around", "none"])
+def test_scripted_modules_are_refused(skip):
+    for model in (torch.jit.script(nn.Sequential(Block())), nn.Sequential(torch.jit.script(Block()))):
+        with pytest.raises(ValueError, match=r"is scripted.*convert the original"):
+            nc.couple(model, "0", nc.Static(), skip=skip)
+
+
 def test_all_or_nothing():
     model = resnet()
     with pytest.raises(ValueError, match=r"layer2\.0"):

@@ -252,6 +252,28 @@ def test_states_that_the_field_cannot_take(field, z0):
         field(torch.zeros(()), (z0, weight[:2]))
 
 
+def test_flat_states_of_another_length(field, z0):
+    flat = nc.FlatField(field, z0)
+    x = flat.initial_state(z0)
+    for wrong in (x[:-1], x.repeat(2), x[0]):
+        with pytest.raises(ValueError, match=f"has {len(x)} numbers, got shape"):
+            flat.unpack(wrong)
+    with pytest.raises(ValueError, match=f"has {len(x)} numbers, got shape"):
+        flat(torch.zeros(()), x[:-1])
+
+
+def test_dynamics_that_return_no_tensor():
+    class Pair(nn.Linear):
+        def forward(self, z):
+            return super().forward(z), z
+
+    for options in ({"steps": 2}, {"method": "dopri5"}):
+        with pytest.raises(TypeError, match="must return a tensor, got tuple"):
+            nc.CoupledODE(Pair(3, 3), **options)(torch.randn(2, 3))
+    with pytest.raises(TypeError, match=r"no named argument .*compile the layer"):
+        nc.CoupledODE(torch.compile(nn.Linear(3, 3)), steps=2)
+
+
 def test_general_purpose_solvers_are_told_what_they_cannot_integrate():
     z0 = torch.randn(2, 3, 4, 4)
     held = nc.CoupledField(nn.Conv2d(3, 3, 1), nc.Static(), nc.SampleAndHold(2))

@@ -152,6 +152,10 @@ def test_regularization_acts_on_w0_and_p(layer):
     assert torch.equal(found, layer.field.dynamics[0].weight)
 
 
+def test_a_layer_without_parameters_has_nothing_to_regularise():
+    assert float(nc.CoupledODE(nn.Tanh(), steps=2).regularization(kinetic=1.0)) == 0
+
+
 def test_the_core_needs_neither_torchvision_nor_lightning():
     """A broken torchvision must not break `import neuralode_coupled`."""
     probe = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 from itertools import pairwise
 
 import mpmath
@@ -476,6 +477,36 @@ def test_the_identity_matrix_is_dirac_under_eulers_method(steps):
     exact = nc.solve(field, z0, steps=steps).z
     field.kernel = MatrixKernel(torch.eye(steps, steps + 1, dtype=torch.float64))
     assert torch.allclose(nc.solve(field, z0, steps=steps).z, exact, rtol=1e-13)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_state_that_is_not_causal_is_refused(learnable):
+    ahead = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    free = MatrixKernel(ahead, learnable=learnable, causal=False)
+    with pytest.raises(RuntimeError, match=r"matrix: the matrix is not causal: row 0 .* uses w_1"):
+        MatrixKernel(EYE, learnable=learnable).load_state_dict(free.state_dict())
+    free.load_state_dict(MatrixKernel(0.5 * EYE, learnable=learnable).state_dict())
+    assert torch.equal(free.matrix.detach(), 0.5 * EYE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_matrix_may_begin_on_meta(causal):
+    kernel = MatrixKernel(EYE, causal=causal, learnable=True)
+    with torch.device("meta"):
+        other = MatrixKernel(torch.eye(2, 3), causal=causal, learnable=True)
+    other.to_empty(device="cpu").load_state_dict(kernel.state_dict())
+    assert torch.equal(other.kappa(2, (0.0,), 2), kernel.kappa(2, (0.0,), 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 4), (3, 2, 3), (2, 3, 3)])
+def test_a_kappa_of_another_shape_is_refused(shape):
+    class Odd(nc.TimeKernel):
+        def kappa(self, steps, c, weight_steps, span=1.0, device=None):
+            return torch.ones(shape, dtype=torch.float64)
+
+    message = rf"kappa of Odd must be of shape .* = \(2, 2, 3\), .* got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        nc.solve(field_with(Odd()), start(), steps=2, weight_steps=2, method="heun2")
 
 
 def test_a_learned_matrix_stays_causal():

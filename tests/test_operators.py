@@ -770,3 +770,26 @@ def test_ensembles_of_operators_under_vmap():
     for i in range(3):
         alone = path({name: c[i] for name, c in coefficients.items()})
         assert torch.allclose(together[i], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 9], ids=["dense", "fft"])
+@pytest.mark.parametrize("form", ["propagator", "ode"])
+@pytest.mark.parametrize("begin", ["built on meta", "moved to meta"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_layers_that_begin_on_meta(size, form, begin, assign):
+    """The tables of the operators are in no state dict: they have to be there without one."""
+
+    def make():
+        dynamics = nn.Sequential(nn.Conv2d(2, 2, size, padding=size // 2), nn.Tanh())
+        return nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(form=form), steps=2)
+
+    source = oracle.randomize(make())
+    with torch.device("meta" if begin == "built on meta" else "cpu"):
+        layer = make()
+    layer = layer.to("meta")
+    if not assign:
+        layer = layer.to_empty(device="cpu")
+    layer.load_state_dict(source.state_dict(), assign=assign)
+    z0 = torch.randn(1, 2, 9, 9)
+    assert torch.equal(layer(z0), source(z0))
+    torch.testing.assert_close(layer.double()(z0.double()), source.double()(z0.double()), rtol=1e-12, atol=1e-12)

@@ -108,6 +108,7 @@ def test_one_step_with_a_network_as_q_is_a_hypernetwork(z0):
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"steps": True}, "steps must be a whole number of at least 1, got True"),
         ({"steps": 2.5}, r"steps must be a whole number of at least 1, got 2\.5"),
         ({"steps": 2, "weight_steps": 0}, "weight_steps must be a whole number of at least 1, got 0"),
         ({"steps": 2, "method": "ruler"}, "unknown method 'ruler': choose one of euler, .*rk4.*, dopri5"),

@@ -49,25 +49,32 @@ class Spectrum(nn.Module):
         self.count = math.prod(self.pixels)
         self.dense = self.count <= DENSE_PIXELS if dense is None else dense
         self._exact: dict[str, Tensor] = {}
-        axes = [2 * math.pi * torch.fft.fftfreq(n, dtype=torch.float64) for n in self.pixels]
-        k = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(len(self.pixels), self.count)
-        self._table("laplacian", -k.square().sum(0), dtype, device)
-        # The Nyquist mode of an even axis has no odd part on the grid: a real field stays real.
-        derivative = k.masked_fill(torch.isclose(k, torch.tensor(-math.pi, dtype=k.dtype)), 0.0)
-        self._table("wavenumbers", derivative, dtype, device)
-        if self.dense:
-            self._dense_tables(k, derivative, dtype, device)
+        with torch.device("cpu"):  # whatever the default device: no state dict brings the numbers later
+            axes = [2 * math.pi * torch.fft.fftfreq(n, dtype=torch.float64) for n in self.pixels]
+            k = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(len(self.pixels), self.count)
+            self._table("laplacian", -k.square().sum(0), dtype, device)
+            # The Nyquist mode of an even axis has no odd part on the grid: a real field stays real.
+            derivative = k.masked_fill(torch.isclose(k, torch.tensor(-math.pi, dtype=k.dtype)), 0.0)
+            self._table("wavenumbers", derivative, dtype, device)
+            if self.dense:
+                self._dense_tables(k, derivative, dtype, device)
 
     def _table(self, name: str, values: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:
         # Not part of the state dict: the tables follow from the shape.
         self._exact[name] = values
-        self.register_buffer(name, values.to(device=device, dtype=dtype), persistent=False)
+        self.register_buffer(name, self._placed(values, dtype, torch.device(device)), persistent=False)
+
+    @staticmethod
+    def _placed(exact: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A table for fields of a dtype on a device; those of a model on "meta", to be filled in later, are real."""
+        return exact.to(dtype=dtype, device="cpu" if device.type == "meta" else device)
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         # A model built in float32 and then moved to float64 gets float64 tables, not rounded ones.
         for name, exact in self._exact.items():
-            setattr(self, name, exact.to(getattr(self, name)))
+            table = getattr(self, name)
+            setattr(self, name, self._placed(exact, table.dtype, table.device))
         return self
 
     def _dense_tables(self, k: Tensor, derivative: Tensor, dtype: torch.dtype, device: torch.device | str) -> None:

@@ -58,12 +58,26 @@ class TimeKernel(nn.Module):
 
         A solve calls it once, and the function for each evolving parameter: kappa is made once.
         """
-        rows = self.kappa(steps, c, weight_steps, span, device)
+        rows = self._checked(steps, c, weight_steps, span, device)
         return lambda path: torch.tensordot(rows.to(path), path, dims=1)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
         """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
-        self.kappa(steps, c, weight_steps, span)
+        self._checked(steps, c, weight_steps, span, None)
+
+    def _checked(
+        self, steps: int, c: tuple[float, ...], weight_steps: int, span: float, device: torch.device | None
+    ) -> Tensor:
+        """kappa, of the shape that it has to have."""
+        rows = self.kappa(steps, c, weight_steps, span, device)
+        wanted = (steps, len(c), weight_steps + 1)
+        if not isinstance(rows, Tensor) or rows.shape not in (wanted, (steps, 1, weight_steps + 1)):
+            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(
+                f"kappa of {type(self).__name__} must be of shape (steps, stages, weight_steps + 1) = {wanted}, or "
+                f"have one row for all stages of a step, got {found}"
+            )
+        return rows
 
     def kappa(
         self,
@@ -73,7 +87,10 @@ class TimeKernel(nn.Module):
         span: float = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
-        """The kernel as a matrix of shape (N, stages, M + 1); raises ValueError where the grids do not fit."""
+        """The kernel as a matrix of shape (N, stages, M + 1), or (N, 1, M + 1) where all stages of a step share a row.
+
+        Raises ValueError where the grids do not fit.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
 
     def kappa_at(

@@ -30,25 +30,13 @@ class MatrixKernel(TimeKernel):
 
     keeps_constants = False
     matrix: Tensor
-    allowed: Tensor
 
     def __init__(self, matrix: Tensor, *, learnable: bool = False, causal: bool = True) -> None:
         super().__init__()
         _check_matrix(matrix)
         self.causal = causal
-        steps, nodes = matrix.shape
-        n = torch.arange(steps, device=matrix.device)[:, None]
-        m = torch.arange(nodes, device=matrix.device)
-        # In whole numbers, for which m / M <= n / N has no rounding.
-        self.register_buffer("allowed", m * steps <= n * (nodes - 1), persistent=False)
-        ahead = (matrix.detach() * ~self.allowed).nonzero().tolist()
-        if causal and ahead:
-            row, column = ahead[0]
-            raise ValueError(
-                f"the matrix is not causal: row {row} (from {row}/{steps} of the interval) uses w_{column} (at "
-                f"{column}/{nodes - 1} of it), with the factor {float(matrix[row, column]):g}: make such entries zero, "
-                "or pass causal=False"
-            )
+        if causal:
+            _check_causal(matrix)
         if isinstance(matrix, nn.Parameter):
             self.matrix = matrix
         elif learnable:
@@ -106,8 +94,48 @@ class MatrixKernel(TimeKernel):
         rows = self._rows().to(fractions.device)
         return rows[share(fractions, len(rows))]
 
+    @property
+    def allowed(self) -> Tensor:
+        """Which entries a causal matrix may have: (N, M + 1)."""
+        return _not_ahead(self.matrix)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """A state that is not causal is refused as the matrix would be: its entries ahead would have no effect."""
+        found = state_dict.get(f"{prefix}matrix")
+        if self.causal and isinstance(found, Tensor) and found.shape == self.matrix.shape:
+            try:
+                _check_causal(found)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}matrix: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _rows(self) -> Tensor:
         return self.matrix * self.allowed if self.causal else self.matrix
+
+
+def _not_ahead(matrix: Tensor) -> Tensor:
+    steps, nodes = matrix.shape
+    n = torch.arange(steps, device=matrix.device)[:, None]
+    # In whole numbers, for which m / M <= n / N has no rounding.
+    return torch.arange(nodes, device=matrix.device) * steps <= n * (nodes - 1)
+
+
+def _check_causal(matrix: Tensor) -> None:
+    if matrix.is_meta:  # its numbers come with a state dict
+        return
+    ahead = (matrix.detach() * ~_not_ahead(matrix)).nonzero().tolist()
+    if ahead:
+        steps, nodes = matrix.shape
+        row, column = ahead[0]
+        raise ValueError(
+            f"the matrix is not causal: row {row} (from {row}/{steps} of the interval) uses w_{column} (at "
+            f"{column}/{nodes - 1} of it), with the factor {float(matrix[row, column]):g}: make such entries zero, "
+            "or pass causal=False"
+        )
 
 
 def _check_matrix(matrix: Tensor) -> None:
@@ -119,6 +147,8 @@ def _check_matrix(matrix: Tensor) -> None:
             "MatrixKernel takes a matrix of shape (steps, weight_steps + 1), at least (1, 2), "
             f"got shape {tuple(matrix.shape)}"
         )
+    if matrix.is_meta:  # its numbers come with a state dict
+        return
     bad = (~matrix.detach().isfinite()).nonzero().tolist()
     if bad:
         row, column = bad[0]
