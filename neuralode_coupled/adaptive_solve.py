@@ -256,13 +256,12 @@ class _Flow(nn.Module):
 
 
 class _Pinned(nn.Module):
-    """A flow with the parameters that it has now: ``odeint_adjoint`` calls it again in the backward pass, when it may
+    """A flow with the tensors that it has now: ``odeint_adjoint`` calls it again in the backward pass, when it may
     have others, after a functional_call."""
 
     def __init__(self, flow: _Flow) -> None:
         super().__init__()
-        parameters = {id(p) for p in flow.parameters()}
-        self.flow, self.pinned = flow, {name: tensor for name, tensor in places(flow) if id(tensor) in parameters}
+        self.flow, self.pinned = flow, dict(places(flow))
         self.callback_accept_step, self.callback_reject_step = flow.callback_accept_step, flow.callback_reject_step
 
     def forward(self, t: Tensor, state: State) -> State:

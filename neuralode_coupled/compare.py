@@ -126,8 +126,9 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
         for variant in variants
         for seed in seeds
     ]
-    for run in runs:
+    for run in {run.experiment.variant: run for run in runs}.values():  # a seed makes no difference to this
         check(run.experiment, run.folder, data.classes)
+    for run in runs:
         run.folder.check(run.experiment, resume=True)
     if any(run.folder.result() is None for run in runs):
         data.prepare_data()

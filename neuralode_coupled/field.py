@@ -13,14 +13,13 @@ import torch
 from einops import pack, unpack
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import EvolutionOperator, Static, check_evolved
 from neuralode_coupled.kernels import Dirac, TimeKernel
 from neuralode_coupled.per_step import per_step_modules
-from neuralode_coupled.replaced import DynamicsError, alone, call, places, untouched
+from neuralode_coupled.replaced import DynamicsError, alone, call, hidden, places, untouched
 
 _HOOKS = (
     "dynamics uses torch.utils.checkpoint or other hooks on saved tensors, which would evaluate it again with w0 in "
@@ -89,8 +88,10 @@ class CoupledField(nn.Module):
     def moving(self) -> list[str]:
         """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
         under a kernel that changes constants."""
-        constant = self.kernel.keeps_constants
-        return [name for name in self.names if not (constant and isinstance(self.operator(name), Static))]
+        return [name for name in self.names if self._moves(name)]
+
+    def _moves(self, name: str) -> bool:
+        return not (self.kernel.keeps_constants and isinstance(self.operator(name), Static))
 
     def initial_state(self, z0: Activation) -> State:
         """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
@@ -170,14 +171,9 @@ class CoupledField(nn.Module):
         arguments = (t, z) if self.takes_time else (z,)
         tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
         run = partial(call, self.dynamics, tensors, arguments)
-        if torch.is_grad_enabled() and self._moves and not _hidden():
+        if torch.is_grad_enabled() and not hidden() and any(map(self._moves, self.names)):
             run = partial(_without_hooks, run)
         return untouched(self.dynamics, (z,), run)
-
-    @property
-    def _moves(self) -> bool:
-        """Whether any theta is not w0 at all times."""
-        return not self.kernel.keeps_constants or any(not isinstance(q, Static) for q in self.evolution.values())
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""
@@ -273,11 +269,6 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
         raise DynamicsError(_HOOKS) from error
     finally:
         guard.__exit__(None, None, None)
-
-
-def _hidden() -> bool:
-    """Whether what runs is traced, and nothing can be learnt about it."""
-    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
 
 
 def check_activation(field: CoupledField, z0: Tensor) -> None:

@@ -23,6 +23,11 @@ class DynamicsError(ValueError):
     """A module does what a solve with it cannot follow: the message says what, and what to do instead."""
 
 
+def hidden() -> bool:
+    """Whether what runs is traced, by torch.compile or a ``torch.func`` transform: nothing can be learnt about it."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
+
+
 def alone(module: nn.Module) -> AbstractContextManager:
     """For as long as no other thread may see the module with tensors that are not its own."""
     if torch.compiler.is_compiling():
@@ -57,7 +62,7 @@ def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Calla
 
     Inference tensors have no version: with them nothing is noticed.
     """
-    if torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    if hidden():
         return run()
     before = [0 if part.is_inference() else part._version for part in state]
     result = run()

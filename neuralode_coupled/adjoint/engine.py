@@ -332,21 +332,23 @@ class _Sweep:
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):
-            inputs, shared = self.operands.inputs[n], self.operands.shared
-            y, _ = self._again(n, lambda buffers, n=n, y=y, u=inputs, v=shared: self.plan.step(n, y, u, v, buffers))
+            y, _ = self._again(self._step, n, y)
         return y
 
-    def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        return self._again(n, lambda buffers: self.tracer.step(n, y, buffers))
+    def _step(self, n: int, y: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        return self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
 
-    def _again(self, n: int, run: Callable[[State], Result]) -> Result:
+    def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
+        return self._again(self.tracer.step, n, y)
+
+    def _again(self, step: Callable[[int, State, State], Result], n: int, y: State) -> Result:
         """Step ``n`` once more, spared what was kept of it unless it takes another way than in the forward pass."""
         with self.replay.again(n) as buffers, playing(self.spared, n) as player:
-            result = run(buffers)
+            result = step(n, y, buffers)
         if player is None or not player.strayed:
             return result
         with self.replay.again(n) as buffers:
-            return run(buffers)
+            return step(n, y, buffers)
 
     def _trace_again(self, chosen: Schedule, states: _Stored, last: Graphs) -> None:
         """The graphs of the last steps anew, where an earlier backward pass over the same graph has used them up."""

@@ -7,9 +7,9 @@ from typing import ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
 
 from neuralode_coupled._types import Weight, WeightPath
+from neuralode_coupled.replaced import hidden
 
 Propagate = Callable[[Tensor, float], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
@@ -133,7 +133,7 @@ def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0
         what: what the first axis counts, for the message.
         first: where it begins to count.
     """
-    if path.device.type != "cpu" or torch.compiler.is_compiling() or _are_functorch_transforms_active():
+    if path.device.type != "cpu" or hidden():
         return
     path = path.detach()
     if not is_seen(~path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again

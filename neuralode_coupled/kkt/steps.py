@@ -14,7 +14,7 @@ from neuralode_coupled.evolution import closed_form
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.layer import CoupledODE
-from neuralode_coupled.replaced import call, places
+from neuralode_coupled.replaced import Held, call, places
 from neuralode_coupled.runge_kutta import step
 from neuralode_coupled.solve import build_scheme
 from neuralode_coupled.stage_weights import Scheme
@@ -130,17 +130,6 @@ def scheme_of(layer: CoupledODE) -> Scheme:
     return build_scheme(layer.field, layer.t, layer.steps, layer.method, layer.weight_steps, layer.weight_method)
 
 
-class _Substituted(nn.Module):
-    """A layer to compute with while functional_call has other tensors in its place."""
-
-    def __init__(self, layer: CoupledODE) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, compute: Callable[[], T]) -> T:
-        return compute()
-
-
 def check_layer(layer: object) -> None:
     """Raise the TypeError that a user should see for what is no coupled layer."""
     if not isinstance(layer, CoupledODE):
@@ -160,12 +149,12 @@ def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
     others = {id(p): leaves[name] for name, p in layer.named_parameters()}
     others |= {id(buffer): buffer.clone() for buffer in layer.buffers()}
-    holder = _Substituted(layer)
-    tensors = {name: others[id(tensor)] for name, tensor in places(holder)}
+    held = Held([layer])
+    tensors = {name: others[id(tensor)] for name, tensor in places(held)}
     stats = layer.stats
     devices = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)), torch.enable_grad():
-            return call(holder, tensors, (lambda: compute(leaves),), layer.field.dynamics)
+            return call(held, tensors, (lambda: compute(leaves),), layer.field.dynamics)
     finally:
         layer.stats = stats
