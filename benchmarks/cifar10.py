@@ -26,11 +26,11 @@ import torch
 from torch import nn
 
 from benchmarks.common import RESULTS
-from neuralode_coupled.compare import Planned, command
-from neuralode_coupled.learner import Classifier
 from neuralode_coupled.models import NETWORKS, VARIANTS
-from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, build_model, resolve
+from neuralode_coupled.train.compare import Planned, command
+from neuralode_coupled.train.learner import Classifier
+from neuralode_coupled.train.runs import Experiment, RunFolder, write_atomically
+from neuralode_coupled.train.training import build_data, build_model, resolve
 
 CLASSES = 10
 CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from benchmarks import cifar10, cifar10_solvers_costs
 from benchmarks.cifar10 import CLASSES, Report, say, schedule_name, split
-from neuralode_coupled.adaptive_solve import is_adaptive
-from neuralode_coupled.compare import Planned
-from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import build_model, function_evaluations
+from neuralode_coupled.coupled.adaptive import is_adaptive
+from neuralode_coupled.train.compare import Planned
+from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.training import build_model, function_evaluations
 
 CONFIGURATIONS = ("anodev2-1", "anodev2-2")
 SOLVERS = ("euler", "midpoint", "rk4", "dopri5")

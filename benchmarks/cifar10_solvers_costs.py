@@ -26,9 +26,9 @@ from torch.nn import functional
 from benchmarks import common
 from benchmarks.cifar10 import CLASSES, trained
 from benchmarks.common import environment
-from neuralode_coupled.compare import Planned
-from neuralode_coupled.runs import Experiment, PeakMemory, write_atomically
-from neuralode_coupled.training import build_data, build_model, function_evaluations
+from neuralode_coupled.train.compare import Planned
+from neuralode_coupled.train.runs import Experiment, PeakMemory, write_atomically
+from neuralode_coupled.train.training import build_data, build_model, function_evaluations
 
 ROUNDS = 7
 Batch = tuple[Tensor, Tensor]

@@ -26,16 +26,16 @@ from torch.optim.swa_utils import update_bn
 from benchmarks import cifar10
 from benchmarks.cifar10 import CLASSES, say, schedule_name, split
 from benchmarks.common import environment
-from neuralode_coupled.compare import Planned
-from neuralode_coupled.data import ImageData
-from neuralode_coupled.depth import with_steps
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.evolution import ReactionDiffusionAdvection, Static
-from neuralode_coupled.image_sources import ImageSet
-from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models import ADJOINTS, VARIANTS, by_name, coupled_layers
 from neuralode_coupled.models.networks import resnet4
-from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
-from neuralode_coupled.training import build_data, build_model, prepare
+from neuralode_coupled.train.compare import Planned
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.image_sources import ImageSet
+from neuralode_coupled.train.runs import Experiment, RunFolder, write_atomically
+from neuralode_coupled.train.training import build_data, build_model, prepare
 
 CHOICES = ("anode@5", "anodev2-1", "anode", "anodev2-2")
 GROUPED = ("anode@5", "anodev2-1")

@@ -26,9 +26,9 @@ from benchmarks.cifar10_solvers_costs import random_batch, training_step
 from benchmarks.common import read, write
 from benchmarks.pages import DOCS, machine, put
 from benchmarks.rounds import rounded_median
-from neuralode_coupled import training
 from neuralode_coupled.models import VARIANTS
-from neuralode_coupled.runs import Experiment, RunFolder
+from neuralode_coupled.train import training
+from neuralode_coupled.train.runs import Experiment, RunFolder
 
 BASELINE = "baseline"
 PHASES = {

@@ -21,8 +21,8 @@ from torch import nn
 
 import neuralode_coupled as nc
 from benchmarks.common import block, write
-from neuralode_coupled.coupled_problem import CoupledProblem
-from neuralode_coupled.solve import build_scheme
+from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.coupled.solving import build_scheme
 
 CASES: dict[str, Callable[[], tuple[nn.Module, nc.TimeKernel]]] = {
     "propagator": lambda: (nc.ReactionDiffusionAdvection(), nc.Dirac()),

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import Device, wait
 from benchmarks.gpu_steps import Step
-from neuralode_coupled.runs import PeakMemory
+from neuralode_coupled.train.runs import PeakMemory
 
 
 class Traffic(TorchDispatchMode):

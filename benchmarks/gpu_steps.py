@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import neuralode_coupled as nc
 from benchmarks.common import Device, tf32
-from neuralode_coupled.learner import Classifier
 from neuralode_coupled.models import ADJOINTS, by_name, coupled_layers
+from neuralode_coupled.train.learner import Classifier
 
 MODEL, VARIANT, CLASSES = "resnet10", "anodev2-1", 10
 PEER = "torchdiffeq odeint"

@@ -22,7 +22,7 @@ import neuralode_coupled as nc
 from benchmarks.candidates import CANDIDATES, HAND, build
 from benchmarks.common import METHODS, by_hand, groups, start, training_step, write
 from benchmarks.pages import DOCS
-from neuralode_coupled import plotting
+from neuralode_coupled.figures import plotting
 
 FIGURE = DOCS / "figures" / "gradients.png"
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 import neuralode_coupled as nc
 from benchmarks.common import block, read, start, write
 from benchmarks.peers import measure
-from neuralode_coupled.coupled_problem import CoupledProblem
+from neuralode_coupled.coupled.problem import CoupledProblem
 from neuralode_coupled.runge_kutta import step, tableau
 
 STACK = "hand-written stack"

@@ -22,8 +22,8 @@ import torch
 from benchmarks.candidates import CANDIDATES, HAND, build
 from benchmarks.common import METHODS, SHAPE, block, by_hand, environment, printed, read, start, training_step, write
 from benchmarks.pages import DOCS, put
-from neuralode_coupled import plotting
-from neuralode_coupled.runs import PeakMemory
+from neuralode_coupled.figures import plotting
+from neuralode_coupled.train.runs import PeakMemory
 
 STATE = int(np.prod(SHAPE)) * 4
 FIGURE, PAGE = DOCS / "figures" / "memory.png", DOCS / "gradients.md"

@@ -25,7 +25,7 @@ from benchmarks.common import METHODS, printed, read, write
 from benchmarks.pages import DOCS, machine, put, ratio
 from benchmarks.peers import measure
 from neuralode_coupled.models import NETWORKS, coupled_layers
-from neuralode_coupled.runs import Experiment
+from neuralode_coupled.train.runs import Experiment
 
 STORED = "Backprop"
 NAMES = (STORED, "DiscreteAdjoint", "DiscreteAdjoint, last step kept")

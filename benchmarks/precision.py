@@ -27,8 +27,8 @@ from torch.nn import functional
 
 import neuralode_coupled as nc
 from benchmarks.common import write
-from neuralode_coupled.data import ImageData
-from neuralode_coupled.runs import PeakMemory
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.runs import PeakMemory
 
 FULL = "float32"
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {

@@ -23,7 +23,7 @@ import torch
 
 import neuralode_coupled as nc
 from benchmarks.common import block, printed, read, start, training_step, write
-from neuralode_coupled.runs import PeakMemory
+from neuralode_coupled.train.runs import PeakMemory
 
 METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),

@@ -31,8 +31,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from benchmarks.common import write
-from neuralode_coupled.adjoint.embedded import ADAPTIVE
-from neuralode_coupled.odeint_dto import odeint_dto
+from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.embedded import ADAPTIVE
 from neuralode_coupled.runge_kutta import METHODS
 
 MODULES = ("api_tests", "event_tests", "gradient_tests", "norm_tests", "odeint_tests")

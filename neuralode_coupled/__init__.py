@@ -14,8 +14,10 @@ from neuralode_coupled.adjoint import (
     ReversibleAdjoint,
     Stats,
 )
-from neuralode_coupled.couple import couple
-from neuralode_coupled.depth import with_steps
+from neuralode_coupled.convert.coupling import couple
+from neuralode_coupled.coupled.layer import CoupledODE, bake
+from neuralode_coupled.coupled.regridding import with_steps
+from neuralode_coupled.coupled.solving import Solution, solve
 from neuralode_coupled.evolution import (
     ConvEvolution,
     EvolutionOperator,
@@ -27,6 +29,8 @@ from neuralode_coupled.evolution import (
     Static,
 )
 from neuralode_coupled.field import CoupledField, FlatField
+from neuralode_coupled.field.per_step import PerStep
+from neuralode_coupled.figures.progress_bars import progress
 from neuralode_coupled.kernels import (
     Box,
     DensityKernel,
@@ -37,11 +41,7 @@ from neuralode_coupled.kernels import (
     SampleAndHold,
     TimeKernel,
 )
-from neuralode_coupled.layer import CoupledODE, bake
-from neuralode_coupled.odeint_dto import odeint_dto
-from neuralode_coupled.per_step import PerStep
-from neuralode_coupled.progress import progress
-from neuralode_coupled.solve import Solution, solve
+from neuralode_coupled.odeint.dto import odeint_dto
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
 

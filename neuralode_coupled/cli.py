@@ -17,13 +17,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from neuralode_coupled.interruptions import Interrupted, end_with_standard_input, interruptible
-from neuralode_coupled.runs import Experiment, Result, RunFolder
+from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
+from neuralode_coupled.train.runs import Experiment, Result, RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from neuralode_coupled.layer import CoupledODE
+    from neuralode_coupled.coupled.layer import CoupledODE
 
 app = typer.Typer(
     name="neuralode-coupled",
@@ -186,10 +186,10 @@ def train(
 def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool) -> None:
     """`train`, of an experiment that is complete."""
     with _bad_input():
-        from neuralode_coupled import training
         from neuralode_coupled.evolution import NonFiniteWeights
-        from neuralode_coupled.learner import Diverged
-        from neuralode_coupled.processes import FolderNotShared, ProcessLost
+        from neuralode_coupled.train import training
+        from neuralode_coupled.train.learner import Diverged
+        from neuralode_coupled.train.processes import FolderNotShared, ProcessLost
 
         run.check(training.resolve(experiment), resume=True)
         result = run.result()
@@ -232,7 +232,7 @@ def compare(
     evolving over time.
     """
     with _bad_input():
-        from neuralode_coupled import compare as comparison
+        from neuralode_coupled.train import compare as comparison
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
     with _interruptible("the same command goes on from here"):
@@ -290,7 +290,7 @@ def filters(
     layer too (learned-LAYER.png).
     """
     with _bad_input():
-        from neuralode_coupled import gallery
+        from neuralode_coupled.figures import gallery
 
         gallery.gaussian(size)  # a size that will not do is refused before anything is written
         learned = [] if run is None else gallery.draw_run(folder, run)

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import cli, data, training
+from neuralode_coupled import cli
+from neuralode_coupled.train import data, training
 
 RANK = int(os.environ.get("LOCAL_RANK", os.environ.get("NODE_RANK", "0")))
 

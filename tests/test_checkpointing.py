@@ -18,8 +18,9 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled.adjoint import Operands, Plan, Stats
-from neuralode_coupled.adjoint.checkpointing import Advance, DeviceStore, Load, Reverse, schedule
 from neuralode_coupled.adjoint.engine import checkpointed
+from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, schedule
+from neuralode_coupled.adjoint.stores import DeviceStore
 from tests import oracle
 
 

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import checkpoints, training
-from neuralode_coupled.callbacks import AtomicCheckpoints
-from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import prepare, train
+from neuralode_coupled.train import training, weights_file
+from neuralode_coupled.train.callbacks import AtomicCheckpoints
+from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.training import prepare, train
 from tests import oracle
 
 STATE_DICTS = Path(__file__).parent / "data" / "state_dicts.pt"
@@ -93,8 +93,8 @@ def test_a_checkpoint_says_whose_weights_it_holds(runs):
     _, ours, other = runs
     told = {"model": "resnet4", "variant": "anodev2-2", "steps": None, "dynamics": None, "evolution": None}
     told["version"] = nc.__version__
-    assert checkpoints.read(ours.best)[checkpoints.ORIGIN] == told
-    assert checkpoints.read(other.last)[checkpoints.ORIGIN]["model"] == "resnet10"
+    assert weights_file.read(ours.best)[weights_file.ORIGIN] == told
+    assert weights_file.read(other.last)[weights_file.ORIGIN]["model"] == "resnet10"
 
 
 def test_checkpoints_of_another_model_are_refused_in_a_line(runs):
@@ -116,7 +116,7 @@ def test_checkpoints_of_another_model_are_refused_in_a_line(runs):
 def test_a_checkpoint_of_another_version_is_refused_only_if_its_weights_differ(runs):
     _, ours, _ = runs
     content = torch.load(ours.best, weights_only=True)
-    content[checkpoints.ORIGIN]["version"] = "0.0.9"
+    content[weights_file.ORIGIN]["version"] = "0.0.9"
     torch.save(content, ours.best)
     training.load_model(ours)
     name = "model.0.weight"
@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_version_is_refused_only_if_its_weights_differ(r
     ):
         training.load_model(ours)
     # Of a version that did not say so yet.
-    del content[checkpoints.ORIGIN]
+    del content[weights_file.ORIGIN]
     torch.save(content, ours.best)
     with pytest.raises(ValueError, match="is of another model"):
         training.load_model(ours)

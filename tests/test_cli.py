@@ -12,9 +12,10 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from neuralode_coupled import cli, training
+from neuralode_coupled import cli
 from neuralode_coupled.runge_kutta import METHODS
-from neuralode_coupled.runs import RunFolder
+from neuralode_coupled.train import training
+from neuralode_coupled.train.runs import RunFolder
 from tests.test_data import image_folder
 
 
@@ -174,7 +175,7 @@ def test_compare_refuses_seeds_that_are_none(tmp_path):
 
 
 def test_compare_shows_the_others_when_one_fails(quick, tmp_path, monkeypatch):
-    from neuralode_coupled import compare
+    from neuralode_coupled.train import compare
 
     def launch(arguments):
         if "anode" in arguments:
@@ -190,7 +191,7 @@ def test_compare_shows_the_others_when_one_fails(quick, tmp_path, monkeypatch):
 
 
 def test_compare_names_what_is_damaged_in_a_finished_run_below_the_table(quick, tmp_path, monkeypatch):
-    from neuralode_coupled import compare
+    from neuralode_coupled.train import compare
 
     monkeypatch.setattr(
         compare, "launch_process", lambda arguments: compare.Outcome(run(*arguments).exit_code, "no message")

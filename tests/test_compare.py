@@ -14,9 +14,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from neuralode_coupled import cli, compare
-from neuralode_coupled.compare import Line, Outcome, Planned, plan
-from neuralode_coupled.runs import Experiment, Result, RunFolder
+from neuralode_coupled import cli
+from neuralode_coupled.train import compare
+from neuralode_coupled.train.compare import Line, Outcome, Planned, plan
+from neuralode_coupled.train.runs import Experiment, Result, RunFolder
 from tests.test_data import image_folder
 
 
@@ -223,7 +224,7 @@ def test_a_command_carries_the_whole_experiment(shared, tmp_path):
         raise ValueError("enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neuralode_coupled.training.prepare", prepare)
+        patch.setattr("neuralode_coupled.train.training.prepare", prepare)
         assert here(arguments).code == cli.BAD_INPUT
     assert seen == [(planned.experiment, planned.folder.path, True)]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralode_coupled import image_sources
-from neuralode_coupled.data import EvenBatches, ImageData, augment, channel_statistics
-from neuralode_coupled.image_sources import stratified_order
+from neuralode_coupled.train import image_sources
+from neuralode_coupled.train.data import EvenBatches, ImageData, augment, channel_statistics
+from neuralode_coupled.train.image_sources import stratified_order
 
 
 def image_folder(root: Path, classes: int = 3, train: int = 8, test: int = 4, size: int = 32) -> Path:

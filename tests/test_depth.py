@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 import neuralode_coupled as nc
-from neuralode_coupled.depth import with_steps
+from neuralode_coupled.coupled.regridding import with_steps
 
 METHODS = st.sampled_from(("euler", "midpoint", "rk4"))
 COUNTS = st.integers(1, 6)

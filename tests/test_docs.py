@@ -16,7 +16,8 @@ import pytest
 import typer
 
 import neuralode_coupled as nc
-from neuralode_coupled import cli, plotting
+from neuralode_coupled import cli
+from neuralode_coupled.figures import plotting
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -12,7 +12,7 @@ from benchmarks import epoch
 from benchmarks.cifar10 import one_run
 from benchmarks.common import read
 from benchmarks.pages import DOCS
-from neuralode_coupled.runs import Experiment
+from neuralode_coupled.train.runs import Experiment
 
 SMALL = Experiment(epochs=2, limit=96, batch_size=32, threads=1, accelerator="cpu")
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import gallery, plotting, training
+from neuralode_coupled.figures import gallery, plotting
+from neuralode_coupled.train import training
 from tests.test_cli import complaint, run
 
 

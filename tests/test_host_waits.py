@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import neuralode_coupled as nc
-from neuralode_coupled import callbacks, learner, training
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.data import EvenBatches, ImageData, augment
-from neuralode_coupled.image_sources import ImageSet
-from neuralode_coupled.runs import Experiment, RunFolder
+from neuralode_coupled.train import callbacks, learner, training
+from neuralode_coupled.train.data import EvenBatches, ImageData, augment
+from neuralode_coupled.train.image_sources import ImageSet
+from neuralode_coupled.train.runs import Experiment, RunFolder
 from tests.test_adjoint import OPERATORS
 from tests.test_kkt_properties import KERNELS
 
@@ -91,7 +91,7 @@ class NoCopies(NoWaiting):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Leave out what is looked at on the CPU alone, and the comparison of random states, which the host holds."""
-    for module in ("coupled_problem", "own_weights", "evolution.base"):
+    for module in ("coupled.problem", "coupled.own_weights", "evolution.base"):
         monkeypatch.setattr(f"neuralode_coupled.{module}.check_finite", lambda *arguments: None)
     monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
     monkeypatch.setattr(Replay, "_random_state", lambda self: ())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint.keeping import PRODUCTS, _is_kept
+from neuralode_coupled.adjoint.products import PRODUCTS, _is_kept
 from tests import oracle
 from tests.test_adjoint import coupled_problems, gradients
 from tests.test_checkpointing import noisy_layer

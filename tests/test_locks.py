@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
-from neuralode_coupled import locks
-from neuralode_coupled.locks import Lock
+from neuralode_coupled.train import locks
+from neuralode_coupled.train.locks import Lock
 
 HOLDS = """
 import sys, time
 from pathlib import Path
-from neuralode_coupled.locks import Lock
+from neuralode_coupled.train.locks import Lock
 lock = Lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

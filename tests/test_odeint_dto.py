@@ -17,9 +17,9 @@ from torchdiffeq._impl.interp import _interp_evaluate, _interp_fit
 from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import _runge_kutta_step
 
-from neuralode_coupled.adjoint import embedded
-from neuralode_coupled.adjoint.embedded import ADAPTIVE
-from neuralode_coupled.odeint_dto import odeint_dto
+from neuralode_coupled.odeint import embedded
+from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.embedded import ADAPTIVE
 from neuralode_coupled.runge_kutta import METHODS, tableau
 
 SHARED_FIXED = [name for name in METHODS if name != "rk4_classic"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import plotting
+from neuralode_coupled.figures import plotting
 
 
 def rows(*accuracies: float) -> list[dict[str, float]]:

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
-from neuralode_coupled import training
-from neuralode_coupled.coupled_problem import CoupledProblem
-from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import train
+from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.train import training
+from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.training import train
 from tests import oracle
 
 DIGITS = Experiment(variant="anodev2-2", epochs=1, limit=64, batch_size=16, lr=0.05, accelerator="cpu", threads=1)

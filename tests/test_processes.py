@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from neuralode_coupled import cli, data, training
-from neuralode_coupled.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
-from neuralode_coupled.runs import Experiment, RunFolder
+from neuralode_coupled import cli
+from neuralode_coupled.train import data, training
+from neuralode_coupled.train.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
+from neuralode_coupled.train.runs import Experiment, RunFolder
 from tests import several_processes
 
 ROOT = Path(__file__).parent.parent

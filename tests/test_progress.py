@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.progress import progress, watched
+from neuralode_coupled.figures.progress_bars import progress, watched
 
 
 def layer(adjoint: nc.GradientMethod) -> nc.CoupledODE:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuralode_coupled import runs
-from neuralode_coupled.runs import Experiment, PeakMemory, Result, RunFolder, write_atomically
+from neuralode_coupled.train import runs
+from neuralode_coupled.train.runs import Experiment, PeakMemory, Result, RunFolder, write_atomically
 
 RESULT = Result(
     parameters=10,

@@ -11,12 +11,12 @@ from torch import nn
 
 from benchmarks import cifar10, cifar10_solvers, cifar10_solvers_costs, cifar10_solvers_table, depth, depth_table
 from benchmarks.cifar10_solvers_table import EXACT, Row, Trained, answer, choice, margin, rows
-from neuralode_coupled.compare import command
-from neuralode_coupled.data import ImageData
-from neuralode_coupled.image_sources import ImageSet
 from neuralode_coupled.models import build, coupled_layers
-from neuralode_coupled.runs import Experiment
-from neuralode_coupled.training import build_model
+from neuralode_coupled.train.compare import command
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.image_sources import ImageSet
+from neuralode_coupled.train.runs import Experiment
+from neuralode_coupled.train.training import build_model
 from tests.test_cifar10_tables import finish, shared
 from tests.test_data import image_folder
 

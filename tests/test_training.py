@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import callbacks, learner, training
-from neuralode_coupled.learner import Classifier, Diverged, learning_rate
-from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import prepare, train
+from neuralode_coupled.train import callbacks, learner, training
+from neuralode_coupled.train.learner import Classifier, Diverged, learning_rate
+from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.training import prepare, train
 from tests.test_data import image_folder
 
 TIMES = {"seconds", "memory"}
@@ -117,7 +117,8 @@ def test_a_finished_run_is_not_repeated(small, tmp_path):
 KILLED = """
 import os, signal, sys
 import pytorch_lightning as pl
-from neuralode_coupled import cli, training
+from neuralode_coupled import cli
+from neuralode_coupled.train import training
 
 class Kill(pl.Callback):
     def on_train_batch_end(self, trainer, *args):

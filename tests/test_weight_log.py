@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import neuralode_coupled as nc
-from neuralode_coupled.runs import Experiment, RunFolder
-from neuralode_coupled.training import train
-from neuralode_coupled.weight_log import SNAPSHOTS, WeightLog
+from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.training import train
+from neuralode_coupled.train.weight_log import SNAPSHOTS, WeightLog
 
 
 class Calls:

@@ -18,10 +18,10 @@ from torch import nn
 from torchvision.models import resnet18
 
 import neuralode_coupled as nc
-from neuralode_coupled import plotting
-from neuralode_coupled.data import ImageData
-from neuralode_coupled.learner import Classifier
-from neuralode_coupled.weight_log import WeightLog
+from neuralode_coupled.figures import plotting
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.learner import Classifier
+from neuralode_coupled.train.weight_log import WeightLog
 
 
 class Log(pl.Callback):

@@ -1,9 +1,9 @@
 """How gradients come back through a solve."""
 
-from neuralode_coupled.adjoint.captured import check_closed
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
-from neuralode_coupled.adjoint.problem import Flow, GradientMethod, Operands, Plan, Stats, check_gradient_method
+from neuralode_coupled.adjoint.plan import Flow, GradientMethod, Operands, Plan, Stats, check_gradient_method
+from neuralode_coupled.adjoint.reachable import check_closed
 from neuralode_coupled.adjoint.reversible import ReversibleAdjoint
 
 __all__ = [

@@ -11,8 +11,8 @@ from torchdiffeq import odeint_adjoint
 from torchdiffeq._impl.odeint import SOLVERS
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.captured import check_closed
-from neuralode_coupled.adjoint.problem import Flow, Plan, Problem, Stats
+from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats
+from neuralode_coupled.adjoint.reachable import check_closed
 from neuralode_coupled.runge_kutta import METHODS
 
 

@@ -21,20 +21,18 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.checkpointing import (
+from neuralode_coupled.adjoint.plan import Operands, Plan
+from neuralode_coupled.adjoint.products import Keep, Kept, Tape, playing, recording, selective_contexts
+from neuralode_coupled.adjoint.replay import Replay
+from neuralode_coupled.adjoint.schedules import (
     Advance,
     Load,
     Reverse,
     Schedule,
-    Storage,
-    Store,
     schedule,
-    store,
 )
-from neuralode_coupled.adjoint.keeping import Keep, Kept, Tape, playing, recording, selective_contexts
-from neuralode_coupled.adjoint.problem import Operands, Plan
-from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, edges, vjp
+from neuralode_coupled.adjoint.stores import Storage, Store, store
 
 Result = TypeVar("Result")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.checkpointing import Storage, check_storage
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
-from neuralode_coupled.adjoint.keeping import Keep, check_keep, check_keep_last
-from neuralode_coupled.adjoint.problem import Operands, Problem, Stats, Weights, check_weights
+from neuralode_coupled.adjoint.plan import Operands, Problem, Stats, Weights, check_weights
+from neuralode_coupled.adjoint.products import Keep, check_keep, check_keep_last
+from neuralode_coupled.adjoint.stores import Storage, check_storage
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.problem import Plan
+from neuralode_coupled.adjoint.plan import Plan
 
 
 class Replay:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.checkpointing import DeviceStore
 from neuralode_coupled.adjoint.engine import arranged, differentiate_unrolled, traced
-from neuralode_coupled.adjoint.problem import Operands, Plan, Problem, Stats, Weights, check_weights
+from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, check_weights
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add, as_leaves, edges, vjp
+from neuralode_coupled.adjoint.stores import DeviceStore
 
 Increment = Callable[[int, State], State]
 """``increment(m, source)`` of half step m from its source."""

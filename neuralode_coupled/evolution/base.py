@@ -8,8 +8,8 @@ from typing import ParamSpec, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import hidden
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.replaced import hidden
 
 Propagate = Callable[[Tensor, float], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]

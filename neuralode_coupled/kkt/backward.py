@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from neuralode_coupled._types import Activation, StageWeights, Trajectory, WeightPath
+from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.steps import FIELD, Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, minus
-from neuralode_coupled.layer import CoupledODE
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
+from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.field import check_activation
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
-from neuralode_coupled.layer import CoupledODE
 
 METHODS = ("autograd", "DTO", "continuous", "differences")
 """The columns of `Check`: Backprop, DiscreteAdjoint, ContinuousAdjoint and central finite differences."""

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.coupled.scheme import Grid
 from neuralode_coupled.kernels import DensityKernel, MatrixKernel, SampleAndHold, TimeKernel
 from neuralode_coupled.kkt.backward import Multipliers
 from neuralode_coupled.kkt.steps import FIELD, Steps, scheme_of
 from neuralode_coupled.kkt.tensors import Tensors, as_leaf, minus, norm, pull, relative_error, time_tensor
-from neuralode_coupled.layer import CoupledODE
-from neuralode_coupled.stage_weights import Grid
 
 
 def why_not_continuous(layer: CoupledODE) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from neuralode_coupled._types import Activation
+from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.backward import Multipliers, check_shapes, multipliers
 from neuralode_coupled.kkt.continuous import continuous_residuals, why_not_continuous
 from neuralode_coupled.kkt.discrete import discrete_residuals
 from neuralode_coupled.kkt.steps import Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Regularizer, Tensors, as_leaf, by_name, scalar
-from neuralode_coupled.layer import CoupledODE
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import Held, call, places
 from neuralode_coupled._types import State, Weight
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.coupled.scheme import Scheme
+from neuralode_coupled.coupled.solving import build_scheme
 from neuralode_coupled.evolution import closed_form
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
-from neuralode_coupled.layer import CoupledODE
-from neuralode_coupled.replaced import Held, call, places
 from neuralode_coupled.runge_kutta import step
-from neuralode_coupled.solve import build_scheme
-from neuralode_coupled.stage_weights import Scheme
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neuralode_coupled.per_step import PerStep
+from neuralode_coupled.field.per_step import PerStep
 
 GROUPS = 4
 PARTS = ("conv", "norm", "shared", "group", "relu")

@@ -8,15 +8,15 @@ from typing import TypeVar
 
 from torch import nn
 
-from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
+from neuralode_coupled.coupled.adaptive import is_adaptive
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.coupled.solving import check_method
 from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
-from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models.branch import Branch
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
-from neuralode_coupled.solve import check_method
 
 NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
     "alexnet": alexnet,

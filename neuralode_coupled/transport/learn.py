@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, GradientMethod
+from neuralode_coupled.coupled.solving import solve
 from neuralode_coupled.evolution import EvolutionOperator, MLPEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.runge_kutta import tableau
-from neuralode_coupled.runs import write_atomically
-from neuralode_coupled.solve import solve
+from neuralode_coupled.train.runs import write_atomically
 from neuralode_coupled.transport.problem import VELOCITIES, Signals, exact, signals, velocity_of
 
 TAPS = 7

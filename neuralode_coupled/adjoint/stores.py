@@ -1,0 +1,126 @@
+"""Where a discrete adjoint keeps the states that it starts again from."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+
+Storage = Literal["device", "cpu", "disk"]
+
+
+def check_storage(checkpoints: int | None, storage: str) -> None:
+    """Raise the ValueError or TypeError that a user should see for choices that make no sense."""
+    if checkpoints is not None and (not isinstance(checkpoints, int) or isinstance(checkpoints, bool)):
+        raise TypeError(f"checkpoints must be a whole number or None (every step's state), got {checkpoints!r}")
+    if checkpoints is not None and checkpoints < 1:
+        raise ValueError(
+            f"checkpoints must be at least 1 (the initial state) or None (every step's), got {checkpoints}"
+        )
+    if storage not in get_args(Storage):
+        raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(get_args(Storage))}")
+
+
+class DeviceStore:
+    """Few states, each until its last use: a backward pass puts others in their place, so that there are never more
+    than the schedule allows. (What autograd keeps stays until the backward pass is over.)"""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[State, tuple[int, ...]]] = {}
+
+    def __contains__(self, n: int) -> bool:
+        return n in self._kept
+
+    def put(self, n: int, state: State) -> None:
+        """Keep a state, without its history."""
+        self._kept[n] = tuple(part.detach() for part in state), tuple(part._version for part in state)
+
+    def get(self, n: int, last: bool = False) -> State:
+        """The state, for the last time if ``last``. Raises RuntimeError, as autograd does, if it has been modified."""
+        state, versions = self._kept.pop(n) if last else self._kept[n]
+        if any(part._version != version for part, version in zip(state, versions, strict=True)):
+            raise RuntimeError(
+                f"the state after step {n}, which the backward pass starts from, has been modified by an inplace "
+                "operation since the forward pass: do that to a clone of what the solve returns"
+            )
+        return state
+
+
+class HostStore:
+    """States in host memory; from a CUDA device by asynchronous copies into pinned memory."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[State, torch.device]] = {}
+
+    def put(self, n: int, state: State) -> None:
+        """Copy a state to the host."""
+        self._kept[n] = (tuple(_to_host(part) for part in state), state[0].device)
+
+    def __contains__(self, n: int) -> bool:
+        return n in self._kept
+
+    def get(self, n: int, last: bool = False) -> State:
+        """The state, back on its device."""
+        state, device = self._kept[n]
+        return tuple(part.to(device, non_blocking=True) for part in state)
+
+
+def _to_host(part: Tensor) -> Tensor:
+    if part.device.type == "cpu":
+        return part.clone()
+    # The copy back is ordered behind this one on the same stream, so the host need not wait for either.
+    host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
+    return host.copy_(part, non_blocking=True)
+
+
+class DiskStore:
+    """States in files of a temporary folder, which goes when the graph goes, after an error too.
+
+    Raises:
+        OSError: if the disk that holds temporary files has no room for ``count`` states of ``size`` bytes.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="neuralode_coupled-", ignore_cleanup_errors=True)
+        free = shutil.disk_usage(self._folder.name).free
+        if free < count * size:
+            name = self._folder.name
+            self._folder.cleanup()
+            raise OSError(
+                f"storage='disk' needs {count} states of {size} bytes, and {name} has {free} bytes free: "
+                "use fewer checkpoints, or set TMPDIR to a larger disk"
+            )
+        self._devices: dict[int, torch.device] = {}
+
+    def put(self, n: int, state: State) -> None:
+        """Write a state."""
+        self._devices[n] = state[0].device
+        torch.save(tuple(part.cpu() for part in state), self._path(n))
+
+    def __contains__(self, n: int) -> bool:
+        return n in self._devices
+
+    def get(self, n: int, last: bool = False) -> State:
+        """Read the state back to its device."""
+        return tuple(part.to(self._devices[n]) for part in torch.load(self._path(n), weights_only=True))
+
+    def _path(self, n: int) -> Path:
+        return Path(self._folder.name) / f"{n}.pt"
+
+
+Store = DeviceStore | HostStore | DiskStore
+
+
+def store(storage: Storage, count: int, y0: State, few: bool) -> Store | None:
+    """Where the stored states go; None where autograd itself keeps them, those of every step, on the device."""
+    if storage == "disk":
+        return DiskStore(count, sum(part.numel() * part.element_size() for part in y0))
+    if storage == "cpu":
+        return HostStore()
+    return DeviceStore() if few else None

@@ -1,0 +1,368 @@
+"""Converting existing models: residual branches become coupled layers, with the weights that are there as w0."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from neuralode_coupled._checks import check_model, some
+from neuralode_coupled._types import Activation
+from neuralode_coupled.adjoint import GradientMethod
+from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
+from neuralode_coupled.convert.residual import NotResidual, Stage, adds_around, stages
+from neuralode_coupled.coupled.adaptive import is_adaptive
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.field import ByPattern, Evolution, Evolve
+from neuralode_coupled.field.per_step import PerStep
+from neuralode_coupled.kernels import TimeKernel
+
+Skip = Literal["auto", "inside", "around", "none"]
+_Layer = Callable[[nn.Module], CoupledODE]
+_SHOWN = 20
+"""So many names of submodules are shown in a message."""
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class AddedAround(nn.Module):
+    """A coupled layer whose result the module around it adds to its input: ``g(z) = z(t1) - z``.
+
+    Args:
+        layer: the coupled layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, z: Activation) -> Activation:
+        """What is to be added to z, of its shape."""
+        return self.layer(z) - z
+
+
+class WithoutInput(nn.Module):
+    """``f(z) - z``: the vector field of which one Euler step of length one is the plain layer f itself.
+
+    Args:
+        module: f, which keeps the shape of z.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Activation) -> Activation:
+        """The slope, of the shape of z."""
+        result = self.module(z)
+        if result.shape != z.shape:
+            raise ValueError(
+                f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it. Leave this "
+                "layer as it is, or name one that keeps the shape"
+            )
+        return result - z
+
+
+def couple(
+    model: nn.Module,
+    targets: str | Iterable[str],
+    evolution: Evolution | None = None,
+    kernel: TimeKernel | None = None,
+    *,
+    steps: int | None = None,
+    method: str = "euler",
+    t: tuple[float, float] = (0.0, 1.0),
+    weight_steps: int | None = None,
+    weight_method: str | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    adjoint: GradientMethod | None = None,
+    evolve: Evolve = None,
+    skip: Skip = "auto",
+    per_step: bool = True,
+) -> nn.Module:
+    """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
+
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
+    model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
+    operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
+    pretrained weights before converting, because names in the state dict change.
+
+    Args:
+        model: any module, in float32 or float64.
+        targets: names of submodules, or patterns (``"layer*.1"``; a star does not reach over a dot, unless nothing
+            matches otherwise). A target is a block that adds its input itself
+            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
+            a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
+        evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
+            for in all targets together. `Static` by default.
+        kernel: K, copied for each target; `Dirac` by default.
+        steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
+        method: the Runge-Kutta method, see `CoupledODE`.
+        t: the interval of time.
+        weight_steps: the number of steps of the weights' own grid.
+        weight_method: the method on it.
+        rtol: the relative tolerance of an adaptive method.
+        atol: the absolute tolerance of an adaptive method.
+        adjoint: how gradients come back; `DiscreteAdjoint` by default.
+        evolve: which parameters of a branch evolve, see `CoupledField`.
+        skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
+            plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` finds out
+            between the first two by tracing the code.
+        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. Without
+            it all steps share one; general-purpose solvers need that.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if the model is not a module, or the targets are not names.
+        ValueError: for targets that match nothing, are not residual (what was found is said), take more than one
+            input, change their input in place, do something besides adding (hooks on them, what their code sets or
+            changes without returning it), are scripted, are converted already or lie inside of each other, models in
+            half precision, an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes
+            the shape shows in the first forward pass.
+    """
+    names = _checked(model, targets, skip)
+    steps = 1 if steps is None and not is_adaptive(method) else steps
+    options = {
+        "steps": steps,
+        "method": method,
+        "t": t,
+        "weight_steps": weight_steps,
+        "weight_method": weight_method,
+        "rtol": rtol,
+        "atol": atol,
+        "adjoint": adjoint,
+        "evolve": evolve,
+    }
+
+    # An entry may be for the parameters of some targets alone.
+    by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
+    operators = evolution if by_pattern is None else by_pattern
+
+    def layer(branch: nn.Module) -> CoupledODE:
+        branch = _with_norms_per_step(branch, steps) if per_step and steps is not None and steps > 1 else branch
+        made = CoupledODE(branch, operators, copy.deepcopy(kernel), **options)
+        made.training = branch.training
+        return made
+
+    # All or nothing: whatever cannot be converted shows before a target is replaced.
+    converted: dict[int, nn.Module] = {}
+    with _put_back_on_failure(model):
+        for name in names:
+            target = model.get_submodule(name)
+            try:
+                converted[id(target)] = _convert(model, name, skip, layer)
+            except ValueError as error:
+                raise ValueError(f"target {name!r}: {error}") from error
+        if by_pattern is not None:
+            by_pattern.check()
+    for module in (part for new in converted.values() for part in _after(new)):
+        # What a layer returns may be a state that its backward pass starts from.
+        module.inplace = False
+    model = _replace(model, converted)
+    new = {id(module) for module in converted.values()}
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in new for layer in encoder.layers):
+            # Its fast path packs padded sequences into nested tensors, and looks for the original's linear layers.
+            encoder.use_nested_tensor = False
+    return model
+
+
+def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[str]:
+    """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
+    check_model(model)
+    if skip not in get_args(Skip):
+        raise ValueError(f"unknown skip {skip!r}: choose one of {', '.join(get_args(Skip))}")
+    half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+    if half is not None:
+        raise ValueError(
+            f"the model is in half precision ({half} is {model.get_parameter(half).dtype}), in which weights cannot "
+            "evolve: convert it with .float(), and train under torch.autocast"
+        )
+    modules = dict(model.named_modules())
+    chosen: list[str] = []
+    for pattern in _patterns(targets):
+        matching = _matching(pattern, list(modules))
+        if not matching:
+            known = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
+            raise ValueError(f"targets={pattern!r} matches no submodule: there are {some(known, _SHOWN) or 'none'}")
+        chosen.extend(name for name in matching if name not in chosen)
+    coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
+    scripted = [name for name, m in modules.items() if isinstance(m, torch.jit.ScriptModule)]
+    for name in chosen:
+        part = next((part for part in scripted if _within(part, name)), None)
+        if part is not None:
+            raise ValueError(
+                f"target {name!r}: {part!r} is scripted, and takes no other weights: convert the original, and script "
+                "or export what nc.bake makes of it"
+            )
+        for other in coupled:
+            if _within(name, other) or _within(other, name):
+                raise ValueError(
+                    f"target {name!r} is converted already: {other!r} is a coupled layer. Leave it out; nc.with_steps "
+                    "changes its steps, and for other operators convert the original model"
+                )
+        outer = next((o for o in chosen if o != name and _within(name, o)), None)
+        if outer is not None:
+            raise ValueError(f"target {name!r} lies inside of target {outer!r}: name one of them")
+    return [name for name in modules if name in chosen]
+
+
+def _patterns(targets: str | Iterable[str]) -> list[str]:
+    """The targets as a list; raises TypeError or ValueError for what are none."""
+    if isinstance(targets, str):
+        return [targets]
+    patterns: list[Any] = list(targets) if isinstance(targets, Iterable) else [targets]
+    if not patterns:
+        raise ValueError(f'targets={targets!r} names no submodule: give names, or patterns such as "layer*.1"')
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"targets must be names of submodules, or patterns, got {pattern!r}: see model.named_modules()"
+            )
+    return patterns
+
+
+def _matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that a pattern matches part by part between the dots; if there are none, as a whole.
+
+    The model itself has an empty name, and no pattern but that one means it.
+    """
+    names = [name for name in names if bool(name) == bool(pattern)]
+    parts = pattern.split(".")
+    by_part = [
+        name
+        for name in names
+        if name.count(".") == len(parts) - 1
+        and all(fnmatchcase(part, wanted) for part, wanted in zip(name.split("."), parts, strict=True))
+    ]
+    return by_part or [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or outer == "" or name.startswith(f"{outer}.")
+
+
+def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module:
+    """What takes the target's place."""
+    target = model.get_submodule(name)
+    _check_inputs(target)
+    if isinstance(target, nn.TransformerEncoderLayer):
+        _check_no_hooks(target)
+        return CoupledEncoderLayer(target, layer)
+    if skip == "none":
+        return layer(WithoutInput(target))
+    if skip == "around":
+        return AddedAround(layer(target))
+    try:
+        found = stages(target)
+    except NotResidual as error:
+        if skip == "auto" and _added_around(model, name):
+            return AddedAround(layer(target))
+        raise ValueError(
+            f"{error}. Name a block that adds its input; or, if the code around the target adds it in a way that was "
+            'not seen, pass skip="around"; or take it as a plain layer, one Euler step of f(z) - z, by skip="none"'
+        ) from error
+    _check_no_hooks(target)
+    return _assembled(found, layer, target.training)
+
+
+def _check_inputs(target: nn.Module) -> None:
+    """Raise ValueError for a target that is called with more than a state."""
+    parameters = inspect.signature(target.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise ValueError(
+            f"a {type(target).__name__} takes ({', '.join(needed)}), and a coupled layer takes one input: leave it "
+            "out, or name a module inside of it that takes one"
+        )
+
+
+def _check_no_hooks(target: nn.Module) -> None:
+    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
+    hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
+    if hooks:
+        raise ValueError(
+            f"a {type(target).__name__} has hooks ({', '.join(hooks)}), which a coupled layer in its place would not "
+            "call: remove them by handle.remove(), and register them on the converted model; those on modules inside "
+            "of it stay"
+        )
+
+
+def _assembled(found: list[Stage], layer: _Layer, training: bool) -> nn.Module:
+    """The stages in a row, with a coupled layer in the place of each sum."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, stage in enumerate(found):
+        suffix = "" if len(found) == 1 else str(i)
+        if stage.branch is not None:
+            parts[f"coupled{suffix}"] = layer(stage.branch)
+        if stage.after is not None:
+            parts[f"after{suffix}"] = stage.after
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    row = nn.Sequential(parts)
+    row.training = training
+    return row
+
+
+def _after(converted: nn.Module) -> list[Any]:
+    """The modules behind a coupled layer that change their input in place."""
+    rows = [converted] if type(converted) is nn.Sequential else []
+    parts = [part for row in rows for name, part in row.named_children() if name.startswith("after")]
+    return [module for part in parts for module in part.modules() if getattr(module, "inplace", False)]
+
+
+def _added_around(model: nn.Module, name: str) -> bool:
+    """Whether the nearest module around the target that has code of its own adds the target's input to its result."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent, rest = model.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])
+        if isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            continue
+        try:
+            return adds_around(parent, rest)
+        except NotResidual:
+            return False
+    return False
+
+
+def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
+    """The branch with every BatchNorm in it as one of its own a step."""
+    if isinstance(branch, _BATCH_NORMS):
+        return PerStep(branch, steps)
+    norms = {id(m): PerStep(m, steps) for m in branch.modules() if isinstance(m, _BATCH_NORMS)}
+    for module in norms.values():
+        module.training = branch.training
+    return _replace(branch, norms)
+
+
+@contextmanager
+def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
+    """Whatever stops the body, every submodule is then where it was: branches share containers with the model."""
+    before = [(module, dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, children in before:
+            module._modules.clear()
+            module._modules.update(children)
+        raise
+
+
+def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """Put other modules into the places of some, wherever they occur; returns the model, or what takes its place."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in new:
+                module._modules[name] = new[id(child)]
+    return new.get(id(model), model)

@@ -1,0 +1,1 @@
+"""The coupled solve: weights and activations, as a function and as a layer."""

@@ -1,0 +1,135 @@
+"""Trained coupled layers as plain PyTorch: after training theta does not depend on the data.
+
+Each activation step becomes a module with the weights of its stages; what is left has no ODE in it, and any runtime
+that runs the branch runs it: ``torch.export``, ONNX, TorchScript.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Activation, StageWeights
+from neuralode_coupled.coupled.scheme import Scheme
+from neuralode_coupled.field import CoupledField
+
+Memo = dict[int, Any]
+"""What stands in for an object in a copy, by the object's identity: `copy.deepcopy`'s."""
+
+
+class BakedStep(nn.Module):
+    """One Runge-Kutta step with fixed weights: ``z + sum_i b_i f_i(z_i)``, ``z_i = z + sum_j a_ij f_j(z_j)``.
+
+    With Euler's method it is a residual block, ``z + h f(z)``.
+
+    Args:
+        branches: f with the weights of each stage; stages with equal weights are one module.
+        a: the coefficients of the stages, times the step's length; row ``i`` has ``i`` of them.
+        b: the coefficients of the step, times its length.
+    """
+
+    def __init__(self, branches: Sequence[nn.Module], a: Sequence[Sequence[float]], b: Sequence[float]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+        self.a = tuple(tuple(row) for row in a)
+        self.b = tuple(b)
+
+    def extra_repr(self) -> str:
+        return f"b={self.b}"
+
+    def forward(self, z: Activation) -> Activation:
+        """The state at the step's end, of the shape of z."""
+        slopes: list[Tensor] = []
+        for branch, row in zip(self.branches, self.a, strict=True):
+            # Under autocast a branch may return another precision; the state keeps its own.
+            slopes.append(branch(_along(z, slopes, row)).to(z.dtype))
+        return _along(z, slopes, self.b)
+
+
+class AtTime(nn.Module):
+    """``f(t, .)`` at one fixed time.
+
+    Args:
+        dynamics: f, a module ``f(t, z)``.
+        t: the time.
+    """
+
+    t: Tensor
+
+    def __init__(self, dynamics: nn.Module, t: Tensor) -> None:
+        super().__init__()
+        self.dynamics = dynamics
+        self.register_buffer("t", t)
+
+    def forward(self, z: Activation) -> Activation:
+        """f(t, z), of the shape of z."""
+        return self.dynamics(self.t.to(z.dtype), z)
+
+
+def _along(z: Tensor, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
+    for slope, weight in zip(slopes, weights, strict=True):
+        if weight != 0.0:
+            z = torch.add(z, slope, alpha=weight)
+    return z
+
+
+@torch.no_grad()
+def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -> nn.Sequential:
+    """The steps of a fixed-grid solve as modules with the given stage weights.
+
+    Args:
+        field: the coupled field; it is left as it is.
+        scheme: its discretisation.
+        theta: the stage weights of the parameters that move, (N, stages or 1, *weight) by name.
+
+    Returns:
+        ``N`` `BakedStep` in a row. What does not change from step to step is one tensor for all of them, a copy of
+        the field's.
+    """
+    dynamics, grid, method = field.dynamics, scheme.grid, scheme.method
+    originals = {name: id(p) for name, p in dynamics.named_parameters()}
+    fixed: Memo = {id(p): _constant(p) for name, p in dynamics.named_parameters() if name not in theta}
+    fixed |= {id(buffer): buffer.clone() for buffer in dynamics.buffers()}
+    alike = all(rows.shape[1] == 1 for rows in theta.values())
+    a = [[grid.h * weight for weight in row] for row in method.a]
+    b = [grid.h * weight for weight in method.b]
+    steps = []
+    for n in range(grid.steps):
+        branches: list[nn.Module] = []
+        for i in range(1 if alike else method.stages):
+            own = {originals[name]: _constant(rows[n, min(i, rows.shape[1] - 1)]) for name, rows in theta.items()}
+            branches.append(_branch(field, n, fixed | own))
+        branches *= method.stages if alike else 1
+        if field.takes_time:
+            times = [_time(grid.time(n, c), dynamics) for c in method.c]
+            branches = [AtTime(branch, t) for branch, t in zip(branches, times, strict=True)]
+        steps.append(BakedStep(branches, a, b))
+    stack = nn.Sequential(*steps)
+    # The branches have the flags of their originals; what is new has the field's.
+    for module in (stack, *stack, *(step.branches for step in steps)):
+        module.training = field.training
+    return stack
+
+
+def _branch(field: CoupledField, n: int, memo: Memo) -> nn.Module:
+    """A copy of the dynamics with step ``n``'s copies of per-step modules, and other tensors in the place of its own.
+
+    Copying looks every object up in ``memo`` by its identity; so tied tensors stay tied.
+    """
+    memo = dict(memo)
+    for _, module in field.per_step:
+        memo[id(module)] = copy.deepcopy(module.copies[n], memo)
+    return copy.deepcopy(field.dynamics, memo)
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+def _time(t: float, dynamics: nn.Module) -> Tensor:
+    like = next(dynamics.parameters(), torch.zeros(()))
+    return torch.full((), t, dtype=like.dtype, device=like.device)

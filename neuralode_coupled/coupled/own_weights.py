@@ -1,0 +1,94 @@
+"""Weights that each step of a solve makes for itself, so that nothing is stored for the steps."""
+
+from __future__ import annotations
+
+import torch
+
+from neuralode_coupled._substitution import Held, alone, call, places_of
+from neuralode_coupled._types import State
+from neuralode_coupled.coupled.scheme import Scheme
+from neuralode_coupled.evolution import all_at_once, check_finite, named
+from neuralode_coupled.field import CoupledField
+
+
+class OwnWeights:
+    """The weights of a step, made within it.
+
+    Args:
+        field: whose weights.
+        scheme: the grid and the method of weights and activations.
+        backwards: whether steps are taken from their end as well, for which every weight must be reached at once.
+
+    Attributes:
+        shared: w0 of what an operator reaches at once from it, then the parameters of the operators.
+        carried: w0 of the rest, which the state has to carry from step to step.
+
+    Raises ValueError unless weights and activations advance by one method on one grid, and for weights that go forward
+    only, if ``backwards``.
+    """
+
+    def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
+        if not scheme.together(field.kernel):
+            grid, fine = scheme.grid, scheme.weight_grid
+            raise ValueError(
+                f"weights='recomputed' needs weights that advance with the activations, by one method on one grid, got "
+                f"{field.kernel}, {fine.steps} steps of {scheme.weight_method.name!r} for the weights and "
+                f"{grid.steps} of {scheme.method.name!r} for the activations: use weights='stored'"
+            )
+        self._scheme, w0 = scheme, field.evolving()
+        self._operators = {name: field.operator(name) for name in field.moving()}
+        every = {name: all_at_once(q) for name, q in self._operators.items()}
+        self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}
+        self._carried = [name for name in self._operators if name not in self._at_once]
+        if backwards:
+            self._refuse_carried()
+        self._fractions = {
+            (name, back): scheme.stage_fractions(w0[name], back)
+            for name in self._at_once
+            for back in ((False, True) if backwards else (False,))
+        }
+        self._owner = field.dynamics
+        with alone(self._owner):
+            parameters = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
+        # torch.compile takes parameters as they are, and does not look into a module that is made meanwhile.
+        self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
+        self._places = [] if self._held is None else places_of(self._held, parameters)
+        self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
+        self.carried: State = tuple(w0[name] for name in self._carried)
+
+    def _refuse_carried(self) -> None:
+        """Raise the ValueError for weights that only go forward, step by step."""
+        if self._carried:
+            name = self._carried[0]
+            raise ValueError(
+                "weights='recomputed' of ReversibleAdjoint needs operators that reach any time at once (propagators "
+                "with activation='identity' and LinearEvolution do), got "
+                f"{type(self._operators[name]).__name__} for {name!r}, which goes step by step: use weights='stored', "
+                "or DiscreteAdjoint"
+            )
+
+    def advance(self, n: int, carried: State, shared: State, backwards: bool = False) -> tuple[State, State]:
+        """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end.
+
+        All from the tensors handed in: by the time of a recomputation the modules may hold others.
+        """
+        if not self._operators:
+            return (), ()
+        direct, parameters = shared[: len(self._at_once)], shared[len(self._at_once) :]
+        if self._held is None:
+            return self._advance(n, carried, direct, backwards)
+        tensors = {name: parameters[i] for name, i in self._places}
+        return call(self._held, tensors, (lambda: self._advance(n, carried, direct, backwards),), self._owner)
+
+    def _advance(self, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
+        theta, after = {}, []
+        with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
+            for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):
+                elapsed = (self._fractions[name, backwards] + n) * self._scheme.weight_grid.h
+                theta[name] = named(name, trajectory, w, elapsed)
+            for name, w in zip(self._carried, carried, strict=True):
+                w_next, theta[name] = named(name, self._scheme.stages_from, self._operators[name], w, n)
+                after.append(w_next)
+        for name, weights in theta.items():
+            check_finite(weights[None], name, "step", n)
+        return tuple(theta[name] for name in self._operators), tuple(after)

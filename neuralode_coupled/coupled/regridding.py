@@ -1,0 +1,79 @@
+"""Depth on demand: trained layers on another grid, or by another method, without retraining."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from neuralode_coupled._checks import check_model
+from neuralode_coupled.coupled.adaptive import is_adaptive
+from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.field.coupled import _aliases
+from neuralode_coupled.field.per_step import check_steps, sharing_parameters
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
+    """A copy of a coupled layer, or of a model with coupled layers, that takes ``steps`` steps in each of them.
+
+    The activation ODE (5b) and the weights theta(t) are functions of time, so that the same trained layer can be
+    solved on any grid: with h = (t1 - t0) / steps,
+
+        z_{n+1} = z_n + h sum_i b_i f(z_{n,i}, theta(t_n + c_i h)),        n = 0 .. steps - 1.
+
+    The weights' own grid stays as it is where the layer has one (``weight_steps``), and otherwise follows. Per-step
+    modules are functions of time too, constant over each step that they were trained for: step n uses the copy in
+    force at t_n, see `PerStep.resample`. With the trained number of steps and method the copy computes what the model
+    does, bit for bit.
+
+    Parameters are the model's own: training the copy trains the model. Buffers are the copy's own. The running
+    statistics of BatchNorm are those of the trained steps, which are not those of the states on the new grid;
+    ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them anew, without gradients and without touching the
+    model's.
+
+    Args:
+        model: a `CoupledODE`, or a module that contains some.
+        steps: the number of activation steps.
+        method: the Runge-Kutta method; by default each layer's own. An adaptive layer, whose tolerances the copy does
+            without, needs one.
+
+    Returns:
+        The copy, of the model's type and in its train/eval mode.
+
+    Raises:
+        TypeError: if the model is not a module.
+        ValueError: if the model has no coupled layers, for steps below 1, an unknown or an adaptive method, or if the
+            kernel of a layer cannot be put on the grid (`SampleAndHold` needs a multiple of its samples).
+    """
+    check_model(model)
+    check_steps(steps)
+    changed = sharing_parameters(model)
+    layers = [module for module in changed.modules() if isinstance(module, CoupledODE)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no coupled layers, whose steps could be changed: give a CoupledODE, or a "
+            "model that contains one"
+        )
+    for layer in layers:
+        _change(layer, steps, method)
+    return changed
+
+
+def _change(layer: CoupledODE, steps: int, method: str | None) -> None:
+    """Put a layer that nobody else uses on another grid."""
+    layer.steps = steps
+    layer.method = layer.method if method is None else method
+    if is_adaptive(layer.method):
+        raise ValueError(
+            f"{layer.method!r} chooses its own steps, by rtol and atol: name a method that takes equal ones, as in "
+            f"nc.with_steps(model, {steps}, 'rk4')"
+        )
+    layer.rtol = layer.atol = None  # an adaptive layer's, of no use on a grid
+    layer.stats = None
+    for _, module in layer.field.per_step:
+        module.copies = module.resample(steps).copies
+    # Copies that share parameters have come, or gone.
+    layer.field._aliases = _aliases(layer.field.dynamics)
+    layer._scheme()  # a layer that cannot be solved fails here

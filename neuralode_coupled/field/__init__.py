@@ -1,0 +1,18 @@
+"""The coupled system as one vector field."""
+
+from neuralode_coupled.field.assignment import ByPattern, Evolution, Evolve
+from neuralode_coupled.field.checks import check_activation, check_slope
+from neuralode_coupled.field.coupled import CoupledField
+from neuralode_coupled.field.flat import FlatField
+from neuralode_coupled.field.per_step import PerStep
+
+__all__ = [
+    "ByPattern",
+    "CoupledField",
+    "Evolution",
+    "Evolve",
+    "FlatField",
+    "PerStep",
+    "check_activation",
+    "check_slope",
+]

@@ -1,0 +1,102 @@
+"""Which parameters evolve, and by which operator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from neuralode_coupled.evolution import EvolutionOperator
+
+Evolution = nn.Module | Mapping[str, nn.Module] | Callable[[str, Tensor], nn.Module]
+Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
+
+
+def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], evolve: Evolve) -> tuple[str, ...]:
+    """The names of the evolving parameters, in the module's order; those of single steps cannot evolve."""
+    prefixes = tuple(name for name, _ in per_step)
+    parameters = {name: p for name, p in dynamics.named_parameters() if not (prefixes and name.startswith(prefixes))}
+    if evolve is None:
+        return tuple(name for name, p in parameters.items() if p.ndim >= 2)
+    if callable(evolve):
+        return tuple(name for name, p in parameters.items() if evolve(name, p))
+    patterns = [evolve] if isinstance(evolve, str) else list(evolve)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            raise ValueError(f"evolve={pattern!r} matches no parameter of dynamics: it has {', '.join(parameters)}")
+    return tuple(name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+_ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
+
+
+def _key(name: str) -> str:
+    """Where `CoupledField.evolution` has a parameter's operator: a module's name must not contain the dots of a
+    parameter's, nor be that of an attribute, such as ``keys``."""
+    key = name.replace(".", "/")
+    return f"/{key}" if key in _ATTRIBUTES else key
+
+
+def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """One bound operator for each evolving parameter."""
+    by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
+    choose = evolution if by_pattern is None else by_pattern
+    operators: dict[str, nn.Module] = {}
+    for name, weight in weights.items():
+        if isinstance(choose, nn.Module):
+            operator = copy.deepcopy(choose)
+        elif callable(choose) and not isinstance(choose, type):
+            operator = choose(name, weight)
+        else:
+            raise TypeError(
+                "evolution must be an operator such as nc.ReactionDiffusionAdvection() (an instance, not the class), a "
+                f"mapping from names to operators or a function (name, weight) -> operator, got {evolution!r}"
+            )
+        if not isinstance(operator, nn.Module):
+            raise TypeError(f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {operator!r}")
+        try:
+            operators[name] = operator.bind(weight) if isinstance(operator, EvolutionOperator) else operator
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
+    if by_pattern is not None:
+        by_pattern.check()
+    return operators
+
+
+class ByPattern:
+    """A mapping from names or patterns to operators as a function ``(name, weight) -> operator``, which knows what was
+    asked of it: for several fields that share the mapping.
+
+    Args:
+        operators: the mapping. A name comes before every pattern, the first pattern before the others.
+    """
+
+    def __init__(self, operators: Mapping[str, nn.Module]) -> None:
+        self.operators = operators
+        self.asked: list[str] = []
+
+    def __call__(self, name: str, weight: Tensor) -> nn.Module:
+        """The operator of one parameter; raises ValueError if there is none for it."""
+        self.asked.append(name)
+        if name in self.operators:
+            return self.operators[name]
+        for pattern, operator in self.operators.items():
+            if fnmatchcase(name, pattern):
+                return operator
+        among = list(self.operators)
+        raise ValueError(f"no operator for parameter {name!r} among {among}: add one, or '*': nc.Static()")
+
+    def check(self) -> None:
+        """Raise ValueError for an entry that no parameter can have asked for; ``"*"`` is for the rest, maybe none."""
+        entries = list(self.operators)
+        behind = entries[entries.index("*") + 1 :] if "*" in entries else []
+        for entry in entries:
+            if entry in self.asked or entry == "*":
+                continue
+            if not any(fnmatchcase(name, entry) for name in self.asked):
+                names = ", ".join(dict.fromkeys(self.asked)) or "none"
+                raise ValueError(f"evolution: {entry!r} matches none of the evolving parameters, which are {names}")
+            if entry in behind:
+                raise ValueError(f"evolution: {entry!r} stands behind '*', which takes all of its own: put '*' last")

@@ -1,0 +1,36 @@
+"""Checking what goes into a field and what comes out of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def check_activation(field: nn.Module, z0: Tensor) -> None:
+    """Raise the TypeError or ValueError that a user should see for a z0 that the field cannot take."""
+    if not isinstance(z0, Tensor) or not z0.is_floating_point():
+        what = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
+        raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
+    if z0.ndim < 1:
+        raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
+    parameter = next(iter(field.parameters()), None)
+    if parameter is None:
+        return
+    if z0.device != parameter.device:
+        raise ValueError(f"z0 is on {z0.device}, the weights are on {parameter.device}: move one of them with .to(...)")
+    if z0.dtype != parameter.dtype and not torch.is_autocast_enabled(z0.device.type):
+        raise ValueError(
+            f"z0 is {z0.dtype}, the weights are {parameter.dtype}: convert one of them, or solve under torch.autocast"
+        )
+
+
+def check_slope(dz: Tensor, z: Tensor) -> Tensor:
+    """dz, or the TypeError or ValueError that a user should see for dynamics that give no state of its shape."""
+    if not isinstance(dz, Tensor):
+        raise TypeError(f"dynamics must return a tensor, got {type(dz).__name__}: wrap it in a module that returns one")
+    if dz.shape != z.shape:
+        raise ValueError(
+            f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
+            "the shape before the layer or behind it"
+        )
+    return dz

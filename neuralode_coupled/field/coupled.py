@@ -1,0 +1,229 @@
+"""The coupled system (Eq. 5) as one augmented vector field that general-purpose solvers integrate."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from neuralode_coupled._substitution import DynamicsError, alone, call, hidden, places, untouched
+from neuralode_coupled._types import Activation, State
+from neuralode_coupled.evolution import Static, check_evolved
+from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
+from neuralode_coupled.field.checks import check_activation, check_slope
+from neuralode_coupled.field.per_step import per_step_modules
+from neuralode_coupled.kernels import Dirac, TimeKernel
+
+_HOOKS = (
+    "dynamics uses torch.utils.checkpoint or other hooks on saved tensors, which would evaluate it again with w0 in "
+    "place of theta(t): leave them out (DiscreteAdjoint recomputes every step anyway), or put them around the layer"
+)
+
+
+class CoupledField(nn.Module):
+    """``dz/dt = f(z, theta(t))`` and ``dw/dt = q(w; p)`` as one vector field (Eqs. 5b, 5c, 5d).
+
+    A kernel with finite memory adds the ODEs of its convolution: no more states for `Dirac`, one for each weight for
+    `Exponential`, k for `Erlang` of order k. Give the field to
+    ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor states
+    see `FlatField`; `nc.solve` takes advantage of the structure, and takes every kernel.
+
+    Args:
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
+            other parameters are static.
+        evolution: q. One operator, copied for each evolving parameter; or a mapping from parameter name or pattern to
+            operator, in which the same object named twice is shared, every entry matches something and ``"*"`` is for
+            the rest; or a callable ``(name, weight) -> operator``.
+        kernel: K; `Dirac` by default.
+        evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
+            By default every parameter with at least two axes.
+
+    Raises:
+        TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
+        ValueError: if a name or pattern matches nothing, a parameter has no operator, or an operator cannot take a
+            parameter.
+    """
+
+    def __init__(
+        self,
+        dynamics: nn.Module,
+        evolution: Evolution,
+        kernel: TimeKernel | None = None,
+        evolve: Evolve = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(dynamics, nn.Module):
+            raise TypeError(f"dynamics must be an nn.Module f(z) or f(t, z), got {type(dynamics).__name__}")
+        kernel = Dirac() if kernel is None else kernel
+        if not isinstance(kernel, TimeKernel):
+            raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {kernel!r}")
+        self.dynamics = dynamics
+        self.kernel: TimeKernel = kernel
+        self.takes_time = _takes_time(dynamics)
+        self.per_step = tuple(per_step_modules(dynamics))
+        self.names = _select(dynamics, self.per_step, evolve)
+        self._aliases = _aliases(dynamics)
+        self.evolution = nn.ModuleDict({_key(name): op for name, op in _assign(evolution, self.evolving()).items()})
+
+    def operator(self, name: str) -> nn.Module:
+        """The evolution operator of one evolving parameter. Raises KeyError if no parameter of that name evolves."""
+        return self.evolution[_key(name)]
+
+    def evolving(self) -> dict[str, nn.Parameter]:
+        """w0: the evolving parameters themselves, by name."""
+        with alone(self.dynamics):
+            parameters = dict(self.dynamics.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def moving(self) -> list[str]:
+        """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
+        under a kernel that changes constants."""
+        return [name for name in self.names if self._moves(name)]
+
+    def _moves(self, name: str) -> bool:
+        return not (self.kernel.keeps_constants and isinstance(self.operator(name), Static))
+
+    def initial_state(self, z0: Activation) -> State:
+        """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
+
+        The memory of a weight is w0 again, or zeros where the kernel's history is zero; see `TimeKernel`.
+
+        Raises:
+            TypeError: if z0 is not a floating-point tensor.
+            ValueError: if its dtype or device is not that of the weights, or the kernel has no finite realisation.
+        """
+        self._require_realisation()
+        check_activation(self, z0)
+        return (z0, *self.with_memory(tuple(self.evolving().values())))
+
+    def forward(self, t: Tensor, state: State) -> State:
+        """The derivatives ``(dz/dt, *dw/dt, *dmemory/dt)``, each of the shape of its part of the state.
+
+        Args:
+            t: the time, a scalar tensor.
+            state: ``(z, *w, *memory)`` as `initial_state` orders it.
+
+        Raises:
+            ValueError: if the state has other parts or shapes than `initial_state` gives, if ``dynamics`` changes the
+                shape of z, or if the kernel or a per-step module needs the steps that only `nc.solve` knows.
+        """
+        self._require_realisation()
+        if self.per_step:
+            raise ValueError(
+                "dynamics has parameters for every single step (PerStep), and a general-purpose solver does not say "
+                "which step it is in: use nc.solve"
+            )
+        self._check_state(state)
+        theta, derivatives = self.weight_side(t, self.names, state[1:])
+        return (check_slope(self.evaluate(t, state[0], theta), state[0]), *derivatives)
+
+    def activation(self, state: State) -> Tensor:
+        """z, the first part of the state."""
+        return state[0]
+
+    def weights(self, state: State) -> dict[str, Tensor]:
+        """theta: the weights in force at this state, by parameter name; parts may have leading axes (times).
+
+        Raises ValueError if the kernel has no finite realisation or the state has more or fewer parts than
+        `initial_state` gives.
+        """
+        self._require_realisation()
+        expected = len(self.with_memory(tuple(self.evolving().values())))
+        if len(state) - 1 != expected:
+            raise ValueError(f"the state must have {1 + expected} parts, got {len(state)}: see initial_state")
+        weights, memory = self._split(state[1:], len(self.names))
+        return {name: self.kernel.theta(w, m) for name, w, m in zip(self.names, weights, memory, strict=True)}
+
+    def with_memory(self, w0: State) -> State:
+        """``(*w0, *memory)``: initial weights, and behind them what the kernel remembers of each."""
+        return (*w0, *(part for w in w0 for part in self.kernel.initial_memory(w)))
+
+    def weight_side(self, t: Tensor, names: Sequence[str], state: State) -> tuple[dict[str, Tensor], State]:
+        """theta by name, and the derivatives ``(*dw/dt, *dmemory/dt)``, of the named weights.
+
+        Args:
+            t: the time, a scalar tensor.
+            names: the parameters whose weights and memory are in the state.
+            state: ``(*w, *memory)`` as `with_memory` orders it.
+        """
+        weights, memory = self._split(state, len(names))
+        theta = {name: self.kernel.theta(w, m) for name, w, m in zip(names, weights, memory, strict=True)}
+        dw = [self._evolve(t, name, w) for name, w in zip(names, weights, strict=True)]
+        pairs = zip(weights, memory, strict=True)
+        return theta, (*dw, *(part for w, m in pairs for part in self.kernel.memory_derivative(w, m)))
+
+    def _evolve(self, t: Tensor, name: str, w: Tensor) -> Tensor:
+        operator = self.operator(name)
+        return check_evolved(operator(t, w), w, operator)
+
+    def evaluate(self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
+        arguments = (t, z) if self.takes_time else (z,)
+        tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
+        run = partial(call, self.dynamics, tensors, arguments)
+        if torch.is_grad_enabled() and not hidden() and any(map(self._moves, self.names)):
+            run = partial(_without_hooks, run)
+        return untouched(self.dynamics, (z,), run)
+
+    def _split(self, state: State, count: int) -> tuple[State, list[State]]:
+        """``(*w, *memory)`` as the weights and the memory of each."""
+        size = self.kernel.memory or 0
+        starts = [count + i * size for i in range(count)]
+        return state[:count], [state[start : start + size] for start in starts]
+
+    def _require_realisation(self) -> None:
+        if self.kernel.memory is None:
+            raise ValueError(
+                f"{self.kernel} has no finite memory, which a general-purpose solver needs (Dirac has one, and "
+                "so have Exponential and Erlang): use nc.solve or nc.CoupledODE, which take every kernel"
+            )
+
+    def _check_state(self, state: State) -> None:
+        shapes = [tuple(part.shape) for part in self.with_memory(tuple(self.evolving().values()))]
+        got = [tuple(part.shape) for part in state[1:]]
+        if got != shapes:
+            parts = "(z, *w, *memory) with weights and memory" if self.kernel.memory else "(z, *w) with weights"
+            raise ValueError(f"the state must be {parts} of shapes {shapes}, got {got}: see initial_state")
+
+
+def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
+    """``run()`` without ``torch.utils.checkpoint`` in it: that would evaluate f again with w0, and nobody would see.
+
+    Raises `DynamicsError`, unless there are hooks around the solve already, which do no harm but hide those within.
+    """
+    guard = disable_saved_tensors_hooks(_HOOKS)
+    try:
+        guard.__enter__()
+    except RuntimeError:
+        return run()
+    try:
+        return run()
+    except RuntimeError as error:
+        if str(error) != _HOOKS:
+            raise
+        raise DynamicsError(_HOOKS) from error
+    finally:
+        guard.__exit__(None, None, None)
+
+
+def _takes_time(dynamics: nn.Module) -> bool:
+    """Whether dynamics is ``f(t, z)`` (True) or ``f(z)`` (False)."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(dynamics.forward).parameters.values()
+    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+    if len(required) not in (1, 2):
+        takes = required or "no named argument (as torch.compile makes it: compile the layer or the model instead)"
+        raise TypeError(f"dynamics must be f(z) or f(t, z), but its forward takes {takes}")
+    return len(required) == 2
+
+
+def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every place of each tensor that the module holds at several, by the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in places(dynamics):
+        names.setdefault(id(tensor), []).append(name)
+    return {group[0]: tuple(group) for group in names.values() if len(group) > 1}

@@ -1,0 +1,1 @@
+"""Plots, the gallery of operators, and progress bars."""

@@ -1,0 +1,1 @@
+"""Any vector field under torchdiffeq's signature, with the exact gradient of the discrete solve."""

@@ -1,0 +1,182 @@
+"""torchdiffeq's ``odeint`` with the exact gradient of the discrete solve and one step's graph at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.engine import checkpointed, transformed
+from neuralode_coupled.adjoint.stores import check_storage
+from neuralode_coupled.odeint.accepted import Solve
+from neuralode_coupled.odeint.arguments import (
+    ATOL,
+    RTOL,
+    check_finite,
+    check_grid,
+    check_method,
+    check_state,
+    check_times,
+)
+from neuralode_coupled.odeint.dynamics import Dynamics
+from neuralode_coupled.odeint.fixed import Announce, FixedSteps, equal_steps, make_grid
+from neuralode_coupled.runge_kutta import METHODS, tableau
+
+Tolerance = float | Tensor | tuple[float, ...]
+
+
+def odeint_dto(
+    func: Callable[..., Any],
+    y0: Tensor | State,
+    t: Tensor,
+    *,
+    rtol: Tolerance = RTOL,
+    atol: Tolerance = ATOL,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    event_fn: None = None,
+    checkpoints: int | None = None,
+    params: Iterable[Tensor] | None = None,
+) -> Any:
+    """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
+
+    A drop-in for ``torchdiffeq.odeint``: the same arguments and (to rounding) values and gradients, but the backward
+    pass recomputes each step from a stored state instead of keeping the graph of all. Unlike ``odeint_adjoint`` it
+    solves no second ODE, so the gradient has no error of its own.
+
+    Cost: one more evaluation of each accepted step in the backward pass, and of the earlier parts of an adaptive step
+    of more than four stages another. Memory: one state a step (or ``checkpoints`` states) and the graph of one step, or
+    part of a step, besides the outputs. Gradients of any order (those above the first store the unrolled
+    graph); ``torch.func`` transforms with the fixed-grid methods.
+
+    *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
+    ``"rk4_classic"``): the grid is ``t``, or what ``options`` make of it: ``step_size``, or
+    ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them; ``interp`` (``"linear"`` or
+    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does.
+
+    *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
+    ``"tsit5"`` where torchdiffeq has it): torchdiffeq accepts the steps, by its options ``norm``, ``first_step``,
+    ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``, ``step_t``, ``jump_t`` and
+    ``dtype``. The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs
+    along their steps' interpolating polynomials, and ``t[0]`` moves all steps together, up to the first that was cut
+    short to end at a time of ``step_t`` or ``jump_t``: that end stays. During the forward pass every accepted state is
+    held, whatever ``checkpoints`` is.
+
+    Args:
+        func: ``func(t, y) -> dy/dt``, a module or any callable, on a scalar tensor ``t`` of y's real dtype. It must
+            keep the state's structure, shapes and dtype. Its ``callback_step``, ``callback_accept_step`` and
+            ``callback_reject_step`` are called in the forward pass as torchdiffeq calls them.
+        y0: the initial state, a tensor or a tuple of tensors of any shapes; one floating or complex dtype, one device.
+        t: (times,), floating, strictly increasing or decreasing; on the CPU it makes no device wait.
+        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0.
+        atol: the absolute tolerance, likewise.
+        method: its name.
+        options: those of the method, see above.
+        event_fn: not supported.
+        checkpoints: how many states to keep for the backward pass: None for every step's, ``m`` for the recomputation
+            schedule with the fewest steps, 1 for y0 alone.
+        params: the tensors that gradients flow to besides y0 and t. None: all parameters of func, or of the modules
+            that a plain callable's closure, globals and attributes hold, and the tensors there that require gradients;
+            one that escapes the search is an error of the backward pass, if the step it looks at depends on it. They
+            must not depend on each other.
+
+    Returns:
+        The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.
+
+    Raises:
+        TypeError: for a y0 or t that is not floating, mixed dtypes, or func returning another structure or dtype.
+        ValueError: for unknown methods and options, tolerances with a fixed grid, times out of order, ``checkpoints``
+            below 1, ``event_fn``, func returning other shapes, a step size that underflows, a state that is not finite
+            (on a fixed grid it is looked for on the CPU only, where that costs no waiting), random numbers drawn by
+            func in an adaptive solve with gradients, or an adaptive solve inside of ``torch.func`` transforms.
+    """
+    if event_fn is not None:
+        raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
+    check_storage(checkpoints, "device")
+    state, times = check_state(y0), check_times(t)
+    name = check_method(method, rtol, atol, options)
+    is_tuple = isinstance(y0, tuple)
+    dynamics = Dynamics(func, is_tuple, params)
+    chosen = dict(options or {})
+    if len(times) == 1:
+        states: list[State] = []
+    elif name in METHODS:
+        states = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
+    else:
+        arguments = {"rtol": rtol, "atol": atol, "method": name, "options": _as_tensors(chosen, t)}
+        states = _adaptive(Solve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments), checkpoints)
+    outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
+    if not transformed():
+        check_finite(outputs, times)
+    return outputs if is_tuple else outputs[0]
+
+
+def _fixed_steps(
+    dynamics: Dynamics,
+    func: Callable[..., Any],
+    y0: Tensor | State,
+    t: Tensor,
+    times: list[float],
+    name: str,
+    options: dict[str, Any],
+) -> FixedSteps:
+    points, like = t, (y0[0] if isinstance(y0, tuple) else y0)
+    if options.get("step_size") is not None:
+        points = equal_steps(t, options["step_size"])
+    elif options.get("grid_constructor") is not None:
+        points = check_grid(options["grid_constructor"](func, y0, t), times)
+    for callback in ("callback_accept_step", "callback_reject_step"):
+        if hasattr(func, callback):
+            warnings.warn(f"method {name!r} accepts every step: {callback} is not called", stacklevel=3)
+    return FixedSteps(
+        dynamics,
+        make_grid(t, points, like),
+        tableau(name),
+        options.get("interp", "linear"),
+        bool(options.get("perturb", False)),
+        _announce(func, isinstance(y0, tuple)),
+    )
+
+
+def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
+    callback = getattr(func, "callback_step", None)
+    if callback is None:
+        return None
+    return lambda t, y, dt: callback(t, y if is_tuple else y[0], dt)
+
+
+def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> list[State]:
+    plan, operands = steps.discrete(y0)
+    # Without a gradient to pass on there is no graph either, whatever func holds besides params.
+    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and transformed())
+    with torch.set_grad_enabled(graph):
+        return checkpointed(plan, operands, checkpoints)
+
+
+def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
+    if transformed():
+        raise ValueError(
+            "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
+            f"differentiation hide: choose one of {', '.join(METHODS)}"
+        )
+    if not _wanted((*solve.y0, solve.t, *solve.dynamics.shared)):
+        return solve.forward(None)
+    plan, operands = solve.discrete()
+    width = len(solve.y0)
+    return [emitted[:width] for emitted in checkpointed(plan, operands, checkpoints)]
+
+
+def _wanted(tensors: Iterable[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _as_tensors(options: dict[str, Any], t: Tensor) -> dict[str, Any]:
+    """torchdiffeq turns only tensors around for a solve backwards in time."""
+    return {
+        name: torch.as_tensor(value, dtype=t.dtype) if name in ("step_t", "jump_t") and value is not None else value
+        for name, value in options.items()
+    }

@@ -1,0 +1,134 @@
+"""A user's right-hand side ``func(t, y)`` as a pure function of its state, parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
+
+from neuralode_coupled._substitution import Held, call, places_of, untouched
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.reachable import captured, overlooked
+
+Result = TypeVar("Result")
+
+
+class Dynamics:
+    """``func`` on tuple states, with the tensors that gradients flow to handed in.
+
+    Parameters of modules are replaced by those handed in. Other tensors cannot be: func reaches them by itself, and a
+    gradient is asked for at the originals (`captured`).
+
+    Args:
+        func: ``func(t, y)``, a module or any callable.
+        is_tuple: whether it takes and gives tuples of tensors.
+        params: the tensors that gradients flow to; None for all that the module, or the callable's closure, holds.
+
+    Attributes:
+        module: holds func, or the modules that it uses.
+        shared: what gradients flow to: replaceable parameters first, then captured tensors.
+        captured: how many of ``shared`` are captured.
+        buffers: the module's buffers.
+
+    Raises:
+        TypeError: if func is not callable, or params is not a sequence of tensors.
+    """
+
+    def __init__(self, func: Callable[..., Any], is_tuple: bool, params: Iterable[Tensor] | None) -> None:
+        if not callable(func):
+            raise TypeError(f"func must be callable as func(t, y), got {func!r}")
+        self._is_tuple, self._verify = is_tuple, params is None
+        self._func = func
+        modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
+        self.module = Held(modules)
+        own = {id(p) for p in self.module.parameters()}
+        asked = [*self.module.parameters(), *tensors] if params is None else _checked_params(params)
+        # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
+        frozen = [] if params is not None else [p for p in self.module.parameters() if not p.requires_grad]
+        wanted = [p for p in dict.fromkeys(asked) if p.requires_grad]
+        replaced = [*(p for p in wanted if id(p) in own), *frozen]
+        free = [p for p in wanted if id(p) not in own]
+        self.shared: State = (*replaced, *free)
+        self.captured = len(free)
+        self.buffers: State = tuple(self.module.buffers())
+        # Tied tensors have several places: looked for once, not at every evaluation.
+        self._parameters = places_of(self.module, replaced)
+        self._buffer_names = places_of(self.module, self.buffers)
+
+    def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
+        """``run()`` with the given tensors in place of the modules' own."""
+        if shared is self.shared and buffers is self.buffers:
+            return run()
+        tensors = {name: shared[i] for name, i in self._parameters}
+        tensors |= {name: buffers[i] for name, i in self._buffer_names}
+        return call(self.module, tensors, (run,))
+
+    def in_forward(self, shared: State, device: torch.device) -> State:
+        """What to evaluate the forward pass with: the modules' own tensors, where it has no graph."""
+        # Autocast would cache casts of them, and hand those, without a graph, to the code outside.
+        return shared if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) else self.shared
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        """dy/dt at ``(t, y)``, checked to have the state's structure, shapes and dtype."""
+        slope = untouched(self._func, y, lambda: self._func(t, y if self._is_tuple else y[0]))
+        return self._checked(slope, y)
+
+    def verify(self, slope: State, own: State, shared: State) -> None:
+        """Once a solve, where a slope's graph is at hand: raise the ValueError for a parameter that nobody named.
+
+        ``own`` and ``shared`` are what the slope may depend on.
+        """
+        if not self._verify or not torch.is_grad_enabled() or _are_functorch_transforms_active():
+            return
+        self._verify = False
+        known = (*own, *shared[: len(shared) - self.captured])
+        if not all(tensor.is_leaf for tensor in known):
+            return
+        known = (*known, *self.shared[len(shared) - self.captured :])
+        leaf = overlooked(slope, known)
+        if leaf is not None:
+            raise ValueError(
+                f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and that odeint_dto "
+                "cannot see: give all such tensors in params=(...), or params=() to leave their gradients out"
+            )
+
+    def _checked(self, slope: Any, y: State) -> State:
+        found = slope if self._is_tuple else (slope,)
+        if (
+            not isinstance(found, tuple | list)
+            or len(found) != len(y)
+            or not all(isinstance(part, Tensor) for part in found)
+        ):
+            expected = f"a tuple of {len(y)} tensors" if self._is_tuple else "a tensor"
+            raise TypeError(f"func must return {expected}, as y0 is, got {_describe(slope)}")
+        for part, own in zip(found, y, strict=True):
+            if part.shape != own.shape:
+                raise ValueError(f"func must keep the shape of the state: it made {_shapes(found)} of {_shapes(y)}")
+            if part.dtype != own.dtype and not torch.is_autocast_enabled(own.device.type):
+                raise TypeError(
+                    f"func must keep the dtype of the state: it made {part.dtype} of {own.dtype}; convert what it "
+                    "returns, or y0"
+                )
+        # Under autocast func may return another precision; the state keeps its own.
+        return tuple(part.to(own.dtype) for part, own in zip(found, y, strict=True))
+
+
+def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:
+    found = [] if isinstance(params, Tensor) else list(params)
+    if isinstance(params, Tensor) or not all(isinstance(p, Tensor) for p in found):
+        got = "one tensor" if isinstance(params, Tensor) else str([type(p).__name__ for p in found])
+        raise TypeError(f"params must be a sequence of tensors, such as tuple(net.parameters()), got {got}")
+    return found
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}: {[type(part).__name__ for part in value]}"
+    return f"a {type(value).__name__}"
+
+
+def _shapes(state: Iterable[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(part.shape) for part in state]

@@ -1,0 +1,59 @@
+"""One explicit Runge-Kutta step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.runge_kutta.tableaus import Tableau
+
+
+def step(f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau) -> tuple[State, list[State]]:
+    """One explicit Runge-Kutta step.
+
+    Args:
+        f: ``f(i, y_i)`` evaluates the vector field at stage ``i``.
+        y: the state at the start of the step, a tuple of tensors.
+        dt: the step's length, a number or a scalar tensor (then differentiable in it).
+        method: the tableau.
+
+    Returns:
+        The state at the end of the step, and the stage states ``y_i`` (the first is ``y`` itself).
+    """
+    slopes, stages = _evaluate(f, y, dt, method)
+    return combine(y, slopes, method.b, dt), stages
+
+
+def increment(f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau) -> State:
+    """What `step` adds to ``y``, without the rounding of the addition."""
+    slopes, _ = _evaluate(f, y, dt, method)
+    return combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt)
+
+
+def _evaluate(
+    f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau
+) -> tuple[list[State], list[State]]:
+    """The slopes at all stages, and the stage states."""
+    slopes: list[State] = []
+    stages: list[State] = []
+    for i, row in enumerate(method.a):
+        stages.append(combine(y, slopes, row, dt))
+        slopes.append(f(i, stages[-1]))
+    return slopes, stages
+
+
+def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
+    """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
+    for weight, slope in zip(weights, slopes, strict=True):
+        if not isinstance(weight, Tensor) and weight == 0.0:
+            continue
+        scale = dt * weight
+        if isinstance(scale, Tensor):
+            y = tuple(a + scale * k for a, k in zip(y, slope, strict=True))
+        else:
+            # A scaled addition is one pass over memory and keeps nothing for its backward.
+            y = tuple(torch.add(a, k, alpha=scale) for a, k in zip(y, slope, strict=True))
+    return y

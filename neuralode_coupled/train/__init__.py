@@ -1,0 +1,1 @@
+"""Experiments: training, comparing, and what a run leaves behind."""

@@ -1,0 +1,178 @@
+"""What happens besides training: a row an epoch, checkpoints that may be moved, signals, a progress bar."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+import neuralode_coupled as nc
+from neuralode_coupled.train.learner import Classifier, Diverged
+from neuralode_coupled.train.processes import agree
+from neuralode_coupled.train.runs import PeakMemory, Row, RunFolder, draft
+from neuralode_coupled.train.weight_log import WeightLog
+
+Report = Callable[[str], None]
+
+
+class EpochLog(pl.Callback):
+    """Writes one row an epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
+
+    TensorBoard gets what `WeightLog` writes too.
+
+    A run that is killed between the two loses its checkpoint and does the epoch again: so rows after the checkpoint
+    that training resumed from are dropped.
+
+    Args:
+        folder: whose ``metrics.csv`` it is.
+        done: how many epochs the run had finished when it was resumed.
+        report: is told each epoch in one line.
+    """
+
+    def __init__(self, folder: RunFolder, done: int = 0, report: Report | None = None) -> None:
+        self.folder, self.done, self.report = folder, done, report
+        self.rows: list[Row] = []
+        self._peak: PeakMemory | None = None
+        self._weights: WeightLog | None = None
+        self._began = self._seconds = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """See that all processes resume from the same epoch, before the first of them reads a checkpoint."""
+        agree(trainer, self.done)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the rows that are there."""
+        self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
+        assert isinstance(pl_module, Classifier)
+        self._weights = WeightLog(pl_module.model, pl_module.epochs)
+        self._peak = PeakMemory(pl_module.device)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock after the last batch."""
+        if trainer.is_last_batch:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self._seconds = time.perf_counter() - self._began
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the row. Raises Diverged if the last step of the epoch broke the weights."""
+        measured = trainer.callback_metrics  # on every device: they add up their shares here
+        row = {"epoch": float(trainer.current_epoch + 1)}
+        for name in ("train/loss", "train/accuracy", "test/loss", "test/accuracy"):
+            row[name] = float(measured[name])
+        if not np.isfinite(row["test/loss"]):
+            raise Diverged(trainer.current_epoch + 1, trainer.global_step)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row |= evolution_norms(pl_module)
+        assert self._peak is not None
+        row |= {"seconds": self._seconds, "memory": float(self._peak.read())}
+        if trainer.is_global_zero:
+            with self._peak.paused():
+                self._write(trainer, row)
+
+    def _write(self, trainer: pl.Trainer, row: Row) -> None:
+        self.rows.append(row)
+        self.folder.write_rows(self.rows)
+        epoch = int(row["epoch"])
+        for logger in trainer.loggers:
+            assert isinstance(logger, TensorBoardLogger)
+            logger.log_metrics({name: value for name, value in row.items() if name != "epoch"}, step=epoch)
+            assert self._weights is not None
+            self._weights.write(logger.experiment, epoch)
+            logger.experiment.flush()  # a killed run keeps its curves
+        if self.report is not None:
+            self.report(
+                f"epoch {epoch}/{trainer.max_epochs}: train loss {row['train/loss']:.3f}, test accuracy "
+                f"{100 * row['test/accuracy']:.2f}%, {row['seconds']:.1f} s"
+            )
+
+
+class Checkpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` with one fixed name, in a folder that may have been moved before the run is resumed."""
+
+    def __init__(self, folder: Path, name: str, **options: Any) -> None:
+        super().__init__(
+            folder, name, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True, **options
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the best score, with the paths as they are now."""
+        here = Path(self.dirpath or ".")
+        moved = {str(here / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+        paths = {
+            name: str(here / Path(state_dict[name]).name) if state_dict[name] else ""
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path")
+        }
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": moved})
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints as drafts in their own folder.
+
+    Lightning's own go through the system's folder of temporary files, and from another file system come piece by piece.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Raises OSError that names ``path``."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft(path) as beside, beside.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+class OwnSignals(pl.Callback):
+    """Leaves SIGTERM to the handler that was there before Lightning's.
+
+    Lightning's lets the run end as if all were well, exit code 0, and among several processes waits for an exchange
+    that the others are not in.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before Lightning takes it."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After that."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's, with the one number that is worth the space."""
+
+    _accuracy: float | None = None
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The test accuracy after the last epoch."""
+        return {} if self._accuracy is None else {"test accuracy": f"{100 * self._accuracy:.2f}%"}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read the accuracy: once an epoch and not with every batch, for which the host would wait."""
+        self._accuracy = float(trainer.callback_metrics["test/accuracy"])
+        super().on_validation_end(trainer, pl_module)
+
+
+def evolution_norms(model: nn.Module) -> dict[str, float]:
+    """The Euclidean norms of the evolution coefficients, all layers together, as ``evolution/<coefficient>``."""
+    squares: dict[str, Tensor] = {}
+    for layer in nc.models.coupled_layers(model).values():
+        for name, coefficient in layer.field.evolution.named_parameters():
+            term = f"evolution/{name.rpartition('.')[2]}"
+            square = coefficient.detach().double().square().sum()
+            squares[term] = squares[term] + square if term in squares else square
+    return {term: float(square.sqrt()) for term, square in squares.items()}

@@ -1,0 +1,150 @@
+"""A classifier as Lightning trains it: the paper's optimiser and schedule, stopped when the loss breaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+import neuralode_coupled as nc
+from neuralode_coupled.train import weights_file
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+DROPS = (150 / 350, 250 / 350)
+"""The fractions of the epochs after which the learning rate is divided by ten."""
+
+_CHECK_EVERY = 50
+"""Steps between looks at the loss on devices that compute ahead of the host, which a look makes wait."""
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a finite number."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__(
+            f"the loss became NaN or infinite in epoch {epoch}, at step {step} of the run: "
+            "try a smaller learning rate (checkpoints of earlier epochs are kept)"
+        )
+        self.epoch, self.step = epoch, step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.epoch, self.step)
+
+
+def learning_rate(base: float, epoch: int, epochs: int) -> float:
+    """``base``, divided by ten after 150/350 and again after 250/350 of the epochs. ``epoch`` counts from 0."""
+    return base / 10 ** sum(epoch >= drop * epochs for drop in DROPS)
+
+
+class Classifier(pl.LightningModule):
+    """Cross entropy by SGD with momentum 0.9 and weight decay 5e-4, and the paper's schedule scaled to the epochs.
+
+    Logs ``train/loss``, ``train/accuracy``, ``test/loss`` and ``test/accuracy`` (means over the images of an epoch).
+    Everything random in an epoch follows from the seed and the number of the epoch.
+
+    Args:
+        model: images (batch, 3, 32, 32) to logits (batch, classes).
+        epochs: the length of the schedule.
+        lr: the learning rate of the first epochs.
+        evolution_lr: the factor on it for the parameters of the evolution operators.
+        seed: of dropout and augmentation.
+        origin: what the model is; checkpoints keep it, see `weights_file`.
+
+    Raises:
+        Diverged: in training, once the loss is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epochs: int,
+        lr: float = 0.1,
+        evolution_lr: float = 1.0,
+        seed: int = 0,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.origin = dict(origin or {})
+        self.model = model
+        self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
+        self._first_bad_step: Tensor | None = None
+
+    def forward(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
+        """The logits."""
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch, a scalar."""
+        loss = self._measure(batch, "train")
+        self._watch(loss.detach())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measures a batch of test images."""
+        self._measure(batch, "test")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD over all parameters, those of the evolution operators in a group of their own."""
+        layers = nc.models.coupled_layers(self.model).values()
+        coefficients = {id(p): p for layer in layers for p in layer.field.evolution.parameters()}
+        others = [p for p in self.parameters() if id(p) not in coefficients]
+        groups = [
+            {"params": parameters, "factor": factor}
+            for parameters, factor in ((others, 1.0), ([*coefficients.values()], self.evolution_lr))
+            if parameters
+        ]
+        return torch.optim.SGD(groups, self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def on_train_epoch_start(self) -> None:
+        """Set what depends on the epoch: the learning rate and the random state."""
+        # Not by a scheduler: Lightning saves checkpoints before it steps those.
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["factor"] * learning_rate(self.lr, self.current_epoch, self.epochs)
+        entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1)[0]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whose weights they are."""
+        checkpoint[weights_file.ORIGIN] = self.origin
+
+    def _measure(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = functional.cross_entropy(logits, labels)
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        self.log_dict(
+            {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
+            on_step=False,
+            on_epoch=True,  # added up on the device, and read once an epoch
+            logger=False,  # `EpochLog` writes one row an epoch
+            sync_dist=True,
+            batch_size=len(labels),
+        )
+        return loss
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember on the device which step broke; look from time to time, and on the CPU always."""
+        step = self.global_step + 1
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), _NEVER, device=loss.device)
+        first = self._first_bad_step
+        self._first_bad_step = torch.where(loss.isfinite(), first, first.clamp(max=step))
+        if _looks(loss.device.type, step) or self.trainer.is_last_batch:
+            # All devices stop together, or some would wait for the others forever.
+            worst = int(self.trainer.strategy.reduce(self._first_bad_step, reduce_op="min"))
+            if worst != _NEVER:
+                raise Diverged(self.current_epoch + 1, worst)
+
+
+def _looks(kind: str, step: int) -> bool:
+    """Whether a step on such a device looks at the loss."""
+    return kind == "cpu" or step % _CHECK_EVERY == 0
