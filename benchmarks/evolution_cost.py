@@ -21,7 +21,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from benchmarks.common import block, write
-from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.coupled.on_grid import GridProblem
 from neuralode_coupled.coupled.solving import build_scheme
 
 CASES: dict[str, Callable[[], tuple[nn.Module, nc.TimeKernel]]] = {
@@ -40,7 +40,7 @@ def measure(operator: nn.Module, kernel: nc.TimeKernel, rounds: int) -> dict[str
     layer = nc.CoupledODE(block(5, "euler").field.dynamics, operator, kernel, steps=5)
     z0 = torch.randn(64, 16, 32, 32)
     scheme = build_scheme(layer.field, layer.t, layer.steps, layer.method, None, None)
-    problem = CoupledProblem(layer.field, scheme, z0, (scheme.grid.steps,))
+    problem = GridProblem(layer.field, scheme, z0, (scheme.grid.steps,))
     shares = []
     for turn in range(rounds + 2):
         begin = time.perf_counter()

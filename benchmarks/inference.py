@@ -25,7 +25,7 @@ from torch.func import functional_call
 import neuralode_coupled as nc
 from benchmarks.common import block, read, start, write
 from benchmarks.peers import measure
-from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.coupled.on_grid import GridProblem
 from neuralode_coupled.runge_kutta import step, tableau
 
 STACK = "hand-written stack"
@@ -36,7 +36,7 @@ def stack(layer: nc.CoupledODE) -> Callable[[Tensor], Tensor]:
     method, h = tableau(layer.method), layer.grid.h
     dynamics = layer.field.dynamics
     with torch.no_grad():
-        theta = CoupledProblem(layer.field, layer._scheme(), start(), (layer.grid.steps,)).stage_weights()
+        theta = GridProblem(layer.field, layer._scheme(), start(), (layer.grid.steps,)).stage_weights()
     weights = [
         [{name: stages[n, min(i, stages.shape[1] - 1)] for name, stages in theta.items()} for i in range(method.stages)]
         for n in range(layer.grid.steps)

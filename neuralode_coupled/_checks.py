@@ -1,10 +1,15 @@
-"""Words that errors share."""
+"""Every check of an argument, once. Each returns what it has checked, or raises one line that says what to give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+Times = Sequence[float] | Tensor
 
 
 def some(names: Sequence[str], most: int) -> str:
@@ -14,6 +19,62 @@ def some(names: Sequence[str], most: int) -> str:
 
 
 def check_model(model: object) -> None:
-    """Raise the TypeError that a user should see for what is no model."""
+    """Raise TypeError for what is no model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(name: str, value: int, least: int = 1) -> int:
+    """A whole number of at least ``least``; raises ValueError for others."""
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """A positive finite number; raises ValueError for others."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {name}={value!r}")
+    return value
+
+
+def choice(name: str, value: str, choices: Iterable[str]) -> str:
+    """One of some names; raises ValueError for others."""
+    known = tuple(choices)
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    return value
+
+
+def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
+    """Times as numbers; raises TypeError for what are none.
+
+    Raises ValueError unless there are enough, all finite and strictly monotone.
+    """
+    try:
+        values = tuple([float(value) for value in (t.tolist() if isinstance(t, Tensor) else t)])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {t!r}") from error
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"t must hold finite times, got {list(values)}: give numbers in place of nan and inf")
+    rising = [b > a for a, b in pairwise(values)]
+    if len(values) < fewest or (any(rising) and not all(rising)) or len(set(values)) < len(values):
+        raise ValueError(f"t must hold at least {fewest} strictly increasing or decreasing times, got {list(values)}")
+    return values
+
+
+def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, ...]:
+    """Times of an interval as numbers; raises ValueError, in which it is the interval of ``whose``, for others.
+
+    What lies beyond an end by no more than a rounding to float32 (of `torch.linspace`, say) is that end.
+    """
+    wanted, low, high = times(t, fewest=1), min(ends), max(ends)
+    slack = min(torch.finfo(torch.float32).eps * max(abs(low), abs(high)), 1e-6 * (high - low))
+    if min(wanted) < low - slack or max(wanted) > high + slack:
+        raise ValueError(f"times must lie in the {whose}'s interval {ends}, got {list(wanted)}")
+    return tuple([min(max(time, low), high) for time in wanted])

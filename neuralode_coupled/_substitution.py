@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
 from torch.func import functional_call
+
+from neuralode_coupled._torch import tracing, versions
 
 Result = TypeVar("Result")
 
@@ -21,11 +22,6 @@ _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 class DynamicsError(ValueError):
     """A module does what a solve with it cannot follow: the message says what, and what to do instead."""
-
-
-def hidden() -> bool:
-    """Whether what runs is traced, by torch.compile or a ``torch.func`` transform: nothing can be learnt about it."""
-    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
 
 
 def alone(module: nn.Module) -> AbstractContextManager:
@@ -60,13 +56,13 @@ def call(
 def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Callable[[], Result]) -> Result:
     """``run()``, or the `DynamicsError` that a user should see if it overwrites the state, which the solve needs again.
 
-    Inference tensors have no version: with them nothing is noticed.
+    With inference tensors nothing is noticed: they do not count their changes.
     """
-    if hidden():
+    if tracing():
         return run()
-    before = [0 if part.is_inference() else part._version for part in state]
+    before = versions(state)
     result = run()
-    if before != [0 if part.is_inference() else part._version for part in state]:
+    if versions(state) != before:
         raise DynamicsError(
             f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
             "clone"

@@ -120,7 +120,7 @@ def test_the_end_of_a_recomputed_step_is_not_held_while_its_gradient_is_taken(ch
             Seen.given.append(weakref.ref(end))
         return (end,), (((end,),) if n == 3 else ())
 
-    plan = Plan(step, 4, (0, 0, 0, 1), ((),) * 4, nn.Module(), 1, Stats())
+    plan = Plan(step, (0, 0, 0, 1), ((),) * 4, nn.Module(), (1,) * 4, Stats())
     y0, w = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     ((end,),) = checkpointed(plan, Operands((y0,), ((),) * 4, (w,)), checkpoints)
     Seen.given, Seen.held = [], []

@@ -150,7 +150,7 @@ def test_graphs_that_nothing_is_asked_of_go_too():
         return y, (y,)
 
     y0 = torch.randn(3, requires_grad=True)
-    plan = Plan(step, 4, (1,) * 4, ((),) * 4, nn.Identity(), 1, Stats())
+    plan = Plan(step, (1,) * 4, ((),) * 4, nn.Identity(), (1,) * 4, Stats())
     states = checkpointed(plan, Operands((y0,), ((),) * 4, ()), keep_last=2)
     assert len(Marked.alive) == 2
     states[0][0].sum().backward()

@@ -115,12 +115,9 @@ def test_times_that_are_none(options, t, error, message):
         with pytest.raises(error, match=message):
             nc.solve(nc.CoupledField(dynamics, nc.Static()), z0, t, **options)
     made = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), **options)
-    if isinstance(t, tuple):
+    with pytest.raises(error, match=message):
         made.t = t
-        calls = [lambda: made(z0), lambda: made.weight_trajectory([0.5])]
-        for call in [*calls, made.bake] if "steps" in options else calls:
-            with pytest.raises((ValueError, TypeError)):
-                call()
+    assert made(z0).shape == z0.shape  # the layer is as it was
 
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
-from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.coupled.on_grid import GridProblem
 from neuralode_coupled.train import training
 from neuralode_coupled.train.runs import Experiment, RunFolder
 from neuralode_coupled.train.training import train
@@ -25,7 +25,7 @@ DIGITS = Experiment(variant="anodev2-2", epochs=1, limit=64, batch_size=16, lr=0
 def formats(monkeypatch) -> dict[str, set[torch.dtype]]:
     """The formats of stage weights, and of what the layers' convolutions compute, in all solves of the test."""
     seen: dict[str, set[torch.dtype]] = {"stage weights": set(), "convolutions": set()}
-    stage_weights = CoupledProblem.stage_weights
+    stage_weights = GridProblem.stage_weights
 
     def watched(self, *arguments):
         found = stage_weights(self, *arguments)
@@ -41,7 +41,7 @@ def formats(monkeypatch) -> dict[str, set[torch.dtype]]:
 
     # It takes a step of its own in float32.
     monkeypatch.setattr(training, "_tried", lambda model, backward=False: model)
-    monkeypatch.setattr(CoupledProblem, "stage_weights", watched)
+    monkeypatch.setattr(GridProblem, "stage_weights", watched)
     monkeypatch.setattr(functional, "conv2d", convolution)
     monkeypatch.setattr(
         nn.Conv2d, "_conv_forward", lambda self, z, w, b: functional.conv2d(z, w, b, self.stride, self.padding)

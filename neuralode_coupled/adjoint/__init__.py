@@ -1,9 +1,19 @@
 """How gradients come back through a solve."""
 
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
+from neuralode_coupled.adjoint.listening import Listener, listener, listening
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
-from neuralode_coupled.adjoint.plan import Flow, GradientMethod, Operands, Plan, Stats, check_gradient_method
-from neuralode_coupled.adjoint.reachable import check_closed
+from neuralode_coupled.adjoint.plan import (
+    Flow,
+    Form,
+    GradientMethod,
+    Operands,
+    Plan,
+    Problem,
+    Stats,
+    check,
+    check_gradient_method,
+)
 from neuralode_coupled.adjoint.reversible import ReversibleAdjoint
 
 __all__ = [
@@ -11,11 +21,16 @@ __all__ = [
     "ContinuousAdjoint",
     "DiscreteAdjoint",
     "Flow",
+    "Form",
     "GradientMethod",
+    "Listener",
     "Operands",
     "Plan",
+    "Problem",
     "ReversibleAdjoint",
     "Stats",
-    "check_closed",
+    "check",
     "check_gradient_method",
+    "listener",
+    "listening",
 ]

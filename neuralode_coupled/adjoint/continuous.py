@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
-from torchdiffeq._impl.odeint import SOLVERS
 
+from neuralode_coupled._torch import LIBRARY_METHODS
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats
+from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.reachable import check_closed
 from neuralode_coupled.runge_kutta import METHODS
 
@@ -41,8 +41,17 @@ class ContinuousAdjoint:
     atol: float | None = None
     method: str | None = None
 
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError for a problem that this method cannot solve."""
+        require(problem, "continuous")
+        for method in (problem.method, self.method or problem.method):
+            if method not in LIBRARY_METHODS:
+                known = ", ".join([name for name in METHODS if name in LIBRARY_METHODS])
+                raise ValueError(f"torchdiffeq, which solves the continuous adjoint, has no {method!r}: choose {known}")
+
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`. Outputs hold z alone."""
+        self.check(problem)
         plan, y0, flows = problem.continuous()
         z, found = y0, {0: y0}
         for flow in flows:
@@ -53,31 +62,37 @@ class ContinuousAdjoint:
         return [found[n] for n in problem.save], plan.stats
 
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
-        field = _VectorField(problem, plan, flow)
+        field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
         t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
-        options = {"grid_constructor": field.grid}
-        adjoint_method = self.method or problem.method
-        for method in (problem.method, adjoint_method):
-            if method not in SOLVERS:
-                known = ", ".join(name for name in METHODS if name in SOLVERS)
-                raise ValueError(f"torchdiffeq, which solves the continuous adjoint, has no {method!r}: choose {known}")
-        states = odeint_adjoint(
-            field,
-            y,
-            t,
-            method=problem.method,
-            options=options,
-            adjoint_method=adjoint_method,
-            adjoint_options=options if adjoint_method == problem.method else {},
-            adjoint_rtol=self.rtol,
-            adjoint_atol=self.atol,
-            adjoint_params=flow.params,
-        )
+        rtol, atol = problem.tolerances or (None, None)
+        try:
+            arguments = self._arguments(problem, field, rtol, atol)
+            states = odeint_adjoint(field, y, t, adjoint_params=flow.params, **arguments)
+        except (AssertionError, ValueError) as error:
+            if field.latest is not None:
+                flow.explain(*field.latest, error)
+            if isinstance(error, ValueError) or problem.tolerances is None:
+                raise
+            raise ValueError(
+                f"{problem.method!r} cannot go on: {error}; loosen rtol and atol, or use float64"
+            ) from error
         # From here on torchdiffeq calls the field for the backward solve only.
-        field.backward = True
+        field.backward, field.latest = True, None
         states = cast("tuple[Tensor, ...]", states)
         flow.check(marks[-1], tuple(part[-1] for part in states))
         return states
+
+    def _arguments(
+        self, problem: Problem, field: _VectorField, rtol: float | None, atol: float | None
+    ) -> dict[str, Any]:
+        """torchdiffeq's, for both solves."""
+        method = self.method or problem.method
+        adjoint = {"adjoint_method": method, "adjoint_rtol": self.rtol, "adjoint_atol": self.atol}
+        if rtol is not None:
+            return {"method": problem.method, "rtol": rtol, "atol": atol, **adjoint}
+        options = {"grid_constructor": field.grid}
+        own = options if method == problem.method else {}
+        return {"method": problem.method, "options": options, "adjoint_options": own, **adjoint}
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:
@@ -95,6 +110,7 @@ class _VectorField(nn.Module):
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
         self.backward = self.checked = False
+        self.latest: tuple[Tensor, State, State] | None = None
 
     def grid(self, func: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
         """The steps between the first and the last of ``t``, whichever way they run."""
@@ -111,9 +127,11 @@ class _VectorField(nn.Module):
         else:
             self.plan.stats.evaluations += 1
         slope = self.flow.slope(self.n, t, y, buffers)
+        if not self.backward:
+            self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
         if self.backward and not self.checked:
             self.checked = True
-            check_closed(slope, (t, *y, *self.flow.params))
+            check_closed(slope, (t, *y, *self.flow.params), self.flow.overlooked)
         return slope
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
@@ -128,3 +146,21 @@ class _VectorField(nn.Module):
     def _enter(self, middle: float) -> None:
         inside = [i for i, t in enumerate(self.times[:-1]) if self.direction * (middle - t) > 0]
         self.n = self.flow.first + (inside[-1] if inside else 0)
+
+
+class _AdaptiveField(_VectorField):
+    """A flow under an adaptive method: whose steps it counts. Its intervals are no steps, so that all are the first."""
+
+    def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq tries a step of the forward solve."""
+
+    def callback_step_adjoint(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq tries a step of the adjoint solve."""
+
+    def callback_accept_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq accepts a step."""
+        self.plan.stats.accepted += 1
+
+    def callback_reject_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
+        """torchdiffeq throws a step away."""
+        self.plan.stats.rejected += 1

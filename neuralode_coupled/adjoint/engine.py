@@ -7,51 +7,53 @@ Backward through ``y_{n+1} = S_n(y_n, u_n, v)`` is the discrete alpha equation o
 each step recomputed from a stored state, so that one step's graph exists at a time (and those of the last steps, where
 they are kept from the forward pass on). (The paper's multipliers are the negatives: its Lagrangian has
 alpha(1) = -dJ/dz(1).)
+
+Here is the forward pass; `sweep` goes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Operands, Plan
-from neuralode_coupled.adjoint.products import Keep, Kept, Tape, playing, recording, selective_contexts
+from neuralode_coupled.adjoint.products import Keep, selective_contexts
+from neuralode_coupled.adjoint.reachable import check_closed
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.schedules import (
-    Advance,
-    Load,
-    Reverse,
-    Schedule,
-    schedule,
-)
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, edges, vjp
+from neuralode_coupled.adjoint.schedules import Schedule, schedule
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, edges, vjp
 from neuralode_coupled.adjoint.stores import Storage, Store, store
+from neuralode_coupled.adjoint.sweep import Stored, Sweep, Tracer
 
-Result = TypeVar("Result")
 
-
-def unroll(plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
-    """The emitted states by a plain loop: autograd, if it is on, stores every step's graph.
-
-    With ``replay`` the steps are repeated in the world of an earlier forward pass.
-    """
+def unroll(plan: Plan, operands: Operands) -> list[State]:
+    """The emitted states by a plain loop: autograd, if it is on, stores every step's graph."""
+    step = plan.step if torch.is_grad_enabled() or plan.forward is None else plan.forward
     emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):
-        if replay is None:
-            y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        else:
-            with replay.again(n) as buffers:
-                y, out = plan.step(n, y, operands.inputs[n], operands.shared, buffers)
+        plan.begin(n, y)
+        y, out = step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
         emitted.extend(out)
+        plan.passed(n)
+        tell_on_return(plan, n, y)
     return emitted
+
+
+def tell_on_return(plan: Plan, n: int, y: State) -> None:
+    """Let the plan's listener hear when the gradient arrives at the end of a step in autograd's own graph."""
+    if plan.listener is None or tracing():
+        return
+    leading = next((part for part in y if part.requires_grad), None)
+    if leading is not None:
+        leading.register_hook(lambda gradient: plan.returned(n))
 
 
 def checkpointed(
@@ -62,8 +64,8 @@ def checkpointed(
     keep: Keep | None = None,
     keep_last: int = 0,
 ) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state (but for what ``keep`` names, and
-    the last ``keep_last`` steps)."""
+    """The emitted states, differentiable by recomputing each step from a stored state (but for the last ``keep_last``
+    steps, and inside of ``torch.compile`` what ``keep`` names)."""
     flat = operands.flatten()
     if traced(flat):
         return unroll(plan, operands)
@@ -74,17 +76,17 @@ def checkpointed(
                 "leave them out, or do not compile the layer"
             )
         return _compiled(plan, operands, keep, keep_last)
+    if keep is not None:
+        raise ValueError(f"keep={keep!r} has an effect inside of torch.compile alone: leave it out, or compile")
     last: Graphs = dict.fromkeys(range(max(plan.count - keep_last, 0), plan.count))
     recomputed = plan.count - len(last)
-    width = len(operands.y0)
-    structure = operands.restore([None] * len(flat))
     chosen = schedule(recomputed // plan.parts, checkpoints, plan.parts)
-    replay = Replay(plan, operands.y0[0].device)
     kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) * plan.parts < recomputed)
-    tape = None if keep is None else Tape()
-    leaves = _Checkpointed.apply(plan, structure, chosen, replay, kept, tape, last, *flat)
-    emitted = leaves[: sum(plan.emits) * width]
-    return arranged(emitted, width)
+    replay = Replay(plan, operands.y0[0].device)
+    solve = _Solve(plan, operands.restore([None] * len(flat)), chosen, replay, kept, last)
+    width = len(operands.y0)
+    outputs = _Checkpointed.apply(solve, *flat)
+    return arranged(outputs[: sum(plan.emits) * width], width)
 
 
 def traced(flat: list[Tensor]) -> bool:
@@ -95,12 +97,7 @@ def traced(flat: list[Tensor]) -> bool:
     hide the steps from them.
     """
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
-    return not wanted or transformed()
-
-
-def transformed() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not wanted or tracing() == "transform"
 
 
 def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
@@ -124,104 +121,118 @@ def _compiled(plan: Plan, operands: Operands, keep: Keep | None, keep_last: int)
     return emitted
 
 
-class _Checkpointed(torch.autograd.Function):
-    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones, then what else
-    the recomputation is spared.
+@dataclass(frozen=True)
+class _Solve:
+    """What one solve's forward pass leaves to its backward pass, besides tensors.
 
-    ``structure`` says how the flat tensors are arranged.
+    ``structure`` says how the flat tensors are arranged; ``last`` has the graphs of the last steps.
     """
 
-    @staticmethod
-    def forward(
-        plan: Plan,
-        structure: Operands,
-        chosen: Schedule,
-        replay: Replay,
-        kept: Store | None,
-        tape: Tape | None,
-        last: Graphs,
-        *flat: Tensor,
-    ) -> tuple[Tensor, ...]:
+    plan: Plan
+    structure: Operands
+    schedule: Schedule
+    replay: Replay
+    kept: Store | None
+    last: Graphs
+
+    def forward(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """The emitted states, then the stored ones, flat and without a graph; the graphs of the last steps."""
+        plan, replay, last = self.plan, self.replay, self.last
         # Detached, because autocast would otherwise cache casts made here and hand them, without a graph, to the
         # code outside that uses the same parameters.
-        operands = structure.restore([tensor.detach() for tensor in flat])
-        needed = [tensor.requires_grad for tensor in flat]
-        tracer = _Tracer(plan, structure.restore(list(flat)), structure.restore(needed)) if last else None
-        wanted, y = set(chosen.stored), operands.y0
+        operands = self.structure.restore([tensor.detach() for tensor in flat])
+        tracer = self.tracer(self.structure.restore(list(flat)), [t.requires_grad for t in flat]) if last else None
+        wanted, step, y = set(self.schedule.stored), plan.forward or plan.step, operands.y0
         emitted: list[Tensor] = []
         stored: list[Tensor] = []
         for n in range(plan.count):
             # The initial state is an input: autograd keeps it.
             if n > 0 and n in wanted:
-                stored.extend(y) if kept is None else kept.put(n, y)
+                stored.extend(y) if self.kept is None else self.kept.put(n, y)
+            plan.begin(n, y)
+            random = replay.before(n)
             if tracer is not None and n in last and n >= tracer.first:
-                with replay.record(n):
-                    last[n], y, out = tracer.step(n, y, plan.buffers[n])
+                last[n], y, out = tracer.step(n, y, plan.buffers[n])
             else:
-                with replay.record(n), recording(tape):
-                    y, out = plan.step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+                y, out = step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            replay.after(random)
+            plan.passed(n)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
-            emitted.extend(part.detach() for state in out for part in state)
-        spared = [] if tape is None else tape.hand_over()
-        return (*emitted, *stored, *spared)
+            for state in out:
+                emitted.extend([part.detach() for part in state])
+        return [*emitted, *stored]
+
+    def backward(self, flat: list[Tensor], saved: Sequence[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
+        """The gradients at the flat tensors, from the stored states and what arrives at the emitted ones."""
+        operands = self.structure.restore(flat)
+        inside = 0 if self.kept is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
+        between = arranged(saved[:inside], len(operands.y0))
+        states = Stored(operands.y0, self.schedule.stored, between, self.kept)
+        sweep = Sweep(self.plan, operands, self.tracer(operands, needed), self.replay)
+        sweep.refill(self.schedule, self.kept)
+        return sweep.run(self.schedule, states, grads, self.last)
+
+    def differentiable(self, flat: list[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
+        """The same with a graph (``create_graph=True``), from the unrolled solve."""
+        self.last.update(dict.fromkeys(self.last))  # the whole graph is made: these are not used
+        operands = self.structure.restore(flat)
+        return differentiate_unrolled(self.plan, self._again, operands, grads, needed)
+
+    def tracer(self, operands: Operands, needed: list[bool]) -> Tracer:
+        """What makes the graph of a step."""
+        return Tracer(self.plan, operands, self.structure.restore(needed))
+
+    def _again(self, operands: Operands) -> list[State]:
+        """The emitted states, repeated with their graph in the world of the forward pass."""
+        emitted: list[State] = []
+        y = operands.y0
+        for n in range(self.plan.count):
+            with self.replay.again(n) as buffers:
+                y, out = self.plan.step(n, y, operands.inputs[n], operands.shared, buffers)
+            emitted.extend(out)
+        return emitted
+
+
+class _Checkpointed(torch.autograd.Function):
+    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones."""
+
+    @staticmethod
+    def forward(solve: _Solve, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(solve.forward(flat))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan, ctx.structure, ctx.schedule, ctx.replay, ctx.kept, ctx.tape, ctx.last, *flat = inputs
-        ctx.outputs = sum(ctx.plan.emits) * len(ctx.structure.y0)
+        ctx.solve, *flat = inputs
+        ctx.outputs = sum(ctx.solve.plan.emits) * len(ctx.solve.structure.y0)
         ctx.mark_non_differentiable(*output[ctx.outputs :])
         ctx.save_for_backward(*flat, *output[ctx.outputs :])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        plan, structure, replay = ctx.plan, ctx.structure, ctx.replay
-        size = len(structure.flatten())
+        solve = ctx.solve
         tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint hands each of them over a single time
-        flat, saved = list(tensors[:size]), tensors[size:]
-        needed = list(ctx.needs_input_grad[-size:])
-        arriving = _by_step(plan, len(structure.y0), grads[: ctx.outputs])
-        operands = structure.restore(flat)
-        with replay.world():
+        needed = list(ctx.needs_input_grad[1:])
+        flat, saved = list(tensors[: len(needed)]), tensors[len(needed) :]
+        arriving = list(grads[: ctx.outputs])
+        with solve.replay.world():
             if torch.is_grad_enabled():
-                ctx.last.update(dict.fromkeys(ctx.last))  # the whole graph is made: these are not used
-                arrived = list(grads[: ctx.outputs])
-                found = differentiate_unrolled(
-                    lambda ops: unroll(plan, ops, replay), operands, arrived, needed, plan.captured
-                )
-            else:
-                inside = 0 if ctx.kept is not None else (len(ctx.schedule.stored) - 1) * len(operands.y0)
-                states = _Stored(ctx.schedule, operands.y0, saved[:inside], ctx.kept)
-                spared = None if ctx.tape is None else ctx.tape.around(saved[inside:])
-                sweep = _Sweep(plan, operands, structure.restore(needed), replay, spared)
-                sweep.refill(ctx.schedule, ctx.kept)
-                found = sweep.run(ctx.schedule, states, arriving, ctx.last)
-        return None, None, None, None, None, None, None, *found
-
-
-def _by_step(plan: Plan, width: int, grads: tuple[Tensor | None, ...]) -> list[list[Tensor | None]]:
-    """The gradients that arrive at what each step emitted, flat."""
-    found, start = [], 0
-    for count in plan.emits:
-        found.append(list(grads[start : start + count * width]))
-        start += count * width
-    return found
+                return None, *solve.differentiable(flat, arriving, needed)
+            return None, *solve.backward(flat, saved, arriving, needed)
 
 
 def differentiate_unrolled(
-    run: Callable[[Operands], list[State]],
-    operands: Operands,
-    grads: Gradients,
-    needed: list[bool],
-    captured: int = 0,
+    plan: Plan, run: Callable[[Operands], list[State]], operands: Operands, grads: Gradients, needed: list[bool]
 ) -> Gradients:
     """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``: exact but
-    storing all. See `Plan` for ``captured``."""
+    storing all."""
     flat = operands.flatten()
-    handed = len(flat) - captured
+    handed = len(flat) - plan.captured
     # A tensor can stand in several places, and each place has its own gradient: hence the views.
     views = [*(tensor.view_as(tensor) for tensor in flat[:handed]), *flat[handed:]]
     emitted = [part for state in run(operands.restore(views)) for part in state]
+    if plan.overlooked is not None:
+        check_closed(emitted, views, plan.overlooked)
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     found = vjp(edges(emitted), grads, wanted, create_graph=True)
     free = sum(needed[handed:])
@@ -233,141 +244,3 @@ def differentiate_unrolled(
         found = [*found[:split], *direct]
     every = iter(found)
     return [next(every) if need else None for need in needed]
-
-
-class _Stored:
-    """The stored states of one backward pass: those of the forward pass, and its own."""
-
-    def __init__(self, chosen: Schedule, y0: State, stored: tuple[Tensor, ...], kept: Store | None) -> None:
-        self._states: dict[int, State] = {0: y0}
-        self._kept = kept
-        if kept is None:
-            self._states |= dict(zip(chosen.stored[1:], arranged(stored, len(y0)), strict=True))
-
-    def put(self, n: int, state: State) -> None:
-        self._states[n] = state
-
-    def get(self, n: int, last: bool) -> State:
-        if n not in self._states and self._kept is not None:
-            return self._kept.get(n, last)
-        return self._states.pop(n) if last else self._states[n]
-
-
-class _Tracer:
-    """Steps with their graphs. ``needed`` has the operands' structure with a bool at every leaf.
-
-    Attributes:
-        first: the first step that anybody asked a gradient of; below it there is nothing to do.
-    """
-
-    def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
-        self._plan, self._operands, self._needed = plan, operands, needed
-        everywhere = any(needed.y0) or any(needed.shared)
-        asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
-        self.first = asked[0] if asked else plan.count
-
-    def step(self, n: int, y: State, buffers: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        """Step ``n``: its graph, the next state, and what the step emits."""
-        inputs, shared = self._operands.inputs[n], self._operands.shared
-        wanted_y = [n > self.first] * len(y) if n > 0 else self._needed.y0
-        wanted = [*wanted_y, *self._needed.inputs[n], *self._needed.shared]
-        row = as_leaves([*y, *inputs, *shared], wanted, self._plan.captured)
-        ahead = len(y) + len(inputs)
-        leaves = tuple(row[: len(y)]), tuple(row[len(y) : ahead]), tuple(row[ahead:])
-        with torch.enable_grad():
-            y_next, emitted = self._plan.step(n, *leaves, buffers)
-        graph = StepGraph(leaves, wanted, edges([*y_next, *(part for state in emitted for part in state)]))
-        return graph, y_next, emitted
-
-
-class _Sweep:
-    """One backward pass over the steps. ``needed`` has the operands' structure with a bool at every leaf."""
-
-    def __init__(
-        self, plan: Plan, operands: Operands, needed: Operands, replay: Replay, spared: Kept | None = None
-    ) -> None:
-        self.plan, self.operands, self.replay, self.spared = plan, operands, replay, spared
-        self.tracer = _Tracer(plan, operands, needed)
-        self.shared = Sum(len(operands.shared))
-
-    def run(self, chosen: Schedule, states: _Stored, arriving: list[Gradients], last: Graphs) -> Gradients:
-        """The gradients in the order of ``operands.flatten()``; uses up the graphs of the last steps."""
-        inputs: list[Gradients] = [[None] * len(row) for row in self.operands.inputs]
-        alpha: Gradients = [None] * len(self.operands.y0)
-        first, y = self.tracer.first, self.operands.y0
-        if any(last[n] is None for n in last if n >= first):
-            self._trace_again(chosen, states, last)
-        for n in reversed([n for n in last if n >= first]):
-            if _arrives(alpha, arriving[n]):
-                alpha, inputs[n] = self._through(_taken(last, n), alpha, arriving[n])
-            else:
-                last[n] = None  # not needed, and not to be kept for as long as the output is
-        for action in chosen.program if first < self.plan.count - len(last) else ():
-            match action:
-                case Load(n, final):
-                    y = states.get(n, final)
-                case Advance(start, end, keep):
-                    if keep:
-                        states.put(start, y)
-                    y = self._advance(start, end, y)
-                case Reverse(n) if n >= first:
-                    if _arrives(alpha, arriving[n]):
-                        alpha, inputs[n] = self._through(self._trace(n, y)[0], alpha, arriving[n])
-                case Reverse(_):
-                    break
-        if first > 0:
-            alpha = [None] * len(alpha)
-        return [*alpha, *(grad for row in inputs for grad in row), *self.shared.total]
-
-    def refill(self, chosen: Schedule, kept: Store | None) -> None:
-        """Store again what an earlier backward pass over the same graph has used up."""
-        if kept is None or all(n in kept for n in chosen.stored[1:]):
-            return
-        y, before = self.operands.y0, 0
-        for n in chosen.stored[1:]:
-            y, before = self._advance(before, n, y), n
-            kept.put(n, y)
-
-    def _advance(self, first: int, end: int, y: State) -> State:
-        for n in range(first, end):
-            y, _ = self._again(self._step, n, y)
-        return y
-
-    def _step(self, n: int, y: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        return self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, buffers)
-
-    def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        return self._again(self.tracer.step, n, y)
-
-    def _again(self, step: Callable[[int, State, State], Result], n: int, y: State) -> Result:
-        """Step ``n`` once more, spared what was kept of it unless it takes another way than in the forward pass."""
-        with self.replay.again(n) as buffers, playing(self.spared, n) as player:
-            result = step(n, y, buffers)
-        if player is None or not player.strayed:
-            return result
-        with self.replay.again(n) as buffers:
-            return step(n, y, buffers)
-
-    def _trace_again(self, chosen: Schedule, states: _Stored, last: Graphs) -> None:
-        """The graphs of the last steps anew, where an earlier backward pass over the same graph has used them up."""
-        start, begin = chosen.stored[-1], max(min(last), self.tracer.first)
-        y = self._advance(start, begin, states.get(start, last=False))
-        for n in range(begin, self.plan.count):
-            last[n], y, _ = self._trace(n, y)
-
-    def _through(self, graph: StepGraph, alpha: Gradients, arriving: Gradients) -> tuple[Gradients, Gradients]:
-        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
-        alpha, gamma, shared = graph.differentiate([*alpha, *arriving])
-        self.shared.add(shared)
-        return alpha, gamma
-
-
-def _taken(graphs: Graphs, n: int) -> StepGraph:
-    graph, graphs[n] = graphs[n], None
-    assert graph is not None
-    return graph
-
-
-def _arrives(*grads: Gradients) -> bool:
-    """Whether there is anything to take back through a step."""
-    return any(part is not None for row in grads for part in row)

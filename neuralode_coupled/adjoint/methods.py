@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+from neuralode_coupled._checks import choice, is_whole
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
-from neuralode_coupled.adjoint.plan import Operands, Problem, Stats, Weights, check_weights
-from neuralode_coupled.adjoint.products import Keep, check_keep, check_keep_last
-from neuralode_coupled.adjoint.stores import Storage, check_storage
+from neuralode_coupled.adjoint.plan import Problem, Stats, Weights, require, with_start
+from neuralode_coupled.adjoint.products import Keep, check_keep
+from neuralode_coupled.adjoint.stores import Storage, check_checkpoints
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Backprop:
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         plan, operands = problem.discrete()
-        return _with_start(problem, operands, unroll(plan, operands)), plan.stats
+        return with_start(problem, operands, unroll(plan, operands)), plan.stats
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,8 @@ class DiscreteAdjoint:
     goes after its last use, and a second backward costs one more forward pass. Not for dynamics whose forward pass has
     other side effects: they happen once more at every recomputation.
 
-    With ``keep="products"`` the outputs of convolutions, matrix products and attention are kept as well, and only
-    normalisation, activation and the rest are recomputed. A step is then cheap to repeat, so that few checkpoints go
-    well with it. An output that f overwrites in place (``ReLU(inplace=True)`` right behind a convolution), attention
-    with dropout, and the products of a step behind one that PyTorch splits up otherwise with gradients than without,
-    are recomputed, and so is a step that computes more products with gradients than without, or fewer. Not for small
-    states, where noticing a product costs more than repeating it (some microseconds an operation).
+    With ``keep="products"``, inside of ``torch.compile`` alone, the outputs of convolutions, matrix products and
+    attention without dropout are kept as well, and only normalisation, activation and the rest are recomputed.
 
     The weights of all steps, their gradients and the graph of their evolution are stored by default: a few times the
     evolving weights for each step, which is little beside the states of a batch and much beside few checkpoints, or for
@@ -60,14 +58,14 @@ class DiscreteAdjoint:
         checkpoints: how many states to store, the initial one included: None for every step's, ``m`` for Revolve's
             schedule with m states, 1 for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
         storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
-        keep: ``"products"``, or None to recompute everything.
+        keep: ``"products"`` for compiled layers, or None to recompute everything.
         weights: ``"stored"`` or ``"recomputed"``.
         keep_last: of how many steps, the last ones, the graph is kept.
 
     Raises:
         TypeError, ValueError: for checkpoints below 1, keep_last below 0, an unknown storage, keep or weights, or keep
-            with another storage than the device; at the solve for recomputed weights with another kernel or grid than
-            above; inside of ``torch.compile`` for checkpoints or a storage.
+            with another storage than the device; for recomputed weights with another kernel or grid than above, or an
+            adaptive method; at the solve for checkpoints or a storage inside of ``torch.compile``, for keep outside.
         OSError: at the solve, if the disk has no room for the states.
     """
 
@@ -78,18 +76,32 @@ class DiscreteAdjoint:
     keep_last: int = 0
 
     def __post_init__(self) -> None:
-        check_storage(self.checkpoints, self.storage)
+        check_checkpoints(self.checkpoints)
+        choice("storage", self.storage, get_args(Storage))
         check_keep(self.keep, self.storage)
-        check_keep_last(self.keep_last)
-        check_weights(self.weights)
+        _check_keep_last(self.keep_last)
+        choice("weights", self.weights, get_args(Weights))
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError for a problem that this method cannot solve."""
+        require(problem, "discrete" if self.weights == "stored" else "advancing")
+        if self.keep is not None and problem.tolerances is not None:
+            raise ValueError(
+                f"keep={self.keep!r} has an effect inside of torch.compile alone, and {problem.method!r} chooses its "
+                "steps outside of it: leave it out, or give steps=... and a fixed-grid method"
+            )
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         plan, operands = problem.discrete() if self.weights == "stored" else problem.advancing()
         emitted = checkpointed(plan, operands, self.checkpoints, self.storage, self.keep, self.keep_last)
-        return _with_start(problem, operands, emitted), plan.stats
+        return with_start(problem, operands, emitted), plan.stats
 
 
-def _with_start(problem: Problem, operands: Operands, emitted: list[State]) -> list[State]:
-    """The initial state in front, where it is wanted: gradients reach it without passing through the steps."""
-    return [operands.y0, *emitted] if 0 in problem.save else emitted
+def _check_keep_last(steps: int) -> None:
+    """Raise TypeError or ValueError for what is no number of steps."""
+    meaning = "of how many of the last steps to keep the graph"
+    if not is_whole(steps):
+        raise TypeError(f"keep_last must be a whole number, {meaning}, got {steps!r}")
+    if steps < 0:
+        raise ValueError(f"keep_last must be 0 or more, {meaning}, got {steps}")

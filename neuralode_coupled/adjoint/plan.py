@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from itertools import chain, islice
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
-from neuralode_coupled.figures.progress_bars import watched
+from neuralode_coupled.adjoint.listening import Listener
 
 
 @dataclass
@@ -45,13 +46,13 @@ class Operands:
 
     def flatten(self) -> list[Tensor]:
         """All tensors in a row: y0, then the inputs step by step, then the shared ones."""
-        return [*self.y0, *(tensor for row in self.inputs for tensor in row), *self.shared]
+        return [*self.y0, *chain.from_iterable(self.inputs), *self.shared]
 
     def restore(self, flat: list) -> Operands:
         """The same structure around other leaves."""
         leaves = iter(flat)
-        y0 = tuple(next(leaves) for _ in self.y0)
-        inputs = tuple(tuple(next(leaves) for _ in row) for row in self.inputs)
+        y0 = tuple(islice(leaves, len(self.y0)))
+        inputs = tuple([tuple(islice(leaves, len(row))) for row in self.inputs])
         return Operands(y0, inputs, tuple(leaves))
 
 
@@ -66,12 +67,17 @@ class Plan:
 
     Attributes:
         step: one step.
-        count: how many there are.
         emits: how many states each step emits.
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
         module: whose train/eval flags a recomputation must reproduce.
-        stages: evaluations of the dynamics a step.
+        evaluations: how many evaluations of the dynamics each step makes.
         stats: where the solve counts what it costs.
+        forward: the step in a forward pass that makes no graph, where that is another one: it may read from a record.
+            None: the same.
+        announce: ``announce(n, y)`` is called before each step of the forward pass.
+        listener: who hears how far the solve is.
+        overlooked: makes the error for a tensor that requires a gradient and that a step uses without being handed it;
+            None where such tensors are left out on purpose.
         captured: how many of the last shared tensors the steps reach by themselves, as a closure does, whatever they
             are handed: gradients are asked for at those very tensors.
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
@@ -79,18 +85,37 @@ class Plan:
     """
 
     step: StepFunction
-    count: int
     emits: tuple[int, ...]
     buffers: tuple[State, ...]
     module: nn.Module
-    stages: int
+    evaluations: tuple[int, ...]
     stats: Stats
+    forward: StepFunction | None = None
+    announce: Callable[[int, State], None] | None = None
+    listener: Listener | None = None
+    overlooked: Callable[[Tensor], Exception] | None = None
     captured: int = 0
     parts: int = 1
 
-    def __post_init__(self) -> None:
-        # Here, because every solve in steps, of layers and of functions, comes through here.
-        object.__setattr__(self, "step", watched(self.step, self.count))
+    @property
+    def count(self) -> int:
+        """The number of steps."""
+        return len(self.emits)
+
+    def begin(self, n: int, y: State) -> None:
+        """The forward pass begins step ``n``."""
+        if self.announce is not None:
+            self.announce(n, y)
+
+    def passed(self, n: int) -> None:
+        """The forward pass has made step ``n``."""
+        if self.listener is not None:
+            self.listener.forward(n + 1)
+
+    def returned(self, n: int) -> None:
+        """The backward pass has come to the end of step ``n``."""
+        if self.listener is not None:
+            self.listener.backward(self.count - n)
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,11 @@ class Flow:
         first, last: the indices of the interval's ends on the grid.
         carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
         params: the other tensors that gradients flow to.
+        overlooked: makes the error for a tensor that requires a gradient and that the slope uses without being handed
+            it.
         check: ``check(n, y)`` raises for a state that the forward solve must not go on from at grid point ``n``.
+        explain: ``explain(t, y, slope, error)`` raises a better error, if it knows one, where the forward solve cannot
+            go on after this evaluation.
     """
 
     slope: Callable[[int, Tensor, State, State], State]
@@ -110,25 +139,36 @@ class Flow:
     last: int
     carried: State
     params: State
+    overlooked: Callable[[Tensor], Exception]
     check: Callable[[int, State], None] = lambda n, y: None
+    explain: Callable[[Tensor, State, State, Exception], None] = lambda t, y, slope, error: None
 
 
 Weights = Literal["stored", "recomputed"]
 """Whether the weights of all steps are made in advance and stored, or each step makes its own whenever it is run."""
 
-
-def check_weights(weights: str) -> None:
-    """Raise the ValueError that a user should see for anything else."""
-    if weights not in get_args(Weights):
-        raise ValueError(f"unknown weights {weights!r}: choose one of {', '.join(get_args(Weights))}")
+Form = Literal["discrete", "advancing", "reversible", "reversible, own weights", "continuous"]
+"""What a gradient method can ask a problem for, see `Problem`."""
 
 
 class Problem(Protocol):
-    """A solve as `GradientMethod.integrate` sees it."""
+    """A solve as `GradientMethod.integrate` sees it.
+
+    It comes in several forms. `refusal` says which of them there are not; asking for one of those raises a ValueError.
+    """
 
     method: str
     save: tuple[int, ...]
     """The ascending indices (0 .. number of steps) of the grid points whose states are wanted."""
+
+    @property
+    def tolerances(self) -> tuple[float, float] | None:
+        """rtol and atol of an adaptive method, whose grid points are then the wanted times; None on a fixed grid."""
+        ...
+
+    def refusal(self, form: Form) -> str | None:
+        """Why the solve cannot be given in this form, for an error; None if it can."""
+        ...
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The solve as steps, each of which emits its end where that is wanted."""
@@ -137,15 +177,16 @@ class Problem(Protocol):
     def advancing(self) -> tuple[Plan, Operands]:
         """The same, but the weights advance within the steps: nothing that grows with their number is made in advance.
 
-        States then have the weights that must be carried along behind z. Raises ValueError where that cannot be.
+        States then have the weights that must be carried along behind z.
         """
         ...
 
-    def reversible(self, own_weights: bool = False) -> tuple[Plan, Operands]:
-        """The solve as half steps: ``step(2 n, y, ...)`` gives the method's increment from y over step ``n``, and
-        ``step(2 n + 1, y, ...)`` that over the same step backwards, from its end.
+    def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
+        """The solve as increments, there and back.
 
-        With ``own_weights`` each makes its own weights. Raises ValueError where that cannot be.
+        ``there.step(n, y, ...)`` gives the method's increment from y over step ``n``, and ``back.step(n, y, ...)`` that
+        over the same step backwards, from its end. The operands have the inputs of all steps there, then those of all
+        steps back. With ``own_weights`` each makes its own weights.
         """
         ...
 
@@ -161,7 +202,8 @@ class Problem(Protocol):
 class GradientMethod(Protocol):
     """How gradients come back through a solve: one object with one method.
 
-    An object that cannot solve a problem raises a ValueError in `integrate`, which says what can.
+    An object that cannot solve a problem raises a ValueError in `integrate`, which says what can. It may say so before,
+    when a layer is made, by a method ``check(problem)``.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
@@ -170,6 +212,25 @@ class GradientMethod(Protocol):
 
 
 def check_gradient_method(adjoint: object) -> None:
-    """Raise the TypeError that a user should see for what is no gradient method, such as its class or its name."""
+    """Raise TypeError for what is no gradient method, such as its class or its name."""
     if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(f"adjoint must be a gradient method such as nc.DiscreteAdjoint(), an instance, got {adjoint!r}")
+
+
+def check(adjoint: GradientMethod, problem: Problem) -> None:
+    """Raise ValueError for a gradient method that cannot solve a problem, as far as it can say so beforehand."""
+    look = getattr(adjoint, "check", None)
+    if look is not None:
+        look(problem)
+
+
+def require(problem: Problem, form: Form) -> None:
+    """Raise ValueError if the problem does not come in a form."""
+    reason = problem.refusal(form)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def with_start(problem: Problem, operands: Operands, emitted: list[State]) -> list[State]:
+    """The initial state in front, where it is wanted: gradients reach it without passing through the steps."""
+    return [operands.y0, *emitted] if 0 in problem.save else emitted

@@ -66,22 +66,18 @@ def _names_of(function: types.FunctionType) -> Iterator[Any]:
     yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
 
 
-def check_closed(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
-    """Raise the ValueError for dynamics of a layer that depend on a tensor with a gradient other than the known ones,
-    the state's and the module's: a gradient method that recomputes would leave its gradient out."""
+def check_closed(outputs: Iterable[Tensor], known: Iterable[Tensor], error: Callable[[Tensor], Exception]) -> None:
+    """Raise ``error(leaf)`` for a leaf with a gradient that the outputs depend on other than through the known tensors:
+    a gradient method that recomputes would leave its gradient out."""
     leaf = overlooked(outputs, known)
     if leaf is not None:
-        raise ValueError(
-            f"dynamics depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and is none of its "
-            "parameters, so that no gradient would reach it: make it a part of the state, detach it, or use Backprop()"
-        )
+        raise error(leaf)
 
 
 def overlooked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Tensor | None:
     """A leaf with a gradient that the outputs depend on other than through the known tensors, or None."""
     known = list(known)
-    leaves = {id(tensor) for tensor in known}
-    seen = {tensor.grad_fn for tensor in known}
+    leaves, seen = set(map(id, known)), {tensor.grad_fn for tensor in known}
     queue = [tensor.grad_fn for tensor in outputs]
     while queue:
         node = queue.pop()
@@ -91,5 +87,5 @@ def overlooked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Tensor | N
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in leaves:
             return leaf
-        queue.extend(before for before, _ in node.next_functions)
+        queue.extend([before for before, _ in node.next_functions])
     return None

@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
+from neuralode_coupled._torch import drops_out, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Plan
 
@@ -34,7 +34,7 @@ class Replay:
         self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
         # The state of a generator cannot be read while a CUDA graph is captured.
         self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._capturing and any(m.training and m.p > 0 for m in plan.module.modules() if isinstance(m, _DropoutNd)):
+        if self._capturing and any(map(drops_out, plan.module.modules())):
             raise RuntimeError(
                 "dropout inside of a CUDA graph cannot be replayed in the backward pass: use Backprop(), or p=0"
             )
@@ -42,14 +42,15 @@ class Replay:
         self._buffers: list[State] = []
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
-    @contextmanager
-    def record(self, n: int) -> Iterator[None]:
-        """Around step ``n`` of the forward pass, in order."""
-        before = self._random_state()
-        self._buffers.append(tuple(self._copy(buffer) for buffer in self._plan.buffers[n]))
-        yield
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True))
-        self._random.append(before if drawn else None)
+    def before(self, n: int) -> tuple[Tensor, ...]:
+        """Before step ``n`` of the forward pass, in order: the state of the random numbers."""
+        self._buffers.append(tuple([self._copy(buffer) for buffer in self._plan.buffers[n]]))
+        return self._random_state()
+
+    def after(self, random: tuple[Tensor, ...]) -> None:
+        """After that step: keep the state ``random`` before it if the step drew numbers."""
+        same = all(map(torch.equal, random, self._random_state()))
+        self._random.append(None if same else random)
 
     @contextmanager
     def world(self) -> Iterator[None]:
@@ -71,8 +72,8 @@ class Replay:
     @contextmanager
     def again(self, n: int) -> Iterator[State]:
         """Around one recomputation of step ``n``; gives the buffers to run it on."""
-        self._plan.stats.recomputed += self._plan.stages
-        scratch = tuple(buffer.clone() for buffer in self._buffers[n])
+        self._plan.stats.recomputed += self._plan.evaluations[n]
+        scratch = tuple([buffer.clone() for buffer in self._buffers[n]])
         state = self._random[n]
         if state is None:
             yield scratch
@@ -93,10 +94,11 @@ class Replay:
 
     def _copy(self, buffer: Tensor) -> Tensor:
         """A copy of the buffer as it is now, shared by all steps that find it unchanged."""
-        version, copy = self._copies.get(id(buffer), (-1, buffer))
-        if version != buffer._version:
+        seen, copy = self._copies.get(id(buffer), (-1, buffer))
+        (now,) = versions((buffer,))
+        if seen != now:
             copy = buffer.detach().clone()
-            self._copies[id(buffer)] = (buffer._version, copy)
+            self._copies[id(buffer)] = (now, copy)
         return copy
 
 

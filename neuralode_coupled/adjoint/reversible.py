@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.engine import arranged, differentiate_unrolled, traced
-from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, check_weights
+from neuralode_coupled.adjoint.engine import arranged, differentiate_unrolled, tell_on_return, traced
+from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, require, with_start
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add, as_leaves, edges, vjp
+from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add
 from neuralode_coupled.adjoint.stores import DeviceStore
+from neuralode_coupled.adjoint.sweep import Tracer
 
 Increment = Callable[[int, State], State]
-"""``increment(m, source)`` of half step m from its source."""
+"""``increment(n, source)`` of step n, there from v or back from y."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class ReversibleAdjoint:
         weights: ``"stored"`` or ``"recomputed"``.
 
     Raises:
-        ValueError: for a coupling outside of this range, unknown weights, or inside of ``torch.compile``; at the solve
-            for recomputed weights that only go forward step by step, or on another grid than the activations.
+        ValueError: for a coupling outside of this range or unknown weights; for an adaptive method, recomputed weights
+            that only go forward step by step, or on another grid than the activations; at the solve inside of
+            ``torch.compile``.
     """
 
     coupling: float = 0.99
@@ -60,22 +62,26 @@ class ReversibleAdjoint:
     def __post_init__(self) -> None:
         if not 0 < self.coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1, got {self.coupling}")
-        check_weights(self.weights)
+        choice("weights", self.weights, get_args(Weights))
+
+    def check(self, problem: Problem) -> None:
+        """Raise ValueError for a problem that this method cannot solve."""
+        require(problem, "reversible" if self.weights == "stored" else "reversible, own weights")
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
         if torch.compiler.is_compiling():
             raise ValueError("ReversibleAdjoint cannot be compiled: use DiscreteAdjoint(), whose recomputation can")
-        plan, operands = problem.reversible(own_weights=self.weights == "recomputed")
+        there, back, operands = problem.reversible(own_weights=self.weights == "recomputed")
         flat = operands.flatten()
         if traced(flat):
-            emitted = self._unroll(plan, operands)
+            emitted = self._unroll(there, back, operands)
         else:
-            replay = Replay(plan, operands.y0[0].device)
+            device = operands.y0[0].device
             structure = operands.restore([None] * len(flat))
-            leaves = _Reversible.apply(self, plan, structure, replay, *flat)
-            emitted = arranged(leaves[: sum(plan.emits) * len(operands.y0)], len(operands.y0))
-        return ([operands.y0, *emitted] if 0 in problem.save else emitted), plan.stats
+            solve = _Solve(self, there, back, structure, Replay(there, device), Replay(back, device))
+            emitted = arranged(_Reversible.apply(solve, *flat), len(operands.y0))
+        return with_start(problem, operands, emitted), there.stats
 
     def first_half(self, y: State, v: State, increment: State) -> State:
         """y_{n+1}."""
@@ -87,129 +93,177 @@ class ReversibleAdjoint:
         c = self.coupling
         return tuple((a - (1 - c) * b - d) / c for a, b, d in zip(y, v, increment, strict=True))
 
-    def march(self, plan: Plan, y0: State, increment: Increment) -> tuple[State, State, list[State]]:
-        """The final y and v, and the emitted states, by the increments of the half steps."""
+    def march(
+        self, plan: Plan, y0: State, there: Increment, back: Increment, told: Callable[[int, State], None]
+    ) -> tuple[State, State, list[State]]:
+        """The final y and v, and the emitted states, by the increments there and back. Calls ``told(n, y)`` after each
+        step."""
         y, v, emitted = y0, y0, []
-        for m in range(0, plan.count, 2):
-            y = self.first_half(y, v, increment(m, v))
-            v = _minus(v, increment(m + 1, y))
-            emitted.extend([y] * plan.emits[m + 1])
+        for n in range(plan.count):
+            y = self.first_half(y, v, there(n, v))
+            v = _minus(v, back(n, y))
+            emitted.extend([y] * plan.emits[n])
+            told(n, y)
         return y, v, emitted
 
-    def _unroll(self, plan: Plan, operands: Operands, replay: Replay | None = None) -> list[State]:
+    def _unroll(self, there: Plan, back: Plan, operands: Operands) -> list[State]:
         """The emitted states by a plain loop, as `engine.unroll`."""
-        increment = _plain if replay is None else partial(_repeated, replay)
-        return self.march(plan, operands.y0, partial(increment, plan, operands))[2]
+        forth, behind = _halves(operands, there.count)
+
+        def told(n: int, y: State) -> None:
+            there.passed(n)
+            tell_on_return(there, n, y)
+
+        def increment(plan: Plan, own: Operands) -> Increment:
+            return lambda n, source: plan.step(n, source, own.inputs[n], own.shared, plan.buffers[n])[0]
+
+        return self.march(there, operands.y0, increment(there, forth), increment(back, behind), told)[2]
+
+
+def _halves(operands: Operands, count: int) -> tuple[Operands, Operands]:
+    """What the increments there have, and those back."""
+    y0, inputs, shared = operands.y0, operands.inputs, operands.shared
+    return Operands(y0, inputs[:count], shared), Operands(y0, inputs[count:], shared)
+
+
+@dataclass(frozen=True)
+class _Solve:
+    """What one solve's forward pass leaves to its backward pass, besides tensors.
+
+    ``structure`` says how the flat tensors are arranged.
+    """
+
+    scheme: ReversibleAdjoint
+    there: Plan
+    back: Plan
+    structure: Operands
+    replay_there: Replay
+    replay_back: Replay
+
+    def forward(self, flat: list[Tensor]) -> tuple[State, State, list[State]]:
+        """The final y and v, and the emitted states, without a graph; records the world of each increment."""
+        operands = self.structure.restore(flat)
+        forth, behind = _halves(operands, self.there.count)
+
+        def increment(plan: Plan, own: Operands, replay: Replay) -> Increment:
+            def recorded(n: int, source: State) -> State:
+                random = replay.before(n)
+                found, _ = plan.step(n, source, own.inputs[n], own.shared, plan.buffers[n])
+                replay.after(random)
+                return found
+
+            return recorded
+
+        there = increment(self.there, forth, self.replay_there)
+        back = increment(self.back, behind, self.replay_back)
+        return self.scheme.march(self.there, operands.y0, there, back, lambda n, y: self.there.passed(n))
+
+    def again(self, operands: Operands) -> tuple[State, State, list[State]]:
+        """The same once more, in the world of the forward pass; with a graph where autograd is on."""
+        forth, behind = _halves(operands, self.there.count)
+
+        def increment(plan: Plan, own: Operands, replay: Replay) -> Increment:
+            def repeated(n: int, source: State) -> State:
+                with replay.again(n) as buffers:
+                    return plan.step(n, source, own.inputs[n], own.shared, buffers)[0]
+
+            return repeated
+
+        there = increment(self.there, forth, self.replay_there)
+        back = increment(self.back, behind, self.replay_back)
+        return self.scheme.march(self.there, operands.y0, there, back, lambda n, y: None)
 
 
 class _Reversible(torch.autograd.Function):
-    """The scheme as one node. Half step ``2 n`` evaluates Psi_h from v, half step ``2 n + 1`` Psi_{-h} from y."""
+    """The scheme as one node: Psi_h there from v, then Psi_{-h} back from y, for each step."""
 
     @staticmethod
-    def forward(
-        ctx: Any, scheme: ReversibleAdjoint, plan: Plan, structure: Operands, replay: Replay, *flat: Tensor
-    ) -> tuple[Tensor, ...]:
-        operands = structure.restore([tensor.detach() for tensor in flat])
-        y, v, emitted = scheme.march(plan, operands.y0, partial(_recorded, replay, plan, operands))
-        ctx.scheme, ctx.plan, ctx.structure, ctx.replay = scheme, plan, structure, replay
+    def forward(ctx: Any, solve: _Solve, *flat: Tensor) -> tuple[Tensor, ...]:
+        y, v, emitted = solve.forward([tensor.detach() for tensor in flat])
+        ctx.solve = solve
+        ctx.save_for_backward(*flat)
         # Not by autograd, which would hold on to them until the whole backward pass is over.
         ctx.ends = DeviceStore()
-        ctx.ends.put(plan.count // 2, (*y, *v))
-        ctx.save_for_backward(*flat)
+        ctx.ends.put(solve.there.count, (*y, *v))
         ctx.set_materialize_grads(False)
         return tuple(part for state in emitted for part in state)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        plan, flat = ctx.plan, list(ctx.saved_tensors)
-        operands, needed = ctx.structure.restore(flat), list(ctx.needs_input_grad[-len(flat) :])
-        with ctx.replay.world():
+        solve, flat = ctx.solve, list(ctx.saved_tensors)
+        operands, needed = solve.structure.restore(flat), list(ctx.needs_input_grad[1:])
+        with solve.replay_there.world():
             if torch.is_grad_enabled():
-                run = partial(ctx.scheme._unroll, plan, replay=ctx.replay)
-                found = differentiate_unrolled(run, operands, list(grads), needed, plan.captured)
+                found = differentiate_unrolled(
+                    solve.there, lambda own: solve.again(own)[2], operands, list(grads), needed
+                )
             else:
-                sweep = _Sweep(ctx.scheme, plan, operands, ctx.structure.restore(needed), ctx.replay)
+                sweep = _Sweep(solve, operands, solve.structure.restore(needed))
                 found = sweep.run(ctx.ends, arranged(grads, len(operands.y0)))
-        return None, None, None, None, *found
+        return None, *found
 
 
-def _plain(plan: Plan, operands: Operands, m: int, source: State) -> State:
-    return plan.step(m, source, operands.inputs[m], operands.shared, plan.buffers[m])[0]
+class _Direction:
+    """The increments in one direction, with their graphs, and what flows back through them to their inputs."""
 
+    def __init__(self, plan: Plan, operands: Operands, needed: Operands, replay: Replay) -> None:
+        self._tracer, self._replay = Tracer(plan, operands, needed), replay
+        self.inputs: list[Gradients] = [[None] * len(row) for row in operands.inputs]
 
-def _recorded(replay: Replay, plan: Plan, operands: Operands, m: int, source: State) -> State:
-    with replay.record(m):
-        return _plain(plan, operands, m, source)
-
-
-def _repeated(replay: Replay, plan: Plan, operands: Operands, m: int, source: State) -> State:
-    with replay.again(m) as buffers:
-        return plan.step(m, source, operands.inputs[m], operands.shared, buffers)[0]
+    def through(self, n: int, source: State, alpha: Gradients, shared: Sum) -> tuple[State, Gradients]:
+        """The increment of step ``n`` once more, and alpha carried back through it to its source."""
+        with self._replay.again(n) as buffers:
+            graph, increment, _ = self._tracer.step(n, source, buffers, wanted_y=[True] * len(source))
+        found, self.inputs[n], more = graph.differentiate(alpha)
+        shared.add(more)
+        return tuple(part.detach() for part in increment), found
 
 
 class _Sweep:
-    """One backward pass: reconstructs the states and carries their gradients, half step by half step."""
+    """One backward pass: reconstructs the states and carries their gradients, step by step."""
 
-    def __init__(
-        self, scheme: ReversibleAdjoint, plan: Plan, operands: Operands, needed: Operands, replay: Replay
-    ) -> None:
-        self.scheme, self.plan, self.operands, self.needed, self.replay = scheme, plan, operands, needed, replay
-        self.shared = Sum(len(operands.shared))
-        self.inputs: list[Gradients] = [[None] * len(row) for row in operands.inputs]
+    def __init__(self, solve: _Solve, operands: Operands, needed: Operands) -> None:
+        self._solve, self._operands = solve, operands
+        forth, behind = _halves(operands, solve.there.count)
+        need_forth, need_behind = _halves(needed, solve.there.count)
+        self._there = _Direction(solve.there, forth, need_forth, solve.replay_there)
+        self._back = _Direction(solve.back, behind, need_behind, solve.replay_back)
+        self._shared = Sum(len(operands.shared))
 
     def run(self, ends: DeviceStore, arriving: list[tuple[Tensor | None, ...]]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from the final states."""
+        plan = self._solve.there
         y, v = self._final(ends)
         alpha_y: Gradients = [None] * len(y)
         alpha_v: Gradients = [None] * len(y)
-        for m in reversed(range(0, self.plan.count, 2)):
-            if self.plan.emits[m + 1]:
+        for n in reversed(range(plan.count)):
+            if plan.emits[n]:
                 alpha_y = add(alpha_y, arriving.pop())
-            v, alpha_y = self._undo_second(m + 1, y, v, alpha_y, alpha_v)
-            y, alpha_y, alpha_v = self._undo_first(m, y, v, alpha_y, alpha_v)
+            plan.returned(n)
+            y, v, alpha_y, alpha_v = self._undo(n, y, v, alpha_y, alpha_v)
         start = add(alpha_y, alpha_v)  # both copies begin as y0
-        return [*start, *(grad for row in self.inputs for grad in row), *self.shared.total]
+        inputs = [grad for row in (*self._there.inputs, *self._back.inputs) for grad in row]
+        return [*start, *inputs, *self._shared.total]
 
     def _final(self, ends: DeviceStore) -> tuple[State, State]:
         """The final y and v; computed again where an earlier backward pass has used them up."""
-        last, width = self.plan.count // 2, len(self.operands.y0)
+        last, width = self._solve.there.count, len(self._operands.y0)
         if last in ends:
             both = ends.get(last, last=True)
             return both[:width], both[width:]
-        increment = partial(_repeated, self.replay, self.plan, self.operands)
-        return self.scheme.march(self.plan, self.operands.y0, increment)[:2]
+        return self._solve.again(self._operands)[:2]
 
-    def _undo_second(
-        self, m: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
-    ) -> tuple[State, Gradients]:
-        """v_n from v_{n+1}, and what arrives at y_{n+1} through it."""
-        increment, through = self._half(m, y, [None if a is None else -a for a in alpha_v])
-        return _plus(v, increment), add(alpha_y, through)
-
-    def _undo_first(
-        self, m: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
-    ) -> tuple[State, Gradients, Gradients]:
-        """y_n from y_{n+1}, and the gradients of both."""
-        c = self.scheme.coupling
-        increment, through = self._half(m, v, alpha_y)
-        y = self.scheme.undo_first_half(y, v, increment)
-        return y, _scaled(alpha_y, c), add(add(alpha_v, _scaled(alpha_y, 1 - c)), through)
-
-    def _half(self, m: int, source: State, alpha: Gradients) -> tuple[State, Gradients]:
-        """The increment of half step ``m`` once more, and alpha carried back through it to its source."""
-        row = self.operands.inputs[m]
-        wanted = [*[True] * len(source), *self.needed.inputs[m], *self.needed.shared]
-        leaves = as_leaves([*source, *row, *self.operands.shared], wanted, self.plan.captured)
-        width, ahead = len(source), len(source) + len(row)
-        with torch.enable_grad(), self.replay.again(m) as buffers:
-            u, shared = tuple(leaves[width:ahead]), tuple(leaves[ahead:])
-            increment, _ = self.plan.step(m, tuple(leaves[:width]), u, shared, buffers)
-        asked = [leaf for leaf, need in zip(leaves, wanted, strict=True) if need]
-        found = iter(vjp(edges(increment), alpha, asked))
-        grads = [next(found) if need else None for need in wanted]
-        self.inputs[m] = grads[width:ahead]
-        self.shared.add(grads[ahead:])
-        return tuple(part.detach() for part in increment), grads[:width]
+    def _undo(
+        self, n: int, y: State, v: State, alpha_y: Gradients, alpha_v: Gradients
+    ) -> tuple[State, State, Gradients, Gradients]:
+        """y_n and v_n from y_{n+1} and v_{n+1}, and the gradients of both."""
+        scheme = self._solve.scheme
+        c = scheme.coupling
+        increment, through = self._back.through(n, y, [None if a is None else -a for a in alpha_v], self._shared)
+        v, alpha_y = _plus(v, increment), add(alpha_y, through)
+        increment, through = self._there.through(n, v, alpha_y, self._shared)
+        y = scheme.undo_first_half(y, v, increment)
+        return y, v, _scaled(alpha_y, c), add(add(alpha_v, _scaled(alpha_y, 1 - c)), through)
 
 
 def _plus(state: State, increment: State) -> State:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, _foreach_add, _foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from neuralode_coupled._torch import add_many, add_many_
 
 Gradients = list[Tensor | None]
 
@@ -15,20 +18,27 @@ class StepGraph:
     """One step's graph, for one vector-Jacobian product.
 
     Args:
-        leaves: what the step was computed on, in three lists: the state, its inputs, the shared tensors (`as_leaves`).
+        leaves: what the step was computed on, in a row: the state, its inputs, the shared tensors (`as_leaves`).
         wanted: which of all these gradients are asked for.
+        cuts: where in the row the inputs and the shared tensors begin.
         ends: where gradients enter, see `edges`.
     """
 
-    def __init__(self, leaves: Sequence[Sequence[Tensor]], wanted: list[bool], ends: list[GradientEdge | None]) -> None:
-        self._leaves, self._wanted, self._ends = leaves, wanted, ends
+    def __init__(
+        self, leaves: list[Tensor], wanted: list[bool], cuts: tuple[int, int], ends: list[GradientEdge | None]
+    ) -> None:
+        self._leaves, self._wanted, self._cuts, self._ends = leaves, wanted, cuts, ends
 
-    def differentiate(self, grads: Sequence[Tensor | None]) -> list[Gradients]:
-        """The gradients at the leaves from those at the ends, None where they are not wanted. The graph is freed."""
-        row = [leaf for leaves in self._leaves for leaf in leaves]
-        asked = [leaf for leaf, need in zip(row, self._wanted, strict=True) if need]
-        found, needs = iter(vjp(self._ends, grads, asked)), iter(self._wanted)
-        return [[next(found) if next(needs) else None for _ in leaves] for leaves in self._leaves]
+    def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
+        """The gradients at state, inputs and shared tensors from those at the ends, None where they are not wanted.
+
+        The graph is freed.
+        """
+        asked = [leaf for leaf, need in zip(self._leaves, self._wanted, strict=True) if need]
+        found = iter(vjp(self._ends, grads, asked))
+        row = [next(found) if need else None for need in self._wanted]
+        inputs, shared = self._cuts
+        return row[:inputs], row[inputs:shared], row[shared:]
 
 
 Graphs = dict[int, StepGraph | None]
@@ -85,17 +95,19 @@ class Sum:
             self.total = add(self.total, terms)
 
     def _add_fused(self, terms: Gradients) -> None:
-        both = [
-            (i, a, b) for i, (a, b) in enumerate(zip(self.total, terms, strict=True)) if a is not None and b is not None
-        ]
-        ours, theirs = [row for row in both if self._owned[row[0]]], [row for row in both if not self._owned[row[0]]]
+        ours: list[int] = []
+        theirs: list[int] = []
+        for i, (total, term) in enumerate(zip(self.total, terms, strict=True)):
+            if total is None:
+                self.total[i] = term
+            elif term is not None:
+                (ours if self._owned[i] else theirs).append(i)
+        total: Any = self.total
+        added: Any = terms
         if ours:
-            _foreach_add_([a for _, a, _ in ours], [b for _, _, b in ours])
+            add_many_([total[i] for i in ours], [added[i] for i in ours])
         if theirs:
             # The first term may be shared with autograd: it must not be written into.
-            fresh = _foreach_add([a for _, a, _ in theirs], [b for _, _, b in theirs])
-            for (i, _, _), tensor in zip(theirs, fresh, strict=True):
+            fresh = add_many([total[i] for i in theirs], [added[i] for i in theirs])
+            for i, tensor in zip(theirs, fresh, strict=True):
                 self.total[i], self._owned[i] = tensor, True
-        for i, term in enumerate(terms):
-            if self.total[i] is None:
-                self.total[i] = term

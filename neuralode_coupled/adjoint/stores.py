@@ -5,26 +5,26 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import is_whole
+from neuralode_coupled._torch import versions
 from neuralode_coupled._types import State
 
 Storage = Literal["device", "cpu", "disk"]
 
 
-def check_storage(checkpoints: int | None, storage: str) -> None:
-    """Raise the ValueError or TypeError that a user should see for choices that make no sense."""
-    if checkpoints is not None and (not isinstance(checkpoints, int) or isinstance(checkpoints, bool)):
+def check_checkpoints(checkpoints: int | None) -> None:
+    """Raise TypeError or ValueError for what is no number of states."""
+    if checkpoints is not None and not is_whole(checkpoints):
         raise TypeError(f"checkpoints must be a whole number or None (every step's state), got {checkpoints!r}")
     if checkpoints is not None and checkpoints < 1:
         raise ValueError(
             f"checkpoints must be at least 1 (the initial state) or None (every step's), got {checkpoints}"
         )
-    if storage not in get_args(Storage):
-        raise ValueError(f"unknown storage {storage!r}: choose one of {', '.join(get_args(Storage))}")
 
 
 class DeviceStore:
@@ -32,19 +32,19 @@ class DeviceStore:
     than the schedule allows. (What autograd keeps stays until the backward pass is over.)"""
 
     def __init__(self) -> None:
-        self._kept: dict[int, tuple[State, tuple[int, ...]]] = {}
+        self._kept: dict[int, tuple[State, list[int]]] = {}
 
     def __contains__(self, n: int) -> bool:
         return n in self._kept
 
     def put(self, n: int, state: State) -> None:
         """Keep a state, without its history."""
-        self._kept[n] = tuple(part.detach() for part in state), tuple(part._version for part in state)
+        self._kept[n] = tuple(part.detach() for part in state), versions(state)
 
     def get(self, n: int, last: bool = False) -> State:
         """The state, for the last time if ``last``. Raises RuntimeError, as autograd does, if it has been modified."""
-        state, versions = self._kept.pop(n) if last else self._kept[n]
-        if any(part._version != version for part, version in zip(state, versions, strict=True)):
+        state, before = self._kept.pop(n) if last else self._kept[n]
+        if versions(state) != before:
             raise RuntimeError(
                 f"the state after step {n}, which the backward pass starts from, has been modified by an inplace "
                 "operation since the forward pass: do that to a clone of what the solve returns"

@@ -18,11 +18,11 @@ from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
 from neuralode_coupled.convert.residual import NotResidual, Stage, adds_around, stages
-from neuralode_coupled.coupled.adaptive import is_adaptive
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.field import ByPattern, Evolution, Evolve
 from neuralode_coupled.field.per_step import PerStep
 from neuralode_coupled.kernels import TimeKernel
+from neuralode_coupled.odeint import ADAPTIVE
 
 Skip = Literal["auto", "inside", "around", "none"]
 _Layer = Callable[[nn.Module], CoupledODE]
@@ -131,7 +131,7 @@ def couple(
             the shape shows in the first forward pass.
     """
     names = _checked(model, targets, skip)
-    steps = 1 if steps is None and not is_adaptive(method) else steps
+    steps = 1 if steps is None and method not in ADAPTIVE else steps
     options = {
         "steps": steps,
         "method": method,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from neuralode_coupled._torch import versions
+
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -217,7 +219,7 @@ class _Kept:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.attributes, self.own = dict(vars(block)), dict(block._buffers)
-        self.buffers = [(n, b, b._version, b.clone()) for n, b in block.named_buffers() if not b.is_inference()]
+        self.buffers = [(n, b, versions([b]), b.clone()) for n, b in block.named_buffers() if not b.is_inference()]
 
     def put_back(self) -> list[str]:
         """Put everything back; the names of what was set."""
@@ -228,8 +230,8 @@ class _Kept:
         for now, before in ((attributes, self.attributes), (own, self.own)):
             now.clear()
             now.update(before)
-        for name, buffer, version, value in self.buffers:
-            if buffer._version != version:
+        for name, buffer, before, value in self.buffers:
+            if versions([buffer]) != before:
                 changed.append(name)
                 with torch.no_grad():
                     buffer.copy_(value)

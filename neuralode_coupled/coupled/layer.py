@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import check_model
+from neuralode_coupled._checks import Times, check_model, times, times_within
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
 from neuralode_coupled.coupled.baking import baked
-from neuralode_coupled.coupled.problem import CoupledProblem
+from neuralode_coupled.coupled.discretisation import Discretisation
+from neuralode_coupled.coupled.on_grid import GridProblem, OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
-from neuralode_coupled.coupled.solving import Times, build_scheme, discretise, states, times, times_within
 from neuralode_coupled.evolution import Static, finite_path
 from neuralode_coupled.field import CoupledField, Evolution, Evolve
 from neuralode_coupled.kernels import TimeKernel
+
+
+def _chosen(name: str) -> Any:
+    """A choice of the layer's discretisation as an attribute of the layer. Setting it checks the layer again."""
+
+    def put(layer: CoupledODE, value: Any) -> None:
+        layer.discretise(replace(layer.discretisation, **{name: value}))
+
+    return property(lambda layer: getattr(layer.discretisation, name), put)
 
 
 class CoupledODE(nn.Module):
@@ -40,11 +51,20 @@ class CoupledODE(nn.Module):
 
     Attributes:
         field: the `CoupledField`.
+        discretisation: the steps or tolerances; `discretise` chooses others.
         stats: what the last forward pass cost, and the backward passes through it since; None before the first.
 
     Raises:
-        TypeError, ValueError: as `CoupledField` and `solve` do, here or at the first forward pass.
+        TypeError, ValueError: as `CoupledField` and `solve` do; what concerns z0 at the first forward pass, all else
+            here, also for a gradient method that cannot solve the layer.
     """
+
+    steps = _chosen("steps")
+    method = _chosen("method")
+    weight_steps = _chosen("weight_steps")
+    weight_method = _chosen("weight_method")
+    rtol = _chosen("rtol")
+    atol = _chosen("atol")
 
     def __init__(
         self,
@@ -64,17 +84,27 @@ class CoupledODE(nn.Module):
     ) -> None:
         super().__init__()
         self.field = CoupledField(dynamics, Static() if evolution is None else evolution, kernel, evolve)
-        self.t = times(t)
-        self.steps = steps
-        self.method = method
-        self.weight_steps = weight_steps
-        self.weight_method = weight_method
-        self.rtol = rtol
-        self.atol = atol
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
         check_gradient_method(self.adjoint)
         self.stats: Stats | None = None
-        self._discretised()  # a layer that cannot be solved fails where it is made
+        self._t = times(t)
+        self.discretise(Discretisation(steps, method, weight_steps, weight_method, rtol, atol))
+        self._on.check_adjoint(self.field, self.adjoint)  # a layer that cannot be solved fails where it is made
+
+    @property
+    def t(self) -> tuple[float, ...]:
+        """The interval of time. Setting it checks the layer again."""
+        return self._t
+
+    @t.setter
+    def t(self, t: Times) -> None:
+        self._t = times(t)
+        self.discretise(self.discretisation)
+
+    def discretise(self, discretisation: Discretisation) -> None:
+        """Choose other steps or tolerances. Raises ValueError if the field does not fit them."""
+        self._on: OnGrid | Adaptive = discretisation.on(self.field, (self._t[0], self._t[-1]))
+        self._kernel, self.discretisation = self.field.kernel, discretisation
 
     def extra_repr(self) -> str:
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
@@ -98,13 +128,7 @@ class CoupledODE(nn.Module):
         Raises TypeError for what are no times, ValueError for times outside of the interval or out of order, and on the
         CPU for weights that are not finite.
         """
-        wanted, scheme = times_within(t, self.t, "layer"), self._discretised()
-        if isinstance(scheme, Adaptive):
-            return scheme.weights(list(wanted))
-        return {
-            name: finite_path(name, "requested time", scheme.at, self.field.operator(name), w0, list(wanted))
-            for name, w0 in self.field.evolving().items()
-        }
+        return self._solve_in_force().weights(self.field, list(times_within(t, self.t, "layer")))
 
     def regularization(
         self, w0: float = 1.0, p: float = 1.0, *, kinetic: float = 0.0, displacement: float = 0.0
@@ -136,7 +160,7 @@ class CoupledODE(nn.Module):
                 total = total + weight / 2 * tensor.square().sum()
         if not kinetic and not displacement:
             return total
-        scheme = self._scheme()
+        scheme = self.scheme
         for name, weight in self.field.evolving().items():
             path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(scheme.weight_grid.h)
@@ -153,33 +177,31 @@ class CoupledODE(nn.Module):
         Raises:
             ValueError: if the evolving weights are not finite, or for an adaptive layer, which has no grid to bake.
         """
-        scheme = self._scheme()
+        scheme = self.scheme
         like = next(self.parameters(), torch.zeros(()))
         with torch.no_grad():
-            theta = CoupledProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
+            theta = GridProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
         return baked(self.field, scheme, theta)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The grids and methods of activations and weights. Raises ValueError for an adaptive layer, which has none."""
+        return self._solve_in_force().scheme
 
     @property
     def grid(self) -> Grid:
         """The layer's fixed grid. Raises ValueError for an adaptive layer, which has none."""
-        return self._scheme().grid
+        return self.scheme.grid
 
-    def _scheme(self) -> Scheme:
-        return build_scheme(self.field, self.t, self.steps, self.method, self.weight_steps, self.weight_method)
-
-    def _discretised(self) -> Scheme | Adaptive:
-        grids = self.steps, self.method, self.weight_steps, self.weight_method
-        return discretise(self.field, (self.t[0], self.t[-1]), *grids, self.rtol, self.atol)
+    def _solve_in_force(self) -> OnGrid | Adaptive:
+        """How the layer is solved; checked again where its kernel has been exchanged."""
+        if self._kernel is not self.field.kernel:
+            self.discretise(self.discretisation)
+        return self._on
 
     def _solve(self, z0: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
-        scheme = self._discretised()
-        if isinstance(scheme, Adaptive) and torch.compiler.is_exporting():
-            raise ValueError(
-                f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
-                "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
-            )
-        z, self.stats = states(scheme, self.field, z0, wanted, self.adjoint)
+        z, self.stats = self._solve_in_force().states(self.field, z0, wanted, self.adjoint)
         return z
 
 

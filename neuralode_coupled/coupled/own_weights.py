@@ -11,6 +11,30 @@ from neuralode_coupled.evolution import all_at_once, check_finite, named
 from neuralode_coupled.field import CoupledField
 
 
+def own_weights_refusal(field: CoupledField, scheme: Scheme, backwards: bool) -> str | None:
+    """Why steps cannot make their own weights; None if they can.
+
+    They can where weights and activations advance by one method on one grid; ``backwards`` too, where every weight is
+    reached at once.
+    """
+    if not scheme.together(field.kernel):
+        grid, fine = scheme.grid, scheme.weight_grid
+        return (
+            f"weights='recomputed' needs weights that advance with the activations, by one method on one grid, got "
+            f"{field.kernel}, {fine.steps} steps of {scheme.weight_method.name!r} for the weights and {grid.steps} of "
+            f"{scheme.method.name!r} for the activations: use weights='stored'"
+        )
+    carried = [name for name in field.moving() if all_at_once(field.operator(name)) is None]
+    if backwards and carried:
+        return (
+            "weights='recomputed' of ReversibleAdjoint needs operators that reach any time at once (propagators with "
+            "activation='identity' and LinearEvolution do), got "
+            f"{type(field.operator(carried[0])).__name__} for {carried[0]!r}, which goes step by step: use "
+            "weights='stored', or DiscreteAdjoint"
+        )
+    return None
+
+
 class OwnWeights:
     """The weights of a step, made within it.
 
@@ -23,25 +47,15 @@ class OwnWeights:
         shared: w0 of what an operator reaches at once from it, then the parameters of the operators.
         carried: w0 of the rest, which the state has to carry from step to step.
 
-    Raises ValueError unless weights and activations advance by one method on one grid, and for weights that go forward
-    only, if ``backwards``.
+    What it needs is what `own_weights_refusal` says.
     """
 
     def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
-        if not scheme.together(field.kernel):
-            grid, fine = scheme.grid, scheme.weight_grid
-            raise ValueError(
-                f"weights='recomputed' needs weights that advance with the activations, by one method on one grid, got "
-                f"{field.kernel}, {fine.steps} steps of {scheme.weight_method.name!r} for the weights and "
-                f"{grid.steps} of {scheme.method.name!r} for the activations: use weights='stored'"
-            )
         self._scheme, w0 = scheme, field.evolving()
         self._operators = {name: field.operator(name) for name in field.moving()}
         every = {name: all_at_once(q) for name, q in self._operators.items()}
         self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}
         self._carried = [name for name in self._operators if name not in self._at_once]
-        if backwards:
-            self._refuse_carried()
         self._fractions = {
             (name, back): scheme.stage_fractions(w0[name], back)
             for name in self._at_once
@@ -55,17 +69,6 @@ class OwnWeights:
         self._places = [] if self._held is None else places_of(self._held, parameters)
         self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
         self.carried: State = tuple(w0[name] for name in self._carried)
-
-    def _refuse_carried(self) -> None:
-        """Raise the ValueError for weights that only go forward, step by step."""
-        if self._carried:
-            name = self._carried[0]
-            raise ValueError(
-                "weights='recomputed' of ReversibleAdjoint needs operators that reach any time at once (propagators "
-                "with activation='identity' and LinearEvolution do), got "
-                f"{type(self._operators[name]).__name__} for {name!r}, which goes step by step: use weights='stored', "
-                "or DiscreteAdjoint"
-            )
 
     def advance(self, n: int, carried: State, shared: State, backwards: bool = False) -> tuple[State, State]:
         """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end.

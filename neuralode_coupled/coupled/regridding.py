@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from neuralode_coupled._checks import check_model
-from neuralode_coupled.coupled.adaptive import is_adaptive
+from neuralode_coupled._checks import check_model, whole
+from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.field.coupled import _aliases
-from neuralode_coupled.field.per_step import check_steps, sharing_parameters
+from neuralode_coupled.field.per_step import sharing_parameters
+from neuralode_coupled.odeint import ADAPTIVE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +48,7 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
             kernel of a layer cannot be put on the grid (`SampleAndHold` needs a multiple of its samples).
     """
     check_model(model)
-    check_steps(steps)
+    whole("steps", steps)
     changed = sharing_parameters(model)
     layers = [module for module in changed.modules() if isinstance(module, CoupledODE)]
     if not layers:
@@ -63,17 +63,14 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
 
 def _change(layer: CoupledODE, steps: int, method: str | None) -> None:
     """Put a layer that nobody else uses on another grid."""
-    layer.steps = steps
-    layer.method = layer.method if method is None else method
-    if is_adaptive(layer.method):
+    old = layer.discretisation
+    method = old.method if method is None else method
+    if method in ADAPTIVE:
         raise ValueError(
-            f"{layer.method!r} chooses its own steps, by rtol and atol: name a method that takes equal ones, as in "
+            f"{method!r} chooses its own steps, by rtol and atol: name a method that takes equal ones, as in "
             f"nc.with_steps(model, {steps}, 'rk4')"
         )
-    layer.rtol = layer.atol = None  # an adaptive layer's, of no use on a grid
     layer.stats = None
-    for _, module in layer.field.per_step:
-        module.copies = module.resample(steps).copies
-    # Copies that share parameters have come, or gone.
-    layer.field._aliases = _aliases(layer.field.dynamics)
-    layer._scheme()  # a layer that cannot be solved fails here
+    layer.field.resample(steps)
+    # The tolerances of an adaptive layer are of no use on a grid.
+    layer.discretise(Discretisation(steps, method, old.weight_steps, old.weight_method))

@@ -8,7 +8,7 @@ All of it is ordinary differentiable PyTorch: autograd through it is the discret
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -16,32 +16,42 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight, WeightPath
 from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps
-from neuralode_coupled.evolution.base import Propagate
+from neuralode_coupled.evolution.base import Propagate, Trajectory
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``steps`` equal steps from ``t0`` to ``t1`` (which may lie before ``t0``)."""
+    """``steps`` equal steps from ``t0`` to ``t1`` (which may lie before ``t0``).
+
+    Attributes:
+        span: the length of the interval, negative where time runs backwards.
+        h: the length of one step, likewise.
+    """
 
     t0: float
     t1: float
     steps: int
+    span: float = field(init=False, repr=False, compare=False)
+    h: float = field(init=False, repr=False, compare=False)
 
-    @property
-    def h(self) -> float:
-        """The length of one step, negative where time runs backwards."""
-        return self.span / self.steps
-
-    @property
-    def span(self) -> float:
-        """The length of the interval, negative where time runs backwards."""
-        return self.t1 - self.t0
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "span", self.t1 - self.t0)
+        object.__setattr__(self, "h", self.span / self.steps)
 
     def time(self, n: int, fraction: float = 0.0) -> float:
         """The time ``fraction`` of the way through step ``n``."""
         return self.t0 + (n + fraction) * self.h
+
+    def bracket(self, t: float) -> tuple[int, int, float]:
+        """The grid points around ``t`` and how far between them it lies; the same point twice where it is one."""
+        position = (t - self.t0) / self.h
+        nearest = round(position)
+        if abs(position - nearest) <= 1e-6:
+            return nearest, nearest, 0.0
+        low = int(position)
+        return low, low + 1, position - low
 
 
 @dataclass(frozen=True)
@@ -64,21 +74,16 @@ class Scheme:
         """Whether weights and activations advance by one method on one grid, the weights used as they are."""
         return kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method)
 
-    def stage_weights(
-        self, operator: nn.Module, kernel: TimeKernel, w0: Weight, backwards: bool = False
-    ) -> StageWeights:
-        """theta of shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it.
-
-        Weights on the activations' own grid, used as they are (``K = delta``), are the stage states of the weights'
-        own Runge-Kutta step: the coupled system is then solved by one method on one grid. With ``backwards`` the stage
-        times count from the end of each step towards its start.
-        """
-        return self.connect(kernel, w0.device, backwards)(operator, w0)
-
     def connect(
         self, kernel: TimeKernel, device: torch.device, backwards: bool = False
     ) -> Callable[[nn.Module, Weight], StageWeights]:
-        """`stage_weights` as a function of operator and w0: what all parameters of a field share is made once."""
+        """theta as a function of operator and w0: what all parameters of a field share is made once.
+
+        theta has the shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it. Weights on the
+        activations' own grid, used as they are (``K = delta``), are the stage states of the weights' own Runge-Kutta
+        step: the coupled system is then solved by one method on one grid. With ``backwards`` the stage times count from
+        the end of each step towards its start.
+        """
         c = tuple(1 - fraction for fraction in self.method.c) if backwards else self.method.c
         if self.together(kernel):
             if backwards:
@@ -100,7 +105,7 @@ class Scheme:
         """w at the ``M + 1`` points of its own grid, ends included."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            return trajectory(w0, self._times(w0, [0.0], last=True))
+            return trajectory(w0, self._times(w0, (0.0,), last=True))
         path, propagate = [w0], closed_form_for_many_steps(operator, w0)
         for n in range(self.weight_grid.steps):
             path.append(self._step(operator, propagate, path[-1], n, self.weight_grid.h)[0])
@@ -108,8 +113,9 @@ class Scheme:
 
     def stages(self, operator: nn.Module, w0: Weight) -> StageWeights:
         """w at the stage times of every step: (M, stages, *weight)."""
-        if all_at_once(operator) is not None:
-            return self.at_fractions(operator, w0, self.weight_method.c)
+        trajectory = all_at_once(operator)
+        if trajectory is not None:
+            return self._reached(trajectory, w0, self.weight_method.c)
         w, stages, propagate = w0, [], closed_form_for_many_steps(operator, w0)
         for n in range(self.weight_grid.steps):
             w, inner = self._step(operator, propagate, w, n, self.weight_grid.h)
@@ -130,10 +136,14 @@ class Scheme:
         """w at the given fractions of every step: (M, fractions, *weight)."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            path = trajectory(w0, self._times(w0, list(fractions), last=False))
-        else:
-            grid = self.weight_grid
-            path = self.at(operator, w0, [grid.time(n, f) for n in range(grid.steps) for f in fractions])
+            return self._reached(trajectory, w0, fractions)
+        grid = self.weight_grid
+        path = self.at(operator, w0, [grid.time(n, f) for n in range(grid.steps) for f in fractions])
+        return path.unflatten(0, (grid.steps, len(fractions)))
+
+    def _reached(self, trajectory: Trajectory, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
+        """The same by a closed form that reaches every time at once."""
+        path = trajectory(w0, self._times(w0, fractions, last=False))
         return path.unflatten(0, (self.weight_grid.steps, len(fractions)))
 
     def at(self, operator: nn.Module, w0: Weight, times: list[float]) -> WeightPath:
@@ -164,7 +174,7 @@ class Scheme:
         (w,), inner = step(q, (w,), h, self.weight_method)
         return w, [y[0] for y in inner]
 
-    def _times(self, w0: Tensor, fractions: list[float], last: bool) -> Tensor:
+    def _times(self, w0: Tensor, fractions: tuple[float, ...], last: bool) -> Tensor:
         """Times since t0 of the given fractions of every step; made on w0's device: nothing is copied there."""
         n = torch.arange(self.weight_grid.steps, dtype=w0.dtype, device=w0.device)
         times = torch.stack([(n + fraction) * self.weight_grid.h for fraction in fractions], dim=-1).flatten()

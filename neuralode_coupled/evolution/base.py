@@ -8,7 +8,7 @@ from typing import ParamSpec, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._substitution import hidden
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Weight, WeightPath
 
 Propagate = Callable[[Tensor, float], Tensor]
@@ -133,7 +133,7 @@ def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0
         what: what the first axis counts, for the message.
         first: where it begins to count.
     """
-    if path.device.type != "cpu" or hidden():
+    if path.device.type != "cpu" or tracing():
         return
     path = path.detach()
     if not is_seen(~path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again

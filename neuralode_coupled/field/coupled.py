@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from neuralode_coupled._substitution import DynamicsError, alone, call, hidden, places, untouched
+from neuralode_coupled._substitution import DynamicsError, alone, call, places, untouched
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
 from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
@@ -87,6 +88,12 @@ class CoupledField(nn.Module):
     def _moves(self, name: str) -> bool:
         return not (self.kernel.keeps_constants and isinstance(self.operator(name), Static))
 
+    def resample(self, steps: int) -> None:
+        """Put per-step modules on a grid of so many steps; see `PerStep.resample`."""
+        for _, module in self.per_step:
+            module.copies = module.resample(steps).copies
+        self._aliases = _aliases(self.dynamics)  # copies that share parameters have come, or gone
+
     def initial_state(self, z0: Activation) -> State:
         """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
 
@@ -160,12 +167,18 @@ class CoupledField(nn.Module):
         operator = self.operator(name)
         return check_evolved(operator(t, w), w, operator)
 
-    def evaluate(self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers."""
+    def evaluate(
+        self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor], moving: bool | None = None
+    ) -> Tensor:
+        """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers.
+
+        ``moving`` says whether any weight's theta is not w0; by default it is looked up.
+        """
         arguments = (t, z) if self.takes_time else (z,)
-        tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
+        if self._aliases:
+            tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
         run = partial(call, self.dynamics, tensors, arguments)
-        if torch.is_grad_enabled() and not hidden() and any(map(self._moves, self.names)):
+        if torch.is_grad_enabled() and not tracing() and (bool(self.moving()) if moving is None else moving):
             run = partial(_without_hooks, run)
         return untouched(self.dynamics, (z,), run)
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch._C import _are_functorch_transforms_active  # hooks are not for the tensors inside of transforms
+from neuralode_coupled.adjoint import listening
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-
-Step = Callable[..., tuple[Any, Any]]
-
-_shown: list[_Bars] = []
-"""The bars in force are the last. A global, so that a solve without bars costs one look, also when it is compiled."""
 
 
 @contextmanager
@@ -40,19 +34,9 @@ def progress(description: str = "solving", console: Console | None = None) -> It
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console or StandardError(stderr=True)) as bars:
-        _shown.append(_Bars(bars, description))
-        try:
-            yield bars
-        finally:
-            _shown.pop()
-
-
-def watched(step: Step, count: int) -> Step:
-    """``step(n, y, ...)`` of a solve of ``count`` steps, which moves the bars in force; itself where there are none."""
-    if not _shown or torch.compiler.is_compiling():
-        return step
-    return _shown[-1].watched(step, count)
+    bars = Progress(*columns, console=console or StandardError(stderr=True))
+    with bars, listening(_Bars(bars, description).begin):
+        yield bars
 
 
 class _Bars:
@@ -61,28 +45,30 @@ class _Bars:
     def __init__(self, bars: Progress, description: str) -> None:
         self._bars = bars
         self._tasks = {way: bars.add_task(f"{description}, {way}", total=None) for way in ("forward", "backward")}
-        self._solve: dict[str, object] = {}
+        self._solve: dict[str, _Solve] = {}
 
-    def watched(self, step: Step, count: int) -> Step:
-        solve = object()
-        passed = 0
+    def begin(self, steps: int) -> _Solve:
+        """The listener of a solve of so many steps."""
+        return _Solve(self, steps)
 
-        def told(n: int, y: Any, *rest: Any) -> tuple[Any, Any]:
-            nonlocal passed
-            y, emitted = step(n, y, *rest)
-            if n == passed:  # later calls of the same step recompute it
-                passed += 1
-                self._move("forward", solve, passed, count)
-            if not _are_functorch_transforms_active():
-                leading = next((part for part in y if part.requires_grad), None)
-                if leading is not None:
-                    leading.register_hook(lambda gradient: self._move("backward", solve, count - n, count))
-            return y, emitted
-
-        return told
-
-    def _move(self, way: str, solve: object, completed: int, count: int) -> None:
+    def move(self, way: str, solve: _Solve, completed: int) -> None:
+        """Show how far a solve is."""
         if self._solve.get(way) is not solve:
             self._solve[way] = solve
-            self._bars.reset(self._tasks[way], total=count)
+            self._bars.reset(self._tasks[way], total=solve.steps)
         self._bars.update(self._tasks[way], completed=completed)
+
+
+class _Solve:
+    """One solve, which tells the bars how far it is."""
+
+    def __init__(self, bars: _Bars, steps: int) -> None:
+        self._bars, self.steps = bars, steps
+
+    def forward(self, completed: int) -> None:
+        """So many steps of the forward pass are done."""
+        self._bars.move("forward", self, completed)
+
+    def backward(self, completed: int) -> None:
+        """So many steps of the backward pass have begun."""
+        self._bars.move("backward", self, completed)

@@ -13,7 +13,6 @@ from neuralode_coupled._substitution import Held, call, places
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.scheme import Scheme
-from neuralode_coupled.coupled.solving import build_scheme
 from neuralode_coupled.evolution import closed_form
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
@@ -127,7 +126,7 @@ def _own(field: CoupledField, n: int) -> Tensors:
 
 
 def scheme_of(layer: CoupledODE) -> Scheme:
-    return build_scheme(layer.field, layer.t, layer.steps, layer.method, layer.weight_steps, layer.weight_method)
+    return layer.scheme
 
 
 def check_layer(layer: object) -> None:

@@ -8,15 +8,16 @@ from typing import TypeVar
 
 from torch import nn
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
-from neuralode_coupled.coupled.adaptive import is_adaptive
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.coupled.solving import check_method
 from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.models.branch import Branch
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
+from neuralode_coupled.odeint import ADAPTIVE
+from neuralode_coupled.runge_kutta import METHODS
 
 NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
     "alexnet": alexnet,
@@ -125,12 +126,10 @@ def build(
     Raises:
         ValueError: for an unknown name, variant or part of the dynamics, or what `CoupledODE` cannot solve.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NETWORKS)}")
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    choice("model", name, NETWORKS)
+    choice("variant", variant, VARIANTS)
     chosen = VARIANTS[variant]
-    check_method(method)  # for the baseline too, which has no use for one
+    choice("method", method, (*METHODS, *ADAPTIVE))  # for the baseline too, which has no use for one
 
     def block(branch: Branch) -> nn.Module:
         if dynamics is not None:
@@ -138,7 +137,7 @@ def build(
         if chosen is None:
             return Residual(branch(1))
         count = chosen.steps if steps is None else steps
-        adaptive = is_adaptive(method)
+        adaptive = method in ADAPTIVE
         q = Static() if not chosen.evolves else ReactionDiffusionAdvection() if evolution is None else evolution
         return CoupledODE(
             branch(0 if adaptive else max(count, 1)),

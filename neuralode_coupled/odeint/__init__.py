@@ -1,1 +1,9 @@
 """Any vector field under torchdiffeq's signature, with the exact gradient of the discrete solve."""
+
+from neuralode_coupled.odeint.accepted import AdaptiveSolve
+from neuralode_coupled.odeint.arguments import ATOL, RTOL
+from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.dynamics import Dynamics
+from neuralode_coupled.odeint.embedded import ADAPTIVE
+
+__all__ = ["ADAPTIVE", "ATOL", "RTOL", "AdaptiveSolve", "Dynamics", "odeint_dto"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.plan import Operands, Plan, Stats
+from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.embedded import Embedded, embedded, odeint
 from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor
@@ -103,7 +104,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Solve:
+class AdaptiveSolve:
     """What an adaptive solve is given: see `odeint_dto`. ``t`` is on the state's device; ``arguments`` are
     torchdiffeq's ``rtol``, ``atol``, ``method`` and ``options``."""
 
@@ -142,8 +143,13 @@ class Solve:
         parts: State = found if self.is_tuple else (found,)  # pyright: ignore[reportAssignmentType]
         return list(zip(*(part[1:].unbind() for part in parts), strict=True))
 
-    def discrete(self) -> tuple[Plan, Operands]:
-        """The accepted steps; the forward pass through them is a reading of what was recorded."""
+    def discrete(self, stats: Stats) -> tuple[Plan, Operands]:
+        """The accepted steps; the forward pass through them is a reading of what was recorded.
+
+        Where nobody asks for a gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
+        """
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
+            return self._whole(stats)
         method = embedded(self.arguments["method"])
         record = _Record(carries=not method.reuses)
         outputs = self.forward(record)
@@ -152,7 +158,16 @@ class Solve:
         cut = torch.stack(record.cut).tolist()
         grid, shares = self._grid(starts, lengths, cut)
         steps = AcceptedSteps(self.dynamics, grid, method, self._jumps(grid, cut, starts.dtype))
-        return steps.discrete(self.y0, record.states[1:], record.slopes[1:], outputs, shares)
+        return steps.discrete(self.y0, record.states[1:], record.slopes[1:], outputs, shares, stats)
+
+    def _whole(self, stats: Stats) -> tuple[Plan, Operands]:
+        """The solve as one step without a graph."""
+        outputs = self.forward(None)
+
+        def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            return outputs[-1], tuple(outputs)
+
+        return Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats), Operands(self.y0, ((),), ())
 
     def _grid(self, starts: Tensor, lengths: Tensor, cut: list[bool]) -> tuple[Grid, list[list[int]]]:
         """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
@@ -230,6 +245,7 @@ class AcceptedSteps:
         slopes: list[State],
         outputs: list[State],
         shares: list[list[int]],
+        stats: Stats,
     ) -> tuple[Plan, Operands]:
         """The steps, with the states and slopes at their ends and the outputs that the forward pass found."""
         steps, parts = len(shares), self._parts
@@ -242,16 +258,19 @@ class AcceptedSteps:
             before = states[n] if self.method.reuses else (*states[n], *slopes[n])
             self._recorded[n * parts + parts - 1] = before, tuple(self._emit(outputs[j - 1]) for j in share)
         count = steps * parts
+        # Running statistics are the forward pass's to update.
+        scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)
         plan = Plan(
             self._part,
-            count,
-            tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
-            (self.dynamics.buffers,) * count,
-            self.dynamics.module,
-            self.method.method.stages,
-            Stats(),
-            self.dynamics.captured,
-            parts,
+            emits=tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
+            buffers=(scratch,) * count,
+            module=self.dynamics.module,
+            evaluations=tuple(end - begin for begin, end in pairwise(self._bounds)) * steps,
+            stats=stats,
+            forward=self._read,
+            overlooked=self.dynamics.overlooked,
+            captured=self.dynamics.captured,
+            parts=parts,
         )
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
         return plan, Operands(start, inputs, self.dynamics.shared)
@@ -260,17 +279,16 @@ class AcceptedSteps:
         """A state to return: what the discrete map carries besides is not, but has its place."""
         return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
 
-    def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        # The first call of each is the forward pass, which has been made already; later ones recompute.
-        recorded = self._recorded.pop(m, None)
-        if recorded is not None:
-            return recorded
-        n, part = divmod(m, self._parts)
-        return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs, shared))
+    def _read(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        """What the forward pass has found already."""
+        return self._recorded.pop(m)
 
-    def _advance(
-        self, n: int, part: int, state: State, inputs: State, shared: State
-    ) -> tuple[State, tuple[State, ...]]:
+    def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        self._recorded.pop(m, None)
+        n, part = divmod(m, self._parts)
+        return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
+
+    def _advance(self, n: int, part: int, state: State, inputs: State) -> tuple[State, tuple[State, ...]]:
         """The slopes of one part of step ``n``; with the last, the state at the step's end."""
         t0, dt, t1, _ = self.grid.step(n, inputs)
         width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
@@ -280,8 +298,6 @@ class AcceptedSteps:
         for i in range(len(slopes), self._bounds[part + 1]):
             stage = combine(y, slopes, self.method.method.a[i], dt)
             slopes.append(self._slope(n, i, stage, (t0, dt, t1)))
-        if part == 0:
-            self.dynamics.verify(slopes[1], (*state, *inputs), shared)
         if part < self._parts - 1:
             return (*y, *(tensor for slope in slopes for tensor in slope)), ()
         return self._end(n, y, slopes, inputs)

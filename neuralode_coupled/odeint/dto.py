@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.engine import checkpointed, transformed
-from neuralode_coupled.adjoint.stores import check_storage
-from neuralode_coupled.odeint.accepted import Solve
+from neuralode_coupled.adjoint import Stats
+from neuralode_coupled.adjoint.engine import checkpointed
+from neuralode_coupled.adjoint.stores import check_checkpoints
+from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import (
     ATOL,
     RTOL,
@@ -96,7 +98,7 @@ def odeint_dto(
     """
     if event_fn is not None:
         raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
-    check_storage(checkpoints, "device")
+    check_checkpoints(checkpoints)
     state, times = check_state(y0), check_times(t)
     name = check_method(method, rtol, atol, options)
     is_tuple = isinstance(y0, tuple)
@@ -108,9 +110,10 @@ def odeint_dto(
         states = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
     else:
         arguments = {"rtol": rtol, "atol": atol, "method": name, "options": _as_tensors(chosen, t)}
-        states = _adaptive(Solve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments), checkpoints)
+        solve = AdaptiveSolve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments)
+        states = _adaptive(solve, checkpoints)
     outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
-    if not transformed():
+    if tracing() != "transform":
         check_finite(outputs, times)
     return outputs if is_tuple else outputs[0]
 
@@ -152,20 +155,18 @@ def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
 def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> list[State]:
     plan, operands = steps.discrete(y0)
     # Without a gradient to pass on there is no graph either, whatever func holds besides params.
-    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and transformed())
+    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and tracing() == "transform")
     with torch.set_grad_enabled(graph):
         return checkpointed(plan, operands, checkpoints)
 
 
-def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
-    if transformed():
+def _adaptive(solve: AdaptiveSolve, checkpoints: int | None) -> list[State]:
+    if tracing() == "transform":
         raise ValueError(
             "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
             f"differentiation hide: choose one of {', '.join(METHODS)}"
         )
-    if not _wanted((*solve.y0, solve.t, *solve.dynamics.shared)):
-        return solve.forward(None)
-    plan, operands = solve.discrete()
+    plan, operands = solve.discrete(Stats())
     width = len(solve.y0)
     return [emitted[:width] for emitted in checkpointed(plan, operands, checkpoints)]
 

@@ -7,11 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
 
 from neuralode_coupled._substitution import Held, call, places_of, untouched
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.reachable import captured, overlooked
+from neuralode_coupled.adjoint.reachable import captured
 
 Result = TypeVar("Result")
 
@@ -26,6 +25,8 @@ class Dynamics:
         func: ``func(t, y)``, a module or any callable.
         is_tuple: whether it takes and gives tuples of tensors.
         params: the tensors that gradients flow to; None for all that the module, or the callable's closure, holds.
+        overlooked: makes the error for a tensor that func depends on and that is none of those; by default there is one
+            where ``params`` is None.
 
     Attributes:
         module: holds func, or the modules that it uses.
@@ -37,10 +38,17 @@ class Dynamics:
         TypeError: if func is not callable, or params is not a sequence of tensors.
     """
 
-    def __init__(self, func: Callable[..., Any], is_tuple: bool, params: Iterable[Tensor] | None) -> None:
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        is_tuple: bool,
+        params: Iterable[Tensor] | None,
+        overlooked: Callable[[Tensor], Exception] | None = None,
+    ) -> None:
         if not callable(func):
             raise TypeError(f"func must be callable as func(t, y), got {func!r}")
-        self._is_tuple, self._verify = is_tuple, params is None
+        self._is_tuple = is_tuple
+        self.overlooked = overlooked or (_overlooked if params is None else None)
         self._func = func
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
         self.module = Held(modules)
@@ -76,25 +84,6 @@ class Dynamics:
         slope = untouched(self._func, y, lambda: self._func(t, y if self._is_tuple else y[0]))
         return self._checked(slope, y)
 
-    def verify(self, slope: State, own: State, shared: State) -> None:
-        """Once a solve, where a slope's graph is at hand: raise the ValueError for a parameter that nobody named.
-
-        ``own`` and ``shared`` are what the slope may depend on.
-        """
-        if not self._verify or not torch.is_grad_enabled() or _are_functorch_transforms_active():
-            return
-        self._verify = False
-        known = (*own, *shared[: len(shared) - self.captured])
-        if not all(tensor.is_leaf for tensor in known):
-            return
-        known = (*known, *self.shared[len(shared) - self.captured :])
-        leaf = overlooked(slope, known)
-        if leaf is not None:
-            raise ValueError(
-                f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and that odeint_dto "
-                "cannot see: give all such tensors in params=(...), or params=() to leave their gradients out"
-            )
-
     def _checked(self, slope: Any, y: State) -> State:
         found = slope if self._is_tuple else (slope,)
         if (
@@ -114,6 +103,13 @@ class Dynamics:
                 )
         # Under autocast func may return another precision; the state keeps its own.
         return tuple(part.to(own.dtype) for part, own in zip(found, y, strict=True))
+
+
+def _overlooked(leaf: Tensor) -> Exception:
+    return ValueError(
+        f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and that odeint_dto cannot "
+        "see: give all such tensors in params=(...), or params=() to leave their gradients out"
+    )
 
 
 def _checked_params(params: Iterable[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.plan import Operands, Plan, Stats
+from neuralode_coupled.adjoint import Operands, Plan, Stats, listener
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
 from neuralode_coupled.odeint.times import Grid, rows, share_out, time_tensor
@@ -67,7 +67,7 @@ class FixedSteps:
         announce: Announce | None = None,
     ) -> None:
         self.dynamics, self.grid, self.method = dynamics, grid, method
-        self._cubic, self._announce, self._passed = interp == "cubic", announce, 0
+        self._cubic, self._announce = interp == "cubic", announce
         self._inside = (1 if grid.end[-1] > grid.start[0] else -1) if perturb else 0
 
     def discrete(self, y0: State) -> tuple[Plan, Operands]:
@@ -75,25 +75,28 @@ class FixedSteps:
         count = len(self.grid.start)
         plan = Plan(
             self._step,
-            count,
-            self.grid.emits,
-            (self.dynamics.buffers,) * count,
-            self.dynamics.module,
-            self.method.stages,
-            Stats(),
-            self.dynamics.captured,
+            emits=self.grid.emits,
+            buffers=(self.dynamics.buffers,) * count,
+            module=self.dynamics.module,
+            evaluations=(self.method.stages,) * count,
+            stats=Stats(evaluations=count * self.method.stages),
+            forward=self._forward,
+            announce=None if self._announce is None else self._tell,
+            listener=listener(count),
+            overlooked=self.dynamics.overlooked,
+            captured=self.dynamics.captured,
         )
         return plan, Operands(y0, self.grid.inputs, self.dynamics.shared)
 
-    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        if n == self._passed:
-            # The first call of each step, in order, is the forward pass; later ones recompute.
-            self._passed += 1
-            shared = self.dynamics.in_forward(shared, y[0].device)
-            self._tell(n, y)
-        return self.dynamics.within(shared, buffers, lambda: self._increment(n, y, inputs, shared))
+    def _forward(
+        self, n: int, y: State, inputs: State, shared: State, buffers: State
+    ) -> tuple[State, tuple[State, ...]]:
+        return self._step(n, y, inputs, self.dynamics.in_forward(shared, y[0].device), buffers)
 
-    def _increment(self, n: int, y: State, inputs: State, shared: State) -> tuple[State, tuple[State, ...]]:
+    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        return self.dynamics.within(shared, buffers, lambda: self._increment(n, y, inputs))
+
+    def _increment(self, n: int, y: State, inputs: State) -> tuple[State, tuple[State, ...]]:
         t0, dt, t1, outputs = self.grid.step(n, inputs)
         slopes: list[State] = []
 
@@ -104,7 +107,6 @@ class FixedSteps:
             return slopes[-1]
 
         y_next, _ = step(slope, y, dt, self.method)
-        self.dynamics.verify(slopes[0], (*y, *inputs), shared)
         if self._cubic and len(outputs) > 0:
             last = self.dynamics(time_tensor(t1, y_next[0]), y_next)
             return y_next, tuple(cubic((t - t0) / dt, dt, (y, y_next), (slopes[0], last)) for t in outputs)

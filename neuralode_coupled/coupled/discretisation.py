@@ -1,0 +1,86 @@
+"""What the user chooses of a solve's discretisation: a grid, or tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from neuralode_coupled._checks import choice, positive, whole
+from neuralode_coupled.coupled.adaptive import Adaptive
+from neuralode_coupled.coupled.on_grid import OnGrid
+from neuralode_coupled.coupled.scheme import Grid, Scheme
+from neuralode_coupled.field import CoupledField
+from neuralode_coupled.odeint import ADAPTIVE, ATOL, RTOL
+from neuralode_coupled.runge_kutta import METHODS, tableau
+
+
+@dataclass(frozen=True)
+class Discretisation:
+    """The steps, or the tolerances, of a coupled solve.
+
+    Args:
+        steps: the number of equal steps; None with an adaptive method.
+        method: the Runge-Kutta method, see `solve`.
+        weight_steps: the number of steps of the weights' own grid; None for what the kernel suggests.
+        weight_method: the method on it; None for that of the activations.
+        rtol: the relative tolerance of an adaptive method; None for torchdiffeq's default.
+        atol: the absolute tolerance of an adaptive method; None for torchdiffeq's default.
+
+    Raises:
+        ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another,
+            tolerances that are not positive, or that a fixed grid has no use for.
+    """
+
+    steps: int | None = None
+    method: str = "euler"
+    weight_steps: int | None = None
+    weight_method: str | None = None
+    rtol: float | None = None
+    atol: float | None = None
+
+    def __post_init__(self) -> None:
+        choice("method", self.method, (*METHODS, *ADAPTIVE))
+        if self.method in ADAPTIVE:
+            self._refuse(
+                ("steps", "weight_steps", "weight_method"),
+                f"{self.method!r} chooses its own steps, by rtol and atol: leave {{}} out, or choose one of "
+                f"{', '.join(METHODS)}",
+            )
+            positive("rtol", RTOL if self.rtol is None else self.rtol)
+            positive("atol", ATOL if self.atol is None else self.atol)
+            return
+        self._refuse(
+            ("rtol", "atol"),
+            f"{{}} has no effect on the fixed steps of {self.method!r}: leave it out, or choose one of "
+            f"{', '.join(ADAPTIVE)}",
+        )
+        if self.steps is None:
+            raise ValueError(
+                f"{self.method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}"
+            )
+        whole("steps", self.steps)
+        if self.weight_steps is not None:
+            whole("weight_steps", self.weight_steps)
+        if self.weight_method is not None:
+            tableau(self.weight_method)
+
+    def on(self, field: CoupledField, ends: tuple[float, float]) -> OnGrid | Adaptive:
+        """The solve of a field from the first to the last time.
+
+        Raises ValueError for a kernel or a per-step module that does not fit.
+        """
+        if self.steps is None:
+            rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
+            solve = Adaptive(ends, self.method, rtol, atol)
+        else:
+            fine = field.kernel.weight_steps(self.steps) if self.weight_steps is None else self.weight_steps
+            method = tableau(self.method)
+            weight_method = method if self.weight_method is None else tableau(self.weight_method)
+            solve = OnGrid(Scheme(Grid(*ends, self.steps), method, Grid(*ends, fine), weight_method))
+        solve.check(field)
+        return solve
+
+    def _refuse(self, names: tuple[str, ...], message: str) -> None:
+        """Raise ValueError for any of the named choices that was made."""
+        given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+        if given:
+            raise ValueError(message.format(", ".join(given)))

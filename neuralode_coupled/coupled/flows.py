@@ -1,0 +1,77 @@
+"""A coupled solve as flows: smooth vector fields that a general-purpose solver integrates.
+
+The augmented field ``(z, *w, *memory)`` where the kernel has finite memory, one flow for each share of the interval
+where weights are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from neuralode_coupled._substitution import Held, call, places
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import Flow
+from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite
+from neuralode_coupled.kernels import SampleAndHold, TimeKernel
+
+
+def flow_refusal(kernel: TimeKernel) -> str | None:
+    """Why a kernel gives no flow; None if it does."""
+    if kernel.memory is not None or isinstance(kernel, SampleAndHold):
+        return None
+    return (
+        f"ContinuousAdjoint needs a kernel with finite memory (Dirac, Exponential and Erlang have one) or "
+        f"SampleAndHold, got {kernel}: use DiscreteAdjoint(), which takes every kernel"
+    )
+
+
+def augmented_flow(stages: Stages, last: int) -> Flow:
+    """(z, w, memory) as one system up to grid point ``last``; Static parameters stay outside of the state where they
+    can."""
+    field, moving = stages.field, stages.moving
+    evolving = field.evolving()
+    # The backward pass may find other tensors in them, after a functional_call.
+    held = Held([*(field.operator(name) for name in moving), field.kernel])
+    pinned = dict(places(held))
+
+    def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
+        weight_side = partial(field.weight_side, t, moving, y[1:])
+        theta, derivatives = call(held, pinned, (weight_side,), owner=field.dynamics)
+        tensors = stages.named(stages.shared, stages.own[n], buffers) | theta
+        return (stages.evaluate(t, y[0], tensors, first=n == 0), *derivatives)
+
+    def check(n: int, y: State) -> None:
+        for name, w in zip(moving, y[1:], strict=False):
+            check_finite(w[None], name, "step", n)
+
+    def explained(t: Tensor, y: State, slope: State, error: Exception) -> None:
+        explain(moving, t, y[1:], slope[1:], error)
+
+    params = (*stages.shared, *held.parameters(), *(p for row in stages.own for p in row))
+    w0 = tuple(evolving[name] for name in moving)
+    return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, check, explained)
+
+
+def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
+    """z under weights that are constants between two grid points."""
+
+    def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
+        tensors = stages.named(stages.shared, stages.own[n], buffers) | theta
+        return (stages.evaluate(t, y[0], tensors, first=n == 0),)
+
+    own = [p for row in stages.own[first:last] for p in row]
+    return Flow(slope, first, last, (), (*stages.shared, *theta.values(), *own), stages.overlooked)
+
+
+def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:
+    """Raise `NonFiniteWeights` if evolving weights are why a solve could not go on after its evaluation at ``t``."""
+    for name, weight, derivative in zip(names, w, dw, strict=False):
+        if not (weight.isfinite().all() and derivative.isfinite().all()):
+            raise NonFiniteWeights(
+                f"the evolving weights of {name!r} are NaN or infinite, or their derivative is, near t = {float(t):g}: "
+                "look at the parameter, and use smaller evolution coefficients or a lower learning rate"
+            ) from error

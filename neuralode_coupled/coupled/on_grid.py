@@ -1,0 +1,256 @@
+"""The coupled solve on a fixed grid: stage weights, then the activation ODE under a gradient method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import Activation, State, WeightPath
+from neuralode_coupled.adjoint import Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
+from neuralode_coupled.adjoint.plan import StepFunction, require
+from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_flow
+from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
+from neuralode_coupled.coupled.scheme import Scheme
+from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite, finite_path, named
+from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.kernels import SampleAndHold
+from neuralode_coupled.runge_kutta import increment, step
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A coupled solve on a fixed grid, of any field that fits.
+
+    Args:
+        scheme: the grids and methods of activations and weights.
+    """
+
+    scheme: Scheme
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last time."""
+        return self.scheme.grid.t0, self.scheme.grid.t1
+
+    def check(self, field: CoupledField) -> None:
+        """Raise ValueError for a field whose per-step modules or whose kernel do not fit the grids."""
+        scheme, steps = self.scheme, self.scheme.grid.steps
+        for name, module in field.per_step:
+            if len(module) != steps:
+                raise ValueError(
+                    f"dynamics.{name.rstrip('.')} has parameters for {len(module)} steps (PerStep), the solve has "
+                    f"{steps}: solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer "
+                    "on that grid by nc.with_steps"
+                )
+        if not scheme.together(field.kernel):
+            field.kernel.check(steps, scheme.method.c, scheme.weight_grid.steps, scheme.grid.span)
+
+    def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
+        """Raise ValueError for a gradient method that cannot solve this."""
+        check(adjoint, GridProblem(field, self.scheme, None, ()))
+
+    def states(
+        self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
+    ) -> tuple[list[Activation], Stats]:
+        """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
+        check_activation(field, z0)
+        grid = self.scheme.grid
+        brackets = [grid.bracket(time) for time in wanted]
+        save: set[int] = set()
+        for low, high, _ in brackets:
+            save |= {low, high}
+        problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)))
+        saved, stats = adjoint.integrate(problem)
+        stats.accepted = grid.steps
+        found = dict(zip(problem.save, saved, strict=True))
+        z = [
+            found[low][0] if low == high else torch.lerp(found[low][0], found[high][0], fraction)
+            for low, high, fraction in brackets
+        ]
+        return z, stats
+
+    def weights(self, field: CoupledField, times: list[float], in_force: bool = False) -> dict[str, WeightPath]:
+        """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
+        found = {}
+        for name, w0 in field.evolving().items():
+            path = partial(self.scheme.in_force, kernel=field.kernel) if in_force else self.scheme.at
+            found[name] = finite_path(name, "requested time", path, field.operator(name), w0=w0, times=times)
+        return found
+
+
+class GridProblem:
+    """A coupled solve on a grid as a gradient method sees it: as steps of the activation ODE, or as flows.
+
+    Args:
+        field: the coupled field.
+        scheme: the discretisation.
+        z0: the initial activations; None where only `refusal` is asked.
+        save: the grid points whose states are wanted.
+    """
+
+    tolerances: tuple[float, float] | None = None
+
+    def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor | None, save: tuple[int, ...]) -> None:
+        self.field, self.scheme, self.save = field, scheme, save
+        self.z0 = torch.empty(0) if z0 is None else z0
+        self.method = scheme.method.name
+        self.stages = Stages(field, scheme.grid.steps)
+
+    def time(self, n: int) -> float:
+        """The time of grid point ``n``."""
+        return self.scheme.grid.time(n)
+
+    def refusal(self, form: Form) -> str | None:
+        """See `Problem`."""
+        if form == "continuous":
+            return flow_refusal(self.field.kernel)
+        if form in ("advancing", "reversible, own weights"):
+            return own_weights_refusal(self.field, self.scheme, backwards=form != "advancing")
+        return None
+
+    def discrete(self) -> tuple[Plan, Operands]:
+        """The solve as Runge-Kutta steps. Each step's inputs are its stage weights, then its own parameters."""
+        own = self.stages.own
+        by_step = self._by_step(self.stage_weights())
+        inputs = tuple([(*theta, *row) for theta, row in zip(by_step, own, strict=True)])
+        return self._plan(self._step), Operands((self.z0,), inputs, self.stages.shared)
+
+    def advancing(self) -> tuple[Plan, Operands]:
+        """The solve as Runge-Kutta steps in each of which the weights advance too.
+
+        What an operator reaches at once from w0 is made from it in each step; other weights are part of the state.
+        """
+        require(self, "advancing")
+        own = OwnWeights(self.field, self.scheme)
+        constant = len(self.stages.shared)
+
+        def advance(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            theta, after = own.advance(n, y[1:], shared[constant:])
+            (z,), _ = self._step(n, y[:1], (*theta, *inputs), shared[:constant], buffers)
+            y = (z, *after)
+            return y, ((y,) if n + 1 in self.save else ())
+
+        shared = (*self.stages.shared, *own.shared)
+        return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared)
+
+    def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
+        """The solve as increments there and back over each step; both use the step's own parameters and buffers.
+
+        With ``own_weights`` each makes its weights.
+        """
+        ways = [partial(self._increment, backwards) for backwards in (False, True)]
+        shared, rows = self.stages.shared, self.stages.own
+        if own_weights:
+            require(self, "reversible, own weights")
+            own = OwnWeights(self.field, self.scheme, backwards=True)
+            constant = len(shared)
+
+            def with_weights(
+                backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
+            ) -> tuple[State, tuple[State, ...]]:
+                theta, _ = own.advance(n, (), shared[constant:], backwards)
+                return self._increment(backwards, n, y, (*theta, *inputs), shared[:constant], buffers)
+
+            ways = [partial(with_weights, backwards) for backwards in (False, True)]
+            shared, inputs = (*shared, *own.shared), (*rows, *rows)
+        else:
+            theta = [self._by_step(self.stage_weights(backwards)) for backwards in (False, True)]
+            inputs = tuple((*weights, *row) for way in theta for weights, row in zip(way, rows, strict=True))
+        there = self._plan(ways[0])
+        there.stats.evaluations *= 2
+        return there, replace(there, step=ways[1], listener=None), Operands((self.z0,), inputs, shared)
+
+    def continuous(self) -> tuple[Plan, State, list[Flow]]:
+        """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""
+        require(self, "continuous")
+        plan, kernel = self._plan(self._step), self.field.kernel
+        plan.stats.evaluations = 0  # counted as they come
+        if not isinstance(kernel, SampleAndHold):
+            return plan, (self.z0,), [augmented_flow(self.stages, plan.count)]
+        share, flows = plan.count // kernel.samples, []
+        theta = self.stage_weights()
+        for first in range(0, plan.count, share):
+            held = {name: weights[first, 0] for name, weights in theta.items()}
+            flows.append(held_flow(self.stages, held, first, first + share))
+        return plan, (self.z0,), flows
+
+    def stage_weights(self, backwards: bool = False) -> dict[str, Tensor]:
+        """theta[n, i] of every parameter that moves; ``backwards``: for steps taken from their end to their start.
+
+        Weights evolve in their own precision, also under autocast.
+        """
+        if not self.stages.moving:
+            return {}
+        w0 = self.field.evolving()
+        with torch.autocast(self.z0.device.type, enabled=False):
+            connected = self.scheme.connect(self.field.kernel, self.z0.device, backwards)
+            return {name: self._theta(connected, name, w0[name]) for name in self.stages.moving}
+
+    def _theta(self, connected: Callable[[nn.Module, Tensor], Tensor], name: str, w0: Tensor) -> Tensor:
+        """theta of one parameter; raises `NonFiniteWeights`, a ValueError, if it is not finite."""
+        operator = self.field.operator(name)
+        theta = named(name, connected, operator, w0)
+        try:
+            check_finite(theta, name)
+        except NonFiniteWeights:
+            if not self.scheme.together(self.field.kernel):
+                # A kernel that averages spreads them over all steps: the weights' own path says where they begin.
+                check_finite(self.scheme.path(operator, w0), name, "weight step")
+            raise
+        return theta
+
+    def _by_step(self, theta: dict[str, Tensor]) -> list[State]:
+        """The stage weights of each step, in the order of their names."""
+        if not theta:
+            return [()] * self.scheme.grid.steps
+        return list(zip(*[weights.unbind() for weights in theta.values()], strict=True))
+
+    def _plan(self, step: StepFunction) -> Plan:
+        steps, stages = self.scheme.grid.steps, self.scheme.method.stages
+        return Plan(
+            step,
+            emits=tuple([int(n + 1 in self.save) for n in range(steps)]),
+            buffers=self.stages.buffers,
+            module=self.field.dynamics,
+            evaluations=(stages,) * steps,
+            stats=Stats(evaluations=steps * stages),
+            listener=listener(steps),
+            overlooked=self.stages.overlooked,
+        )
+
+    def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        """One Runge-Kutta step of the activation ODE with the step's own weights."""
+        grid = self.scheme.grid
+        slope = self._slopes(n, grid.time(n), grid.h, inputs, shared, buffers)
+        y, _ = step(slope, y, grid.h, self.scheme.method)
+        return y, ((y,) if n + 1 in self.save else ())
+
+    def _increment(
+        self, backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
+    ) -> tuple[State, tuple[State, ...]]:
+        """The increment of the method over step ``n``, from its start, or ``backwards`` from its end."""
+        grid = self.scheme.grid
+        start, h = (grid.time(n + 1), -grid.h) if backwards else (grid.time(n), grid.h)
+        slope = self._slopes(n, start, h, inputs, shared, buffers)
+        return increment(slope, y, h, self.scheme.method), ()
+
+    def _slopes(
+        self, n: int, start: float, h: float, inputs: State, shared: State, buffers: State
+    ) -> Callable[[int, State], State]:
+        """f at the stages of a step of length ``h`` from ``start``."""
+        stages, moving, c = self.stages, self.stages.moving, self.scheme.method.c
+        theta = [weights.unbind() for weights in inputs[: len(moving)]]
+        tensors = stages.named(shared, inputs[len(moving) :], buffers)
+
+        def slope(i: int, stage: State) -> State:
+            for name, rows in zip(moving, theta, strict=True):
+                tensors[name] = rows[i] if i < len(rows) else rows[-1]
+            t = stages.time(start + c[i] * h, stage[0])
+            return (stages.evaluate(t, stage[0], tensors, first=n == 0 and i == 0),)
+
+        return slope

@@ -1,0 +1,98 @@
+"""f at one stage of a solve: the field's dynamics with the tensors of a step in place of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._substitution import DynamicsError, alone
+from neuralode_coupled._types import State
+from neuralode_coupled.field import CoupledField, check_slope
+
+Rows = tuple[State, ...]
+
+
+class Stages:
+    """The tensors that the steps of a solve hand to f, and f with them.
+
+    Static parameters, and evolving ones whose operator is `Static` where the kernel keeps constants, are shared by all
+    steps; the parameters and buffers of per-step modules belong to one step each. Buffers outside of them are in every
+    step's row: any step may modify them.
+
+    Args:
+        field: the coupled field.
+        steps: the number of steps.
+
+    Attributes:
+        moving: the names of the parameters that evolve.
+        shared: the parameters that all steps share.
+        own: for each step, the parameters of its own.
+        buffers: for each step, the buffers that it may modify.
+    """
+
+    def __init__(self, field: CoupledField, steps: int) -> None:
+        self.field = field
+        self.moving = field.moving()
+        prefixes = tuple([prefix for prefix, _ in field.per_step])
+        with alone(field.dynamics):
+            self._shared: list[str] = []
+            shared: list[Tensor] = []
+            for name, p in field.dynamics.named_parameters():
+                if name not in self.moving and not (prefixes and name.startswith(prefixes)):
+                    self._shared.append(name)
+                    shared.append(p)
+            own, self.own = self._rows("named_parameters", steps)
+            buffers, self.buffers = self._rows("named_buffers", steps, prefixes)
+        self.shared: State = tuple(shared)
+        self._names = (*self._shared, *own, *buffers)
+
+    def _rows(self, members: str, steps: int, prefixes: tuple[str, ...] | None = None) -> tuple[list[str], Rows]:
+        """Parameters or buffers of single steps under the names of the first copy: (names, one row for each step).
+
+        With ``prefixes``, those of per-step modules, all other members of the dynamics are in each row too.
+        """
+        names: list[str] = []
+        columns: list[list[Tensor]] = []
+        if prefixes is not None:
+            for name, member in getattr(self.field.dynamics, members)():
+                if not (prefixes and name.startswith(prefixes)):
+                    names.append(name)
+                    columns.append([member] * steps)
+        for prefix, module in self.field.per_step:
+            by_copy = [dict(getattr(copy, members)()) for copy in module.copies]
+            for name in by_copy[0]:
+                names.append(f"{prefix}copies.0.{name}")
+                columns.append([tensors[name] for tensors in by_copy])
+        return names, tuple(zip(*columns, strict=True)) if columns else ((),) * steps
+
+    def named(self, shared: State, own: State, buffers: State) -> dict[str, Tensor]:
+        """The tensors of one step by their names."""
+        return dict(zip(self._names, (*shared, *own, *buffers), strict=True))
+
+    def time(self, t: float, z: Tensor) -> Tensor | None:
+        """A time as f takes it, on the device and of the dtype of z; None where f takes none."""
+        if not self.field.takes_time:
+            return None
+        # Filled on the device: copying a number there would make the host wait.
+        return torch.full((), t, dtype=z.dtype, device=z.device)
+
+    def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
+        """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
+        try:
+            dz = self.field.evaluate(t, z, tensors, bool(self.moving))
+        except (RuntimeError, ValueError, IndexError) as error:
+            if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
+                raise
+            raise ValueError(
+                f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}: {error}"
+            ) from error
+        # Under autocast f may return another precision; the state keeps its own.
+        return check_slope(dz, z).to(z.dtype)
+
+    @staticmethod
+    def overlooked(leaf: Tensor) -> Exception:
+        """The error for a tensor that f uses and that no gradient would reach."""
+        return ValueError(
+            f"dynamics depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and is none of its "
+            "parameters, so that no gradient would reach it: make it a part of the state, detach it, or use Backprop()"
+        )
