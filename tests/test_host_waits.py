@@ -40,7 +40,6 @@ ADJOINTS = (
     nc.DiscreteAdjoint(),
     nc.DiscreteAdjoint(2),
     nc.DiscreteAdjoint(2, weights="recomputed"),
-    nc.DiscreteAdjoint(keep="products"),
     nc.DiscreteAdjoint(keep_last=2),
     nc.ReversibleAdjoint(),
 )

@@ -19,7 +19,6 @@ ADJOINTS = [
     nc.DiscreteAdjoint(),
     nc.DiscreteAdjoint(2),
     nc.DiscreteAdjoint(storage="cpu"),
-    nc.DiscreteAdjoint(keep="products"),
     nc.DiscreteAdjoint(keep_last=2),
     nc.DiscreteAdjoint(2, weights="recomputed", keep_last=1),
     nc.ReversibleAdjoint(),
@@ -294,28 +293,6 @@ def test_a_solve_of_a_module_that_is_there_twice():
     for _ in range(2):
         found = gradients(lambda z: nc.odeint_dto(lambda t, y: both(y), z, t, method="rk4"), z0, net.parameters())
         torch.testing.assert_close(found, expected)
-
-
-class Probed(nn.Module):
-    """f that computes one product more where a gradient is wanted, or one fewer."""
-
-    def __init__(self, wanted: bool) -> None:
-        super().__init__()
-        self.net, self.probe, self.wanted = smooth(4), nn.Linear(4, 4), wanted
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() == self.wanted:
-            self.seen = self.probe(z.detach()).detach()
-        return self.net(z)
-
-
-@pytest.mark.parametrize("checkpoints", [None, 2])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_kept_products_are_not_taken_for_others(wanted, checkpoints):
-    made, z0 = layer(Probed(wanted), nc.DiscreteAdjoint(checkpoints, keep="products")), activations()
-    found = gradients(made, z0, made.field.dynamics.net.parameters())
-    made.adjoint = nc.Backprop()
-    torch.testing.assert_close(found, gradients(made, z0, made.field.dynamics.net.parameters()))
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])

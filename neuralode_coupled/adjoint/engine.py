@@ -78,7 +78,7 @@ def checkpointed(
         return _compiled(plan, operands, keep, keep_last)
     if keep is not None:
         raise ValueError(f"keep={keep!r} has an effect inside of torch.compile alone: leave it out, or compile")
-    last: Graphs = dict.fromkeys(range(max(plan.count - keep_last, 0), plan.count))
+    last: Graphs = dict.fromkeys(range(max(plan.count - keep_last * plan.parts, 0), plan.count))
     recomputed = plan.count - len(last)
     chosen = schedule(recomputed // plan.parts, checkpoints, plan.parts)
     kept = store(storage, len(chosen.stored), operands.y0, few=len(chosen.stored) * plan.parts < recomputed)

@@ -104,7 +104,8 @@ class CoupledODE(nn.Module):
     def discretise(self, discretisation: Discretisation) -> None:
         """Choose other steps or tolerances. Raises ValueError if the field does not fit them."""
         self._on: OnGrid | Adaptive = discretisation.on(self.field, (self._t[0], self._t[-1]))
-        self._kernel, self.discretisation = self.field.kernel, discretisation
+        # In a tuple, or it would be a submodule of this layer too.
+        self._checked_kernel, self.discretisation = (self.field.kernel,), discretisation
 
     def extra_repr(self) -> str:
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
@@ -195,7 +196,7 @@ class CoupledODE(nn.Module):
 
     def _solve_in_force(self) -> OnGrid | Adaptive:
         """How the layer is solved; checked again where its kernel has been exchanged."""
-        if self._kernel is not self.field.kernel:
+        if self._checked_kernel[0] is not self.field.kernel:
             self.discretise(self.discretisation)
         return self._on
 
