@@ -113,8 +113,7 @@ def test_the_gradient_is_that_of_the_accepted_steps():
     options = {"method": "dopri5", "rtol": 1e-2, "atol": 1e-2}
     with torch.no_grad():
         odeint(Recorded(), field.initial_state(z0), torch.tensor([0.0, 1.0], dtype=torch.float64), **options)
-    from neuralode_coupled.odeint.embedded import embedded
-    from neuralode_coupled.runge_kutta import step
+    from neuralode_coupled.runge_kutta import embedded, step
 
     method, state = embedded("dopri5").method, field.initial_state(z0)
     for t, dt in steps:

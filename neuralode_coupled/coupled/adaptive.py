@@ -23,7 +23,7 @@ from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint.arguments import ATOL, RTOL
 from neuralode_coupled.odeint.dto import odeint_dto
-from neuralode_coupled.odeint.embedded import ADAPTIVE
+from neuralode_coupled.runge_kutta import ADAPTIVE
 
 Tensors = dict[str, Tensor]
 

@@ -18,8 +18,7 @@ from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.evolution import finite_path
 from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.odeint.arguments import ATOL, RTOL, unknown_method
-from neuralode_coupled.odeint.embedded import ADAPTIVE
-from neuralode_coupled.runge_kutta import METHODS, tableau
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS, tableau
 
 Times = Sequence[float] | Tensor
 

@@ -16,11 +16,13 @@ from neuralode_coupled.odeint.accepted import Solve
 from neuralode_coupled.odeint.arguments import (
     ATOL,
     RTOL,
+    adaptive_options,
     check_finite,
     check_grid,
     check_method,
     check_state,
     check_times,
+    check_tolerance,
 )
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.fixed import Announce, FixedSteps, equal_steps, make_grid
@@ -107,8 +109,21 @@ def odeint_dto(
     elif name in METHODS:
         states = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
     else:
-        arguments = {"rtol": rtol, "atol": atol, "method": name, "options": _as_tensors(chosen, t)}
-        states = _adaptive(Solve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments), checkpoints)
+        states = _adaptive(
+            Solve(
+                dynamics,
+                func,
+                is_tuple,
+                state,
+                t.to(state[0].device),
+                times,
+                name,
+                check_tolerance("rtol", rtol, state, is_tuple),
+                check_tolerance("atol", atol, state, is_tuple),
+                adaptive_options(chosen, is_tuple),
+            ),
+            checkpoints,
+        )
     outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
     if not transformed():
         check_finite(outputs, times)
@@ -164,7 +179,7 @@ def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
             f"differentiation hide: choose one of {', '.join(METHODS)}"
         )
     if not _wanted((*solve.y0, solve.t, *solve.dynamics.shared)):
-        return solve.forward(None)
+        return solve.forward()
     plan, operands = solve.discrete()
     width = len(solve.y0)
     return [emitted[:width] for emitted in checkpointed(plan, operands, checkpoints)]
@@ -172,11 +187,3 @@ def _adaptive(solve: Solve, checkpoints: int | None) -> list[State]:
 
 def _wanted(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _as_tensors(options: dict[str, Any], t: Tensor) -> dict[str, Any]:
-    """torchdiffeq turns only tensors around for a solve backwards in time."""
-    return {
-        name: torch.as_tensor(value, dtype=t.dtype) if name in ("step_t", "jump_t") and value is not None else value
-        for name, value in options.items()
-    }
