@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import write
 from neuralode_coupled.odeint.dto import odeint_dto
-from neuralode_coupled.odeint.embedded import ADAPTIVE
-from neuralode_coupled.runge_kutta import METHODS
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
 MODULES = ("api_tests", "event_tests", "gradient_tests", "norm_tests", "odeint_tests")
 ODEINT, ADJOINT = "odeint", "odeint_adjoint"

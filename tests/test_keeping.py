@@ -73,7 +73,7 @@ def test_without_compilation_it_is_refused():
         layer(z0)
     with torch.no_grad():
         assert layer(z0).shape == z0.shape  # nothing is recomputed
-    with pytest.raises(ValueError, match="keep='products' .* 'dopri5' chooses its steps outside of it"):
+    with pytest.raises(ValueError, match=r"keep='products' .* 'dopri5' chooses its steps outside of it"):
         nc.CoupledODE(nn.Linear(3, 3), method="dopri5", adjoint=KEEP)
 
 

@@ -95,9 +95,7 @@ def test_the_reversible_scheme_notices_that_its_result_was_overwritten(adjoint):
 
 def test_weights_that_go_step_by_step_are_refused_by_the_reversible_scheme():
     with pytest.raises(ValueError, match=r"reach any time at once .*, got MLPEvolution for 'weight'"):
-        nc.CoupledODE(
-            nn.Linear(4, 4), nc.MLPEvolution(8), steps=4, adjoint=nc.ReversibleAdjoint(weights="recomputed")
-        )
+        nc.CoupledODE(nn.Linear(4, 4), nc.MLPEvolution(8), steps=4, adjoint=nc.ReversibleAdjoint(weights="recomputed"))
 
 
 def test_an_operator_that_serves_two_weights_gets_the_gradients_of_both():

@@ -13,7 +13,7 @@ from neuralode_coupled._torch import LIBRARY_METHODS
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.reachable import check_closed
-from neuralode_coupled.runge_kutta import METHODS
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class ContinuousAdjoint:
         require(problem, "continuous")
         for method in (problem.method, self.method or problem.method):
             if method not in LIBRARY_METHODS:
-                known = ", ".join([name for name in METHODS if name in LIBRARY_METHODS])
+                kind = METHODS if problem.tolerances is None else ADAPTIVE
+                known = ", ".join([name for name in kind if name in LIBRARY_METHODS])
                 raise ValueError(f"torchdiffeq, which solves the continuous adjoint, has no {method!r}: choose {known}")
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:

@@ -22,7 +22,7 @@ from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.field import ByPattern, Evolution, Evolve
 from neuralode_coupled.field.per_step import PerStep
 from neuralode_coupled.kernels import TimeKernel
-from neuralode_coupled.odeint import ADAPTIVE
+from neuralode_coupled.runge_kutta import ADAPTIVE
 
 Skip = Literal["auto", "inside", "around", "none"]
 _Layer = Callable[[nn.Module], CoupledODE]

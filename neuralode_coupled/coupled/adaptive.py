@@ -21,6 +21,7 @@ from neuralode_coupled.evolution import check_finite
 from neuralode_coupled.field import CoupledField, check_activation, check_slope
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
+from neuralode_coupled.runge_kutta import AdaptiveOptions
 
 Tensors = dict[str, Tensor]
 
@@ -214,14 +215,14 @@ class AdaptiveProblem:
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The accepted steps."""
-        rtol, atol = self.tolerances
         system, like = self.system, self.y0[0]
+        rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         t = torch.tensor(self.times, dtype=dtype, device=like.device)
         dynamics = Dynamics(system, is_tuple=True, params=system.params, overlooked=Stages.overlooked)
-        arguments = {"rtol": rtol, "atol": atol, "method": self.method, "options": {}}
+        times = t, t.tolist()
         try:
-            solve = AdaptiveSolve(dynamics, system, True, self.y0, t, t.tolist(), arguments)
+            solve = AdaptiveSolve(dynamics, system, True, self.y0, *times, self.method, rtol, atol, AdaptiveOptions())
             return solve.discrete(self.stats)
         except ValueError as error:
             system.explain(error)
@@ -310,10 +311,11 @@ class _Held(_System):
 
     def __init__(self, field: CoupledField, theta: Tensors) -> None:
         super().__init__(field, ())
-        self.theta = theta
+        # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
+        self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
         # The operators' parameters get their gradients through theta: named here too, they would get them twice.
         static = [p for name, p in field.dynamics.named_parameters() if name not in theta and p.requires_grad]
-        self.params = (*static, *theta.values())
+        self.params = (*static, *self.theta.values())
 
     def forward(self, t: Tensor, state: State) -> State:
         return (self.slope(t, state[0], self.theta),)

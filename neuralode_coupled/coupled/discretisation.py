@@ -9,8 +9,8 @@ from neuralode_coupled.coupled.adaptive import Adaptive
 from neuralode_coupled.coupled.on_grid import OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.field import CoupledField
-from neuralode_coupled.odeint import ADAPTIVE, ATOL, RTOL
-from neuralode_coupled.runge_kutta import METHODS, tableau
+from neuralode_coupled.odeint import ATOL, RTOL
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS, tableau
 
 
 @dataclass(frozen=True)

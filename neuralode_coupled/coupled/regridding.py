@@ -10,7 +10,7 @@ from neuralode_coupled._checks import check_model, whole
 from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.field.per_step import sharing_parameters
-from neuralode_coupled.odeint import ADAPTIVE
+from neuralode_coupled.runge_kutta import ADAPTIVE
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -16,8 +16,7 @@ from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.models.branch import Branch
 from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
-from neuralode_coupled.odeint import ADAPTIVE
-from neuralode_coupled.runge_kutta import METHODS
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
 NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
     "alexnet": alexnet,

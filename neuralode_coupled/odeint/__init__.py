@@ -4,6 +4,5 @@ from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import ATOL, RTOL
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.embedded import ADAPTIVE
 
-__all__ = ["ADAPTIVE", "ATOL", "RTOL", "AdaptiveSolve", "Dynamics", "odeint_dto"]
+__all__ = ["ATOL", "RTOL", "AdaptiveSolve", "Dynamics", "odeint_dto"]

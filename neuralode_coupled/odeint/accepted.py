@@ -1,15 +1,15 @@
 """An ODE on the grid that an adaptive method accepts.
 
-The forward pass is torchdiffeq's, without a graph, so that its error control and options hold by construction; the
-accepted steps are recorded, and repeated in the backward pass by the method's own tableau.
+The forward pass takes and records the accepted steps, without a graph; the backward pass repeats them by the method's
+own tableau.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,81 +17,144 @@ from torch import Tensor
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.embedded import Embedded, embedded, odeint
-from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor
-from neuralode_coupled.runge_kutta import combine
+from neuralode_coupled.odeint.times import Grid, Scalar, rows, time_tensor
+from neuralode_coupled.runge_kutta import (
+    AdaptiveOptions,
+    Callbacks,
+    Embedded,
+    Problem,
+    Step,
+    accepted_steps,
+    combine,
+    embedded,
+)
+from neuralode_coupled.runge_kutta.adaptive import Callback, Slope, Tolerances
+
+Result = TypeVar("Result")
 
 
-@dataclass
-class _Record:
-    """The accepted steps: starts, lengths (positive in either direction of time), states there, and whether a
-    prescribed time cut them short; first slopes too, and that behind the last, where the method ``carries`` them."""
+@dataclass(frozen=True)
+class AdaptiveSolve:
+    """What an adaptive solve is given: see `odeint_dto`.
 
-    carries: bool
-    starts: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-    states: list[State] = field(default_factory=list)
-    slopes: list[State] = field(default_factory=list)
-    cut: list[Tensor] = field(default_factory=list)
-
-
-class _Observed:
-    """func as torchdiffeq calls it, recording the steps that are accepted.
-
-    Args:
+    Attributes:
         dynamics: the right-hand side.
         func: the user's, for its callbacks.
-        is_tuple: whether torchdiffeq hands over tuples.
-        record: where accepted steps go, if they are wanted.
+        is_tuple: whether the user's states are tuples.
+        y0: the initial state.
+        t: (times,), on the state's device.
+        times: the same as numbers.
+        method: the name of an adaptive method.
+        rtol, atol: one tolerance for each tensor of y0.
+        options: the others.
     """
 
-    def __init__(self, dynamics: Dynamics, func: Callable[..., Any], is_tuple: bool, record: _Record | None) -> None:
-        self._dynamics, self._func, self._is_tuple = dynamics, func, is_tuple
-        self.record = record
-        self.t: Tensor | None = None
-        self.y: State = ()
-        self.slope: State = ()
-        self._tried: Tensor | None = None
-        self._accepted = True
+    dynamics: Dynamics
+    func: Callable[..., Any]
+    is_tuple: bool
+    y0: State
+    t: Tensor
+    times: list[float]
+    method: str
+    rtol: Tolerances
+    atol: Tolerances
+    options: AdaptiveOptions
+
+    def discrete(self, stats: Stats) -> tuple[Plan, Operands]:
+        """The accepted steps; the forward pass through them is a reading of what was recorded.
+
+        Where nobody asks for a gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
+
+        Raises:
+            ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
+                random numbers where a gradient is asked for.
+        """
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
+            return self._whole(stats)
+        watched, method = _Watched(self.dynamics), embedded(self.method)
+
+        def record(steps: Iterator[Step]) -> list[Step]:
+            """Those slopes alone are kept that the discrete map carries."""
+            return [replace(step, first=(), last=() if method.reuses else step.last) for step in steps]
+
+        steps = self._run(watched, record, stats)
+        watched.check()
+        shares, found = [], 1
+        for step in steps:
+            shares.append(list(range(found, found + len(step.outputs))))
+            found += len(step.outputs)
+        again = AcceptedSteps(self.dynamics, self._grid(steps, shares), method, [step.jump for step in steps])
+        return again.discrete(self.y0, steps, stats)
+
+    def _whole(self, stats: Stats) -> tuple[Plan, Operands]:
+        """The solve as one step without a graph, of which the outputs alone are kept."""
+        outputs = self._run(self.dynamics, lambda steps: [state for step in steps for state in step.outputs], stats)
+
+        def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+            return outputs[-1], tuple(outputs)
+
+        return Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats), Operands(self.y0, ((),), ())
+
+    def _run(self, f: Slope, take: Callable[[Iterator[Step]], Result], stats: Stats) -> Result:
+        """What ``take`` makes of the accepted steps, without a graph."""
+        y0 = tuple(part.detach() for part in self.y0)
+        # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
+        shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
+        method = embedded(self.method)
+        problem = Problem(f, y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
+        with torch.no_grad():
+            shared = self.dynamics.in_forward(shared, y0[0].device)
+            return self.dynamics.within(shared, self.dynamics.buffers, lambda: take(accepted_steps(problem, stats)))
+
+    def _callbacks(self) -> Callbacks:
+        """The user's, which are given states as the user has them."""
+
+        def of(name: str) -> Callback | None:
+            callback = getattr(self.func, name, None)
+            if callback is None or self.is_tuple:
+                return callback
+            return lambda t, y, dt: callback(t, y[0], dt)
+
+        return Callbacks(of("callback_step"), of("callback_accept_step"), of("callback_reject_step"))
+
+    def _grid(self, steps: list[Step], shares: list[list[int]]) -> Grid:
+        """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
+        columns = ([step.start for step in steps], [step.length for step in steps], [step.end for step in steps])
+        inputs: tuple[State, ...] = ((),) * len(steps)
+        if self.t.requires_grad:
+            t = self.t.to(torch.promote_types(self.options.dtype, self.y0[0].dtype.to_real()))
+            starts, lengths, ends = (torch.tensor(column, dtype=t.dtype, device=t.device) for column in columns)
+            first = next((n for n, step in enumerate(steps) if step.cut), len(steps))
+            shift = t[0] - t[0].detach()
+            n = torch.arange(len(steps), device=t.device)
+            moving = (starts + (n <= first) * shift, lengths - (n == first) * shift, ends + (n < first) * shift)
+            inputs = rows(moving, t, shares)
+        return Grid(*columns, [[self.times[j] for j in share] for share in shares], inputs)
+
+
+class _Watched:
+    """A right-hand side, watched for random numbers.
+
+    A draw at the very first evaluation alone is kept by the dynamics itself (the noise of a trace estimator).
+    """
+
+    def __init__(self, dynamics: Dynamics) -> None:
+        self._dynamics = dynamics
+        self._device: torch.device | None = None
         self._random: list[Tensor] = []
 
-    def __call__(self, t: Tensor, y: Any) -> Any:
-        state = tuple(y) if self._is_tuple else (y,)
-        self.slope = self._dynamics(t, state)
-        if self.record is not None and not self._random:
-            self._random = _random_state(state[0].device)
-        return self.slope if self._is_tuple else self.slope[0]
+    def __call__(self, t: Tensor, y: State) -> State:
+        slope = self._dynamics(t, y)
+        if self._device is None:
+            self._device = y[0].device
+            self._random = _random_state(self._device)
+        return slope
 
-    def callback_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
-        if self._accepted and self.record is not None and self.record.carries:
-            # What the last evaluation gave is what the step starts with: of the step before, or after a jump.
-            self.record.slopes.append(tuple(part.detach() for part in self.slope))
-        self.t, self.y, self._tried, self._accepted = t, tuple(y) if self._is_tuple else (y,), dt, False
-        self._pass_on("callback_step", t, y, dt)
-
-    def callback_accept_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
-        self._accepted = True
-        if self.record is not None and self._tried is not None:
-            self.record.starts.append(t)
-            self.record.lengths.append(dt)
-            self.record.cut.append(dt != self._tried)
-            self.record.states.append(self.y)
-        self._pass_on("callback_accept_step", t, y, dt)
-
-    def callback_reject_step(self, t: Tensor, y: Any, dt: Tensor) -> None:
-        self._pass_on("callback_reject_step", t, y, dt)
-
-    def _pass_on(self, name: str, *arguments: Any) -> None:
-        callback = getattr(self._func, name, None)
-        if callback is not None:
-            callback(*arguments)
-
-    def check_random(self, device: torch.device) -> None:
-        """Raise the ValueError for dynamics that draw random numbers again and again.
-
-        A draw at the very first evaluation alone is kept by the dynamics itself (the noise of a trace estimator).
-        """
-        after = _random_state(device)
+    def check(self) -> None:
+        """Raise the ValueError for dynamics that draw random numbers again and again."""
+        if self._device is None:
+            return
+        after = _random_state(self._device)
         if any(not torch.equal(a, b) for a, b in zip(self._random, after, strict=True)):
             raise ValueError(
                 "func draws random numbers at its evaluations, which neither error control nor an exact gradient of an "
@@ -101,116 +164,6 @@ class _Observed:
 
 def _random_state(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-@dataclass(frozen=True)
-class AdaptiveSolve:
-    """What an adaptive solve is given: see `odeint_dto`. ``t`` is on the state's device; ``arguments`` are
-    torchdiffeq's ``rtol``, ``atol``, ``method`` and ``options``."""
-
-    dynamics: Dynamics
-    func: Callable[..., Any]
-    is_tuple: bool
-    y0: State
-    t: Tensor
-    times: list[float]
-    arguments: dict[str, Any]
-
-    def forward(self, record: _Record | None) -> list[State]:
-        """The states at t[1:] by torchdiffeq, without a graph.
-
-        Raises:
-            ValueError: if the step size underflows, a state is not finite, or there are too many steps.
-        """
-        y0 = tuple(part.detach() for part in self.y0)
-        # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
-        shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
-        observed = _Observed(self.dynamics, self.func, self.is_tuple, record)
-        start = y0 if self.is_tuple else y0[0]
-        with torch.no_grad():
-            try:
-                found = self.dynamics.within(
-                    self.dynamics.in_forward(shared, y0[0].device),
-                    self.dynamics.buffers,
-                    lambda: odeint(observed, start, self.t.detach(), **self.arguments),
-                )
-            except AssertionError as error:
-                raise _explained(error, observed) from error
-            if record is not None:
-                observed.check_random(y0[0].device)
-                if record.carries:
-                    record.slopes.append(tuple(part.detach() for part in observed.slope))
-        parts: State = found if self.is_tuple else (found,)  # pyright: ignore[reportAssignmentType]
-        return list(zip(*(part[1:].unbind() for part in parts), strict=True))
-
-    def discrete(self, stats: Stats) -> tuple[Plan, Operands]:
-        """The accepted steps; the forward pass through them is a reading of what was recorded.
-
-        Where nobody asks for a gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
-        """
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
-            return self._whole(stats)
-        method = embedded(self.arguments["method"])
-        record = _Record(carries=not method.reuses)
-        outputs = self.forward(record)
-        starts, lengths = torch.stack(record.starts), torch.stack(record.lengths)
-        lengths = lengths if self.times[-1] > self.times[0] else -lengths
-        cut = torch.stack(record.cut).tolist()
-        grid, shares = self._grid(starts, lengths, cut)
-        steps = AcceptedSteps(self.dynamics, grid, method, self._jumps(grid, cut, starts.dtype))
-        return steps.discrete(self.y0, record.states[1:], record.slopes[1:], outputs, shares, stats)
-
-    def _whole(self, stats: Stats) -> tuple[Plan, Operands]:
-        """The solve as one step without a graph."""
-        outputs = self.forward(None)
-
-        def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-            return outputs[-1], tuple(outputs)
-
-        return Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats), Operands(self.y0, ((),), ())
-
-    def _grid(self, starts: Tensor, lengths: Tensor, cut: list[bool]) -> tuple[Grid, list[list[int]]]:
-        """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
-        ends = torch.cat([starts[1:], starts[-1:] + lengths[-1:]])
-        numbers = ends.tolist()
-        shares = share_out(self.times, numbers)
-        inputs: tuple[State, ...] = ((),) * len(shares)
-        if self.t.requires_grad:
-            first = cut.index(True) if True in cut else len(cut)
-            shift = (self.t[0] - self.t[0].detach()).to(starts.dtype)
-            n = torch.arange(len(cut), device=starts.device)
-            columns = (
-                starts + (n <= first) * shift,
-                lengths - (n == first) * shift,
-                ends + (n < first) * shift,
-            )
-            inputs = rows(columns, self.t.to(starts.dtype), shares)
-        outputs = [[self.times[j] for j in share] for share in shares]
-        return Grid(starts.tolist(), lengths.tolist(), numbers, outputs, inputs), shares
-
-    def _jumps(self, grid: Grid, cut: list[bool], dtype: torch.dtype) -> list[bool]:
-        """Whether each step ends at a discontinuity, behind which torchdiffeq evaluates func again."""
-        jump_t = self.arguments["options"].get("jump_t")
-        jumps = set() if jump_t is None else set(jump_t.to(dtype).tolist())
-        return [short and end in jumps for short, end in zip(cut, grid.end, strict=True)]
-
-
-def _explained(error: AssertionError, observed: _Observed) -> Exception:
-    """What the user should see for an assertion of torchdiffeq."""
-    message = str(error)
-    at = "?" if observed.t is None else f"{float(observed.t):g}"
-    if message.startswith("max_num_steps exceeded"):
-        return ValueError(f"max_num_steps exceeded at t = {at}: raise it in options, or loosen rtol and atol")
-    if not message.startswith(("underflow in dt", "non-finite values in state")):
-        return error
-    if not all(bool(part.isfinite().all()) for part in observed.y):
-        return ValueError(f"the state is not finite at t = {at}: func overflows before it, or y0 holds nan or inf")
-    if not all(bool(part.isfinite().all()) for part in observed.slope):
-        return ValueError(f"func returned a derivative that is not finite near t = {at}")
-    return ValueError(
-        f"the step size underflows at t = {at}: func is stiff or discontinuous there; loosen rtol and atol, use "
-        "float64, name discontinuities in options={'jump_t': ...}, or set options={'min_step': ...}"
-    )
 
 
 TOGETHER = 4
@@ -238,25 +191,17 @@ class AcceptedSteps:
         self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
         self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
 
-    def discrete(
-        self,
-        y0: State,
-        states: list[State],
-        slopes: list[State],
-        outputs: list[State],
-        shares: list[list[int]],
-        stats: Stats,
-    ) -> tuple[Plan, Operands]:
-        """The steps, with the states and slopes at their ends and the outputs that the forward pass found."""
-        steps, parts = len(shares), self._parts
-        # The solve's very last state is only ever seen through the outputs.
-        states = [*states, tuple(torch.empty_like(part) for part in y0)]
+    def discrete(self, y0: State, taken: list[Step], stats: Stats) -> tuple[Plan, Operands]:
+        """The steps that the forward pass has ``taken``, from y0."""
+        steps, parts = len(taken), self._parts
         start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
         before = start
-        for n, share in enumerate(shares):
+        for n, step in enumerate(taken):
             self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
-            before = states[n] if self.method.reuses else (*states[n], *slopes[n])
-            self._recorded[n * parts + parts - 1] = before, tuple(self._emit(outputs[j - 1]) for j in share)
+            # The solve's very last state is only ever seen through the outputs.
+            y = taken[n + 1].y if n + 1 < steps else tuple(torch.empty_like(part) for part in y0)
+            before = (*y, *step.last)
+            self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
         count = steps * parts
         # Running statistics are the forward pass's to update.
         scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)

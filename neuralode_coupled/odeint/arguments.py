@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq._impl.odeint import SOLVERS
 
+from neuralode_coupled._torch import LIBRARY_METHODS
 from neuralode_coupled._types import State
-from neuralode_coupled.odeint.embedded import ADAPTIVE
-from neuralode_coupled.runge_kutta import METHODS
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS, AdaptiveOptions, IntegralController
+from neuralode_coupled.runge_kutta.adaptive import Tolerances
 
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults."""
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
+FACTORS = ("safety", "ifactor", "dfactor")
+"""The options of torchdiffeq's step size control."""
+
 ADAPTIVE_OPTIONS = (
     "norm",
     "first_step",
@@ -30,6 +33,7 @@ ADAPTIVE_OPTIONS = (
     "step_t",
     "jump_t",
     "dtype",
+    "controller",
 )
 
 
@@ -78,7 +82,7 @@ def check_method(method: str | None, rtol: Any, atol: Any, options: Mapping[str,
         _check_fixed_options(name, dict(options or {}))
     elif name in ADAPTIVE:
         _check_names(name, dict(options or {}), ADAPTIVE_OPTIONS)
-    elif name in SOLVERS:
+    elif name in LIBRARY_METHODS:
         raise ValueError(
             f"method {name!r} is implicit or has several steps, for which there is no discrete adjoint here: call "
             f"torchdiffeq.odeint or torchdiffeq.odeint_adjoint, or choose one of {', '.join((*METHODS, *ADAPTIVE))}"
@@ -106,6 +110,74 @@ def _check_names(name: str, options: dict[str, Any], known: tuple[str, ...]) -> 
     for option in options:
         if option not in known:
             raise ValueError(f"unknown option {option!r} for method {name!r}: it takes {', '.join(known)}")
+
+
+def adaptive_options(options: Mapping[str, Any], is_tuple: bool) -> AdaptiveOptions:
+    """The options of an adaptive method, checked; None is the default.
+
+    ``is_tuple`` says whether a norm takes the user's states as tuples. Raises ValueError or TypeError for bad values.
+    """
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    factors = {name: _number(name, given.pop(name)) for name in FACTORS if name in given}
+    if factors and "controller" in given:
+        raise ValueError(f"option {next(iter(factors))!r} is the default controller's: set it in 'controller' instead")
+    for name in ("first_step", "min_step", "max_step", "max_num_steps"):
+        if name in given:
+            given[name] = _number(name, given[name])
+    for name in ("step_t", "jump_t"):
+        if name in given:
+            given[name] = tuple(torch.as_tensor(given[name], dtype=torch.float64, device="cpu").reshape(-1).tolist())
+    if "dtype" in given and not isinstance(given["dtype"], torch.dtype):
+        raise TypeError(f"option 'dtype' must be a torch.dtype, got {given['dtype']!r}")
+    if "norm" in given:
+        norm = given["norm"]
+        if not callable(norm):
+            raise TypeError(f"option 'norm' must be callable, got {norm!r}")
+        given["norm"] = norm if is_tuple else lambda state: norm(state[0])
+    given.setdefault("controller", IntegralController(**factors))
+    return AdaptiveOptions(**given)
+
+
+def check_tolerance(name: str, value: Any, state: State, is_tuple: bool) -> Tolerances:
+    """One tolerance for each tensor of the state, as torchdiffeq takes them: a number or tensor for all, or a tuple.
+
+    Raises:
+        ValueError: for a tolerance that is negative, nan, needs a gradient or does not fit the state.
+    """
+    shared = not is_tuple or not (isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim > 0))
+    given = [value] * len(state) if shared else list(value)
+    if len(given) != len(state):
+        raise ValueError(f"{name} must have one entry for each of the {len(state)} tensors of y0, got {len(given)}")
+    return tuple(_tolerance(name, entry, part, is_tuple) for entry, part in zip(given, state, strict=True))
+
+
+def _tolerance(name: str, value: Any, part: Tensor, is_tuple: bool) -> float | Tensor:
+    if isinstance(value, int | float):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+        return float(value)
+    tensor = torch.as_tensor(value, dtype=torch.promote_types(torch.float64, part.dtype.to_real()), device=part.device)
+    if tensor.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which accepted steps do not give: detach it")
+    if not bool((tensor >= 0).all()):
+        raise ValueError(f"{name} must not be negative, got {value}")
+    if is_tuple and tensor.ndim == 1 and len(tensor) == part.numel():
+        return tensor.view(part.shape)  # as torchdiffeq, which lays out the state in a row
+    try:
+        return tensor if tensor.ndim == 0 else tensor.expand(part.shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} of the shape {tuple(tensor.shape)} does not fit y0's {tuple(part.shape)}") from error
+
+
+def _number(name: str, value: Any) -> float:
+    """An option as a number: torchdiffeq takes tensors of one as well."""
+    try:
+        number = value.detach().item() if isinstance(value, Tensor) else value + 0
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(f"option {name!r} must be a number, got {value!r}") from error
+    if not isinstance(number, int | float):
+        raise TypeError(f"option {name!r} must be a number, got {value!r}")
+    return number
 
 
 def _check_fixed_options(name: str, options: dict[str, Any]) -> None:

@@ -18,11 +18,13 @@ from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import (
     ATOL,
     RTOL,
+    adaptive_options,
     check_finite,
     check_grid,
     check_method,
     check_state,
     check_times,
+    check_tolerance,
 )
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.fixed import Announce, FixedSteps, equal_steps, make_grid
@@ -109,8 +111,18 @@ def odeint_dto(
     elif name in METHODS:
         states = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
     else:
-        arguments = {"rtol": rtol, "atol": atol, "method": name, "options": _as_tensors(chosen, t)}
-        solve = AdaptiveSolve(dynamics, func, is_tuple, state, t.to(state[0].device), times, arguments)
+        solve = AdaptiveSolve(
+            dynamics,
+            func,
+            is_tuple,
+            state,
+            t.to(state[0].device),
+            times,
+            name,
+            check_tolerance("rtol", rtol, state, is_tuple),
+            check_tolerance("atol", atol, state, is_tuple),
+            adaptive_options(chosen, is_tuple),
+        )
         states = _adaptive(solve, checkpoints)
     outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
     if tracing() != "transform":
@@ -173,11 +185,3 @@ def _adaptive(solve: AdaptiveSolve, checkpoints: int | None) -> list[State]:
 
 def _wanted(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _as_tensors(options: dict[str, Any], t: Tensor) -> dict[str, Any]:
-    """torchdiffeq turns only tensors around for a solve backwards in time."""
-    return {
-        name: torch.as_tensor(value, dtype=t.dtype) if name in ("step_t", "jump_t") and value is not None else value
-        for name, value in options.items()
-    }

@@ -47,13 +47,17 @@ def _evaluate(
 
 def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
     """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
-    for weight, slope in zip(weights, slopes, strict=True):
-        if not isinstance(weight, Tensor) and weight == 0.0:
-            continue
-        scale = dt * weight
-        if isinstance(scale, Tensor):
-            y = tuple(a + scale * k for a, k in zip(y, slope, strict=True))
-        else:
-            # A scaled addition is one pass over memory and keeps nothing for its backward.
-            y = tuple(torch.add(a, k, alpha=scale) for a, k in zip(y, slope, strict=True))
-    return y
+    terms = [
+        (dt * weight, slope)
+        for weight, slope in zip(weights, slopes, strict=True)
+        if isinstance(weight, Tensor) or weight != 0.0
+    ]
+    return tuple(_moved(part, [(scale, slope[i]) for scale, slope in terms]) for i, part in enumerate(y))
+
+
+def _moved(part: Tensor, terms: Sequence[tuple[float | Tensor, Tensor]]) -> Tensor:
+    """One tensor of a state, moved along those of slopes."""
+    for scale, slope in terms:
+        # A scaled addition is one pass over memory and keeps nothing for its backward.
+        part = part + scale * slope if isinstance(scale, Tensor) else torch.add(part, slope, alpha=scale)
+    return part

@@ -1,0 +1,417 @@
+"""An ODE solved to tolerances: the steps that an adaptive method accepts, by torchdiffeq's rules (0.2.5).
+
+The numbers that decide are Python's. One of them is read from the device for each step that is tried, its error ratio,
+which also tells whether the step overflowed.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
+from neuralode_coupled.runge_kutta.embedded import Embedded
+from neuralode_coupled.runge_kutta.stepping import combine
+
+Slope = Callable[[Tensor, State], State]
+"""``f(t, y) -> dy/dt`` at a scalar tensor t of the state's real dtype, on its device."""
+
+Norm = Callable[[State], Tensor]
+"""How large a state is, as a scalar tensor."""
+
+Callback = Callable[[Tensor, State, Tensor], object]
+"""Told of a step: its start, the state there, its length (positive); the times are scalars of the times' dtype."""
+
+Tolerances = tuple[float | Tensor, ...]
+"""One tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
+
+
+def mixed_norm(state: State) -> Tensor:
+    """The largest root mean square among the tensors of a state; of nothing it is 0, and nan spreads."""
+    sizes = [torch.linalg.vector_norm(part) / math.sqrt(part.numel()) for part in state if part.numel() > 0]
+    if not sizes:
+        return torch.zeros((), dtype=state[0].dtype.to_real(), device=state[0].device)
+    return sizes[0] if len(sizes) == 1 else torch.stack(sizes).max()
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions:
+    """torchdiffeq's options of an adaptive solve, with its defaults.
+
+    Attributes:
+        controller: decides about steps by their errors.
+        first_step: the length of the first; None to choose it by the slopes at the start.
+        min_step: steps are no shorter, and accepted where they are not longer, but for those that a time cuts short.
+        max_step: steps are no longer.
+        max_num_steps: how many may be tried between two output times.
+        step_t: times that steps must end at.
+        jump_t: times that steps must end at because f jumps there; it is evaluated on both sides.
+        dtype: of the times: their arithmetic is rounded to it, or to the state's real dtype where that is wider.
+        norm: of errors in units of the tolerances.
+
+    Raises:
+        ValueError: for lengths and counts that are out of range, and a dtype that is not a real floating one.
+    """
+
+    controller: StepController = field(default_factory=IntegralController)
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    max_num_steps: int = 2**31 - 1
+    step_t: tuple[float, ...] = ()
+    jump_t: tuple[float, ...] = ()
+    dtype: torch.dtype = torch.float64
+    norm: Norm = mixed_norm
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.controller, "begin", None)):
+            raise ValueError(f"controller must be one such as nc.PIController(), an instance, got {self.controller!r}")
+        if self.first_step is not None and not 0.0 < self.first_step < math.inf:
+            raise ValueError(f"first_step must be positive, in either direction of time, got {self.first_step!r}")
+        if not 0.0 <= self.min_step < math.inf:
+            raise ValueError(f"min_step must be a number of at least 0, got {self.min_step!r}")
+        if not self.max_step > 0.0 or self.max_step < self.min_step:
+            raise ValueError(
+                f"max_step must be positive and at least min_step={self.min_step!r}, got {self.max_step!r}"
+            )
+        if self.max_num_steps < 1:
+            raise ValueError(f"max_num_steps must be at least 1, got {self.max_num_steps!r}")
+        if not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be a real floating one, for the times, got {self.dtype}")
+
+
+class Counts(Protocol):
+    """Where a solve counts what it costs."""
+
+    evaluations: int
+    accepted: int
+    rejected: int
+
+
+@dataclass
+class Tally:
+    """`Counts` of one's own: evaluations of f, accepted and rejected steps."""
+
+    evaluations: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who is told of each step that is tried, accepted, rejected; torchdiffeq's ``callback_step`` and so on."""
+
+    step: Callback | None = None
+    accept: Callback | None = None
+    reject: Callback | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is solved.
+
+    Attributes:
+        f: the right-hand side.
+        y0: the state at t[0], a tuple of tensors of one floating or complex dtype on one device.
+        t: (times,), floating, strictly increasing or decreasing, on the state's device.
+        method: the embedded pair.
+        rtol, atol: the relative and absolute tolerances.
+        options: the rest.
+        callbacks: who is told of the steps.
+    """
+
+    f: Slope
+    y0: State
+    t: Tensor
+    method: Embedded
+    rtol: Tolerances
+    atol: Tolerances
+    options: AdaptiveOptions = field(default_factory=AdaptiveOptions)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the times."""
+        return torch.promote_types(self.options.dtype, self.y0[0].dtype.to_real())
+
+
+@dataclass(frozen=True)
+class Step:
+    """An accepted step.
+
+    Attributes:
+        start, length, end: its times. The length is negative where time runs backwards.
+        y: the state at its start.
+        first: the slope that it starts with.
+        last: the slope that the next step starts with.
+        cut: whether it ends at one of the times that are prescribed.
+        jump: whether that is one where f jumps. ``last`` is then the slope behind it.
+        outputs: the states at the times of ``t`` that lie within it, or at its end.
+    """
+
+    start: float
+    length: float
+    end: float
+    y: State
+    first: State
+    last: State
+    cut: bool
+    jump: bool
+    outputs: list[State]
+
+
+def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
+    """Solve to tolerances, step by step, until the states at all times are found.
+
+    The steps are those of ``torchdiffeq.odeint``, by the same evaluations of f, whose errors it bounds likewise. With
+    gradients on, lengths are constants, and the states have the graph of the steps that are accepted. It differs in
+    three things. A step that overflows is rejected, where torchdiffeq gives up. A step that happens to end at a
+    prescribed time is one that was cut there. And the norm leaves out tensors without entries.
+
+    Args:
+        problem: what is solved.
+        counts: where evaluations, accepted and rejected steps are counted.
+
+    Raises:
+        ValueError: with the time, if the step size underflows, a state or slope is not finite, more than
+            ``max_num_steps`` steps are tried between two times, a controller returns no positive length, a time is
+            prescribed twice, or the norm is not a scalar.
+    """
+    options, counts = problem.options, Tally() if counts is None else counts
+    ode = _Ode(problem, counts)
+    bounds = _prescribed(options, ode)
+    decide = options.controller.begin(problem.method.method.order)
+    # In the direction of time: from here on times increase, and lengths are positive.
+    at, y, done, tried, failed = ode.times[0], problem.y0, 1, 0, 0
+    slope = ode.slope(at, y)
+    length = ode.first_length(y, slope) if options.first_step is None else ode.round(options.first_step)
+    while done < len(ode.times):
+        if tried == options.max_num_steps:
+            raise ValueError(
+                f"max_num_steps exceeded at t = {ode.shown(at)}: raise it in options, or loosen rtol and atol"
+            )
+        length = ode.bounded(length)
+        ode.tell(problem.callbacks.step, at, y, length)
+        end = ode.round(at + length)
+        if not end > at:
+            raise ode.stuck(at, y, slope, failed)
+        cut = len(bounds) > 0 and bounds[0][0] <= end
+        jump = cut and bounds[0][1]
+        if cut:
+            end = bounds[0][0]
+            length = ode.round(end - at)
+        y_next, slopes, ratio = ode.attempt(y, slope, at, length, end)
+        accept, proposed = decide(ratio, length)
+        tried += 1
+        if length <= ode.min_step or (accept and length <= ode.max_step):
+            ode.tell(problem.callbacks.accept, at, y, length)
+            if not ratio < math.inf:
+                ode.check(y_next, slope, end)
+            last = ode.slope(end, y_next, side=1) if jump else slopes[-1]
+            wanted = range(done, bisect_right(ode.times, end, lo=done))
+            outputs = ode.within(y, slopes, (at, length, end), wanted, y_next)
+            counts.accepted += 1
+            yield Step(*ode.signed(at, length, end), y, slope, last, cut, jump, outputs)
+            at, y, slope, failed, done = end, y_next, last, 0, wanted.stop
+            tried = 0 if wanted else tried
+            if cut:
+                bounds.popleft()
+        else:
+            ode.tell(problem.callbacks.reject, at, y, length)
+            if not ratio < math.inf:
+                ode.check(y, slope, at)
+            counts.rejected += 1
+            failed += 1
+        length = ode.checked(proposed)
+
+
+class _Ode:
+    """The problem as the loop sees it: times increase, lengths are positive, and are numbers of the times' dtype."""
+
+    def __init__(self, problem: Problem, counts: Counts) -> None:
+        self._problem, self._method, self._counts = problem, problem.method, counts
+        like = problem.y0[0]
+        self._real, self._device = like.dtype.to_real(), like.device
+        self._dtype = problem.dtype
+        self._t = problem.t.detach().to(self._dtype)
+        times = self._t.tolist()
+        self.sign = -1 if times[-1] < times[0] else 1
+        self.times = [self.sign * t for t in times]
+        # Operations round numbers to a state's dtype by themselves, but to those of 16 bits only in the end.
+        wide = self._real.itemsize >= 4
+        self.round, self._round_to_state = _rounding(self._dtype), _rounding(torch.float64 if wide else self._real)
+        self.min_step, self.max_step = self.round(problem.options.min_step), self.round(problem.options.max_step)
+        # The times of a step's evaluations behind the first: inner ones, and those at its end.
+        fractions = [*problem.method.method.c[1:], *[1.0] * problem.method.reuses]
+        self._at_end = [c == 1.0 for c in fractions]
+        self._inner = torch.tensor([c for c in fractions if c != 1.0], dtype=self._real, device=self._device)
+        self._before = torch.full((), -self.sign * math.inf, dtype=self._real, device=self._device)
+
+    def signed(self, at: float, length: float, end: float) -> tuple[float, float, float]:
+        """The times of a step as the user has them."""
+        return self.sign * at, self.sign * length, self.sign * end
+
+    def shown(self, at: float) -> str:
+        """A time as messages have it."""
+        return f"{self.sign * at:g}"
+
+    def bounded(self, length: float) -> float:
+        """A step's length within the bounds; torchdiffeq takes the least one where there is none."""
+        return min(max(length, self.min_step), self.max_step) if math.isfinite(length) else self.min_step
+
+    def checked(self, proposed: float) -> float:
+        """What a controller proposes."""
+        if not 0.0 <= proposed < math.inf:
+            raise ValueError(f"the controller must return a positive length for the next step, got {proposed!r}")
+        return self.round(proposed)
+
+    def tell(self, callback: Callback | None, at: float, y: State, length: float) -> None:
+        """Call somebody who wants to know of a step; torchdiffeq's lengths are positive in either direction of time."""
+        if callback is not None:
+            time, dt = (torch.full((), x, dtype=self._dtype, device=self._device) for x in (self.sign * at, length))
+            callback(time, y, dt)
+
+    def slope(self, at: float, y: State, side: int = 0) -> State:
+        """f, or with ``side`` 1 at the next time."""
+        t = torch.full((), self.sign * at, dtype=self._real, device=self._device)
+        return self._f(t if side == 0 else torch.nextafter(t, -self._before), y)
+
+    def attempt(self, y: State, first: State, at: float, length: float, end: float) -> tuple[State, list[State], float]:
+        """One step: the state at its end, its slopes, and its error in units of the tolerances."""
+        method, slopes, dt = self._method.method, [first], self.sign * length
+        times = self._stage_times(*self.signed(at, length, end))
+        for row in method.a[1:]:
+            slopes.append(self._f(next(times), combine(y, slopes, row, dt)))
+        y_next = combine(y, slopes, method.b, dt)
+        if self._method.reuses:
+            slopes.append(self._f(next(times), y_next))
+        return y_next, slopes, self._ratio(y, y_next, slopes, dt)
+
+    def _f(self, t: Tensor, y: State) -> State:
+        self._counts.evaluations += 1
+        return self._problem.f(t, y)
+
+    def _stage_times(self, start: float, length: float, end: float) -> Iterator[Tensor]:
+        """The times of the evaluations behind the first, filled on the device; those at the end are just before it, in
+        case that f jumps there."""
+        start, length = self._round_to_state(start), self._round_to_state(length)
+        inner = iter(self._inner.mul(length).add_(start).unbind())
+        ends = torch.full((sum(self._at_end),), end, dtype=self._real, device=self._device)
+        before = iter(torch.nextafter(ends, self._before).unbind())
+        return (next(before) if at_end else next(inner) for at_end in self._at_end)
+
+    @torch.no_grad()
+    def _ratio(self, y: State, y_next: State, slopes: list[State], dt: float) -> float:
+        """The norm of the estimated error in units of the tolerances; nan if the state at the end is not finite."""
+        nothing = tuple(0 * part for part in y_next)  # nan where a part is not finite
+        error = combine(nothing, slopes, self._method.error, dt)
+        sizes = [torch.maximum(a.abs(), b.abs()) for a, b in zip(y, y_next, strict=True)]
+        ratio = self._norm(error, self._scales(sizes))
+        if self._problem.options.norm is not mixed_norm:
+            ratio = sum((torch.linalg.vector_norm(part) for part in nothing), ratio)  # norms may leave parts out
+        return float(ratio)
+
+    def _scales(self, sizes: Sequence[Tensor]) -> State:
+        """What errors are measured by, for parts of these absolute values."""
+        rows = zip(sizes, self._problem.rtol, self._problem.atol, strict=True)
+        return tuple(size * rtol + atol for size, rtol, atol in rows)
+
+    def _norm(self, state: State, scales: State) -> Tensor:
+        norm = self._problem.options.norm
+        size = norm(tuple(a / b for a, b in zip(state, scales, strict=True)))
+        if norm is mixed_norm:
+            return size
+        if not isinstance(size, Tensor) or size.numel() != 1:
+            got = f"the shape {tuple(size.shape)}" if isinstance(size, Tensor) else type(size).__name__
+            raise ValueError(f"norm must return a tensor of one number, got {got}")
+        return size.abs()
+
+    @torch.no_grad()
+    def first_length(self, y: State, slope: State) -> float:
+        """A length for the first step, by the slopes at its start and a little further on.
+
+        From Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, Section II.4, as torchdiffeq has it.
+
+        Raises:
+            ValueError: if the state or its slope is not finite.
+        """
+        scales = self._scales([part.abs() for part in y])
+        size, steepness = self._norm(y, scales), self._norm(slope, scales)
+        h = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness)
+        moved = tuple(a + self.sign * h * k for a, k in zip(y, slope, strict=True))
+        time = torch.full((), self.sign * self.times[0], dtype=self._dtype, device=self._device) + self.sign * h
+        bent = tuple(b - a for a, b in zip(slope, self._f(time.to(self._real), moved), strict=True))
+        bend = self._norm(bent, scales) / h
+        most = torch.where(bend > steepness, bend, steepness)
+        straight = (steepness <= 1e-15) & (bend <= 1e-15)
+        further = torch.where(straight, (1e-3 * h).clamp(min=1e-6), (0.01 / most) ** (1 / self._method.method.order))
+        length = float(torch.minimum(100 * h, further))
+        if not math.isfinite(length):
+            self.check(y, slope, self.times[0])
+        return self.round(length)
+
+    def within(
+        self, y: State, slopes: list[State], times: tuple[float, float, float], wanted: Sequence[int], y_next: State
+    ) -> list[State]:
+        """The states at the wanted ones of all times, which lie in a step of that start, length and end."""
+        at, length, end = times
+        if len(wanted) > 1:
+            start, _, stop = self.signed(at, length, end)
+            x = (self._t[wanted[0] : wanted[-1] + 1] - start) / self.round(stop - start)
+            return self._method.among(y, slopes, self.sign * length, x, self._powers)
+        fractions = [self.round(self.round(self.times[j] - at) / self.round(end - at)) for j in wanted]
+        return [y_next if x == 1.0 else self._method.within(y, slopes, self.sign * length, x) for x in fractions]
+
+    @cached_property
+    def _powers(self) -> Tensor:
+        return self._method.powers(self._t)
+
+    def check(self, y: State, slope: State, at: float) -> None:
+        """Raise the ValueError for a state or slope that is not finite."""
+        if not _finite(y):
+            raise ValueError(
+                f"the state is not finite at t = {self.shown(at)}: func overflows before it, or y0 holds nan or inf"
+            )
+        if not _finite(slope):
+            raise ValueError(f"func returned a derivative that is not finite near t = {self.shown(at)}")
+
+    def stuck(self, at: float, y: State, slope: State, failed: int) -> ValueError:
+        """What to raise for a step that is too short to advance the time."""
+        self.check(y, slope, at)
+        return ValueError(
+            f"the step size underflows at t = {self.shown(at)}: {failed} steps in a row were rejected; func is stiff, "
+            "discontinuous or not finite there; loosen rtol and atol, use float64, name discontinuities in "
+            "options={'jump_t': ...}, or set options={'min_step': ...}"
+        )
+
+
+def _finite(state: State) -> bool:
+    return all(bool(part.isfinite().all()) for part in state)
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[float], float]:
+    """How a number is rounded to a dtype."""
+    if dtype == torch.float64:
+        return lambda x: x
+    return lambda x: torch.tensor(x, dtype=dtype, device="cpu").item()
+
+
+def _prescribed(options: AdaptiveOptions, ode: _Ode) -> deque[tuple[float, bool]]:
+    """The times behind the first that steps must end at, in order, and whether f jumps there."""
+    given = [(step_t, False) for step_t in options.step_t] + [(jump_t, True) for jump_t in options.jump_t]
+    bounds = sorted((ode.sign * ode.round(time), jump) for time, jump in given)
+    bounds = [bound for bound in bounds if bound[0] >= ode.times[0]]
+    for (one, _), (two, _) in pairwise(bounds):
+        if one == two:
+            raise ValueError(f"step_t and jump_t must not name a time twice, got {ode.shown(one)} again")
+    return deque(bound for bound in bounds if bound[0] > ode.times[0])

@@ -1,0 +1,100 @@
+"""The private names of torch and torchdiffeq that the package uses: what to do where a release drops one.
+
+All stand in ``neuralode_coupled/_torch.py``. Each test says what its name is for, and what can take its place.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import neuralode_coupled as nc
+from neuralode_coupled import _torch
+
+PRIVATE = re.compile(
+    r"\btorch\._(?!dynamo\b|functorch\b|_version__)\w+|\bfrom torch\.?\w* import .*\b_\w+|torchdiffeq\._impl"
+    r"|\._version\b|\._schema\b"
+)
+
+
+def test_private_names_stand_in_one_file():
+    root = Path(nc.__file__).parent
+    found = {
+        f"{path.relative_to(root)}:{number}"
+        for path in root.rglob("*.py")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if path.name != "_torch.py" and PRIVATE.search(line)
+    }
+    assert not found, f"move these private names to _torch.py, each with a test here: {sorted(found)}"
+
+
+def test_transforms_are_seen():
+    """`tracing`: solves unroll inside of torch.func, because a node of autograd's own would hide the steps.
+
+    Without ``torch._C._are_functorch_transforms_active`` ask ``torch._C._functorch.maybe_current_level()`` or what
+    ``torch.autograd.Function.apply`` then asks; without ``forward_ad._current_level``, whether
+    ``forward_ad.unpack_dual`` finds a tangent.
+    """
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_torch.tracing()) or x)(torch.ones(2))
+    torch.func.grad(lambda x: seen.append(_torch.tracing()) or x.sum())(torch.ones(2))
+    with forward_ad.dual_level():
+        seen.append(_torch.tracing())
+    assert seen == ["transform"] * 3
+    assert _torch.tracing() is None
+
+
+def test_compilation_is_seen():
+    """`tracing`: the numbers of a compiled graph cannot be looked at. (``torch.compiler.is_compiling`` is public.)"""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + (_torch.tracing() == "compile"), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == 1
+
+
+def test_changes_in_place_are_counted():
+    """`versions`: inputs that f overwrites, and states that the caller does.
+
+    Without ``Tensor._version`` compare copies, or leave those checks out and say so.
+    """
+    x = torch.zeros(2)
+    before = _torch.versions([x])
+    x.add_(1)
+    assert _torch.versions([x]) != before
+    with torch.inference_mode():
+        assert _torch.versions([torch.zeros(2)]) == [0]
+
+
+def test_additions_of_many_tensors():
+    """`add_many`: sums of gradients in one call. Without ``torch._foreach_add`` add them one by one."""
+    a, b = [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3)]
+    assert [x.tolist() for x in _torch.add_many(a, b)] == [[2.0] * 2, [2.0] * 3]
+    _torch.add_many_(a, b)
+    assert [x.tolist() for x in a] == [[2.0] * 2, [2.0] * 3]
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.Dropout2d(0.1), nn.AlphaDropout(0.2)])
+def test_dropout_is_known(module):
+    """`drops_out`: dropout cannot be replayed inside of a CUDA graph. Without ``_DropoutNd`` name its subclasses."""
+    assert _torch.drops_out(module.train())
+    assert not _torch.drops_out(module.eval())
+    assert not _torch.drops_out(nn.Dropout(0.0))
+
+
+def test_arguments_of_operations():
+    """`arguments`: whether attention drops out. Without ``OpOverload._schema`` parse ``str(op._schema)``'s successor,
+    or keep no attention."""
+    names = [argument.name for argument in _torch.arguments(torch.ops.aten.mm.default)]
+    assert names == ["self", "mat2"]
+
+
+def test_methods_of_the_library():
+    """`LIBRARY_METHODS`: which methods `ContinuousAdjoint` can name, and which `odeint_dto` sends to torchdiffeq.
+
+    Without ``torchdiffeq._impl.odeint.SOLVERS`` write the names down.
+    """
+    assert {"euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2"} <= _torch.LIBRARY_METHODS.keys()
