@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C import _are_functorch_transforms_active  # hooks are not for the tensors inside of transforms
 
+from neuralode_coupled._extras import needs
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -36,8 +38,9 @@ def progress(description: str = "solving", console: Console | None = None) -> It
     Yields:
         The bars, ``rich.progress.Progress``; the first task is the forward pass, the second the backward pass.
     """
-    from rich.console import Console as StandardError
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with needs("train"):
+        from rich.console import Console as StandardError
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or StandardError(stderr=True)) as bars:
