@@ -46,6 +46,7 @@ from neuralode_coupled.odeint.dto import odeint_dto
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
 
 __version__ = "0.1.0"
+"""The one place of the version; the distribution takes it from here."""
 
 __all__ = [
     "Backprop",

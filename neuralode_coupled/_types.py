@@ -22,3 +22,8 @@ StageWeights = Float[Tensor, "steps stages *weight"]
 
 State = tuple[Tensor, ...]
 """The state of an ODE as torchdiffeq passes it: a tuple of tensors of any shapes."""
+
+Row = dict[str, float]
+"""One epoch of training: ``epoch`` (from 1), ``train/loss``, ``train/accuracy``, ``test/loss``, ``test/accuracy``
+(accuracies are fractions), ``lr``, ``evolution/*`` (norms of the evolution coefficients), ``seconds`` (of training) and
+``memory`` (the peak so far, in bytes)."""

@@ -1,24 +1,30 @@
 """The command line: ``neuralode-coupled train``, ``compare``, ``check``, ``filters`` and ``transport``.
 
-What needs more than a moment to import is imported by the commands, so that ``--help`` is quick.
+The options of an experiment are made from the fields of `Experiment`. What needs more than a moment to import is
+imported by the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import Field, fields, replace
 from functools import partial, wraps
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-
+from neuralode_coupled import __version__
+from neuralode_coupled._extras import needs
+from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.folder import RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
-from neuralode_coupled.train.runs import Experiment, Result, RunFolder
+from neuralode_coupled.train.result import Result
+
+with needs("train"):
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,122 +45,67 @@ err = Console(stderr=True, highlight=False)
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: the command cannot be carried out as it stands; a run started and did not end well."""
 
-Model = Annotated[str, typer.Option(help="alexnet, resnet4 or resnet10.")]
-Data = Annotated[
-    str, typer.Option(help="digits (embedded), cifar10 (downloaded) or folder (ROOT/{train,test}/CLASS/*).")
-]
-DataRoot = Annotated[Path | None, typer.Option(help="Where the images are, for cifar10 and folder.")]
-Epochs = Annotated[int, typer.Option(help="Number of epochs; the learning rate falls after 3/7 and 5/7 of them.")]
-Limit = Annotated[int | None, typer.Option(help="Use only so many training images, all classes in proportion.")]
-Validation = Annotated[
-    int | None, typer.Option(help="Keep so many training images back, and test on them in place of the test images.")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images a batch on each device; by default 64 for digits, else 256.")
-]
-Rate = Annotated[float, typer.Option("--lr", help="Learning rate of the first epochs.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic, or one that "
-        "chooses its steps, such as dopri5."
-    ),
-]
-Steps = Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default the variant's own.")]
-RelativeTolerance = Annotated[
-    float | None, typer.Option("--rtol", help="Relative tolerance of a solver that chooses its steps.")
-]
-AbsoluteTolerance = Annotated[
-    float | None, typer.Option("--atol", help="Absolute tolerance of a solver that chooses its steps.")
-]
-DynamicsName = Annotated[
-    str | None,
-    typer.Option(
-        "--dynamics",
-        help="The parts of the ODE blocks' right-hand side, joined by hyphens: conv, relu, norm (a BatchNorm for each "
-        "step), shared (one for all steps), group (a GroupNorm). By default conv-norm-relu-conv-norm; alexnet: "
-        "conv-norm-relu.",
-    ),
-]
-EvolutionName = Annotated[
-    str | None,
-    typer.Option(
-        "--evolution",
-        help="Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
-        "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank.",
-    ),
-]
-EvolutionRate = Annotated[
-    float, typer.Option("--evolution-lr", help="Factor on the learning rate for the operators' parameters.")
-]
-AdjointName = Annotated[
-    str | None,
-    typer.Option(
-        "--adjoint",
-        help="How gradients come back: backprop, discrete, discrete-last (the last step's graph is kept: faster), "
-        "reversible or continuous; by default the variant's own.",
-    ),
-]
-Precision = Annotated[str, typer.Option(help="32-true, 64-true, bf16-mixed, or on a GPU 16-mixed.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Train the model compiled by torch.compile.")]
-Accelerator = Annotated[str, typer.Option(help="auto, cpu, gpu ...")]
-Devices = Annotated[str, typer.Option(help="How many devices of each machine, or which: 2, or 0,3.")]
-Nodes = Annotated[int, typer.Option(help="How many machines train together; each runs this command.")]
-Strategy = Annotated[str, typer.Option(help="auto, ddp ...")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; by default what torch chooses.")]
 Progress = Annotated[
     bool, typer.Option("--progress/--no-progress", help="Show a progress bar. A terminal is needed for it.")
 ]
 
+_FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(Experiment)}
+_OF_ONE_RUN = ("variant", "seed")
+"""The fields of which `compare` takes several values."""
 
-def _shared_experiment(
-    *,
-    model: Model = "resnet4",
-    data: Data = "digits",
-    data_root: DataRoot = None,
-    epochs: Epochs = 10,
-    limit: Limit = None,
-    validation: Validation = None,
-    batch_size: BatchSize = None,
-    lr: Rate = 0.1,
-    method: Method = "euler",
-    steps: Steps = None,
-    rtol: RelativeTolerance = None,
-    atol: AbsoluteTolerance = None,
-    dynamics: DynamicsName = None,
-    evolution: EvolutionName = None,
-    evolution_lr: EvolutionRate = 1.0,
-    adjoint: AdjointName = None,
-    precision: Precision = "32-true",
-    compile: Compile = False,
-    accelerator: Accelerator = "auto",
-    devices: Devices = "1",
-    nodes: Nodes = 1,
-    strategy: Strategy = "auto",
-    threads: Threads = None,
-) -> Experiment:
-    """The options of an experiment that `train` and `compare` have in common."""
-    root = None if data_root is None else str(data_root)
-    options = {name: value for name, value in locals().items() if name not in ("root", "data_root")}
-    return Experiment(**options, data_root=root)
+
+def _option(name: str) -> Any:
+    """The option that sets a field of the experiment, without its type and default."""
+    field = _FIELDS[name]
+    flag = f"--{name.replace('_', '-')}"
+    return typer.Option(flag, help=field.metadata["help"])
+
+
+def _shared_options() -> list[Parameter]:
+    """The options that `train` and `compare` have in common, as parameters of a command."""
+    types = get_type_hints(Experiment) | {"data_root": Path | None}
+    return [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[types[name], _option(name)])
+        for name, field in _FIELDS.items()
+        if name not in _OF_ONE_RUN
+    ]
 
 
 def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of `_shared_experiment`, in place of its ``experiment`` made of them."""
+    """The command with the options of an experiment, in place of its ``experiment`` made of them."""
+    shared = _shared_options()
 
     @wraps(command)
     def wrapper(**options: Any) -> None:
+        given: dict[str, Any] = {option.name: options.pop(option.name) for option in shared}
+        if given["data_root"] is not None:
+            given["data_root"] = str(given["data_root"])
         with _bad_input():
-            experiment = _shared_experiment(**{name: options.pop(name) for name in shared})
+            experiment = Experiment(**given)
         command(experiment=experiment, **options)
 
-    shared = signature(_shared_experiment, eval_str=True).parameters
     own = [p for name, p in signature(command, eval_str=True).parameters.items() if name != "experiment"]
     # What typer reads; the help shows the options in this order.
-    options = [*own, *shared.values()]
+    options = [*own, *shared]
     wrapper.__signature__ = Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
     wrapper.__annotations__ = {option.name: option.annotation for option in options}
     return wrapper
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _line(f"neuralode-coupled {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def overview(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command(epilog="Example: neuralode-coupled train --variant anodev2-1 --epochs 10 --out runs/digits")
@@ -162,8 +113,8 @@ def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
 def train(
     *,
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
-    variant: Annotated[str, typer.Option(help="baseline, node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    variant: Annotated[str, _option("variant")] = Experiment.variant,
+    seed: Annotated[int, _option("seed")] = Experiment.seed,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
     progress: Progress = True,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
@@ -187,17 +138,18 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool)
     """`train`, of an experiment that is complete."""
     with _bad_input():
         from neuralode_coupled.evolution import NonFiniteWeights
-        from neuralode_coupled.train import training
+        from neuralode_coupled.train.building import resolve
         from neuralode_coupled.train.learner import Diverged
         from neuralode_coupled.train.processes import FolderNotShared, ProcessLost
+        from neuralode_coupled.train.run import prepare
 
-        run.check(training.resolve(experiment), resume=True)
+        run.check(resolve(experiment), resume=True)
         result = run.result()
         if result is not None:
             _line(f"{run.path} is finished already: {_accuracies(result)}")
             return
         bar = progress and out.is_terminal
-        ready = training.prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
+        ready = prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
     if ready.done and ready.trainer.is_global_zero:
         _line(f"continuing after epoch {ready.done} of {experiment.epochs}")
     try:
@@ -233,6 +185,7 @@ def compare(
     """
     with _bad_input():
         from neuralode_coupled.train import compare as comparison
+        from neuralode_coupled.train.table import present
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
     with _interruptible("the same command goes on from here"):
@@ -240,7 +193,7 @@ def compare(
         for failure in failures:
             err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
         with _bad_input():  # what the folder of a finished run holds may be damaged
-            comparison.present(folder, chosen, out)
+            present(folder, chosen, out)
     if failures:
         raise typer.Exit(FAILED)
 
@@ -248,10 +201,10 @@ def compare(
 @app.command(epilog="Example: neuralode-coupled check --model resnet4 --variant anodev2-1")
 def check(
     *,
-    model: Model = "resnet4",
+    model: Annotated[str, _option("model")] = Experiment.model,
     variant: Annotated[str, typer.Option(help="node, anode, anodev2-1 or anodev2-2.")] = "anodev2-1",
-    steps: Steps = None,
-    method: Method = "euler",
+    steps: Annotated[int | None, _option("steps")] = Experiment.steps,
+    method: Annotated[str, _option("method")] = Experiment.method,
     dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
     seed: Annotated[int, typer.Option(help="Of weights, coefficients of the evolution and images.")] = 0,
 ) -> None:
@@ -293,7 +246,7 @@ def filters(
         from neuralode_coupled.figures import gallery
 
         gallery.gaussian(size)  # a size that will not do is refused before anything is written
-        learned = [] if run is None else gallery.draw_run(folder, run)
+        learned = [] if run is None else _draw_run(folder, run)
         for path in [*gallery.draw(folder, size), *learned]:
             _line(str(path))
 
@@ -307,7 +260,7 @@ def transport(
     ] = "constant, linear, exponential, sinusoidal, sign-changing",
     seed: Annotated[int, typer.Option(help="Of the signals and the initial weights.")] = 0,
     steps: Annotated[int, typer.Option(help="Activation steps; a multiple of 4, the observed times.")] = 16,
-    method: Method = "rk4",
+    method: Annotated[str, _option("method")] = "rk4",
     iterations: Annotated[int, typer.Option(help="Of L-BFGS, at most.")] = 150,
     fresh: Annotated[bool, typer.Option("--fresh", help="Learn again what is in --out already.")] = False,
 ) -> None:
@@ -343,7 +296,7 @@ def main() -> None:
     app()
 
 
-@contextlib.contextmanager
+@contextmanager
 def _bad_input() -> Iterator[None]:
     """What is raised here is the user's to mend: one line, and no traceback."""
     try:
@@ -352,7 +305,7 @@ def _bad_input() -> Iterator[None]:
         _stop(error, BAD_INPUT)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _interruptible(advice: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what happens here, with one line that says how it goes on."""
     with interruptible():
@@ -371,6 +324,12 @@ def _stop(error: Exception | str, code: int) -> NoReturn:
 
 def _line(text: str) -> None:
     out.print(escape(text), soft_wrap=True)
+
+
+def _draw_run(folder: Path, run: Path) -> list[Path]:
+    from neuralode_coupled.train.pictures import draw_run  # with Lightning, which the other pictures do not need
+
+    return draw_run(folder, run)
 
 
 def _accuracies(result: Result) -> str:

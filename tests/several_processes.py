@@ -23,7 +23,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled import cli
-from neuralode_coupled.train import data, training
+from neuralode_coupled.train import building, data
 
 RANK = int(os.environ.get("LOCAL_RANK", os.environ.get("NODE_RANK", "0")))
 
@@ -88,8 +88,8 @@ def main() -> None:
         atexit.register(note_group)  # before all others, so that it runs after them
     chosen = [made() for made, name in ((Record, "RECORD"), (Fail, "FAIL")) if name in os.environ]
     trainer = pl.Trainer
-    training.pl.Trainer = lambda callbacks, **options: trainer(callbacks=[*chosen, *callbacks], **options)
-    training.build_model = build_model
+    pl.Trainer = lambda callbacks, **options: trainer(callbacks=[*chosen, *callbacks], **options)
+    building.build_model = build_model
     data.augment = lambda pixels, flip: pixels  # the processes draw their own random numbers
     cli.main()
 

@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.train import training, weights_file
+from neuralode_coupled.train import Experiment, RunFolder, load_model, train, weights_file
 from neuralode_coupled.train.callbacks import AtomicCheckpoints
-from neuralode_coupled.train.runs import Experiment, RunFolder
-from neuralode_coupled.train.training import prepare, train
+from neuralode_coupled.train.run import prepare
 from tests import oracle
 
 STATE_DICTS = Path(__file__).parent / "data" / "state_dicts.pt"
@@ -106,7 +105,7 @@ def test_checkpoints_of_another_model_are_refused_in_a_line(runs):
         r"is of model 'resnet10', not 'resnet4', variant 'anodev2-1', not 'anodev2-2' \(missing: .* and \d+ more; "
     )
     with pytest.raises(ValueError, match=message) as loading:
-        training.load_model(ours)
+        load_model(ours)
     with pytest.raises(ValueError, match=message):
         prepare(experiment, ours, resume=True)
     assert "\n" not in str(loading.value)
@@ -118,7 +117,7 @@ def test_a_checkpoint_of_another_version_is_refused_only_if_its_weights_differ(r
     content = torch.load(ours.best, weights_only=True)
     content[weights_file.ORIGIN]["version"] = "0.0.9"
     torch.save(content, ours.best)
-    training.load_model(ours)
+    load_model(ours)
     name = "model.0.weight"
     content["state_dict"][name] = content["state_dict"][name][:8]
     torch.save(content, ours.best)
@@ -126,12 +125,12 @@ def test_a_checkpoint_of_another_version_is_refused_only_if_its_weights_differ(r
         ValueError,
         match=r"is of version '0.0.9', not '.*' \(of another shape: model.0.weight \(8, 3, 3, 3\), not \(16, 3, 3, 3\)",
     ):
-        training.load_model(ours)
+        load_model(ours)
     # Of a version that did not say so yet.
     del content[weights_file.ORIGIN]
     torch.save(content, ours.best)
     with pytest.raises(ValueError, match="is of another model"):
-        training.load_model(ours)
+        load_model(ours)
 
 
 def test_what_is_no_checkpoint_is_refused(runs):

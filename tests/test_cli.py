@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from neuralode_coupled import cli
 from neuralode_coupled.runge_kutta import METHODS
-from neuralode_coupled.train import training
-from neuralode_coupled.train.runs import RunFolder
+from neuralode_coupled.train import RunFolder, building, trainer
+from neuralode_coupled.train.run import Training
 from tests.test_data import image_folder
 
 
@@ -113,7 +113,7 @@ def test_another_experiments_folder_is_refused(quick, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_end_says_how_it_goes_on(quick, tmp_path, monkeypatch, number):
-    class Asked(training.EpochLog):
+    class Asked(trainer.EpochLog):
         def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
             if trainer.global_step == 4:  # the first of the second epoch
@@ -122,7 +122,7 @@ def test_a_run_that_is_asked_to_end_says_how_it_goes_on(quick, tmp_path, monkeyp
     options = ["train", "--variant", "baseline", *quick, "--epochs", 2, "--out", tmp_path / "run"]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "EpochLog", Asked)
+        patch.setattr(trainer, "EpochLog", Asked)
         done = run(*options)
     assert done.exit_code == 128 + number, done.output
     assert done.stderr == f"error: interrupted by {number.name}: continue the run with --resume\n"
@@ -140,7 +140,7 @@ def test_a_broken_loss_is_a_failed_run(quick, tmp_path, monkeypatch):
         def forward(self, images):
             return self.linear(images.mean((2, 3))) * math.nan
 
-    monkeypatch.setattr(training, "build_model", lambda experiment, classes: Nan())
+    monkeypatch.setattr(building, "build_model", lambda experiment, classes: Nan())
     done = run("train", *quick, "--out", tmp_path / "run")
     assert done.exit_code == cli.FAILED
     assert "in epoch 1, at step 1 of the run" in done.stderr
@@ -153,7 +153,7 @@ def test_an_error_of_ours_is_not_dressed_up_as_the_users(quick, tmp_path, monkey
     def broken(self):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(training.Training, "run", broken)
+    monkeypatch.setattr(Training, "run", broken)
     done = run("train", *quick, "--out", tmp_path / "run")
     assert isinstance(done.exception, ValueError)
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from neuralode_coupled import cli
-from neuralode_coupled.train import compare
-from neuralode_coupled.train.compare import Line, Outcome, Planned, plan
-from neuralode_coupled.train.runs import Experiment, Result, RunFolder
+from neuralode_coupled.train import Experiment, Result, RunFolder, compare, pictures, table
+from neuralode_coupled.train.compare import Outcome, Planned, plan
+from neuralode_coupled.train.table import Line
 from tests.test_data import image_folder
 
 
@@ -46,7 +46,7 @@ def finish(planned: Planned, accuracy: float, **costs) -> None:
 
 def printed(out: Path, runs: list[Planned]) -> str:
     text = io.StringIO()
-    compare.present(out, runs, Console(file=text, width=80))
+    table.present(out, runs, Console(file=text, width=80))
     return text.getvalue()
 
 
@@ -159,7 +159,7 @@ def test_a_run_that_fails_takes_no_other_along(shared, tmp_path):
         "resnet4-baseline-seed0 (exit code 1): the loss became NaN",
         "resnet4-anode-seed0 (killed by signal 9): no message",
     ]
-    assert [line.variant for line in compare.summarise(runs)] == ["anodev2-2"]
+    assert [line.variant for line in table.summarise(runs)] == ["anodev2-2"]
     assert "anodev2-2" in printed(tmp_path / "out", runs)
 
 
@@ -174,7 +174,7 @@ def test_the_table_is_over_the_seeds(shared, tmp_path):
     runs = plan(tmp_path, shared, ["anode", "baseline"], [0, 1, 2])
     for planned, accuracy, seconds, memory in zip(runs, (0.5, 0.8, 0.7), (1.0, 9.0, 2.0), (1, 3, 2), strict=False):
         finish(planned, accuracy, seconds=seconds, memory=memory * 2**20)
-    (line,) = compare.summarise(runs)
+    (line,) = table.summarise(runs)
     assert (line.variant, line.runs, line.parameters) == ("anode", 3, 1234567)
     assert (line.accuracy_min, line.accuracy_max) == (50, 80)
     assert line.accuracy_mean == pytest.approx(200 / 3)
@@ -199,7 +199,7 @@ def test_the_table_as_text_csv_and_markdown_says_the_same(shared, tmp_path):
 
 def test_the_widest_line_has_a_cell_for_every_heading():
     line = Line("anodev2-1", 5, 1756682, 90.0, 91.0, 90.5, 100.25, 25, 25, 12345.6)
-    assert len(line.cells()) == len(compare.HEADINGS)
+    assert len(line.cells()) == len(table.HEADINGS)
 
 
 def test_with_nothing_finished_there_is_no_table(shared, tmp_path):
@@ -224,7 +224,7 @@ def test_a_command_carries_the_whole_experiment(shared, tmp_path):
         raise ValueError("enough")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neuralode_coupled.train.training.prepare", prepare)
+        patch.setattr("neuralode_coupled.train.run.prepare", prepare)
         assert here(arguments).code == cli.BAD_INPUT
     assert seen == [(planned.experiment, planned.folder.path, True)]
 
@@ -287,7 +287,7 @@ def test_learning_curves_show_unfinished_runs_too(shared, tmp_path):
     finish(runs[0], 0.5)
     runs[1].folder.claim(runs[1].experiment, ["a"], {})
     runs[1].folder.write_rows([{"epoch": 1.0, "test/accuracy": 0.25, "train/loss": 1.0}])
-    figure = compare.learning_curves(runs)
+    figure = pictures.learning_curves_of(runs)
     assert [line.get_label() for line in figure.axes[0].lines] == ["baseline", "anode"]
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from neuralode_coupled.train import image_sources
-from neuralode_coupled.train.data import EvenBatches, ImageData, augment, channel_statistics
+from neuralode_coupled.train import ImageData, image_sources
+from neuralode_coupled.train.data import EvenBatches, augment, channel_statistics
 from neuralode_coupled.train.image_sources import stratified_order
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from neuralode_coupled.figures import gallery, plotting
-from neuralode_coupled.train import training
+from neuralode_coupled.train import pictures
 from tests.test_cli import complaint, run
 
 
@@ -166,15 +166,15 @@ class Stack(nn.Module):
 def test_filters_of_a_run_are_drawn_layer_by_layer(tmp_path, monkeypatch):
     loaded = []
     model = Stack(nc.ReactionDiffusionAdvection())
-    monkeypatch.setattr(training, "load_model", lambda folder: loaded.append(folder.path) or model)
+    monkeypatch.setattr(pictures, "load_model", lambda folder: loaded.append(folder.path) or model)
     out = tmp_path / "figures"
-    assert gallery.draw_run(out, tmp_path) == [out / "learned-block-weight.png"]
+    assert pictures.draw_run(out, tmp_path) == [out / "learned-block-weight.png"]
     assert loaded == [tmp_path]
     with Image.open(out / "learned-block-weight.png") as picture:
         assert picture.format == "PNG"
-    monkeypatch.setattr(training, "load_model", lambda folder: Stack(nc.Static()))
+    monkeypatch.setattr(pictures, "load_model", lambda folder: Stack(nc.Static()))
     with pytest.raises(ValueError, match="has no evolving filters: choose a run of anodev2-1 or anodev2-2"):
-        gallery.draw_run(out, tmp_path)
+        pictures.draw_run(out, tmp_path)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path):

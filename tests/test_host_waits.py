@@ -26,10 +26,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import neuralode_coupled as nc
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.train import callbacks, learner, training
-from neuralode_coupled.train.data import EvenBatches, ImageData, augment
+from neuralode_coupled.train import Experiment, ImageData, RunFolder, callbacks, learner, train
+from neuralode_coupled.train.data import EvenBatches, augment
 from neuralode_coupled.train.image_sources import ImageSet
-from neuralode_coupled.train.runs import Experiment, RunFolder
 from tests.test_adjoint import OPERATORS
 from tests.test_kkt_properties import KERNELS
 
@@ -202,11 +201,9 @@ class WithoutWaiting(pl.Callback):
 def run_without_waiting(monkeypatch, tmp_path, forbidden: Callable, **options) -> int:
     """Train two epochs with a progress bar; gives how many batches passed under watch."""
     watch, trainer = WithoutWaiting(forbidden), pl.Trainer
-    monkeypatch.setattr(
-        training.pl, "Trainer", lambda callbacks, **given: trainer(callbacks=[watch, *callbacks], **given)
-    )
+    monkeypatch.setattr(pl, "Trainer", lambda callbacks, **given: trainer(callbacks=[watch, *callbacks], **given))
     experiment = Experiment(epochs=2, limit=100, batch_size=16, threads=1, **options)
-    training.train(experiment, RunFolder(tmp_path / "run"), progress=True)
+    train(experiment, RunFolder(tmp_path / "run"), progress=True)
     return watch.passed
 
 

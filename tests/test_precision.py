@@ -13,9 +13,8 @@ from torch.nn import functional
 
 import neuralode_coupled as nc
 from neuralode_coupled.coupled.on_grid import GridProblem
-from neuralode_coupled.train import training
-from neuralode_coupled.train.runs import Experiment, RunFolder
-from neuralode_coupled.train.training import train
+from neuralode_coupled.train import Experiment, RunFolder, building, load_model, train
+from neuralode_coupled.train.run import prepare
 from tests import oracle
 
 DIGITS = Experiment(variant="anodev2-2", epochs=1, limit=64, batch_size=16, lr=0.05, accelerator="cpu", threads=1)
@@ -40,7 +39,7 @@ def formats(monkeypatch) -> dict[str, set[torch.dtype]]:
         return result
 
     # It takes a step of its own in float32.
-    monkeypatch.setattr(training, "_tried", lambda model, backward=False: model)
+    monkeypatch.setattr(building, "_tried", lambda model, backward=False: model)
     monkeypatch.setattr(GridProblem, "stage_weights", watched)
     monkeypatch.setattr(functional, "conv2d", convolution)
     monkeypatch.setattr(
@@ -89,7 +88,7 @@ def test_float16_on_a_cpu_and_unknown_precisions_are_refused(tmp_path):
         ("bf16-true", "choose one of 32-true, 64-true"),
     ):
         with pytest.raises(ValueError, match=message):
-            training.prepare(replace(DIGITS, precision=precision), RunFolder(tmp_path / "run"))
+            prepare(replace(DIGITS, precision=precision), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -151,7 +150,7 @@ def test_scaled_gradients_come_back_unscaled_and_a_scale_that_overflows_skips_th
 
 def compiled_and_eager(tmp_path, monkeypatch, backend: str, **options) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(training, "compile_model", partial(training.compile_model, backend=backend))
+    monkeypatch.setattr(building, "compile_model", partial(building.compile_model, backend=backend))
     eager, weights = trained(replace(DIGITS, **options), tmp_path / "eager")
     compiled, others = trained(replace(DIGITS, compile=True, **options), tmp_path / "compiled")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
@@ -159,8 +158,8 @@ def compiled_and_eager(tmp_path, monkeypatch, backend: str, **options) -> None:
         assert theirs["train/loss"] == pytest.approx(ours["train/loss"], rel=1e-4)
     assert weights.keys() == others.keys()
     # A compiled run is loaded as any other, and resumed without compilation too.
-    training.load_model(compiled)
-    compiled.check(training.resolve(replace(DIGITS, **options)), resume=True)
+    load_model(compiled)
+    compiled.check(building.resolve(replace(DIGITS, **options)), resume=True)
 
 
 @pytest.mark.parametrize("adjoint", [None, "discrete-last"])
@@ -175,5 +174,5 @@ def test_compiled_on_cuda(tmp_path, monkeypatch):
 
 def test_what_cannot_be_compiled_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"ContinuousAdjoint.*cannot be compiled: use the adjoint discrete"):
-        training.prepare(replace(DIGITS, variant="node", compile=True), RunFolder(tmp_path / "run"))
+        prepare(replace(DIGITS, variant="node", compile=True), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from typer.testing import CliRunner
 
 from neuralode_coupled import cli
-from neuralode_coupled.train import data, training
+from neuralode_coupled.train import Experiment, RunFolder, building, data
 from neuralode_coupled.train.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
-from neuralode_coupled.train.runs import Experiment, RunFolder
+from neuralode_coupled.train.run import prepare
 from tests import several_processes
 
 ROOT = Path(__file__).parent.parent
@@ -67,12 +68,10 @@ def two(tmp_path_factory) -> Path:
 def test_two_processes_are_one_with_their_batches_together(two, tmp_path, monkeypatch):
     """Gradients of the first step and weights after the last, in float64."""
     monkeypatch.setenv("RECORD", str(tmp_path))
-    monkeypatch.setattr(training, "build_model", several_processes.build_model)
+    monkeypatch.setattr(building, "build_model", several_processes.build_model)
     monkeypatch.setattr(data, "augment", lambda pixels, flip: pixels)
-    trainer, record = training.pl.Trainer, several_processes.Record()
-    monkeypatch.setattr(
-        training.pl, "Trainer", lambda callbacks, **options: trainer(callbacks=[record, *callbacks], **options)
-    )
+    trainer, record = pl.Trainer, several_processes.Record()
+    monkeypatch.setattr(pl, "Trainer", lambda callbacks, **options: trainer(callbacks=[record, *callbacks], **options))
     done = CliRunner().invoke(cli.app, ["train", "--out", str(tmp_path / "run"), *ONE])
     assert done.exit_code == 0, done.output
     alone = torch.load(tmp_path / "process0.pt", weights_only=True)
@@ -217,7 +216,7 @@ def test_a_process_that_does_not_see_the_checkpoint_does_not_start_from_nothing(
     ("strategy", "tolerant"), [("ddp", True), ("auto", True), ("ddp_find_unused_parameters_false", False)]
 )
 def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, tolerant):
-    made = training.pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    made = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
     tolerate_unused_parameters(made)
     assert made.strategy._ddp_kwargs["find_unused_parameters"] is tolerant
 
@@ -225,18 +224,18 @@ def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, 
 def test_more_processes_than_cores_are_refused(tmp_path):
     asked = Experiment(accelerator="cpu", devices=str(10**4), strategy="ddp")
     with pytest.raises(ValueError, match=r"'10000'.*every process wants a core, and there are \d+: ask for no more"):
-        training.prepare(asked, RunFolder(tmp_path / "run"))
+        prepare(asked, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_gpus_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'gpu', devices '2'.* has 0 GPUs and \d+ CPU cores"):
-        training.prepare(Experiment(accelerator="gpu", devices="2"), RunFolder(tmp_path / "run"))
+        prepare(Experiment(accelerator="gpu", devices="2"), RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.gpu
 def test_more_gpus_than_there_are_are_refused(tmp_path):
     asked = Experiment(accelerator="gpu", devices=str(torch.cuda.device_count() + 1))
     with pytest.raises(ValueError, match=r"cannot train with accelerator 'gpu'.* has \d+ GPUs"):
-        training.prepare(asked, RunFolder(tmp_path / "run"))
+        prepare(asked, RunFolder(tmp_path / "run"))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from neuralode_coupled.train import runs
-from neuralode_coupled.train.runs import Experiment, PeakMemory, Result, RunFolder, write_atomically
+from neuralode_coupled._files import write_atomically
+from neuralode_coupled._types import Row
+from neuralode_coupled.train import Experiment, Result, RunFolder
+from neuralode_coupled.train.memory import PeakMemory
 
 RESULT = Result(
     parameters=10,
@@ -34,7 +36,7 @@ def folder(tmp_path) -> RunFolder:
     return claimed
 
 
-def row(epoch: int, accuracy: float = 0.5) -> runs.Row:
+def row(epoch: int, accuracy: float = 0.5) -> Row:
     return {"epoch": float(epoch), "test/accuracy": accuracy, "seconds": 1 / 3, "memory": 2.0**31 + 1}
 
 

@@ -20,10 +20,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.train import callbacks, learner, training
-from neuralode_coupled.train.learner import Classifier, Diverged, learning_rate
-from neuralode_coupled.train.runs import Experiment, RunFolder
-from neuralode_coupled.train.training import prepare, train
+from neuralode_coupled.train import (
+    Classifier,
+    Experiment,
+    ImageData,
+    RunFolder,
+    building,
+    callbacks,
+    learner,
+    load_model,
+    train,
+)
+from neuralode_coupled.train.learner import Diverged, learning_rate
+from neuralode_coupled.train.loading import finished_epochs
+from neuralode_coupled.train.run import prepare
 from tests.test_data import image_folder
 
 TIMES = {"seconds", "memory"}
@@ -79,8 +89,8 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(small, tmp_path):
 def test_the_best_checkpoint_comes_back_as_a_model_with_its_accuracy(small, tmp_path):
     folder = RunFolder(tmp_path / "run")
     result = train(small, folder)
-    model = training.load_model(folder)
-    images = training.build_data(small)
+    model = load_model(folder)
+    images = building.build_data(small)
     images.setup()
     assert not model.training
     with torch.no_grad():
@@ -103,7 +113,7 @@ def test_a_folder_may_be_given_by_its_path(small, tmp_path):
     small = replace(small, epochs=1, variant="baseline")
     result = train(small, tmp_path / "run")
     assert train(small, str(tmp_path / "run")) == result
-    assert not training.load_model(str(tmp_path / "run")).training
+    assert not load_model(str(tmp_path / "run")).training
 
 
 def test_a_finished_run_is_not_repeated(small, tmp_path):
@@ -118,23 +128,23 @@ KILLED = """
 import os, signal, sys
 import pytorch_lightning as pl
 from neuralode_coupled import cli
-from neuralode_coupled.train import training
+from neuralode_coupled.train import trainer as made
 
 class Kill(pl.Callback):
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == {step}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Late(training.EpochLog):
+class Late(made.EpochLog):
     # After the row is written, before the checkpoint is.
     def on_train_epoch_end(self, trainer, module):
         super().on_train_epoch_end(trainer, module)
         if trainer.current_epoch + 1 == {epoch}:
             os.kill(os.getpid(), signal.SIGKILL)
 
-training.EpochLog = Late
+made.EpochLog = Late
 trainer = pl.Trainer
-training.pl.Trainer = lambda callbacks, **options: trainer(callbacks=[Kill(), *callbacks], **options)
+pl.Trainer = lambda callbacks, **options: trainer(callbacks=[Kill(), *callbacks], **options)
 cli.main()
 """
 
@@ -156,7 +166,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, tmp_pat
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert killed.result() is None
-    assert training.finished_epochs(killed) == done
+    assert finished_epochs(killed) == done
 
     # A run folder may be moved while it waits.
     moved = RunFolder(tmp_path / "moved")
@@ -265,14 +275,14 @@ def test_a_checkpoint_of_weights_alone_does_not_continue_a_run(small, tmp_path, 
 def test_of_two_that_start_at_once_in_a_new_folder_one_is_refused(small, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     small = replace(small, epochs=1, variant="baseline")
-    setup = training.ImageData.setup
+    setup = ImageData.setup
 
     def while_another_trains(images, stage=None):
-        monkeypatch.setattr(training.ImageData, "setup", setup)
+        monkeypatch.setattr(ImageData, "setup", setup)
         train(small, folder)
         setup(images)
 
-    monkeypatch.setattr(training.ImageData, "setup", while_another_trains)
+    monkeypatch.setattr(ImageData, "setup", while_another_trains)
     with pytest.raises(ValueError, match="has become another run's folder meanwhile: choose another folder"):
         prepare(small, folder)
 
@@ -295,11 +305,11 @@ class BreaksAtStep(nn.Module):
 def test_a_broken_loss_stops_the_run_and_keeps_the_last_good_checkpoint(small, tmp_path, value, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     # Six steps an epoch: the ninth is the third of the second epoch.
-    monkeypatch.setattr(training, "build_model", lambda experiment, classes: BreaksAtStep(9, value))
+    monkeypatch.setattr(building, "build_model", lambda experiment, classes: BreaksAtStep(9, value))
     with pytest.raises(Diverged, match="NaN or infinite in epoch 2, at step 9 of the run") as caught:
         train(small, folder)
     assert (caught.value.epoch, caught.value.step) == (2, 9)
-    assert training.finished_epochs(folder) == 1
+    assert finished_epochs(folder) == 1
     assert len(folder.rows()) == 1
     assert folder.result() is None
     for checkpoint in (folder.last, folder.best):
@@ -316,10 +326,10 @@ def test_weights_that_break_in_an_epochs_last_step_are_not_saved(small, tmp_path
             return super().forward(images)
 
     folder = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(training, "build_model", lambda experiment, classes: BreaksWeights(10**9))
+    monkeypatch.setattr(building, "build_model", lambda experiment, classes: BreaksWeights(10**9))
     with pytest.raises(Diverged, match="epoch 2, at step 12"):
         train(small, folder)
-    assert training.finished_epochs(folder) == 1
+    assert finished_epochs(folder) == 1
     assert len(folder.rows()) == 1
 
 
@@ -348,10 +358,10 @@ def test_devices_that_compute_ahead_are_looked_at_rarely_and_name_the_right_step
 @pytest.mark.gpu
 def test_a_broken_loss_on_cuda_names_its_step(small, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
-    monkeypatch.setattr(training, "build_model", lambda experiment, classes: BreaksAtStep(9))
+    monkeypatch.setattr(building, "build_model", lambda experiment, classes: BreaksAtStep(9))
     with pytest.raises(Diverged, match="in epoch 2, at step 9 of the run"):
         train(replace(small, accelerator="gpu"), folder)
-    assert training.finished_epochs(folder) == 1
+    assert finished_epochs(folder) == 1
 
 
 @pytest.mark.parametrize(
@@ -368,7 +378,7 @@ def test_a_broken_loss_on_cuda_names_its_step(small, tmp_path, monkeypatch):
 def test_function_evaluations_count_all_residual_branches(model, variant, method, expected):
     network = nc.models.build(model, variant, method=method)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert training.function_evaluations(network) == expected
+    assert building.function_evaluations(network) == expected
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
@@ -427,7 +437,7 @@ def test_what_lightning_refuses_is_bad_input_and_leaves_no_folder(small, tmp_pat
 
 def test_a_model_of_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no trained model"):
-        training.load_model(RunFolder(tmp_path))
+        load_model(RunFolder(tmp_path))
 
 
 def test_the_first_epochs_have_the_experiments_learning_rate(small, tmp_path):

@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import neuralode_coupled as nc
-from neuralode_coupled.train.runs import Experiment, RunFolder
-from neuralode_coupled.train.training import train
-from neuralode_coupled.train.weight_log import SNAPSHOTS, WeightLog
+from neuralode_coupled.train import Experiment, RunFolder, WeightLog, train
+from neuralode_coupled.train.weight_log import SNAPSHOTS
 
 
 class Calls:

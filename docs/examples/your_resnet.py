@@ -18,10 +18,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import neuralode_coupled as nc
-from neuralode_coupled.figures import plotting
-from neuralode_coupled.train.data import ImageData
-from neuralode_coupled.train.learner import Classifier
-from neuralode_coupled.train.weight_log import WeightLog
+from neuralode_coupled.figures import filters_over_time
+from neuralode_coupled.train import Classifier, ImageData, WeightLog
 
 
 class Log(pl.Callback):
@@ -76,7 +74,7 @@ def main() -> None:
         return
 
     layer = nc.models.coupled_layers(model)["layer1.1.coupled"]
-    plotting.filters_over_time(layer).savefig(chosen.out / "filters.png")
+    filters_over_time(layer).savefig(chosen.out / "filters.png")
     model = model.cpu()
     difference = export(model, torch.randn(2, 3, 32, 32), chosen.out / "model.onnx")
     accuracy = float(trainer.callback_metrics["test/accuracy"])

@@ -1,7 +1,7 @@
 """How gradients come back through a solve."""
 
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
-from neuralode_coupled.adjoint.listening import Listener, listener, listening
+from neuralode_coupled.adjoint.listeners import Listener, listener, listening
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
 from neuralode_coupled.adjoint.plan import (
     Flow,

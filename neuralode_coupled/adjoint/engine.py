@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def traced(flat: list[Tensor]) -> bool:
     differentiation: those differentiate what they trace, to any order and direction, and a node of its own would
     hide the steps from them.
     """
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flat)
+    wanted = torch.is_grad_enabled() and any(map(attrgetter("requires_grad"), flat))
     return not wanted or tracing() == "transform"
 
 

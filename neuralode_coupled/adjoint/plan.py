@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.listening import Listener
+from neuralode_coupled.adjoint.listeners import Listener
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Plan:
             are handed: gradients are asked for at those very tensors.
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
             pass to the backward pass. Between its parts the state may have more tensors than y0.
+        count: the number of steps.
     """
 
     step: StepFunction
@@ -96,11 +97,10 @@ class Plan:
     overlooked: Callable[[Tensor], Exception] | None = None
     captured: int = 0
     parts: int = 1
+    count: int = field(init=False)
 
-    @property
-    def count(self) -> int:
-        """The number of steps."""
-        return len(self.emits)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", len(self.emits))
 
     def begin(self, n: int, y: State) -> None:
         """The forward pass begins step ``n``."""

@@ -123,7 +123,7 @@ class Spectrum(nn.Module):
         It is built as its difference from the identity, so that zero coefficients return ``w`` to the last bit.
         """
         growth, turn = self._rates(tau, upsilon, rho)
-        growth, turn = (times[:, None, None] * rate for rate in (growth, turn))
+        growth, turn = times[:, None, None] * growth, times[:, None, None] * turn
         # e^a (cos p + i sin p) - 1, without cancellation for small a and p.
         real = torch.expm1(growth) * torch.cos(turn) - 2 * torch.sin(turn / 2).square()
         imaginary = torch.exp(growth) * torch.sin(turn)

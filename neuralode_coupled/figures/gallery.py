@@ -19,14 +19,7 @@ from neuralode_coupled.evolution import (
     MLPEvolution,
     ReactionDiffusionAdvection,
 )
-from neuralode_coupled.figures.plotting import (
-    evolving_filters,
-    filter_gallery,
-    filter_gallery_frames,
-    filters_over_time,
-)
-from neuralode_coupled.models import coupled_layers
-from neuralode_coupled.train.runs import RunFolder
+from neuralode_coupled.figures.plotting import filter_gallery, filter_gallery_frames
 
 PROCESSES: dict[str, tuple[str, ...]] = {
     "diffusion": ("diffusion",),
@@ -157,27 +150,3 @@ def draw(folder: Path, size: int) -> list[Path]:
     durations = [_FRAME_MILLISECONDS] * (_FRAMES - 1) + [1000]
     first.save(animation, save_all=True, append_images=later, duration=durations, loop=0)
     return [picture, animation, others]
-
-
-def draw_run(folder: Path, run: Path) -> list[Path]:
-    """Write the evolving filters of a trained run (the paper's Figs. 4 to 6), a picture a layer; return their paths.
-
-    Raises ValueError if ``run`` holds no trained model, or one without evolving convolutions.
-    """
-    from neuralode_coupled.train.training import load_model
-
-    if not run.is_dir():
-        raise ValueError(f"there is no run folder {str(run)!r}")
-    layers = {
-        f"{layer}-{name}": (module, name)
-        for layer, module in coupled_layers(load_model(RunFolder(run))).items()
-        for name in evolving_filters(module)
-    }
-    if not layers:
-        raise ValueError(f"the model in {run} has no evolving filters: choose a run of anodev2-1 or anodev2-2")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for label, (module, name) in layers.items():
-        written.append(folder / f"learned-{label.replace('.', '-')}.png")
-        filters_over_time(module, name).savefig(written[-1], dpi=150)
-    return written

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import ScalarFormatter
-from PIL import Image
 from torch import Tensor
 
+from neuralode_coupled._extras import needs
+from neuralode_coupled._types import Row
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.evolution import Static
 from neuralode_coupled.kkt import Multipliers
-from neuralode_coupled.train.runs import Row
+
+with needs("figures"):
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.ticker import ScalarFormatter
+    from PIL import Image
 
 # Line style and marker tell the variants apart where colours do not.
 _STYLES = (

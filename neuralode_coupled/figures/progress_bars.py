@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from neuralode_coupled._extras import needs
 from neuralode_coupled.adjoint import listening
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def progress(description: str = "solving", console: Console | None = None) -> It
     Yields:
         The bars, ``rich.progress.Progress``; the first task is the forward pass, the second the backward pass.
     """
-    from rich.console import Console as StandardError
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with needs("train"):
+        from rich.console import Console as StandardError
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=console or StandardError(stderr=True))

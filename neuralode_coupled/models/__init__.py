@@ -1,5 +1,5 @@
 """The paper's networks: `build("resnet4", "anodev2-1")`."""
 
-from neuralode_coupled.models.build import ADJOINTS, EVOLUTIONS, NETWORKS, VARIANTS, build, by_name, coupled_layers
+from neuralode_coupled.models.variants import ADJOINTS, EVOLUTIONS, NETWORKS, VARIANTS, build, by_name, coupled_layers
 
 __all__ = ["ADJOINTS", "EVOLUTIONS", "NETWORKS", "VARIANTS", "build", "by_name", "coupled_layers"]

@@ -10,7 +10,7 @@ from neuralode_coupled.runge_kutta.adaptive import (
     mixed_norm,
 )
 from neuralode_coupled.runge_kutta.controller import IntegralController, PIController, StepController
-from neuralode_coupled.runge_kutta.embedded import ADAPTIVE, Embedded, embedded
+from neuralode_coupled.runge_kutta.embedded_pairs import ADAPTIVE, Embedded, embedded
 from neuralode_coupled.runge_kutta.stepping import combine, increment, step
 from neuralode_coupled.runge_kutta.tableaus import METHODS, Tableau, tableau
 

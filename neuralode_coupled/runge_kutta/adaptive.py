@@ -20,7 +20,7 @@ from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
-from neuralode_coupled.runge_kutta.embedded import Embedded
+from neuralode_coupled.runge_kutta.embedded_pairs import Embedded
 from neuralode_coupled.runge_kutta.stepping import combine
 
 Slope = Callable[[Tensor, State], State]

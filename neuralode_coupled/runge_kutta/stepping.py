@@ -47,17 +47,15 @@ def _evaluate(
 
 def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
     """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
-    terms = [
-        (dt * weight, slope)
-        for weight, slope in zip(weights, slopes, strict=True)
-        if isinstance(weight, Tensor) or weight != 0.0
-    ]
-    return tuple(_moved(part, [(scale, slope[i]) for scale, slope in terms]) for i, part in enumerate(y))
-
-
-def _moved(part: Tensor, terms: Sequence[tuple[float | Tensor, Tensor]]) -> Tensor:
-    """One tensor of a state, moved along those of slopes."""
-    for scale, slope in terms:
-        # A scaled addition is one pass over memory and keeps nothing for its backward.
-        part = part + scale * slope if isinstance(scale, Tensor) else torch.add(part, slope, alpha=scale)
-    return part
+    parts = list(y)
+    for weight, slope in zip(weights, slopes, strict=True):
+        if not isinstance(weight, Tensor) and weight == 0.0:
+            continue
+        scale = dt * weight
+        if isinstance(scale, Tensor):
+            parts = [part + scale * k for part, k in zip(parts, slope, strict=True)]
+            continue
+        for i, k in enumerate(slope):
+            # A scaled addition is one pass over memory and keeps nothing for its backward.
+            parts[i] = torch.add(parts[i], k, alpha=scale)
+    return tuple(parts)

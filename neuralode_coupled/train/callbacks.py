@@ -1,7 +1,8 @@
-"""What happens besides training: a row an epoch, checkpoints that may be moved, signals, a progress bar."""
+"""What happens besides training: one row per epoch, checkpoints that may be moved, signals, a progress bar."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -9,25 +10,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-import neuralode_coupled as nc
+from neuralode_coupled._extras import needs
+from neuralode_coupled._files import draft
+from neuralode_coupled._types import Row
+from neuralode_coupled.models import coupled_layers
+from neuralode_coupled.train.folder import RunFolder
 from neuralode_coupled.train.learner import Classifier, Diverged
+from neuralode_coupled.train.memory import PeakMemory
 from neuralode_coupled.train.processes import agree
-from neuralode_coupled.train.runs import PeakMemory, Row, RunFolder, draft
 from neuralode_coupled.train.weight_log import WeightLog
+
+with needs("train"):
+    import pytorch_lightning as pl
+    from lightning_fabric.plugins import TorchCheckpointIO
+    from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
+    from pytorch_lightning.loggers import TensorBoardLogger
 
 Report = Callable[[str], None]
 
 
 class EpochLog(pl.Callback):
-    """Writes one row an epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
+    """Writes one row per epoch to ``metrics.csv`` and TensorBoard, before the epoch's checkpoints are saved.
 
     TensorBoard gets what `WeightLog` writes too.
 
@@ -75,7 +81,7 @@ class EpochLog(pl.Callback):
         row = {"epoch": float(trainer.current_epoch + 1)}
         for name in ("train/loss", "train/accuracy", "test/loss", "test/accuracy"):
             row[name] = float(measured[name])
-        if not np.isfinite(row["test/loss"]):
+        if not math.isfinite(row["test/loss"]):
             raise Diverged(trainer.current_epoch + 1, trainer.global_step)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         row |= evolution_norms(pl_module)
@@ -170,7 +176,7 @@ class ProgressBar(RichProgressBar):
 def evolution_norms(model: nn.Module) -> dict[str, float]:
     """The Euclidean norms of the evolution coefficients, all layers together, as ``evolution/<coefficient>``."""
     squares: dict[str, Tensor] = {}
-    for layer in nc.models.coupled_layers(model).values():
+    for layer in coupled_layers(model).values():
         for name, coefficient in layer.field.evolution.named_parameters():
             term = f"evolution/{name.rpartition('.')[2]}"
             square = coefficient.detach().double().square().sum()

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
+from neuralode_coupled._extras import needs
 from neuralode_coupled.train.image_sources import (
     Batch,
     ImageSet,
@@ -24,6 +24,9 @@ from neuralode_coupled.train.image_sources import (
     training_images,
     validation_images,
 )
+
+with needs("train"):
+    import pytorch_lightning as pl
 
 PADDING = 4
 _MEMORY_FORMAT = defaultdict(lambda: torch.contiguous_format, cpu=torch.channels_last)

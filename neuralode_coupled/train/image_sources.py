@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
+
+from neuralode_coupled._extras import MissingExtra, needs
+
+with needs("train"):
+    import numpy as np
 
 SIZE = 32
 DOWNLOADS = Path("~/.cache/neuralode-coupled")
@@ -124,7 +128,8 @@ def _digits_root(root: str | Path | None) -> None:
 
 def _digits(root: Path | None, split: str, choose: Choice) -> ImageSet:
     """One image in five is for testing."""
-    from sklearn.datasets import load_digits
+    with needs("train"):
+        from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     labels = torch.from_numpy(digits.target).long()
@@ -216,7 +221,8 @@ _CLIPPED = ("I", "F")
 
 def _is_taken(path: str) -> bool:
     """Whether a file of a class is one of its images. Raises ValueError for an image of a kind that is not taken."""
-    from PIL import Image
+    with needs("train"):
+        from PIL import Image
 
     taken = _torchvision_datasets().folder.IMG_EXTENSIONS
     extension = Path(path).suffix.lower()
@@ -233,7 +239,8 @@ def _is_taken(path: str) -> bool:
 
 def _decode(path: str) -> np.ndarray:
     """An image file as (3, 32, 32) uint8."""
-    from PIL import Image
+    with needs("train"):
+        from PIL import Image
 
     try:
         with Image.open(path) as file:
@@ -252,9 +259,12 @@ def _decode(path: str) -> np.ndarray:
 
 
 def _torchvision_datasets() -> Any:
-    """torchvision.datasets. Raises ImportError that says what to install."""
+    """torchvision.datasets. Raise ImportError that says what to install."""
     try:
-        from torchvision import datasets
+        with needs("train"):
+            from torchvision import datasets
+    except MissingExtra:
+        raise
     except (ImportError, RuntimeError) as error:
         # A torchvision built for another torch fails with RuntimeError: "operator torchvision::nms does not exist".
         raise ImportError(

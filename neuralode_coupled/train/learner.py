@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-import neuralode_coupled as nc
+from neuralode_coupled._extras import needs
+from neuralode_coupled.models import coupled_layers
 from neuralode_coupled.train import weights_file
+
+with needs("train"):
+    import numpy as np
+    import pytorch_lightning as pl
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 DROPS = (150 / 350, 250 / 350)
@@ -94,7 +97,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD over all parameters, those of the evolution operators in a group of their own."""
-        layers = nc.models.coupled_layers(self.model).values()
+        layers = coupled_layers(self.model).values()
         coefficients = {id(p): p for layer in layers for p in layer.field.evolution.parameters()}
         others = [p for p in self.parameters() if id(p) not in coefficients]
         groups = [
@@ -125,7 +128,7 @@ class Classifier(pl.LightningModule):
             {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
             on_step=False,
             on_epoch=True,  # added up on the device, and read once an epoch
-            logger=False,  # `EpochLog` writes one row an epoch
+            logger=False,  # `EpochLog` writes one row per epoch
             sync_dist=True,
             batch_size=len(labels),
         )

@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
 
+from neuralode_coupled._extras import needs
 from neuralode_coupled.train.interruptions import Interrupted, ignore_more
+
+with needs("train"):
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import DDPStrategy
 
 _BROKEN_LINE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connection was likely closed")
 """What the error of a collective operation says (gloo's, TCPStore's, NCCL's) when another process has gone."""

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from neuralode_coupled.transport.learn import MODELS, Outcome, unseen_signals
+from neuralode_coupled._extras import needs
+from neuralode_coupled.transport.learning import MODELS, Outcome, unseen_signals
 from neuralode_coupled.transport.problem import POINTS, VELOCITIES, exact
+
+with needs("figures"):
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+with needs("train"):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
 
 # Line style tells the models apart where colours do not.
 _STYLES = (("#009e73", ":"), ("#d55e00", "--"), ("#0072b2", "-."), ("#cc79a7", (0, (4, 1, 1, 1, 1, 1))))

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._files import write_atomically
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, GradientMethod
 from neuralode_coupled.coupled.solving import solve
 from neuralode_coupled.evolution import EvolutionOperator, MLPEvolution, ReactionDiffusionAdvection, Static
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.runge_kutta import tableau
-from neuralode_coupled.train.runs import write_atomically
 from neuralode_coupled.transport.problem import VELOCITIES, Signals, exact, signals, velocity_of
 
 TAPS = 7

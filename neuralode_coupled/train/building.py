@@ -1,0 +1,132 @@
+"""What an experiment is made of: its images, its model, and the model as Lightning trains it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import neuralode_coupled as nc
+from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
+from neuralode_coupled.models.networks import Residual
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.image_sources import source
+from neuralode_coupled.train.learner import Classifier
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """The experiment with the default batch size of its data filled in and an absolute root.
+
+    Raises ValueError for an unknown data set, a root that it cannot have, or more threads than there are cores.
+    """
+    cores = os.cpu_count() or 1
+    if experiment.threads is not None and experiment.threads > cores:
+        # OpenMP ends the process when it cannot start them.
+        raise ValueError(f"threads must be at most the number of CPU cores, {cores}, got {experiment.threads}")
+    chosen = source(experiment.data)
+    root = chosen.locate(experiment.data_root)
+    return replace(
+        experiment,
+        batch_size=chosen.batch_size if experiment.batch_size is None else experiment.batch_size,
+        data_root=None if root is None else str(root.resolve()),
+    )
+
+
+def build_data(experiment: Experiment) -> ImageData:
+    """The experiment's images, not yet loaded. Raises as `ImageData`."""
+    return ImageData(
+        experiment.data,
+        experiment.data_root,
+        batch_size=experiment.batch_size,
+        limit=experiment.limit,
+        validation=experiment.validation,
+        seed=experiment.seed,
+    )
+
+
+def build_model(experiment: Experiment, classes: int) -> nn.Module:
+    """The experiment's model with fresh weights. Raises ValueError as `nc.models.build`."""
+    return nc.models.build(
+        experiment.model,
+        experiment.variant,
+        steps=experiment.steps,
+        method=experiment.method,
+        rtol=experiment.rtol,
+        atol=experiment.atol,
+        dynamics=experiment.dynamics,
+        evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
+        adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
+        classes=classes,
+    )
+
+
+def build_classifier(experiment: Experiment, classes: int) -> Classifier:
+    """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
+    classifier = Classifier(
+        build_model(experiment, classes),
+        epochs=experiment.epochs,
+        lr=experiment.lr,
+        evolution_lr=experiment.evolution_lr,
+        seed=experiment.seed,
+        origin=origin(experiment),
+    )
+    _tried(classifier.model)
+    if experiment.precision == "64-true":
+        # Lightning does so after it has read the checkpoint, which it would round to float32.
+        classifier.double()
+    if experiment.compile:
+        compile_model(classifier.model)
+    return classifier
+
+
+def compile_model(model: nn.Module, backend: str = "inductor") -> None:
+    """Have torch compile the whole model, at its first forward pass, in place: its parameters keep their names.
+
+    Raises ValueError for gradient methods that cannot be compiled.
+    """
+    for name, layer in nc.models.coupled_layers(model).items():
+        if not _compiles(layer.adjoint):
+            raise ValueError(
+                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete, discrete-last "
+                "or backprop, or leave compile out"
+            )
+    model.compile(backend=backend)
+
+
+def origin(experiment: Experiment) -> dict[str, Any]:
+    """What decides over the names and shapes of the model's weights, and the version that made them."""
+    decisive = ("model", "variant", "steps", "dynamics", "evolution")
+    return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
+
+
+def function_evaluations(model: nn.Module) -> tuple[int, int]:
+    """How often one training step evaluates the model's residual branches: forward, and recomputed in backward.
+
+    Coupled layers count their dynamics themselves; a plain residual block is one evaluation. The model is untouched.
+    """
+    probe = _tried(model, backward=True)
+    costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
+    plain = sum(isinstance(module, Residual) for module in probe.modules())
+    return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
+
+
+def _compiles(adjoint: nc.GradientMethod) -> bool:
+    """Whether `torch.compile` takes a layer with it."""
+    if isinstance(adjoint, nc.DiscreteAdjoint):
+        return adjoint.checkpoints is None and adjoint.storage == "device"
+    return isinstance(adjoint, nc.Backprop)
+
+
+def _tried(model: nn.Module, backward: bool = False) -> nn.Module:
+    """A copy of the model that has seen two empty images, as in training. Raises as the model does."""
+    probe = copy.deepcopy(model).cpu().float().train()
+    with torch.random.fork_rng(devices=[]):
+        logits = probe(torch.zeros(2, 3, 32, 32))
+        if backward:
+            logits.sum().backward()
+    return probe

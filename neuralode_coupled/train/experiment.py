@@ -1,0 +1,119 @@
+"""An experiment: everything that decides how one training run goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+
+_HOW_NOT_WHAT = frozenset({"compile", "accelerator", "strategy", "threads"})
+"""What an experiment may differ in and still be the same: it changes no more than round-off."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run. The fields are the options of ``neuralode-coupled train``.
+
+    What an option means stands in the ``metadata`` of its field, under ``"help"``; the command line shows it.
+
+    Raises:
+        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
+            negative seed, or a learning rate or tolerance that is not positive, or too large.
+    """
+
+    model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
+    variant: str = field(default="anodev2-1", metadata={"help": "baseline, node, anode, anodev2-1 or anodev2-2."})
+    data: str = field(
+        default="digits",
+        metadata={"help": "digits (embedded), cifar10 (downloaded) or folder (ROOT/{train,test}/CLASS/*)."},
+    )
+    data_root: str | None = field(default=None, metadata={"help": "Where the images are, for cifar10 and folder."})
+    epochs: int = field(
+        default=10, metadata={"help": "Number of epochs; the learning rate falls after 3/7 and 5/7 of them."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Use only so many training images, all classes in proportion."}
+    )
+    validation: int | None = field(
+        default=None,
+        metadata={"help": "Keep so many training images back, and test on them in place of the test images."},
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Images a batch on each device; by default 64 for digits, else 256."}
+    )
+    lr: float = field(default=0.1, metadata={"help": "Learning rate of the first epochs."})
+    method: str = field(
+        default="euler",
+        metadata={
+            "help": "Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic, or one "
+            "that chooses its steps, such as dopri5."
+        },
+    )
+    steps: int | None = field(default=None, metadata={"help": "Steps of the ODE blocks; by default the variant's own."})
+    rtol: float | None = field(
+        default=None, metadata={"help": "Relative tolerance of a solver that chooses its steps."}
+    )
+    atol: float | None = field(
+        default=None, metadata={"help": "Absolute tolerance of a solver that chooses its steps."}
+    )
+    dynamics: str | None = field(
+        default=None,
+        metadata={
+            "help": "The parts of the ODE blocks' right-hand side, joined by hyphens: conv, relu, norm (a BatchNorm "
+            "for each step), shared (one for all steps), group (a GroupNorm). By default conv-norm-relu-conv-norm; "
+            "alexnet: conv-norm-relu."
+        },
+    )
+    evolution: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
+            "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank."
+        },
+    )
+    evolution_lr: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate for the operators' parameters."}
+    )
+    adjoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "How gradients come back: backprop, discrete, discrete-last (the last step's graph is kept: "
+            "faster), reversible or continuous; by default the variant's own."
+        },
+    )
+    precision: str = field(default="32-true", metadata={"help": "32-true, 64-true, bf16-mixed, or on a GPU 16-mixed."})
+    compile: bool = field(default=False, metadata={"help": "Train the model compiled by torch.compile."})
+    accelerator: str = field(default="auto", metadata={"help": "auto, cpu, gpu ..."})
+    devices: str = field(default="1", metadata={"help": "How many devices of each machine, or which: 2, or 0,3."})
+    nodes: int = field(default=1, metadata={"help": "How many machines train together; each runs this command."})
+    strategy: str = field(default="auto", metadata={"help": "auto, ddp ..."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default what torch chooses."})
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "limit", "validation", "batch_size", "nodes", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and value >= 2**63:
+                raise ValueError(f"{name} must be below 2**63, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        for name in ("lr", "evolution_lr", "rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        largest = torch.finfo(torch.float32).max
+        for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
+            if value > largest:
+                raise ValueError(f"{name} must be at most {largest}, what float32 holds, got {value}")
+
+    def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
+        """Where another experiment is not this one: a ``"name: this value, that value"`` each."""
+        return [
+            f"{name}: {mine!r} there, {theirs!r} asked for"
+            for name, mine, theirs in ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+            if mine != theirs and name not in _HOW_NOT_WHAT and name not in ignore
+        ]

@@ -1,0 +1,178 @@
+"""Run folders: what was run, and how it went.
+
+config.json         the experiment, the classes and the versions
+metrics.csv         one row per epoch
+tensorboard/        the same for TensorBoard
+checkpoints/        best.ckpt (by test accuracy) and last.ckpt
+result.json         written when the run is finished
+failure.txt         what ended a run of several processes, until it is continued
+.lock               held by the process that trains here
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from neuralode_coupled._checks import some
+from neuralode_coupled._files import write_atomically
+from neuralode_coupled._types import Row
+from neuralode_coupled.train import metrics_file
+from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.locks import Lock
+from neuralode_coupled.train.result import Result
+
+_SHOWN = 3
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made by `claim`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.failure = self.path / "failure.txt"
+        self._lock = self.path / ".lock"
+
+    def experiment(self) -> Experiment | None:
+        """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
+        if not self.config.exists():
+            return None
+        with self._reading_config() as content:
+            return Experiment(**content["experiment"])
+
+    def class_names(self) -> list[str]:
+        """The names of the classes that the run's model tells apart, in the order of its logits.
+
+        Raises ValueError if they cannot be read.
+        """
+        with self._reading_config() as content:
+            names = content["classes"]
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"classes are {names!r}")
+            return names
+
+    @contextmanager
+    def _reading_config(self) -> Iterator[dict[str, Any]]:
+        """Raises ValueError for what cannot be made of it."""
+        try:
+            yield json.loads(self.config.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.config} is damaged, or no run's of this version ({error}): choose another folder"
+            ) from error
+
+    def result(self) -> Result | None:
+        """The result; None for a run that is not finished, or was killed while it wrote its result."""
+        try:
+            return Result(**json.loads((self.path / "result.json").read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def check(self, experiment: Experiment, *, resume: bool) -> None:
+        """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``)."""
+        there = self.experiment()
+        if there is None:
+            if self.path.is_file() or (self.path.is_dir() and not all(map(self._is_left, self.path.iterdir()))):
+                raise ValueError(f"{self.path} exists and holds something else than a run: choose another folder")
+            return
+        differences = there.differences(experiment)
+        if differences:
+            raise ValueError(
+                f"{self.path} holds another experiment's run ({'; '.join(differences)}): choose another folder"
+            )
+        if not resume and self.result() is None:
+            raise ValueError(
+                f"{self.path} holds an unfinished run: continue it with --resume, or choose another folder"
+            )
+
+    def lock(self) -> Lock:
+        """The folder for one process alone, which makes it if need be. Raises as `Lock`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return Lock(self._lock)
+
+    def _is_left(self, path: Path) -> bool:
+        """Whether this is what a run leaves that ended before it had its ``config.json``."""
+        if path == self.checkpoints:
+            return path.is_dir() and not any(path.iterdir())
+        return path == self._lock or path.name.startswith(f".{self.config.name}.")
+
+    def check_data(self, class_names: Sequence[str], images: int) -> None:
+        """Raise ValueError if a run that is here has other classes, or began with another number of training images."""
+        with self._reading_config() as content:
+            began_with = content.get("images", images)  # versions before did not write it down
+        if self.class_names() != list(class_names):
+            raise self._of_other_data(f"the classes {_listed(self.class_names())}", _listed(class_names))
+        if began_with != images:
+            raise self._of_other_data(f"{began_with} images", str(images))
+
+    def _of_other_data(self, there: str, now: str) -> ValueError:
+        return ValueError(
+            f"{self.path} holds a run that was trained on {there}, and there are {now}: "
+            "restore them, or choose another folder"
+        )
+
+    def check_rows(self, done: int) -> None:
+        """Raise ValueError unless ``metrics.csv`` has the epochs that are done."""
+        found = {row["epoch"] for row in self.rows()}
+        missing = [str(epoch) for epoch in range(1, done + 1) if epoch not in found]
+        if missing:
+            raise ValueError(
+                f"{self.metrics} has no rows of the epochs {some(missing, _SHOWN)}, which the last checkpoint has "
+                "behind it: restore it, or train again in another folder"
+            )
+
+    def claim(
+        self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str], images: int | None = None
+    ) -> None:
+        """Make the folder and write ``config.json``; drafts that a killed process has left go.
+
+        ``images`` is how many there are to train on.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for pattern in (".*.json.*", ".*.csv.*", "checkpoints/.*.ckpt.*"):
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
+        content = {"experiment": asdict(experiment), "classes": list(class_names), "versions": versions}
+        content |= {} if images is None else {"images": images}
+        write_atomically(self.config, json.dumps(content, indent=2) + "\n")
+
+    def finish(self, result: Result) -> None:
+        """Write ``result.json``: the run is finished."""
+        write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+
+    def rows(self) -> list[Row]:
+        """The epochs so far. Raises ValueError if the file is damaged."""
+        if not self.metrics.exists():
+            return []
+        try:
+            return metrics_file.parsed(self.metrics.read_text())
+        except ValueError as error:
+            raise ValueError(
+                f"{self.metrics} is damaged ({error}): restore it, or train again in another folder"
+            ) from error
+
+    def write_rows(self, rows: Sequence[Row]) -> None:
+        """Write ``metrics.csv`` anew, all epochs of it. Floats keep every digit."""
+        write_atomically(self.metrics, metrics_file.written(rows))
+
+
+def as_folder(folder: RunFolder | str | Path) -> RunFolder:
+    """A run's folder, which may be given by its path."""
+    return folder if isinstance(folder, RunFolder) else RunFolder(folder)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -1,0 +1,180 @@
+"""An experiment as a training run in a folder: resumable, and never done twice."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuralode_coupled._extras import needs
+from neuralode_coupled.train.building import build_classifier, build_data, function_evaluations, resolve
+from neuralode_coupled.train.callbacks import Report
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.folder import RunFolder, as_folder
+from neuralode_coupled.train.learner import Classifier
+from neuralode_coupled.train.loading import finished_epochs
+from neuralode_coupled.train.locks import Lock
+from neuralode_coupled.train.processes import together
+from neuralode_coupled.train.result import Result
+from neuralode_coupled.train.trainer import build_trainer, device_name, log_epochs, versions, without_idle_warnings
+
+with needs("train"):
+    import pytorch_lightning as pl
+
+
+@dataclass
+class Training:
+    """A run that is ready to start: see `prepare`."""
+
+    experiment: Experiment
+    folder: RunFolder
+    data: ImageData
+    classifier: Classifier
+    trainer: pl.Trainer
+    done: int
+    lock: Lock | None
+
+    def run(self) -> Result:
+        """Train what is left to train, write the result, and let others have the folder.
+
+        Several processes give the same result, and end together when one of them fails.
+
+        Raises:
+            Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
+            FolderNotShared: in a process that does not see what the run is resumed from.
+            ProcessLost: in the other processes, if one has raised an error, or is gone.
+            Interrupted: as the signal handlers of `interruptible` do, within it.
+        """
+        try:
+            with together(self.trainer, self.folder.failure), without_idle_warnings():
+                return self._run()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _run(self) -> Result:
+        if self.done < self.experiment.epochs:
+            checkpoint = self.folder.last if self.done else None
+            self.trainer.fit(self.classifier, self.data, ckpt_path=checkpoint, weights_only=True)
+        if self.trainer.is_global_zero:
+            self.folder.finish(self._result())
+        # The others may be on machines that do not see the folder.
+        result = self.trainer.strategy.broadcast(self.folder.result())
+        assert result is not None
+        return result
+
+    def _result(self) -> Result:
+        model = self.classifier.model
+        evaluations, recomputed = function_evaluations(model)
+        return Result.summarise(
+            self.folder.rows(),
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            evaluations=evaluations,
+            recomputed=recomputed,
+            device=device_name(self.trainer.strategy.root_device),
+            precision=str(self.trainer.precision),
+        )
+
+
+def prepare(
+    experiment: Experiment,
+    folder: RunFolder | str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    report: Report | None = None,
+) -> Training:
+    """Everything before the first step: what the user got wrong shows here.
+
+    From here to the end of `Training.run` the folder is locked, or as long as the `Training` is kept.
+
+    Args:
+        experiment: what to run.
+        folder: where; its ``config.json`` is written.
+        resume: continue an unfinished run of this experiment, if the folder holds one.
+        progress: show a progress bar.
+        report: is told each epoch in one line.
+
+    Raises:
+        ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
+            method does not take, data that cannot be used, or a folder that is in use, or holds another experiment's
+            run, an unfinished one without ``resume``, or one that cannot be continued: other images or classes, a
+            damaged checkpoint, rows that are missing.
+        ImportError, ConnectionError: as `ImageData`.
+    """
+    experiment, folder = resolve(experiment), as_folder(folder)
+    if experiment.threads is not None:
+        torch.set_num_threads(experiment.threads)
+    with without_idle_warnings(), ExitStack() as failing:
+        pl.seed_everything(experiment.seed, verbose=False)
+        data = build_data(experiment)
+        classifier = build_classifier(experiment, data.classes)
+        trainer = build_trainer(experiment, folder, progress)
+        if experiment.threads is not None and trainer.world_size > 1:
+            # Lightning otherwise shares the cores out anew when it starts the processes.
+            os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
+        # One process alone looks after the folder, and does so before it starts the others.
+        first = trainer.is_global_zero
+        lock = _lock_what_is_there(experiment, folder, resume, failing) if first else None
+        done = finished_epochs(folder, classifier) if resume else 0
+        data.prepare_data()
+        data.setup()
+        if first:
+            lock = _claim(experiment, folder, data, done, lock, failing)
+        log_epochs(trainer, folder, done, report)
+        failing.pop_all()
+    return Training(experiment, folder, data, classifier, trainer, done, lock)
+
+
+def _lock_what_is_there(experiment: Experiment, folder: RunFolder, resume: bool, failing: ExitStack) -> Lock | None:
+    """The lock of a folder that holds a run, None for a new one. Raises ValueError for what cannot go on here."""
+    folder.check(experiment, resume=True)
+    if not folder.config.exists():
+        return None
+    lock = _locked(folder, failing)
+    folder.check(experiment, resume=resume)
+    return lock
+
+
+def _claim(
+    experiment: Experiment, folder: RunFolder, data: ImageData, done: int, lock: Lock | None, failing: ExitStack
+) -> Lock:
+    """Write whose folder it is, once the data fit the run that is there; locks a new one."""
+    assert data.train is not None
+    images = len(data.train)
+    if lock is not None:
+        folder.check_data(data.class_names, images)
+        folder.check_rows(done)
+    else:
+        lock = _locked(folder, failing)
+        if folder.config.exists():
+            raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
+    folder.failure.unlink(missing_ok=True)
+    folder.claim(experiment, data.class_names, versions(), images)
+    return lock
+
+
+def _locked(folder: RunFolder, failing: ExitStack) -> Lock:
+    """The folder's lock, which is released if preparing fails."""
+    lock = folder.lock()
+    failing.callback(lock.release)
+    return lock
+
+
+def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
+    """Look at the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
+    with without_idle_warnings():
+        build_classifier(experiment, classes)
+        build_trainer(experiment, folder, progress=False)
+
+
+def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
+    """`prepare` and run; a finished run is not repeated: its result is returned."""
+    folder = as_folder(folder)
+    folder.check(resolve(experiment), resume=True)
+    return folder.result() or prepare(experiment, folder, **options).run()

@@ -1,0 +1,136 @@
+"""Lightning's trainer as an experiment wants it: devices, precision, what is written down, what is not said."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+
+import torch
+
+import neuralode_coupled as nc
+from neuralode_coupled._extras import needs
+from neuralode_coupled.train.callbacks import AtomicCheckpoints, Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
+from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.processes import tolerate_unused_parameters
+
+with needs("train"):
+    import pytorch_lightning as pl
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from lightning_fabric.utilities.warnings import PossibleUserWarning
+    from pytorch_lightning.accelerators import CPUAccelerator
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+"""Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
+
+
+def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Trainer:
+    """The trainer, without what depends on where the run goes on: see `log_epochs`.
+
+    Raises ValueError for devices or a precision that cannot be had.
+    """
+    callbacks: list[pl.Callback] = [
+        # The best before the last: the last then remembers the best score of its own epoch.
+        Checkpoint(folder.checkpoints, "best", monitor="test/accuracy", mode="max"),
+        Checkpoint(folder.checkpoints, "last"),
+        OwnSignals(),
+    ]
+    if progress:
+        callbacks.append(ProgressBar())
+    if experiment.precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
+    try:
+        trainer = pl.Trainer(
+            max_epochs=experiment.epochs,
+            accelerator=experiment.accelerator,
+            devices=experiment.devices,
+            num_nodes=experiment.nodes,
+            strategy=experiment.strategy,
+            precision=experiment.precision,  # pyright: ignore[reportArgumentType]  (Lightning checks it)
+            callbacks=callbacks,
+            plugins=[AtomicCheckpoints()],
+            logger=False,
+            default_root_dir=folder.path,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ValueError(f"{_refused(experiment)}: {str(error).rstrip('.!')} ({_there_are()})") from error
+    _check_processes(experiment, trainer)
+    tolerate_unused_parameters(trainer)
+    return trainer
+
+
+def log_epochs(trainer: pl.Trainer, folder: RunFolder, done: int, report: Report | None) -> None:
+    """Have the trainer write down the epochs after those that are done."""
+    trainer.callbacks.insert(0, EpochLog(folder, done, report))  # pyright: ignore[reportAttributeAccessIssue]
+    # TensorBoard drops what it has after the checkpoint that training resumes from.
+    purge = done + 1 if done else None
+    trainer.logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=purge)
+
+
+def device_name(device: torch.device) -> str:
+    """What a result calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {
+        "neuralode-coupled": nc.__version__,
+        "torch": torch.__version__,
+        "pytorch-lightning": metadata.version("pytorch-lightning"),
+        "python": platform.python_version(),
+    }
+
+
+@contextmanager
+def without_idle_warnings() -> Iterator[None]:
+    """Without what Lightning says about choices that are ours, or advertises."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # refused soon after
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _check_processes(experiment: Experiment, trainer: pl.Trainer) -> None:
+    """Raise ValueError for processes that cannot train together, or not in this precision."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(f"{_refused(experiment)}: each process has to start as a program of its own, use strategy ddp")
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        cores = os.cpu_count() or 1
+        if trainer.num_devices > cores:
+            raise ValueError(
+                f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}: ask for no more"
+            )
+        if experiment.precision == "16-mixed":
+            raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")
+
+
+def _refused(experiment: Experiment) -> str:
+    asked = ", ".join(f"{name} {getattr(experiment, name)!r}" for name in ("accelerator", "devices", "strategy"))
+    return f"cannot train with {asked}, precision {experiment.precision!r}"
+
+
+def _there_are() -> str:
+    return f"this machine has {torch.cuda.device_count()} GPUs and {os.cpu_count() or 1} CPU cores"
