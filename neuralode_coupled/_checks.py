@@ -37,9 +37,11 @@ def whole(name: str, value: int, least: int = 1) -> int:
 
 
 def positive(name: str, value: float) -> float:
-    """A positive finite number; raises ValueError for others."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {name}={value!r}")
+    """A positive finite number; raises TypeError for what is no number, ValueError for others."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {name}={value!r}")
     return value
 
 

@@ -206,8 +206,8 @@ FIELD = {"dynamics": smooth}
     [
         (nc.Dirac(), {"steps": 4}, r"'dopri5' chooses its own steps.*leave steps=4 out, or choose one of euler"),
         (nc.Dirac(), {"weight_steps": 4}, r"leave weight_steps=4 out"),
-        (nc.Dirac(), {"rtol": 0.0}, r"rtol must be a positive number, got rtol=0\.0"),
-        (nc.Dirac(), {"atol": -1}, r"atol must be a positive number, got atol=-1"),
+        (nc.Dirac(), {"rtol": 0.0}, r"rtol must be positive and finite, got rtol=0\.0"),
+        (nc.Dirac(), {"atol": -1}, r"atol must be positive and finite, got atol=-1"),
         (nc.Dirac(), {"method": "euler"}, r"'euler' takes equal steps: give steps=.*dopri5"),
         (
             nc.Dirac(),

@@ -160,9 +160,9 @@ def test_a_frozen_copy_stays_frozen():
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, None])
 def test_steps_are_a_whole_number(steps):
-    with pytest.raises(ValueError, match=r"whole number of at least 1, got steps="):
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got "):
         with_steps(layer(2), steps)
-    with pytest.raises(ValueError, match=r"whole number of at least 1, got steps="):
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got "):
         norms(2).resample(steps)
 
 

@@ -111,5 +111,5 @@ def test_grids_that_a_kernel_cannot_connect_name_the_fix(kernel, options, messag
 
 
 def test_at_least_one_sample():
-    with pytest.raises(ValueError, match="at least 1 sample, got samples=0"):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
         nc.SampleAndHold(0)

@@ -623,7 +623,7 @@ def test_rates_and_widths_are_positive(make, name, value):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Erlang(0, 1.0), ValueError, "order must be a whole number of at least 1, got order=0"),
+        (lambda: Erlang(0, 1.0), ValueError, "order must be a whole number of at least 1, got 0"),
         (lambda: Erlang(1.5, 1.0), ValueError, "got order=1.5"),
         (lambda: Erlang(True, 1.0), ValueError, "got order=True"),
         (lambda: nc.SampleAndHold(2.5), ValueError, "whole number of at least 1 sample, got samples=2.5"),

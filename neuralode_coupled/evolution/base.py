@@ -27,7 +27,7 @@ class EvolutionOperator(nn.Module):
 
     A subclass writes ``forward(t, w) -> dw/dt``, with ``t`` a scalar tensor and ``w`` and the result of the shape of
     the evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too, and may have the
-    same optional methods:
+    same optional methods (None says, as leaving them out does, that there is none):
 
     * ``propagate(w, dt) -> w(t + dt)`` solves the operator's own equation; a solve then takes no numerical steps.
     * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, where ``propagate`` is a flow

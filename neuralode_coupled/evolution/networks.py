@@ -8,6 +8,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import whole
 from neuralode_coupled._types import Weight
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout
 
@@ -37,7 +38,7 @@ class ConvEvolution(EvolutionOperator):
 
     def __init__(self, hidden: int, kernel_size: int = 3, padding: Padding = "circular") -> None:
         super().__init__()
-        _check_size("hidden", hidden)
+        whole("hidden", hidden)
         if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd and positive, a whole number, to keep the filters' size, got {kernel_size!r}"
@@ -102,7 +103,7 @@ class MLPEvolution(EvolutionOperator):
 
     def __init__(self, hidden: int, time: bool = False, scope: NetworkScope = "kernel") -> None:
         super().__init__()
-        _check_size("hidden", hidden)
+        whole("hidden", hidden)
         if scope not in get_args(NetworkScope):
             raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(NetworkScope))}")
         self.hidden, self.time, self.scope = hidden, time, scope
@@ -167,8 +168,8 @@ class HyperNetwork(EvolutionOperator):
 
     def __init__(self, embedding: int, hidden: int) -> None:
         super().__init__()
-        _check_size("hidden", hidden)
-        _check_size("embedding", embedding)
+        whole("hidden", hidden)
+        whole("embedding", embedding)
         self.size, self.hidden = embedding, hidden
         self.project: nn.Linear | None = None
         self.generate: nn.Linear | None = None
@@ -215,11 +216,6 @@ class HyperNetwork(EvolutionOperator):
 def _as_images(shape: tuple[int, ...]) -> tuple[int, ...]:
     """(images, channels, *pixels) of a weight's filters."""
     return (1, 1, *shape) if len(shape) == 2 else shape
-
-
-def _check_size(name: str, size: int) -> None:
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
 def _check_axes(who: str, shape: tuple[int, ...]) -> None:

@@ -132,26 +132,20 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return w if self.sigma is None else self.sigma(w)
 
     @property
-    def propagate(self) -> Callable[[Tensor, float], Tensor]:
-        """``propagate(w, dt)``: Eq. 9 over a time ``dt``; only in the propagator form (absent in the ODE form)."""
-        if self.form == "ode":
-            raise AttributeError("form='ode' is integrated by the solver")
-        return self._propagate
+    def propagate(self) -> Callable[[Tensor, float], Tensor] | None:
+        """``propagate(w, dt)``: Eq. 9 over a time ``dt``. None in the ODE form, which a solver integrates."""
+        return None if self.form == "ode" else self._propagate
 
     @property
-    def propagator(self) -> Callable[[float, Tensor], Callable[[Tensor], Tensor]]:
-        """``propagator(dt, like)``: ``propagate`` for one ``dt``, its matrix built once; only in the propagator
-        form."""
-        if self.form == "ode":
-            raise AttributeError("form='ode' is integrated by the solver")
-        return self._propagator
+    def propagator(self) -> Callable[[float, Tensor], Callable[[Tensor], Tensor]] | None:
+        """``propagator(dt, like)``: ``propagate`` for one ``dt``, its matrix built once. None in the ODE form."""
+        return None if self.form == "ode" else self._propagator
 
     @property
-    def trajectory(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """``trajectory(w0, times)``: w at all times in one product; only for a propagator with sigma = identity."""
-        if self.form == "ode" or self.sigma is not None:
-            raise AttributeError("only the linear propagator reaches every time in one product")
-        return self._trajectory
+    def trajectory(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """``trajectory(w0, times)``: w at all times in one product. None but for a propagator with sigma = identity,
+        which alone reaches every time at once."""
+        return None if self.form == "ode" or self.sigma is not None else self._trajectory
 
     def _propagate(self, w: Weight, dt: float) -> Weight:
         return self._propagator(dt, w)(w)

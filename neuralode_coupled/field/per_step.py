@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from neuralode_coupled._checks import whole
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -28,7 +30,7 @@ class PerStep(nn.Module):
 
     def __init__(self, module: nn.Module, steps: int) -> None:
         super().__init__()
-        check_steps(steps)
+        whole("steps", steps)
         self.copies = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(steps - 1))])
 
     def __len__(self) -> int:
@@ -45,7 +47,7 @@ class PerStep(nn.Module):
         Raises:
             ValueError: if ``steps`` is no whole number of at least 1.
         """
-        check_steps(steps)
+        whole("steps", steps)
         resampled = sharing_parameters(self)
         # In whole numbers: n / steps * len(self) may round to just below the copy that begins there.
         chosen = [self.copies[n * len(self) // steps] for n in range(steps)]
@@ -68,9 +70,3 @@ def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:
 def sharing_parameters(module: Module) -> Module:
     """A copy of a module with the very parameters of the original, and buffers of its own."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
-
-
-def check_steps(steps: int) -> None:
-    """Raise ValueError unless ``steps`` can be the number of steps of a solve."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got steps={steps!r}")

@@ -85,7 +85,7 @@ def evolution(process: str, size: int) -> ReactionDiffusionAdvection:
 def evolve(size: int, times: Sequence[float]) -> dict[str, Float[Tensor, "time size size"]]:
     """The Gaussian filter under every process at the given times, by the exact propagator (Eq. 9)."""
     start, at = gaussian(size), torch.tensor(times, dtype=torch.float64)
-    return {process: evolution(process, size).trajectory(start, at)[:, 0, 0] for process in PROCESSES}
+    return {process: evolution(process, size)._trajectory(start, at)[:, 0, 0] for process in PROCESSES}
 
 
 def turning(size: int) -> Float[Tensor, "pixels pixels"]:

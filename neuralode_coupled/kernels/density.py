@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import choice, whole
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.kernels.base import TimeKernel
+from neuralode_coupled.kernels.poisson import jumps_from
+from neuralode_coupled.kernels.positive import Positive
 
 History = Literal["constant", "zero"]
 
@@ -35,9 +37,7 @@ class DensityKernel(TimeKernel):
 
     def __init__(self, history: History = "constant") -> None:
         super().__init__()
-        if history not in get_args(History):
-            raise ValueError(f"unknown history {history!r}: choose one of {', '.join(get_args(History))}")
-        self.history = history
+        self.history = choice("history", history, get_args(History))
         self.keeps_constants = history == "constant"
 
     def cumulative(self, s: Tensor) -> Tensor:
@@ -106,21 +106,14 @@ class Erlang(DensityKernel):
             unknown.
     """
 
+    rate = Positive()
     log_rate: nn.Parameter | None
 
     def __init__(self, order: int, rate: float, *, learnable: bool = False, history: History = "constant") -> None:
         super().__init__(history)
-        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise ValueError(f"order must be a whole number of at least 1, got order={order!r}")
-        self.order = order
+        self.order = whole("order", order)
         self.memory = order
-        self._rate = _positive("rate", rate)
-        self.log_rate = nn.Parameter(torch.tensor(math.log(self._rate))) if learnable else None
-
-    @property
-    def rate(self) -> float | Tensor:
-        """The rate: a number, or where it is learnable a scalar tensor that gradients go through."""
-        return self._rate if self.log_rate is None else self.log_rate.exp()
+        Erlang.rate.begin(self, rate, learnable)
 
     def extra_repr(self) -> str:
         return f"order={self.order}, {self._details()}"
@@ -142,8 +135,7 @@ class Erlang(DensityKernel):
         return memory[-1]
 
     def _details(self) -> str:
-        learnable = "" if self.log_rate is None else ", learnable=True"
-        return f"rate={_number(self.rate):g}{learnable}, history={self.history!r}"
+        return f"{Erlang.rate.shown(self)}, history={self.history!r}"
 
 
 class Exponential(Erlang):
@@ -181,21 +173,15 @@ class Box(DensityKernel):
         ValueError: if the width is not a positive finite number, or the history unknown.
     """
 
+    width = Positive()
     log_width: nn.Parameter | None
 
     def __init__(self, width: float, *, learnable: bool = False, history: History = "constant") -> None:
         super().__init__(history)
-        self._width = _positive("width", width)
-        self.log_width = nn.Parameter(torch.tensor(math.log(self._width))) if learnable else None
-
-    @property
-    def width(self) -> float | Tensor:
-        """The width: a number, or where it is learnable a scalar tensor that gradients go through."""
-        return self._width if self.log_width is None else self.log_width.exp()
+        Box.width.begin(self, width, learnable)
 
     def extra_repr(self) -> str:
-        learnable = "" if self.log_width is None else ", learnable=True"
-        return f"width={_number(self.width):g}{learnable}, history={self.history!r}"
+        return f"{Box.width.shown(self)}, history={self.history!r}"
 
     def cumulative(self, s: Tensor) -> Tensor:
         """``F(s)``. See the base class."""
@@ -204,53 +190,3 @@ class Box(DensityKernel):
     def cumulative_integral(self, s: Tensor) -> Tensor:
         """``int_0^s F``: s^2 / (2 width) up to the width, s - width / 2 from there on. See the base class."""
         return torch.where(s < self.width, s * self.cumulative(s) / 2, s - self.width / 2)
-
-
-def jumps_from(order: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``P(N >= k)`` and ``E max(N - k, 0)`` of a number N with Poisson's distribution of mean x, elementwise: the gamma
-    distribution of order k and its integral from 0 to x.
-
-    Sums of positive terms on both sides of ``x = k``, for a difference of two numbers near one would lose the small
-    ones that a low rate, which divides them, makes large again.
-
-    Args:
-        order: k, at least 1.
-        x: means, at least 0 (float64).
-    """
-    small, middle = x < order, torch.full_like(x, order)
-    least = torch.finfo(x.dtype).tiny  # in place of zero, whose logarithm has no gradient
-    low, high = torch.where(small, x.clamp(min=least), middle), torch.where(small, middle, x)
-    above, above_order = _moments(_poisson(order, low), order, low)
-    below, below_order = _moments(_poisson(order, high), order, high, downwards=True)
-    return torch.where(small, above, 1 - below), torch.where(small, above_order, high - order + below_order)
-
-
-def _poisson(jumps: int, x: Tensor) -> Tensor:
-    return torch.exp(jumps * x.log() - x - math.lgamma(jumps + 1))
-
-
-def _moments(term: Tensor, order: int, x: Tensor, downwards: bool = False) -> tuple[Tensor, Tensor]:
-    """From the probability of k jumps of mean x, those of more jumps, k included, or of fewer: the sum of them, and of
-    how far from k they lie times their probabilities."""
-    total, first = (torch.zeros_like(term) if downwards else term), torch.zeros_like(term)
-    largest = 1.0
-    for n in range(1, order + 1 if downwards else order + 60):
-        ratio = (order + 1 - n) / order if downwards else order / (order + n)
-        largest *= ratio
-        term = term * ((order + 1 - n) / x if downwards else x / (order + n))
-        total, first = total + term, torch.add(first, term, alpha=n)
-        if largest * n < 1e-17:
-            break
-    return total, first
-
-
-def _positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {name}={value!r}")
-    return float(value)
-
-
-def _number(value: float | Tensor) -> float:
-    return float(value.detach()) if isinstance(value, Tensor) else value

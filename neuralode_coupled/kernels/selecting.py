@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import whole
 from neuralode_coupled._types import StageWeights, WeightPath
 from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 
@@ -91,9 +92,7 @@ class SampleAndHold(SelectingKernel):
 
     def __init__(self, samples: int) -> None:
         super().__init__()
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"SampleAndHold needs a whole number of at least 1 sample, got samples={samples!r}")
-        self.samples = samples
+        self.samples = whole("samples", samples)
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}"

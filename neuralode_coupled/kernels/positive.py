@@ -1,0 +1,40 @@
+"""A positive number of a kernel, which may be learnable."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._checks import positive
+
+
+class Positive:
+    """A descriptor: the attribute ``x`` of a module is a positive number, fixed or ``exp`` of the parameter ``log_x``.
+
+    The parameter is the logarithm, which keeps the number positive whatever an optimiser does to it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name, self._fixed, self._log = name, f"_{name}", f"log_{name}"
+
+    def begin(self, module: nn.Module, value: float, learnable: bool) -> None:
+        """Give a module its number; raises TypeError or ValueError for one that is not positive and finite."""
+        number = float(positive(self._name, value))
+        setattr(module, self._fixed, number)
+        module.register_parameter(self._log, nn.Parameter(torch.tensor(math.log(number))) if learnable else None)
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        """A number, or where it is learnable a scalar tensor that gradients go through."""
+        if module is None:
+            return self
+        log = getattr(module, self._log)
+        return getattr(module, self._fixed) if log is None else log.exp()
+
+    def shown(self, module: nn.Module) -> str:
+        """For ``extra_repr``."""
+        value = self.__get__(module)
+        learnable = ", learnable=True" if isinstance(value, Tensor) else ""
+        return f"{self._name}={float(value):g}{learnable}"
