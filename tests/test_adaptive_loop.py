@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -570,6 +571,21 @@ def test_one_number_is_read_for_each_step_that_is_tried(method):
     with torch.no_grad(), Reads() as reads:
         list(accepted_steps(f, tally))
     assert reads.count == tally.accepted + tally.rejected + 1  # and the first length
+
+
+def test_without_gradients_no_state_is_kept_but_the_outputs():
+    alive, most = [], []
+
+    def note(t, y, dt):
+        alive.append(weakref.ref(y))
+        most.append(len({id(ref()) for ref in alive if ref() is not None}))
+
+    func = Heard(swing)
+    func.callback_step, func.callback_accept_step, func.callback_reject_step = note, None, None
+    with torch.no_grad():
+        odeint_dto(func, torch.ones(2), GRIDS["ends"], method="bosh3", rtol=1e-4, atol=1e-4)
+    assert len(most) > 10
+    assert max(most) <= 3
 
 
 # Controllers

@@ -6,9 +6,9 @@ own tableau.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from neuralode_coupled.runge_kutta import (
     embedded,
 )
 from neuralode_coupled.runge_kutta.adaptive import Callback, Tolerances
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Solve:
         Raises:
             ValueError: if the step size underflows, a state is not finite, or there are too many steps.
         """
-        return [state for step in self._steps(self.dynamics) for state in step.outputs]
+        return self._through(self.dynamics, lambda steps: [state for step in steps for state in step.outputs])
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The accepted steps; the forward pass through them is a reading of what was recorded.
@@ -71,8 +73,8 @@ class Solve:
         Raises:
             ValueError: where `forward` does, or if func draws random numbers.
         """
-        watched = _Watched(self.dynamics)
-        steps = self._steps(watched)
+        watched, carries = _Watched(self.dynamics), not embedded(self.method).reuses
+        steps = self._through(watched, lambda steps: [step.kept(carries) for step in steps])
         watched.check()
         shares, found = [], 1
         for step in steps:
@@ -83,21 +85,17 @@ class Solve:
         again = AcceptedSteps(self.dynamics, grid, embedded(self.method), [step.jump for step in steps])
         return again.discrete(self.y0, [step.y for step in steps[1:]], [step.last for step in steps], outputs, shares)
 
-    def _steps(self, f: Callable[[Tensor, State], State]) -> list[Step]:
-        """The accepted steps, with those slopes alone that the discrete map carries."""
+    def _through(self, f: Callable[[Tensor, State], State], use: Callable[[Iterator[Step]], Result]) -> Result:
+        """What ``use`` makes of the accepted steps, one by one."""
         method = embedded(self.method)
         y0 = tuple(part.detach() for part in self.y0)
         # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
         shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
         problem = Problem(f, y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
 
-        def run() -> list[Step]:
-            steps = accepted_steps(problem)
-            return [replace(step, first=(), last=() if method.reuses else step.last) for step in steps]
-
         with torch.no_grad():
             shared = self.dynamics.in_forward(shared, y0[0].device)
-            return self.dynamics.within(shared, self.dynamics.buffers, run)
+            return self.dynamics.within(shared, self.dynamics.buffers, lambda: use(accepted_steps(problem)))
 
     def _callbacks(self) -> Callbacks:
         """The user's, which are given states as the user has them."""

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -168,6 +168,10 @@ class Step:
     cut: bool
     jump: bool
     outputs: list[State]
+
+    def kept(self, carries: bool) -> Step:
+        """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state."""
+        return replace(self, first=(), last=self.last if carries else ())
 
 
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
