@@ -42,6 +42,7 @@ from neuralode_coupled.kernels import (
     TimeKernel,
 )
 from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.runge_kutta import PIController, StepController
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
 
@@ -68,6 +69,7 @@ __all__ = [
     "MLPEvolution",
     "MatrixKernel",
     "NonFiniteWeights",
+    "PIController",
     "PerStep",
     "ReactionDiffusionAdvection",
     "ReversibleAdjoint",
@@ -75,6 +77,7 @@ __all__ = [
     "Solution",
     "Static",
     "Stats",
+    "StepController",
     "TimeKernel",
     "bake",
     "couple",

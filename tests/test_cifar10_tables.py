@@ -12,10 +12,10 @@ from pathlib import Path
 from threading import Barrier, Event, Lock, Semaphore
 
 import pytest
+from neuralode_coupled.train.runs import Experiment, Result, RunFolder
 
 from benchmarks import cifar10, cifar10_tables
 from benchmarks.cifar10_tables import Difference, by_cell, claims, difference, read
-from neuralode_coupled.train.runs import Experiment, Result, RunFolder
 from tests.test_data import image_folder
 
 TEN = [f"class{i}" for i in range(10)]

@@ -6,13 +6,13 @@ import time
 from dataclasses import replace
 
 import pytest
+from neuralode_coupled.train.runs import Experiment
 from pytorch_lightning.profilers import SimpleProfiler
 
 from benchmarks import epoch
 from benchmarks.cifar10 import one_run
 from benchmarks.common import read
 from benchmarks.pages import DOCS
-from neuralode_coupled.train.runs import Experiment
 
 SMALL = Experiment(epochs=2, limit=96, batch_size=32, threads=1, accelerator="cpu")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from neuralode_coupled.train.runs import Experiment
+from neuralode_coupled.train.training import build_model
 from torch import nn
 
 from benchmarks import cifar10, cifar10_solvers, cifar10_solvers_costs, cifar10_solvers_table, depth, depth_table
@@ -15,8 +17,6 @@ from neuralode_coupled.models import build, coupled_layers
 from neuralode_coupled.train.compare import command
 from neuralode_coupled.train.data import ImageData
 from neuralode_coupled.train.image_sources import ImageSet
-from neuralode_coupled.train.runs import Experiment
-from neuralode_coupled.train.training import build_model
 from tests.test_cifar10_tables import finish, shared
 from tests.test_data import image_folder
 

@@ -7,7 +7,7 @@ own tableau.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -72,12 +72,7 @@ class AdaptiveSolve:
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
             return self._whole(stats)
         watched, method = _Watched(self.dynamics), embedded(self.method)
-
-        def record(steps: Iterator[Step]) -> list[Step]:
-            """Those slopes alone are kept that the discrete map carries."""
-            return [replace(step, first=(), last=() if method.reuses else step.last) for step in steps]
-
-        steps = self._run(watched, record, stats)
+        steps = self._run(watched, lambda steps: [step.kept(not method.reuses) for step in steps], stats)
         watched.check()
         shares, found = [], 1
         for step in steps:

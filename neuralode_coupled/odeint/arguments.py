@@ -148,20 +148,21 @@ def check_tolerance(name: str, value: Any, state: State, is_tuple: bool) -> Tole
     given = [value] * len(state) if shared else list(value)
     if len(given) != len(state):
         raise ValueError(f"{name} must have one entry for each of the {len(state)} tensors of y0, got {len(given)}")
-    return tuple(_tolerance(name, entry, part, is_tuple) for entry, part in zip(given, state, strict=True))
+    return tuple(_tolerance(name, entry, part, not shared) for entry, part in zip(given, state, strict=True))
 
 
-def _tolerance(name: str, value: Any, part: Tensor, is_tuple: bool) -> float | Tensor:
+def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | Tensor:
     if isinstance(value, int | float):
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-        return float(value)
+        # torchdiffeq makes tensors of a tuple's numbers, of the default dtype.
+        return torch.as_tensor(float(value)).item() if is_entry else float(value)
     tensor = torch.as_tensor(value, dtype=torch.promote_types(torch.float64, part.dtype.to_real()), device=part.device)
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which accepted steps do not give: detach it")
     if not bool((tensor >= 0).all()):
         raise ValueError(f"{name} must not be negative, got {value}")
-    if is_tuple and tensor.ndim == 1 and len(tensor) == part.numel():
+    if is_entry and tensor.ndim == 1 and len(tensor) == part.numel():
         return tensor.view(part.shape)  # as torchdiffeq, which lays out the state in a row
     try:
         return tensor if tensor.ndim == 0 else tensor.expand(part.shape)

@@ -63,12 +63,16 @@ def odeint_dto(
     ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does.
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
-    ``"tsit5"`` where torchdiffeq has it): torchdiffeq accepts the steps, by its options ``norm``, ``first_step``,
-    ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``, ``step_t``, ``jump_t`` and
-    ``dtype``. The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs
-    along their steps' interpolating polynomials, and ``t[0]`` moves all steps together, up to the first that was cut
-    short to end at a time of ``step_t`` or ``jump_t``: that end stays. During the forward pass every accepted state is
-    held, whatever ``checkpoints`` is.
+    ``"tsit5"``, which torchdiffeq 0.2.5 has not): the steps are those that torchdiffeq accepts, by its options
+    ``norm``, ``first_step``, ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``,
+    ``step_t``, ``jump_t`` and ``dtype``. ``controller``, in place of the three factors, is another control of the step
+    size, such as `PIController`. A step that overflows is rejected, where torchdiffeq gives up, and one that happens
+    to end at a time of ``jump_t`` is cut there, where torchdiffeq looks past it.
+
+    The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs along
+    their steps' interpolating polynomials, and ``t[0]`` moves all steps together, up to the first that was cut short to
+    end at a time of ``step_t`` or ``jump_t``: that end stays. During the forward pass every accepted state is held,
+    whatever ``checkpoints`` is.
 
     Args:
         func: ``func(t, y) -> dy/dt``, a module or any callable, on a scalar tensor ``t`` of y's real dtype. It must
@@ -92,8 +96,10 @@ def odeint_dto(
         The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.
 
     Raises:
-        TypeError: for a y0 or t that is not floating, mixed dtypes, or func returning another structure or dtype.
-        ValueError: for unknown methods and options, tolerances with a fixed grid, times out of order, ``checkpoints``
+        TypeError: for a y0 or t that is not floating, mixed dtypes, options that are no numbers, or func returning
+            another structure or dtype.
+        ValueError: for unknown methods and options, values of options that are out of range, tolerances that are
+            negative, do not fit y0 or stand beside a fixed grid, times out of order, ``checkpoints``
             below 1, ``event_fn``, func returning other shapes, a step size that underflows, a state that is not finite
             (on a fixed grid it is looked for on the CPU only, where that costs no waiting), random numbers drawn by
             func in an adaptive solve with gradients, or an adaptive solve inside of ``torch.func`` transforms.

@@ -52,10 +52,11 @@ class Dynamics:
         self._func = func
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
         self.module = Held(modules)
-        own = {id(p) for p in self.module.parameters()}
-        asked = [*self.module.parameters(), *tensors] if params is None else _checked_params(params)
+        parameters = list(self.module.parameters())
+        own = {id(p) for p in parameters}
+        asked = [*parameters, *tensors] if params is None else _checked_params(params)
         # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
-        frozen = [] if params is not None else [p for p in self.module.parameters() if not p.requires_grad]
+        frozen = [] if params is not None else [p for p in parameters if not p.requires_grad]
         wanted = [p for p in dict.fromkeys(asked) if p.requires_grad]
         replaced = [*(p for p in wanted if id(p) in own), *frozen]
         free = [p for p in wanted if id(p) not in own]
@@ -63,8 +64,8 @@ class Dynamics:
         self.captured = len(free)
         self.buffers: State = tuple(self.module.buffers())
         # Tied tensors have several places: looked for once, not at every evaluation.
-        self._parameters = places_of(self.module, replaced)
-        self._buffer_names = places_of(self.module, self.buffers)
+        self._parameters = places_of(self.module, replaced) if replaced else []
+        self._buffer_names = places_of(self.module, self.buffers) if self.buffers else []
 
     def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
         """``run()`` with the given tensors in place of the modules' own."""

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -74,7 +74,7 @@ class AdaptiveOptions:
     norm: Norm = mixed_norm
 
     def __post_init__(self) -> None:
-        if not callable(getattr(self.controller, "begin", None)):
+        if isinstance(self.controller, type) or not hasattr(self.controller, "begin"):
             raise ValueError(f"controller must be one such as nc.PIController(), an instance, got {self.controller!r}")
         if self.first_step is not None and not 0.0 < self.first_step < math.inf:
             raise ValueError(f"first_step must be positive, in either direction of time, got {self.first_step!r}")
@@ -169,6 +169,10 @@ class Step:
     jump: bool
     outputs: list[State]
 
+    def kept(self, carries: bool) -> Step:
+        """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state."""
+        return replace(self, first=(), last=self.last if carries else ())
+
 
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
     """Solve to tolerances, step by step, until the states at all times are found.
@@ -213,10 +217,12 @@ def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[S
         y_next, slopes, ratio = ode.attempt(y, slope, at, length, end)
         accept, proposed = decide(ratio, length)
         tried += 1
+        if not ratio < math.inf:
+            ode.check(y, slope, at)
         if length <= ode.min_step or (accept and length <= ode.max_step):
             ode.tell(problem.callbacks.accept, at, y, length)
             if not ratio < math.inf:
-                ode.check(y_next, slope, end)
+                ode.check(y_next, slopes[-1], end)
             last = ode.slope(end, y_next, side=1) if jump else slopes[-1]
             wanted = range(done, bisect_right(ode.times, end, lo=done))
             outputs = ode.within(y, slopes, (at, length, end), wanted, y_next)
@@ -228,8 +234,6 @@ def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[S
                 bounds.popleft()
         else:
             ode.tell(problem.callbacks.reject, at, y, length)
-            if not ratio < math.inf:
-                ode.check(y, slope, at)
             counts.rejected += 1
             failed += 1
         length = ode.checked(proposed)
