@@ -6,15 +6,19 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+from dataclasses import fields
 
 import pytest
 import typer
 from torch import nn
 from typer.testing import CliRunner
 
+import neuralode_coupled as nc
 from neuralode_coupled import cli
 from neuralode_coupled.runge_kutta import METHODS
-from neuralode_coupled.train import RunFolder, building, trainer
+from neuralode_coupled.train import Experiment, RunFolder, building, trainer
 from neuralode_coupled.train.run import Training
 from tests.test_data import image_folder
 
@@ -246,6 +250,30 @@ def test_train_and_compare_describe_an_experiment_alike(command):
 def test_every_method_is_in_the_help():
     text = run("check", "--help").stdout
     assert all(name in text for name in METHODS)
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_every_field_of_an_experiment_is_an_option_with_its_help_and_default(command):
+    options = {option.name: option for option in typer.main.get_command(cli.app).commands[command].params}
+    for field in fields(Experiment):
+        if command == "compare" and field.name in ("variant", "seed"):
+            assert f"{field.name}s" in options
+            continue
+        option = options[field.name]
+        assert f"--{field.name.replace('_', '-')}" in option.opts
+        assert option.help == field.metadata["help"]
+        assert option.default == field.default
+
+
+def test_version_is_that_of_the_package():
+    done = run("--version")
+    assert (done.exit_code, done.stdout) == (0, f"neuralode-coupled {nc.__version__}\n")
+
+
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "neuralode_coupled", "--version"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == f"neuralode-coupled {nc.__version__}\n"
 
 
 def test_without_arguments_the_help_is_shown():

@@ -250,10 +250,12 @@ def test_a_run_ends_with_the_comparison_that_started_it(shared, tmp_path):
     command[command.index("--epochs") + 1] = "100000"
     command[command.index("--out") + 1] = str(out)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
-        _within_a_minute(planned.folder.last.exists)
-        with pytest.raises(ValueError, match="in use by"):
-            planned.folder.lock()
-        parent.kill()
+        try:
+            _within_a_minute(planned.folder.last.exists)
+            with pytest.raises(ValueError, match="in use by"):
+                planned.folder.lock()
+        finally:
+            parent.kill()  # also where the test fails: it would train for days
     _within_a_minute(lambda: _free(planned.folder))
     assert planned.folder.result() is None
 

@@ -259,6 +259,14 @@ def test_a_torchvision_of_another_torch_is_named_with_its_cure(monkeypatch, tmp_
         ready(name="folder", root=image_folder(tmp_path, train=1, test=1))
 
 
+def test_a_torchvision_that_is_missing_is_named_with_its_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(
+        ImportError, match=r'torchvision is not installed: run `pip install "neuralode-coupled\[train\]"`'
+    ):
+        ready(name="folder", root=image_folder(tmp_path, train=1, test=1))
+
+
 def test_cifar10_that_cannot_be_downloaded_is_one_clear_error(monkeypatch, tmp_path):
     class Offline:
         @staticmethod

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import neuralode_coupled as nc
+from neuralode_coupled._extras import MissingExtra, needs
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ["all", "dev", "docs", "export", "figures", "peers", "torchdyn", "train"]
@@ -218,6 +219,16 @@ def test_the_console_script_without_its_extra_says_what_to_install_in_one_line(c
     assert done.returncode == 2
     assert done.stderr == 'error: typer is not installed: run `pip install "neuralode-coupled[train]"`\n'
     assert done.stdout == ""
+
+
+def test_a_package_that_is_there_and_broken_speaks_for_itself():
+    with pytest.raises(ModuleNotFoundError, match="no part"), needs("train"):
+        raise ModuleNotFoundError("no part", name="torchvision._C")
+    with pytest.raises(RuntimeError, match="does not fit"), needs("train"):
+        raise RuntimeError("does not fit")
+    with pytest.raises(MissingExtra, match="gone is not installed") as caught, needs("train"):
+        import gone  # noqa: F401  # pyright: ignore[reportMissingImports]
+    assert caught.value.name == "gone"
 
 
 def test_importing_the_package_loads_nothing_of_the_extras():
