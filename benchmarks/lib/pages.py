@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +34,3 @@ def machine(found: dict[str, Any]) -> str:
 def ratio(value: dict[str, float]) -> str:
     """A median with its quartiles."""
     return f"{value['median']:.2f} ({value['lower_quartile']:.2f} to {value['upper_quartile']:.2f})"
-
-
-def command(
-    description: str | None,
-    report: Callable[[Path], str],
-    place: Callable[[Path], str],
-    figure: Path | None = None,
-    draw: Callable[[Path], Any] | None = None,
-    arguments: Sequence[str] | None = None,
-) -> None:
-    """A command that shows the records of a folder, or writes them into a page.
-
-    Args:
-        description: what ``--help`` says.
-        report: the text about a folder's records, in Markdown; raises ValueError if they make none.
-        place: the name of its place on a page, see `put`.
-        figure: where the figure goes, if there is one.
-        draw: makes it, a matplotlib figure.
-        arguments: the command line.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="records of one schedule")
-    parser.add_argument("--page", type=Path, help="write into this page instead of printing, and draw what there is")
-    if figure is not None:
-        parser.add_argument("--figure", type=Path, default=figure)
-    chosen = parser.parse_args(arguments)
-    try:
-        text = report(chosen.folder)
-        if chosen.page is None:
-            sys.stdout.write(text)
-            return
-        put(chosen.page, place(chosen.folder), text)
-        if draw is not None:
-            chosen.figure.parent.mkdir(parents=True, exist_ok=True)
-            draw(chosen.folder).savefig(chosen.figure, dpi=150)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))

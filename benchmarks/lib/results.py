@@ -17,6 +17,8 @@ from benchmarks.lib.device import Device
 RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("torch", "torchdiffeq", "torchdyn", "TorchDiffEqPack", "diffrax", "jax")
 """Whose versions stand beside a result, of those that are installed."""
+WIDTH = 320
+"""Of the records' lines, where a record can be broken."""
 
 
 def environment(device: Device | None = None) -> dict[str, Any]:
@@ -47,8 +49,20 @@ def read(name: str) -> dict[str, Any]:
 
 
 def write(name: str, content: dict[str, Any], device: Device | None = None) -> Path:
-    """``results/<name>.json`` with the environment beside the content."""
+    """``results/<name>.json`` with the environment beside the content, see `compact`."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), **content}, indent=1) + "\n")
+    path.write_text(compact({"environment": environment(device), **content}) + "\n")
     return path
+
+
+def compact(value: Any, indent: str = "") -> str:
+    """JSON in which everything that fits stands on one line: few lines, and each is a row of something."""
+    line = json.dumps(value)
+    if len(indent) + len(line) <= WIDTH or not isinstance(value, dict | list | tuple):
+        return line
+    inner = indent + " "
+    if isinstance(value, dict):
+        rows = [f"{json.dumps(str(name))}: {compact(part, inner)}" for name, part in value.items()]
+        return "{\n" + ",\n".join(inner + row for row in rows) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(inner + compact(part, inner) for part in value) + f"\n{indent}]"

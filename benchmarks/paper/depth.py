@@ -1,18 +1,18 @@
 """Depth on demand: trained layers of ResNet-4 solved with other steps and by other methods, without retraining.
 
-    python -m benchmarks.depth --data folder --data-root DIR --kind "JPEG copy" --threads 1
+    python -m benchmarks.paper.depth --data folder --data-root DIR --kind "JPEG copy" --threads 1
 
 ANODE beside ANODEV2, trained with 5 and with 2 Euler steps; then every model is evaluated by `with_steps` on images of
 the training set that no run trains on: once with BatchNorm's statistics of the trained steps, and once with those that
 a few training batches give on the new grid. Two more models, whose ODE blocks are normalised by groups of channels,
-have nothing that depends on the steps. Runs, records and resumption are those of `benchmarks.cifar10`; the evaluations
-of a model are one JSON. The table and the figure are drawn by `python -m benchmarks.depth_table`.
+have nothing that depends on the steps. Runs, records and resumption are those of `benchmarks.paper.cifar10`; the
+evaluations of a model are a line of a file beside. The table and the figure are drawn by
+`python -m benchmarks.paper.depth_table`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,9 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
+from benchmarks.lib import jsonl
 from benchmarks.lib.results import environment
-from benchmarks.paper import campaign as cifar10
-from benchmarks.paper.campaign import CLASSES, say, schedule_name, split
+from benchmarks.paper import campaign
+from benchmarks.paper.campaign import say
+from benchmarks.paper.experiments import CLASSES, plan
+from benchmarks.paper.options import add_options, experiment_of, split
+from benchmarks.paper.records import described, keep, last, recorded, schedule_of
 from neuralode_coupled.compare import Planned
 from neuralode_coupled.data import ImageData
 from neuralode_coupled.depth import with_steps
@@ -34,7 +38,7 @@ from neuralode_coupled.image_sources import ImageSet
 from neuralode_coupled.layer import CoupledODE
 from neuralode_coupled.models import ADJOINTS, VARIANTS, by_name, coupled_layers
 from neuralode_coupled.models.networks import resnet4
-from neuralode_coupled.runs import Experiment, RunFolder, write_atomically
+from neuralode_coupled.runs import Experiment, RunFolder
 from neuralode_coupled.training import build_data, build_model, prepare
 
 CHOICES = ("anode@5", "anodev2-1", "anode", "anodev2-2")
@@ -67,10 +71,10 @@ class Evaluation:
 
 
 def plans(runs: Path, shared: Experiment, choices: Sequence[str], grouped: Sequence[str]) -> tuple[list[Planned], ...]:
-    """The runs with BatchNorm of each step, and those with GroupNorm. Raises ValueError as `cifar10.plan`."""
+    """The runs with BatchNorm of each step, and those with GroupNorm. Raises ValueError as `plan`."""
     seeds = [shared.seed]
-    by_step = cifar10.plan(runs, shared, ["resnet4"], choices, seeds) if choices else []
-    grouped_runs = cifar10.plan(runs, shared, ["resnet4"], grouped, seeds) if grouped else []
+    by_step = plan(runs, shared, ["resnet4"], choices, seeds) if choices else []
+    grouped_runs = plan(runs, shared, ["resnet4"], grouped, seeds) if grouped else []
     return by_step, [
         Planned(run.experiment, RunFolder(run.folder.path.with_name(f"{GROUP_NORM}-{run.name}")))
         for run in grouped_runs
@@ -154,14 +158,10 @@ def batches(data: ImageData, images: ImageSet, size: int, most: int | None = Non
 def content_of(planned: Planned, model: nn.Module, data: ImageData, kind: str) -> dict[str, Any]:
     """What is kept of a model's evaluations."""
     found, refused = evaluate(model, data, GRIDS)
-    experiment = asdict(planned.experiment)
-    experiment.pop("data_root")
     (layer,) = coupled_layers(model).values()
     return {
+        **described(planned, kind),
         "environment": environment(),
-        "data": {"name": "CIFAR-10", "kind": kind, "training images": planned.experiment.limit or "all"},
-        "schedule": planned.folder.path.parent.name,
-        "experiment": experiment,
         "normalisation": GROUP_NORM if planned.name.startswith(GROUP_NORM) else "batch norm of each step",
         "trained steps": layer.steps,
         "images": len(data.test or ()),
@@ -171,17 +171,18 @@ def content_of(planned: Planned, model: nn.Module, data: ImageData, kind: str) -
     }
 
 
-def held(path: Path) -> bool:
-    """Whether there is a whole record of a model's evaluations."""
+def held(path: Path, planned: Planned) -> bool:
+    """Whether there is a whole record of a run's evaluations."""
+    found = last(path, {"schedule": schedule_of(planned), "run": planned.name})
     try:
-        return bool([Evaluation(**row) for row in json.loads(path.read_text())["evaluations"]])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return bool([Evaluation(**row) for row in (found or {})["evaluations"]])
+    except (KeyError, TypeError):
         return False
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cifar10.add_options(parser, "depth", SHORT)
+    add_options(parser, "depth", SHORT)
     parser.set_defaults(seeds="0")
     parser.add_argument("--variants", default=",".join(CHOICES), help="with BatchNorm of each step")
     parser.add_argument("--grouped", default=",".join(GROUPED), help="with GroupNorm; empty for none")
@@ -190,29 +191,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     variants, grouped = (list(filter(None, split(chosen.pop(name)))) for name in ("variants", "grouped"))
     seeds, runs, results = split(chosen.pop("seeds")), chosen.pop("runs"), chosen.pop("results")
     try:
-        kind, budget, shared = cifar10.experiment_of(chosen)
+        kind, budget, shared = experiment_of(chosen)
         shared = replace(shared, adjoint=SHORT.adjoint)
         shares = [plans(runs, replace(shared, seed=int(seed)), variants, grouped) for seed in seeds]
+        evaluations = results.with_name(f"{results.stem}_evaluations.jsonl")
+        for path in (results, evaluations):
+            jsonl.read(path)  # says what is wrong with it, before anything is trained
     except (ValueError, OSError) as error:
         parser.error(str(error))
     by_step, by_group = ([run for share in shares for run in share[i]] for i in (0, 1))
-    failures = cifar10.run(by_step, kind, results, budget=budget, at_once=at_once)
+    failures = campaign.run(by_step, kind, results, budget=budget, at_once=at_once)
     if failures:
         raise SystemExit("failed:\n" + "\n".join(failures))
     for planned in by_group:
-        if not cifar10.recorded(planned, results):
+        if not recorded(planned, results):
             train_group_norm(planned)
-            cifar10.keep(planned, kind, results)
-    finished = [run for run in (*by_step, *by_group) if cifar10.recorded(run, results)]
-    evaluate_all(finished, kind, results / schedule_name(cifar10.with_ten_classes(shared)) / "evaluations")
+            keep(planned, kind, results)
+    finished = [run for run in (*by_step, *by_group) if recorded(run, results)]
+    evaluate_all(finished, kind, evaluations)
 
 
-def evaluate_all(runs: Sequence[Planned], kind: str, folder: Path) -> None:
-    """Evaluate the finished runs of one schedule that have no evaluations in the folder."""
+def evaluate_all(runs: Sequence[Planned], kind: str, path: Path) -> None:
+    """Evaluate the finished runs of one schedule that have no evaluations in the file, and append them."""
     data: ImageData | None = None
     for planned in runs:
-        path = folder / f"{planned.name}.json"
-        if held(path):
+        if held(path, planned):
             say(f"{planned.name}: evaluated already")
             continue
         if data is None:
@@ -223,10 +226,8 @@ def evaluate_all(runs: Sequence[Planned], kind: str, folder: Path) -> None:
             assert data.test is not None
             data.test = ImageSet(data.test.pixels[:IMAGES], data.test.labels[:IMAGES])
         build = group_norm_model if planned.name.startswith(GROUP_NORM) else build_model
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = content_of(planned, cifar10.trained(planned, build), data, kind)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-        say(str(path))
+        jsonl.append(path, content_of(planned, campaign.trained(planned, build), data, kind))
+        say(f"{planned.name}: {path}")
 
 
 if __name__ == "__main__":

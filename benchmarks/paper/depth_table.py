@@ -1,6 +1,6 @@
-"""The table and the figure of what `benchmarks.depth` evaluated.
+"""The table and the figure of what `benchmarks.paper.depth` evaluated.
 
-python -m benchmarks.depth_table benchmarks/results/depth/SCHEDULE/evaluations --page docs/solvers.md
+python -m benchmarks.paper.depth_table --page docs/solvers.md
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.lib import pages
+from benchmarks.lib.jsonl import Report
+from benchmarks.lib.pages import DOCS
+from benchmarks.lib.results import RESULTS
 from benchmarks.paper.depth import GRIDS, GROUP_NORM, Evaluation
-from benchmarks.paper.tables import read_as
+from benchmarks.paper.records import read_as
+from benchmarks.paper.show import show
 
 NAMES = {"anode": "ANODE", "anodev2-1": "ANODEV2, configuration one", "anodev2-2": "ANODEV2, configuration two"}
-FIGURE = pages.DOCS / "figures" / "depth.png"
+RECORDS = RESULTS / "depth_evaluations.jsonl"
+FIGURE = DOCS / "figures" / "depth.png"
 COUNTS = sorted({steps for counts in GRIDS.values() for steps in counts})
 _STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"))
 
@@ -61,9 +65,9 @@ def _model(content: Mapping[str, Any]) -> Model:
     )
 
 
-def load(folder: Path, complain: Any = None) -> list[Model]:
-    """The models of a folder, those of most trained steps first. Raises ValueError as `read_as`."""
-    found = read_as(_model, folder, complain, "benchmarks.depth")
+def load(path: Path, schedule: str | None = None, report: Report | None = None) -> list[Model]:
+    """The models of a schedule, those of most trained steps first. Raises ValueError as `read_as`."""
+    found = read_as(_model, path, "benchmarks.paper.depth", schedule, report)
     return sorted(found, key=lambda model: (model.grouped, -model.trained, model.variant, model.seed))
 
 
@@ -159,10 +163,10 @@ def _draw_model(axes: Axes, model: Model, colour: str, marker: str) -> None:
             )
 
 
-def report(folder: Path, complain: Any = None) -> str:
+def report(path: Path, schedule: str) -> str:
     """The table and the sentences in Markdown."""
-    models = load(folder, complain)
-    return f"""Schedule: `{folder.resolve().parent.name}`. Accuracy in % on {models[0].images:,} images by the number of
+    models = load(path, schedule)
+    return f"""Schedule: `{schedule}`. Accuracy in % on {models[0].images:,} images by the number of
 steps; bold: the grid that the model was trained on. Statistics of BatchNorm: those of the trained steps, or new ones of
 {models[0].new_images:,} training images on the grid in question. An empty cell was not evaluated, or is refused.
 
@@ -175,13 +179,11 @@ Against the model on its own grid, in points, by Euler's method:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    pages.command(
-        __doc__, report, lambda folder: f"depth of {folder.resolve().parent.name}", FIGURE, _figure, arguments
-    )
+    show(__doc__, RECORDS, report, "depth of", FIGURE, _figure, arguments)
 
 
-def _figure(folder: Path) -> Figure:
-    return draw(load(folder, lambda text: None))
+def _figure(path: Path, schedule: str) -> Figure:
+    return draw(load(path, schedule, lambda text: None))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.lib.clock import rounded_median
 from benchmarks.lib.images import classifier_step
 from benchmarks.lib.pages import DOCS, machine, put
 from benchmarks.lib.results import read, write
-from benchmarks.paper.campaign import CLASSES, one_run
+from benchmarks.paper.experiments import CLASSES, one_run
 from benchmarks.paper.solver_costs import random_images
 from neuralode_coupled import training
 from neuralode_coupled.models import VARIANTS

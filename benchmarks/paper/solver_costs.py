@@ -3,7 +3,8 @@
 Apart from the training runs, whose clocks show what else their machine was doing. Times are taken in shuffled rounds
 of one process, so that other work falls on all candidates; peak memory in a process each, in which glibc gives freed
 tensors back at once; gradients at the weights that training with the discrete adjoint came to, on one batch of it.
-Three files, ``costs/{time,memory,gradient}.json`` beside the records of the runs, none of which is measured twice.
+Three lines of a schedule, ``part`` being time, memory or gradient, in a file beside the records of the runs; none is
+measured twice, and of two lines of a part the later one counts.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.lib import jsonl
 from benchmarks.lib.clock import clocked, quartiles
 from benchmarks.lib.images import Batch, classifier_step, random_batch
 from benchmarks.lib.memory import peak_of_network, printed
 from benchmarks.lib.results import environment
-from benchmarks.paper.campaign import CLASSES, trained
+from benchmarks.paper.campaign import say, trained
+from benchmarks.paper.experiments import CLASSES
+from benchmarks.paper.records import last, schedule_of
 from neuralode_coupled.compare import Planned
-from neuralode_coupled.runs import Experiment, write_atomically
+from neuralode_coupled.runs import Experiment
 from neuralode_coupled.training import build_data, build_model, function_evaluations
 
 ROUNDS = 7
@@ -39,47 +43,48 @@ def cell(experiment: Experiment) -> str:
     return f"{experiment.variant} {experiment.method} {experiment.adjoint}"
 
 
-def measure(runs: Sequence[Planned], costed: Sequence[Planned], folder: Path) -> None:
-    """Measure what the folder does not hold yet of the ``costed``, and write it there.
+def beside(results: Path) -> Path:
+    """The file of the costs, by that of the runs' records."""
+    return results.with_name(f"{results.stem}_costs.jsonl")
+
+
+def measure(runs: Sequence[Planned], costed: Sequence[Planned], path: Path) -> None:
+    """Measure what the file does not hold yet of the ``costed``, and append it.
 
     Times are measured again for all, if any is missing: their ratios are those of one run.
 
     Args:
         runs: finished runs, whose weights gradients are compared at.
         costed: one for each configuration, solver and gradient method; they need not have been trained.
-        folder: the records of this schedule.
+        path: the file, see `beside`.
     """
     torch.set_num_threads(costed[0].experiment.threads or torch.get_num_threads())
+    schedule, batch_size = schedule_of(costed[0]), costed[0].experiment.batch_size
     parts: dict[str, Callable[[Sequence[Planned]], Part]] = {
         "gradient": lambda some: gradient_errors(runs, some),
         "memory": lambda some: {cell(e): {"peak_bytes": peak_memory_in_a_process(e)} for e in _experiments(some)},
         "time": lambda some: step_times(_experiments(costed), random_images(costed[0].experiment)),
     }
-    for name, find in parts.items():
-        path = folder / "costs" / f"{name}.json"
-        known = held(path)
+    for part, find in parts.items():
+        known = held(path, schedule, part)
         missing = [planned for planned in costed if cell(planned.experiment) not in known]
         if not missing:
-            sys.stdout.write(f"{path}: measured already\n")
+            say(f"{path}: the {part} of {schedule} is measured already")
             continue
-        cells = find(missing) if name == "time" else known | find(missing)
-        content = {"environment": environment(), "batch_size": costed[0].experiment.batch_size, "cells": cells}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-        sys.stdout.write(f"{path}\n")
-        sys.stdout.flush()
+        cells = find(missing) if part == "time" else known | find(missing)
+        content = {"schedule": schedule, "part": part, "environment": environment(), "batch_size": batch_size}
+        jsonl.append(path, content | {"cells": cells})
+        say(f"{path}: the {part} of {schedule}")
 
 
 def _experiments(planned: Sequence[Planned]) -> list[Experiment]:
     return [one.experiment for one in planned]
 
 
-def held(path: Path) -> Part:
-    """The cells of a file; none if it is not there, or no whole file."""
-    try:
-        return dict(json.loads(path.read_text())["cells"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return {}
+def held(path: Path, schedule: str, part: str) -> Part:
+    """The cells of a part; none if the file has not got it."""
+    found = last(path, {"schedule": schedule, "part": part})
+    return {} if found is None else found["cells"]
 
 
 def whole_gradient(model: nn.Module, batch: Batch) -> Tensor:

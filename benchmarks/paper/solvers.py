@@ -1,12 +1,12 @@
 """Solvers and gradient methods on CIFAR-10: which should one use?
 
-    python -m benchmarks.cifar10_solvers --data folder --data-root DIR --kind "JPEG copy" --threads 1
+    python -m benchmarks.paper.solvers --data folder --data-root DIR --kind "JPEG copy" --threads 1
 
 ResNet-4 in both configurations, with every solver and gradient method that the package takes together; what it refuses
 is skipped with its own words. One schedule for all: its defaults are short, for two CPU cores. Accuracy is that on
 images of the training set that no run trains on. Then what one training step costs is measured apart, for all of them
-in turn. Runs, records and resumption are those of `benchmarks.cifar10`. The table and the figure are drawn by
-`python -m benchmarks.cifar10_solvers_table`.
+in turn. Runs, records and resumption are those of `benchmarks.paper.cifar10`. The table and the figure are drawn by
+`python -m benchmarks.paper.solvers_table`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.paper import campaign as cifar10
-from benchmarks.paper import solver_costs
-from benchmarks.paper.campaign import CLASSES, Report, say, schedule_name, split
+from benchmarks.lib import jsonl
+from benchmarks.lib.jsonl import Report
+from benchmarks.paper import campaign, solver_costs
+from benchmarks.paper.campaign import say
+from benchmarks.paper.experiments import CLASSES, schedule_name, with_ten_classes
+from benchmarks.paper.options import add_options, experiment_of, split
+from benchmarks.paper.records import recorded
 from neuralode_coupled.adaptive_solve import is_adaptive
 from neuralode_coupled.compare import Planned
 from neuralode_coupled.runs import Experiment, RunFolder
@@ -59,7 +63,7 @@ def plan(
         unknown = [name for name in chosen if name not in known]
         if unknown or not chosen:
             raise ValueError(f"{what} must be some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
-    shared = cifar10.with_ten_classes(shared)
+    shared = with_ten_classes(shared)
     planned, refusals = [], set()
     for seed in seeds:
         for gradient in sorted(gradients, key=GRADIENTS.index):
@@ -100,7 +104,7 @@ def main(
     measure: Callable[[Sequence[Planned], Sequence[Planned], Path], None] = solver_costs.measure,
 ) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cifar10.add_options(parser, "cifar10_solvers", SHORT)
+    add_options(parser, "cifar10_solvers", SHORT)
     parser.set_defaults(seeds="0")
     parser.add_argument("--configurations", default=",".join(CONFIGURATIONS))
     parser.add_argument("--solvers", default=",".join(SOLVERS))
@@ -114,18 +118,21 @@ def main(
     )
     runs, results, tolerance = chosen.pop("runs"), chosen.pop("results"), chosen.pop("tolerance")
     try:
-        kind, budget, shared = cifar10.experiment_of(chosen)
+        kind, budget, shared = experiment_of(chosen)
         planned = plan(
             runs, shared, configurations, solvers, trained, [int(seed) for seed in seeds], tolerance=tolerance
         )
         costed = plan(runs, shared, configurations, solvers, measured, [int(seeds[0])], lambda text: None, tolerance)
+        costs = solver_costs.beside(results)
+        for path in (results, costs):
+            jsonl.read(path)  # says what is wrong with it, before anything is trained
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    failures = cifar10.run(planned, kind, results, budget=budget, at_once=at_once)
+    failures = campaign.run(planned, kind, results, budget=budget, at_once=at_once)
     if failures:
         raise SystemExit("failed:\n" + "\n".join(failures))
-    if all(cifar10.recorded(run, results) for run in planned):
-        measure(planned, costed, results / schedule_name(cifar10.with_ten_classes(shared)))
+    if all(recorded(run, results) for run in planned):
+        measure(planned, costed, costs)
 
 
 if __name__ == "__main__":

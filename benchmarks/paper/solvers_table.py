@@ -1,6 +1,6 @@
-"""The table, the figure and the answer that `benchmarks.cifar10_solvers` measured.
+"""The table, the figure and the answer that `benchmarks.paper.solvers` measured.
 
-python -m benchmarks.cifar10_solvers_table benchmarks/results/cifar10_solvers/SCHEDULE --page docs/solvers.md
+python -m benchmarks.paper.solvers_table --page docs/solvers.md
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.lib import pages
-from benchmarks.paper.solver_costs import Part, held
+from benchmarks.lib.jsonl import Report
+from benchmarks.lib.pages import DOCS
+from benchmarks.lib.results import RESULTS
+from benchmarks.paper.records import read_as, schedule_in
+from benchmarks.paper.show import show
+from benchmarks.paper.solver_costs import Part, beside, held
 from benchmarks.paper.solvers import CONFIGURATIONS, GRADIENTS, SOLVERS
-from benchmarks.paper.tables import read_as
 
 NAMES = {"anodev2-1": "one", "anodev2-2": "two"}
 GRADIENT_NAMES = {
@@ -30,7 +33,8 @@ GRADIENT_NAMES = {
     "backprop": "`Backprop`",
     "reversible": "`ReversibleAdjoint`",
 }
-FIGURE = pages.DOCS / "figures" / "cifar10_solvers.png"
+RECORDS = RESULTS / "cifar10_solvers.jsonl"
+FIGURE = DOCS / "figures" / "cifar10_solvers.png"
 EXACT = 1e-5
 """Relative errors of float32 gradients up to which two methods have one gradient."""
 
@@ -256,21 +260,22 @@ def _legend(figure: Figure, lines: Sequence[Row]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
-def load(folder: Path, complain: Any = None) -> tuple[list[Row], list[Trained]]:
-    """The lines of a schedule's folder, and its runs. Raises ValueError as `read_as`."""
-    runs = read_as(_trained, folder, complain, "benchmarks.cifar10_solvers")
-    costs = {name: held(folder / "costs" / f"{name}.json") for name in ("gradient", "memory", "time")}
+def load(path: Path, schedule: str | None = None, report: Report | None = None) -> tuple[list[Row], list[Trained]]:
+    """The lines of a schedule, and its runs. Raises ValueError as `read_as`."""
+    runs = read_as(_trained, path, "benchmarks.paper.solvers", schedule, report)
+    name = schedule_in(path, schedule)
+    costs = {part: held(beside(path), name, part) for part in ("gradient", "memory", "time")}
     return rows(runs, costs, runs[0].batch_size), runs
 
 
-def report(folder: Path, complain: Any = None) -> str:
+def report(path: Path, schedule: str) -> str:
     """The answer and the table in Markdown."""
-    lines, runs = load(folder, complain)
+    lines, runs = load(path, schedule)
     run = runs[0]
     chance = margin(lines, run.images)
     return f"""{answer(lines, run.images)}
 
-Schedule: `{folder.name}`.
+Schedule: `{schedule}`.
 Accuracy on {run.images:,} images after the last epoch; `=`: the accuracy of DTO, whose gradient it is. The
 choice of these images alone makes a difference of up to {chance:.1f} points between two runs. Evaluations of the
 ODE block in a training step, and those that its backward pass repeats. Time of a training step of
@@ -293,11 +298,11 @@ others have one for each step; its evaluations are those of an untrained network
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    pages.command(__doc__, report, lambda folder: f"solvers of {folder.name}", FIGURE, _figure, arguments)
+    show(__doc__, RECORDS, report, "solvers of", FIGURE, _figure, arguments)
 
 
-def _figure(folder: Path) -> Figure:
-    return draw(load(folder, lambda text: None)[0])
+def _figure(path: Path, schedule: str) -> Figure:
+    return draw(load(path, schedule, lambda text: None)[0])
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
-"""Tables 1 to 4 of the paper beside what `benchmarks.cifar10` measured, and what becomes of the paper's claims.
+"""Tables 1 to 4 of the paper beside what `benchmarks.paper.cifar10` measured, and what becomes of the paper's claims.
 
-python -m benchmarks.cifar10_tables benchmarks/results/cifar10/epochs20-images10000
+python -m benchmarks.paper.tables epochs20-images10000 --page docs/reproduction.md
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from scipy.stats import t as student
 
-from benchmarks.lib import pages
+from benchmarks.lib.jsonl import Report
+from benchmarks.lib.results import RESULTS
+from benchmarks.paper.records import read_as
+from benchmarks.paper.show import show
 
+RECORDS = RESULTS / "cifar10.jsonl"
 NAMES = {"alexnet": "AlexNet", "resnet4": "ResNet-4", "resnet10": "ResNet-10"}
 VARIANTS = {
     "baseline": "Baseline",
@@ -64,7 +66,6 @@ CONFIDENCE = 0.95
 FEWEST = 3
 """Pairs of runs below which nothing is said of a claim."""
 
-T = TypeVar("T")
 Cell = tuple[str, str, int | None]
 """A network, a variant and its activation steps."""
 
@@ -107,38 +108,9 @@ class Difference:
         return "not enough runs"
 
 
-def read(folder: Path, complain: Any = None) -> list[Run]:
-    """The records in a folder, see `read_as`."""
-    return read_as(_run, folder, complain, "benchmarks.cifar10")
-
-
-def read_as(convert: Callable[[Mapping[str, Any]], T], folder: Path, complain: Any, command: str) -> list[T]:
-    """What ``convert`` makes of the records in a folder. A file that is no whole record is skipped, and said so.
-
-    Args:
-        convert: raises KeyError, TypeError or ValueError for what is no record.
-        folder: its JSON files, but not those of its folders.
-        complain: is told what was skipped, in lines; by default the standard error output is.
-        command: the module that makes such records, for the message.
-
-    Raises:
-        ValueError: if there are none, or if they are of several schedules or data sets.
-    """
-    found, kinds = [], defaultdict(list)
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text())
-            kind = f"{content['schedule']} on {content['data']['kind']}"
-            found.append(convert(content))
-            kinds[kind].append(path.name)
-        except (ValueError, KeyError, TypeError) as error:
-            (complain or _complain)(f"skipped {path.name}, which is no whole record: {error!r}")
-    if not found:
-        raise ValueError(f"{folder} holds no records: make some with `python -m {command}`")
-    if len(kinds) > 1:
-        listed = "; ".join(f"{kind} ({', '.join(names)})" for kind, names in kinds.items())
-        raise ValueError(f"one table cannot hold results of several schedules or data: {listed}. Use a folder for each")
-    return found
+def read(path: Path, schedule: str | None = None, report: Report | None = None) -> list[Run]:
+    """The runs of a schedule, see `read_as`."""
+    return read_as(_run, path, "benchmarks.paper.cifar10", schedule, report)
 
 
 def _run(content: Mapping[str, Any]) -> Run:
@@ -285,14 +257,8 @@ def report(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _complain(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    pages.command(
-        __doc__, lambda folder: report(read(folder)), lambda folder: f"tables of {folder.name}", None, None, arguments
-    )
+    show(__doc__, RECORDS, lambda path, schedule: report(read(path, schedule)), "tables of", arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""The runs behind the paper's tables, and what is made of them."""
+"""The runs behind the paper's tables: their order, their processes, their records."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import signal
 import subprocess
@@ -12,55 +10,26 @@ from pathlib import Path
 from threading import Barrier, Event, Lock, Semaphore
 
 import pytest
-from benchmarks.cifar10_tables import Difference, by_cell, claims, difference, read
 
-from benchmarks import cifar10, cifar10_tables
-from neuralode_coupled.runs import Experiment, Result, RunFolder
-from tests.test_data import image_folder
-
-TEN = [f"class{i}" for i in range(10)]
-
-
-def shared(root: Path, **options) -> Experiment:
-    given = {"data": "folder", "data_root": str(root), "epochs": 1, "batch_size": 10, "accelerator": "cpu"} | options
-    return Experiment(**given)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("ten"), classes=10, train=2, test=1)
-
-
-def finish(planned, accuracy: float, parameters: int = 7706) -> None:
-    planned.folder.claim(planned.experiment, TEN, {"torch": "2"})
-    planned.folder.write_rows([{"epoch": 1.0, "test/accuracy": accuracy}])
-    costs = {"seconds": 1.0, "evaluations": 1, "recomputed": 0, "memory": 1, "epochs": 1, "device": "cpu"}
-    accuracies = {"best_accuracy": accuracy, "final_accuracy": accuracy}
-    planned.folder.finish(Result(parameters=parameters, precision="32-true", **accuracies, **costs))
-
-
-def records(folder: Path, images: Path, accuracies: dict[str, list[float]], **options) -> Path:
-    """Records of ResNet-4 with these accuracies (fractions), a seed each."""
-    for choice, values in accuracies.items():
-        plan = cifar10.plan(folder / "runs", shared(images, **options), ["resnet4"], [choice], range(len(values)))
-        for planned, accuracy in zip(plan, values, strict=True):
-            finish(planned, accuracy)
-            cifar10.keep(planned, "test", folder / "records")
-    return folder / "records"
+from benchmarks.lib import jsonl
+from benchmarks.paper import campaign, cifar10, tables
+from benchmarks.paper.experiments import CHOICES, plan, schedule_name
+from neuralode_coupled.runs import RunFolder
+from tests.benchmarks.helpers import finish, image_folder, records, shared
 
 
 def test_the_order_fills_the_tables_evenly(images, tmp_path):
-    plan = cifar10.plan(tmp_path, shared(images), ["alexnet", "resnet4"], ["baseline", "anode@5", "node"], [0, 1])
-    names = [planned.name for planned in plan]
+    runs = plan(tmp_path, shared(images), ["alexnet", "resnet4"], ["baseline", "anode@5", "node"], [0, 1])
+    names = [planned.name for planned in runs]
     assert names[:4] == [f"resnet4-{v}-seed0" for v in ("baseline", "anode-5", "node")] + ["alexnet-baseline-seed0"]
     assert names[6:] == [name.replace("seed0", "seed1") for name in names[:6]]
-    assert (plan[1].experiment.variant, plan[1].experiment.steps) == ("anode", 5)
+    assert (runs[1].experiment.variant, runs[1].experiment.steps) == ("anode", 5)
 
 
 def test_options_reach_the_variants_that_they_are_for(images, tmp_path):
     options = shared(images, adjoint="backprop", evolution="reaction")
-    plan = cifar10.plan(tmp_path, options, ["resnet4"], cifar10.CHOICES[:5], [0])
-    found = {p.experiment.variant: (p.experiment.adjoint, p.experiment.evolution) for p in plan}
+    runs = plan(tmp_path, options, ["resnet4"], CHOICES[:5], [0])
+    found = {p.experiment.variant: (p.experiment.adjoint, p.experiment.evolution) for p in runs}
     assert found == {
         "baseline": (None, None),
         "node": (None, None),
@@ -73,28 +42,28 @@ def test_options_reach_the_variants_that_they_are_for(images, tmp_path):
 def test_schedules_have_names_of_their_own(images):
     plain = {"epochs": 20, "batch_size": 256}
     others = ({}, {"limit": 10}, {"lr": 0.2}, {"epochs": 21})
-    names = [cifar10.schedule_name(shared(images, **(plain | other))) for other in others]
+    names = [schedule_name(shared(images, **(plain | other))) for other in others]
     assert len(set(names)) == 4
     assert names[0] == "epochs20-all"
 
 
 def test_a_run_that_is_finished_is_not_repeated_and_a_failed_one_is_told(images, tmp_path):
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node", "anode"], [0])
-    finish(plan[0], 0.5)
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node", "anode"], [0])
+    finish(runs[0], 0.5)
     started = []
 
     def launch(arguments, seconds):
         started.append(arguments)
         if "anode" in arguments:
             return 1
-        finish(plan[1], 0.4)
+        finish(runs[1], 0.4)
         return 0
 
-    failures = cifar10.run(plan, "test", tmp_path / "records", launch=launch, report=lambda text: None)
+    failures = campaign.run(runs, "test", tmp_path / "records.jsonl", launch=launch, report=lambda text: None)
     assert [arguments[arguments.index("--variant") + 1] for arguments in started] == ["node", "anode"]
     assert failures == ["resnet4-anode-seed0: exit code 1"]
-    kept = sorted(path.name for path in (tmp_path / "records").glob("*/*.json"))
-    assert kept == ["resnet4-baseline-seed0.json", "resnet4-node-seed0.json"]
+    kept = sorted(record["run"] for record in jsonl.read(tmp_path / "records.jsonl"))
+    assert kept == ["resnet4-baseline-seed0", "resnet4-node-seed0"]
 
 
 def test_a_run_with_a_record_is_not_repeated_where_its_folder_is_not(images, tmp_path):
@@ -106,41 +75,40 @@ def test_a_run_with_a_record_is_not_repeated_where_its_folder_is_not(images, tmp
         return 1
 
     for rate in (0.1, 0.2):
-        plan = cifar10.plan(tmp_path / "elsewhere", shared(images, lr=rate), ["resnet4"], ["baseline"], [0])
-        cifar10.run(plan, "test", tmp_path / "records", launch=launch, report=lambda text: None)
+        runs = plan(tmp_path / "elsewhere", shared(images, lr=rate), ["resnet4"], ["baseline"], [0])
+        campaign.run(runs, "test", tmp_path / "records.jsonl", launch=launch, report=lambda text: None)
     assert started == ["0.2"]
-    (path,) = (tmp_path / "records").glob("*/*.json")
-    path.write_text("{")
-    plan = cifar10.plan(tmp_path / "elsewhere", shared(images), ["resnet4"], ["baseline"], [0])
-    cifar10.run(plan, "test", tmp_path / "records", launch=launch, report=lambda text: None)
+    (tmp_path / "records.jsonl").write_text("{")
+    runs = plan(tmp_path / "elsewhere", shared(images), ["resnet4"], ["baseline"], [0])
+    campaign.run(runs, "test", tmp_path / "records.jsonl", launch=launch, report=lambda text: None)
     assert started == ["0.2", "0.1"]
 
 
 def test_the_budget_stops_runs_and_starts_no_more(images, tmp_path):
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node"], [0])
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node"], [0])
     now, given, said = [0.0], [], []
 
     def launch(arguments, seconds):
         given.append(seconds)
         now[0] += 45
-        finish(plan[0], 0.5)
+        finish(runs[0], 0.5)
         return 0 if len(given) == 1 else None
 
     options = {"budget": 1.0, "launch": launch, "clock": lambda: now[0], "report": said.append}
-    assert cifar10.run(plan, "test", tmp_path / "records", **options) == []
+    assert campaign.run(runs, "test", tmp_path / "records.jsonl", **options) == []
     assert given == [60.0, 15.0]
     assert "goes on next time" in said[-1]
 
 
 def test_a_process_is_stopped_when_its_time_is_up():
-    assert cifar10.Processes().launch(["--help"], None) == 0
-    assert cifar10.Processes().launch(["--help"], 0.01) is None
+    assert campaign.Processes().launch(["--help"], None) == 0
+    assert campaign.Processes().launch(["--help"], 0.01) is None
 
 
 def test_what_runs_side_by_side_say_has_their_names(tmp_path, capfd):
     folder = tmp_path / "a-run"
     arguments = ["train", "--data", "digits", "--limit", "20", "--batch-size", "10", "--epochs", "1", "--no-progress"]
-    assert cifar10.Processes(named=True).launch([*arguments, "--out", str(folder)], None) == 0
+    assert campaign.Processes(named=True).launch([*arguments, "--out", str(folder)], None) == 0
     lines = capfd.readouterr().out.splitlines()
     assert any(line.startswith("a-run: epoch 1/1: train loss") for line in lines)
     assert all(line.startswith("a-run: ") for line in lines)
@@ -152,8 +120,8 @@ def variant_of(arguments: list[str]) -> str:
 
 def test_as_many_runs_as_asked_for_go_on_at_the_same_time(images, tmp_path):
     """Two meet in every launch, which neither leaves alone; a third never comes in."""
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
-    runs = {run.experiment.variant: run for run in plan}
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], CHOICES[:4], [0])
+    by_variant = {run.experiment.variant: run for run in runs}
     meeting, lock, inside, most, started = Barrier(2), Lock(), [0], [0], []
 
     def launch(arguments, seconds):
@@ -162,21 +130,22 @@ def test_as_many_runs_as_asked_for_go_on_at_the_same_time(images, tmp_path):
             most[0] = max(most[0], inside[0])
             started.append(variant_of(arguments))
         meeting.wait(timeout=30)
-        finish(runs[variant_of(arguments)], 0.5)
+        finish(by_variant[variant_of(arguments)], 0.5)
         meeting.wait(timeout=30)
         with lock:
             inside[0] -= 1
         return 0
 
-    assert cifar10.run(plan, "test", tmp_path / "records", at_once=2, launch=launch, report=lambda text: None) == []
+    options = {"at_once": 2, "launch": launch, "report": lambda text: None}
+    assert campaign.run(runs, "test", tmp_path / "records.jsonl", **options) == []
     assert most == [2]
     assert {*started[:2]} == {"baseline", "node"}  # as planned
-    assert len(list((tmp_path / "records").glob("*/*.json"))) == 4
+    assert len({record["run"] for record in jsonl.read(tmp_path / "records.jsonl")}) == 4
 
 
 def test_a_run_that_fails_leaves_those_beside_it_going(images, tmp_path):
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node", "anode"], [0])
-    runs = {run.experiment.variant: run for run in plan}
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline", "node", "anode"], [0])
+    by_variant = {run.experiment.variant: run for run in runs}
     failed, said = Event(), []
 
     def launch(arguments, seconds):
@@ -184,18 +153,18 @@ def test_a_run_that_fails_leaves_those_beside_it_going(images, tmp_path):
             failed.set()
             return 3
         assert failed.wait(timeout=30)
-        finish(runs[variant_of(arguments)], 0.5)
+        finish(by_variant[variant_of(arguments)], 0.5)
         return 0
 
-    failures = cifar10.run(plan, "test", tmp_path / "records", at_once=2, launch=launch, report=said.append)
+    failures = campaign.run(runs, "test", tmp_path / "records.jsonl", at_once=2, launch=launch, report=said.append)
     assert failures == ["resnet4-node-seed0: exit code 3"]
     assert "[2/3] resnet4-node-seed0: exit code 3" in said
-    kept = sorted(path.name for path in (tmp_path / "records").glob("*/*.json"))
-    assert kept == ["resnet4-anode-seed0.json", "resnet4-baseline-seed0.json"]
+    kept = sorted(record["run"] for record in jsonl.read(tmp_path / "records.jsonl"))
+    assert kept == ["resnet4-anode-seed0", "resnet4-baseline-seed0"]
 
 
 def test_a_spent_budget_starts_no_more_runs_side_by_side(images, tmp_path):
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], CHOICES[:4], [0])
     meeting, now, started, said = Barrier(2), [0.0], [], []
 
     def launch(arguments, seconds):  # gives None: the time was up
@@ -204,14 +173,14 @@ def test_a_spent_budget_starts_no_more_runs_side_by_side(images, tmp_path):
         now[0] = 61.0
 
     options = {"budget": 1.0, "at_once": 2, "launch": launch, "clock": lambda: now[0], "report": said.append}
-    assert cifar10.run(plan, "test", tmp_path / "records", **options) == []
+    assert campaign.run(runs, "test", tmp_path / "records.jsonl", **options) == []
     assert sorted(started) == [("baseline", 60.0), ("node", 60.0)]
     assert sum("goes on next time" in line for line in said) == 2
 
 
 def test_an_error_ends_every_process_and_starts_no_more(images, tmp_path, monkeypatch):
     """As Ctrl-C does: it reaches the main thread, which waits for the others."""
-    plan = cifar10.plan(tmp_path / "runs", shared(images), ["resnet4"], cifar10.CHOICES[:4], [0])
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], CHOICES[:4], [0])
     begun, sleeping = Semaphore(0), []
     popen = subprocess.Popen
 
@@ -225,10 +194,10 @@ def test_an_error_ends_every_process_and_starts_no_more(images, tmp_path, monkey
             assert begun.acquire(timeout=30)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cifar10.subprocess, "Popen", sleep)
-    monkeypatch.setattr(cifar10, "wait", interrupted)
+    monkeypatch.setattr(campaign.subprocess, "Popen", sleep)
+    monkeypatch.setattr(campaign, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cifar10.run(plan, "test", tmp_path / "records", at_once=2, report=lambda text: None)
+        campaign.run(runs, "test", tmp_path / "records.jsonl", at_once=2, report=lambda text: None)
     assert [process.poll() for process in sleeping] == [-signal.SIGTERM] * 2
 
 
@@ -253,9 +222,9 @@ def test_a_small_run_from_the_command_line(images, tmp_path):
         "10",
     ]
     arguments += ["--variants", "baseline", "--seeds", "3,4", "--at-once", "2", "--device", "cpu", "--threads", "1"]
-    cifar10.main([*arguments, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "records")])
-    path, _ = sorted((tmp_path / "records").glob("*/*.json"))
-    content = json.loads(path.read_text())
+    cifar10.main([*arguments, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "records.jsonl")])
+    path = tmp_path / "records.jsonl"
+    content, _ = sorted(jsonl.read(path), key=lambda record: record["run"])
     assert content["data"] == {"name": "CIFAR-10", "kind": "letters", "training images": "all"}
     assert content["experiment"]["seed"] == 3
     assert "data_root" not in content["experiment"]
@@ -294,96 +263,34 @@ def test_cuda_that_is_not_there(images, capsys, monkeypatch):
     assert "torch finds no CUDA device" in capsys.readouterr().err
 
 
-def test_the_paired_difference_and_its_interval(images, tmp_path):
-    # Gaps of 1, 2 and 3 points: mean 2, standard deviation 1, and t(0.975, 2) = 4.302653.
-    folder = records(tmp_path, images, {"baseline": [0.50, 0.51, 0.40], "anode": [0.51, 0.53, 0.43, 0.9]})
-    cells = by_cell(read(next(folder.iterdir())))
-    gap = difference(cells["resnet4", "anode", 2], cells["resnet4", "baseline", None])
-    assert gap is not None
-    assert (round(gap.mean, 9), gap.pairs) == (2.0, 3)
-    assert gap.half_width == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("gap", "verdict"),
-    [
-        (Difference(2.0, 1.0, 5), "holds"),
-        (Difference(-2.0, 1.0, 5), "does not hold"),
-        (Difference(2.0, 3.0, 5), "not enough runs"),
-        (Difference(2.0, 1.0, 2), "not enough runs"),
-        (Difference(2.0, math.inf, 1), "not enough runs"),
-    ],
-)
-def test_verdicts(gap, verdict):
-    assert gap.verdict() == verdict
-
-
-def test_the_tables_and_the_sentences(images, tmp_path):
-    accuracies = {"baseline": [0.50, 0.51, 0.50], "node": [0.3, 0.31, 0.29], "anodev2-2": [0.55, 0.56, 0.551]}
-    folder = next(records(tmp_path, images, accuracies).iterdir())
-    runs = read(folder)
-    text = cifar10_tables.report(runs)
-    assert "| ResNet-4 | Baseline | 3 | 50.00 | 51.00 | 50.33 |  | 76.95 |" in text
-    assert "| ResNet-4 | Neural ODE, continuous adjoint | 3 | 29.00 | 31.00 | 30.00 | -20.33 ±" in text
-    sentences = claims(by_cell(runs))
-    assert any("configuration two beats Baseline: **holds** (+5.03 ±" in sentence for sentence in sentences)
-    assert any(
-        "worst seed of ANODEV2, configuration two" in s and "**holds** (55.00 and 51.00)" in s for s in sentences
-    )
-    assert not any("configuration one" in sentence for sentence in sentences)
-
-
-def test_different_schedules_are_not_mixed(images, tmp_path):
-    records(tmp_path, images, {"baseline": [0.5]})
-    records(tmp_path, images, {"node": [0.5]}, epochs=2)
-    mixed = tmp_path / "mixed"
-    mixed.mkdir()
-    for path in (tmp_path / "records").glob("*/*.json"):
-        path.rename(mixed / path.name)
-    with pytest.raises(
-        ValueError, match=r"several schedules.*epochs1-.*baseline-seed0.json.*epochs2-.*node-seed0.json"
-    ):
-        read(mixed)
-
-
-def test_a_half_written_record_is_skipped_and_said_so(images, tmp_path):
-    folder = next(records(tmp_path, images, {"baseline": [0.5, 0.6]}).iterdir())
-    whole = (folder / "resnet4-baseline-seed0.json").read_text()
-    (folder / "resnet4-baseline-seed0.json").write_text(whole[: len(whole) // 2])
-    (folder / "resnet4-node-seed0.json").write_text("{}")
-    said = []
-    assert [run.seed for run in read(folder, said.append)] == [1]
-    assert ["baseline-seed0" in said[0], "node-seed0" in said[1]] == [True, True]
-    with pytest.raises(ValueError, match="holds no records"):
-        read(tmp_path)
-
-
 def test_records_name_a_folder(images, tmp_path):
-    planned = cifar10.plan(tmp_path, shared(images), ["resnet4"], ["baseline"], [0])[0]
+    (planned,) = plan(tmp_path, shared(images), ["resnet4"], ["baseline"], [0])
     assert planned.folder.path == RunFolder(tmp_path / "epochs1-all-batch-size-10" / "resnet4-baseline-seed0").path
 
 
 SCHEDULES = sorted((Path(__file__).parent.parent / "benchmarks" / "results" / "cifar10").glob("*"))
 
 
-@pytest.mark.parametrize("folder", SCHEDULES, ids=lambda folder: folder.name)
-def test_the_page_shows_what_the_records_say(folder):
-    page = Path(__file__).parent.parent / "docs" / "reproduction.md"
-    assert cifar10_tables.report(read(folder)) in page.read_text()
+def test_a_run_that_was_made_anew_takes_the_place_of_the_first(images, tmp_path):
+    path = records(tmp_path, images, {"baseline": [0.5]})
+    assert [run.accuracy for run in tables.read(path)] == [50.0]
+    better = {"data": {"kind": "better"}, "result": {"final_accuracy": 0.6, "parameters": 1}}
+    jsonl.append(path, jsonl.read(path)[0] | better)
+    assert [run.accuracy for run in tables.read(path)] == [60.0]
 
 
-def test_tables_are_put_in_their_place_on_a_page(images, tmp_path, capsys):
-    folder = next(records(tmp_path, images, {"baseline": [0.5]}).iterdir())
-    page = tmp_path / "page.md"
-    page.write_text(f"above\n<!-- tables of {folder.name} -->\nold\n<!-- end of tables of {folder.name} -->\nbelow\n")
-    for _ in range(2):
-        cifar10_tables.main([str(folder), "--page", str(page)])
-    text = page.read_text()
-    assert text.startswith("above\n")
-    assert text.endswith("\nbelow\n")
-    assert text.count("Table 3") == 1
-    assert "old" not in text
-    page.write_text("nothing\n")
+@pytest.mark.parametrize("name", ["records", "records.json", ""])
+def test_records_go_to_a_file_of_json_lines(tmp_path, capsys, name):
     with pytest.raises(SystemExit):
-        cifar10_tables.main([str(folder), "--page", str(page)])
-    assert "has no place for the tables" in capsys.readouterr().err
+        cifar10.main(["--results", str(tmp_path / name)])
+    assert "must be a file of JSON Lines, such as" in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_told_before_anything_is_trained(images, tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"run": "a"}\n{"run"\n{"run": "b"}\n')
+    options = ["--data", "folder", "--data-root", str(images), "--kind", "x", "--epochs", "1", "--results", str(path)]
+    with pytest.raises(SystemExit):
+        cifar10.main([*options, "--runs", str(tmp_path / "runs")])
+    assert "records.jsonl, line 2, which is no whole record" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs").exists()

@@ -6,12 +6,12 @@ import time
 from dataclasses import replace
 
 import pytest
-from benchmarks.cifar10 import one_run
-from benchmarks.common import read
-from benchmarks.pages import DOCS
 from pytorch_lightning.profilers import SimpleProfiler
 
-from benchmarks import epoch
+from benchmarks.lib.pages import DOCS
+from benchmarks.lib.results import read
+from benchmarks.paper import epoch
+from benchmarks.paper.experiments import one_run
 from neuralode_coupled.runs import Experiment
 
 SMALL = Experiment(epochs=2, limit=96, batch_size=32, threads=1, accelerator="cpu")

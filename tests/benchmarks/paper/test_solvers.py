@@ -1,37 +1,31 @@
-"""The benchmarks of solver choices and of depth on demand: what is run, and what is made of it."""
+"""The benchmark of solver choices: what is run, and what is made of it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.cifar10_solvers_table import EXACT, Row, Trained, answer, choice, margin, rows
 from torch import nn
 
-from benchmarks import cifar10, cifar10_solvers, cifar10_solvers_costs, cifar10_solvers_table, depth, depth_table
+from benchmarks.lib import jsonl
+from benchmarks.lib.images import classifier_step
+from benchmarks.lib.pages import DOCS
+from benchmarks.paper import campaign, solver_costs, solvers, solvers_table
+from benchmarks.paper.records import keep, schedule_in
+from benchmarks.paper.solver_costs import held
+from benchmarks.paper.solvers_table import EXACT, Row, Trained, answer, choice, margin, rows
 from neuralode_coupled.compare import command
-from neuralode_coupled.data import ImageData
-from neuralode_coupled.image_sources import ImageSet
-from neuralode_coupled.models import build, coupled_layers
 from neuralode_coupled.runs import Experiment
 from neuralode_coupled.training import build_model
-from tests.test_cifar10_tables import finish, shared
-from tests.test_data import image_folder
+from tests.benchmarks.helpers import finish, image_folder, shared
 
-PAGE = Path(__file__).parent.parent / "docs" / "solvers.md"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+SCHEDULE = "epochs1-all-batch-size-10"
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("ten"), classes=10, train=2, test=1)
-
-
-def planned(folder: Path, images: Path, solvers=("euler",), gradients=("discrete",), **options):
-    return cifar10_solvers.plan(
-        folder, shared(images, **options), ["anodev2-2"], solvers, gradients, [0], report=lambda text: None
+def planned(folder: Path, images: Path, methods=("euler",), gradients=("discrete",), **options):
+    return solvers.plan(
+        folder, shared(images, **options), ["anodev2-2"], methods, gradients, [0], report=lambda text: None
     )
 
 
@@ -50,9 +44,7 @@ def test_the_discrete_adjoint_comes_first_in_one_folder_of_the_schedule(images, 
 
 
 def test_solvers_that_choose_their_steps_have_the_tolerance(images, tmp_path):
-    plan = cifar10_solvers.plan(
-        tmp_path, shared(images), ["anodev2-2"], ["euler", "dopri5"], ["discrete"], [0], tolerance=0.01
-    )
+    plan = solvers.plan(tmp_path, shared(images), ["anodev2-2"], ["euler", "dopri5"], ["discrete"], [0], tolerance=0.01)
     assert [(run.experiment.method, run.experiment.rtol, run.experiment.atol) for run in plan] == [
         ("euler", None, None),
         ("dopri5", 0.01, 0.01),
@@ -62,8 +54,8 @@ def test_solvers_that_choose_their_steps_have_the_tolerance(images, tmp_path):
 
 def test_what_the_package_refuses_is_skipped_in_its_words(images, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(cifar10_solvers, "refusal", lambda e: "not this one" if e.method == "rk4" else None)
-    plan = cifar10_solvers.plan(
+    monkeypatch.setattr(solvers, "refusal", lambda e: "not this one" if e.method == "rk4" else None)
+    plan = solvers.plan(
         tmp_path, shared(images), ["anodev2-1"], ["euler", "rk4"], ["discrete"], [0, 1], report=said.append
     )
     assert [run.experiment.method for run in plan] == ["euler", "euler"]
@@ -71,15 +63,15 @@ def test_what_the_package_refuses_is_skipped_in_its_words(images, tmp_path, monk
 
 
 def test_a_refusal_is_the_packages():
-    assert cifar10_solvers.refusal(Experiment(variant="anodev2-2", adjoint="discrete")) is None
-    words = cifar10_solvers.refusal(Experiment(variant="anodev2-2", adjoint="discrete", method="leapfrog"))
+    assert solvers.refusal(Experiment(variant="anodev2-2", adjoint="discrete")) is None
+    words = solvers.refusal(Experiment(variant="anodev2-2", adjoint="discrete", method="leapfrog"))
     assert words is not None
     assert "unknown method 'leapfrog'" in words
 
 
 def test_bad_input_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="solvers must be some of euler, midpoint, rk4, dopri5, got leapfrog"):
-        planned(tmp_path, images, solvers=("leapfrog",))
+        planned(tmp_path, images, methods=("leapfrog",))
     with pytest.raises(ValueError, match="got none"):
         planned(tmp_path, images, gradients=())
     three = image_folder(tmp_path / "three", classes=3, train=2, test=1)
@@ -91,33 +83,33 @@ def test_a_finished_run_becomes_a_record_in_the_plans_folder_and_is_not_repeated
     plan = planned(tmp_path / "runs", images, ("midpoint",))
     finish(plan[0], 0.5)
     for _ in range(2):
-        assert not cifar10.run(plan, "test", tmp_path / "records", launch=None, report=lambda text: None)
-    (path,) = (tmp_path / "records").glob("*/*.json")
-    assert path.parent.name == json.loads(path.read_text())["schedule"] == "epochs1-all-batch-size-10"
+        assert not campaign.run(plan, "test", tmp_path / "records.jsonl", launch=None, report=lambda text: None)
+    (record,) = jsonl.read(tmp_path / "records.jsonl")
+    assert plan[0].folder.path.parent.name == record["schedule"] == SCHEDULE
 
 
 def test_weights_without_a_checkpoint_are_asked_for(images, tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint"):
-        cifar10.trained(planned(tmp_path, images)[0])
+        campaign.trained(planned(tmp_path, images)[0])
 
 
 # What a step costs
 
 
 def test_gradients_are_compared_as_vectors():
-    found = cifar10_solvers_costs.compared(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
+    found = solver_costs.compared(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
     assert found == pytest.approx({"relative_error": 4 / 3, "cosine": 3 / 5})
 
 
 def test_backprop_has_the_discrete_adjoints_gradient_and_the_continuous_adjoint_has_not():
-    batch = cifar10_solvers_costs.random_batch(Experiment(batch_size=4))
+    batch = solver_costs.random_images(Experiment(batch_size=4))
     gradients = {}
     for adjoint in ("discrete", "backprop", "continuous"):
         torch.manual_seed(0)
         model = build_model(Experiment(variant="anodev2-2", adjoint=adjoint), 10)
-        gradients[adjoint] = cifar10_solvers_costs.whole_gradient(model, batch)
+        gradients[adjoint] = solver_costs.whole_gradient(model, batch)
     errors = {
-        name: cifar10_solvers_costs.compared(gradients[name], gradients["discrete"])["relative_error"]
+        name: solver_costs.compared(gradients[name], gradients["discrete"])["relative_error"]
         for name in ("backprop", "continuous")
     }
     assert errors["backprop"] <= EXACT
@@ -125,7 +117,7 @@ def test_backprop_has_the_discrete_adjoints_gradient_and_the_continuous_adjoint_
 
 
 def test_training_by_backprop_is_training_by_the_discrete_adjoint():
-    batch = cifar10_solvers_costs.random_batch(Experiment(batch_size=4))
+    batch = solver_costs.random_images(Experiment(batch_size=4))
     weights = []
     for adjoint in ("discrete", "backprop"):
         torch.manual_seed(0)
@@ -133,7 +125,7 @@ def test_training_by_backprop_is_training_by_the_discrete_adjoint():
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         for _ in range(3):
-            cifar10_solvers_costs.training_step(model, batch)
+            classifier_step(model, batch)
             optimizer.step()
         weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
         assert (weights[-1] - before).norm() > 0.01 * before.norm()
@@ -151,41 +143,40 @@ def test_costs_are_measured_once_and_again_where_the_file_is_broken(images, tmp_
 
         return find
 
-    monkeypatch.setattr(cifar10_solvers_costs, "gradient_errors", part("gradient"))
-    monkeypatch.setattr(cifar10_solvers_costs, "step_times", part("time"))
-    monkeypatch.setattr(cifar10_solvers_costs, "peak_memory_in_a_process", lambda e: calls.append("memory") or 1)
+    monkeypatch.setattr(solver_costs, "gradient_errors", part("gradient"))
+    monkeypatch.setattr(solver_costs, "step_times", part("time"))
+    monkeypatch.setattr(solver_costs, "peak_memory_in_a_process", lambda e: calls.append("memory") or 1)
+    path = tmp_path / "costs.jsonl"
     for _ in range(2):
-        cifar10_solvers_costs.measure(plan, plan, tmp_path)
+        solver_costs.measure(plan, plan, path)
     assert calls == ["gradient", "memory", "time"]
-    (tmp_path / "costs" / "time.json").write_text('{"cells": {"anode')
-    cifar10_solvers_costs.measure(plan, plan, tmp_path)
+    path.write_text(path.read_text()[:-20])
+    solver_costs.measure(plan, plan, path)
     assert calls[3:] == ["time"]
 
 
 def test_costs_are_added_to_those_that_are_known_but_times_are_of_one_run(images, tmp_path, monkeypatch):
     plan = planned(tmp_path / "runs", images, ("euler", "midpoint"), threads=1)
-    euler, midpoint = (cifar10_solvers_costs.cell(run.experiment) for run in plan)
-    (tmp_path / "costs").mkdir()
-    for name in ("gradient", "memory", "time"):
-        (tmp_path / "costs" / f"{name}.json").write_text(json.dumps({"cells": {euler: {"old": 1}, "gone": {}}}))
+    euler, midpoint = (solver_costs.cell(run.experiment) for run in plan)
+    path, parts = tmp_path / "costs.jsonl", ("gradient", "memory", "time")
+    for part in parts:
+        jsonl.append(path, {"schedule": SCHEDULE, "part": part, "cells": {euler: {"old": 1}, "gone": {}}})
     monkeypatch.setattr(
-        cifar10_solvers_costs,
+        solver_costs,
         "gradient_errors",
-        lambda runs, some: {cifar10_solvers_costs.cell(run.experiment): {"new": 1} for run in some},
+        lambda runs, some: {solver_costs.cell(run.experiment): {"new": 1} for run in some},
     )
     monkeypatch.setattr(
-        cifar10_solvers_costs,
+        solver_costs,
         "step_times",
-        lambda some, batch: {cifar10_solvers_costs.cell(e): {"new": 1} for e in some},
+        lambda some, batch: {solver_costs.cell(e): {"new": 1} for e in some},
     )
-    monkeypatch.setattr(cifar10_solvers_costs, "peak_memory_in_a_process", lambda experiment: 5)
-    cifar10_solvers_costs.measure(plan, plan, tmp_path)
-    held = {
-        name: cifar10_solvers_costs.held(tmp_path / "costs" / f"{name}.json") for name in ("gradient", "memory", "time")
-    }
-    assert held["gradient"] == {euler: {"old": 1}, midpoint: {"new": 1}, "gone": {}}
-    assert held["memory"] == {euler: {"old": 1}, midpoint: {"peak_bytes": 5}, "gone": {}}
-    assert held["time"] == {euler: {"new": 1}, midpoint: {"new": 1}}
+    monkeypatch.setattr(solver_costs, "peak_memory_in_a_process", lambda experiment: 5)
+    solver_costs.measure(plan, plan, path)
+    known = {part: held(path, SCHEDULE, part) for part in parts}
+    assert known["gradient"] == {euler: {"old": 1}, midpoint: {"new": 1}, "gone": {}}
+    assert known["memory"] == {euler: {"old": 1}, midpoint: {"peak_bytes": 5}, "gone": {}}
+    assert known["time"] == {euler: {"new": 1}, midpoint: {"new": 1}}
 
 
 # The table and the answer
@@ -208,7 +199,7 @@ def test_an_accuracy_is_shared_only_where_the_gradient_is():
     assert found["backprop"].epoch_minutes == pytest.approx(782 * 0.5 / 60)
     assert (found["discrete"].accuracy, found["discrete"].shared) == (40.0, False)
     assert found["reversible"].accuracy is None
-    text = "\n".join(cifar10_solvers_table.table(list(found.values())))
+    text = "\n".join(solvers_table.table(list(found.values())))
     assert "| one | euler | `Backprop` | = 40.00 |" in text
     assert "| one | euler | `ReversibleAdjoint` |  |" in text
 
@@ -237,108 +228,25 @@ def test_the_answer_names_the_choice_and_what_saves_memory():
 
 
 def test_the_figure_has_a_mark_for_everything_measured():
-    figure = cifar10_solvers_table.draw([row(), row(gradient="continuous", error=0.3), row(variant="anodev2-2")])
+    figure = solvers_table.draw([row(), row(gradient="continuous", error=0.3), row(variant="anodev2-2")])
     one, two, *_ = figure.axes
     drawn = [sum(len(line.get_xdata()) for line in axes.lines) for axes in (one, two)]
     assert drawn == [2, 1]
 
 
 def test_broken_records_are_skipped_and_named(images, tmp_path):
+    path = tmp_path / "records.jsonl"
     for run in planned(tmp_path / "runs", images, ("euler", "midpoint")):
         finish(run, 0.5)
-        kept = cifar10.keep(run, "test", tmp_path / "records")
-    kept.write_text(kept.read_text()[:100])
+        keep(run, "test", path)
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{second[:100]}")
     said = []
-    lines, _ = cifar10_solvers_table.load(kept.parent, said.append)
+    lines, _ = solvers_table.load(path, report=said.append)
     assert [line.solver for line in lines] == ["euler"]
-    assert [kept.name in text for text in said] == [True]
+    assert ["records.jsonl, line 2" in text for text in said] == [True]
 
 
-# Depth
-
-
-def image_data(count: int = 12) -> ImageData:
-    data = ImageData("digits", batch_size=4)
-    data.prepare_data()
-    data.setup()
-    assert data.train is not None
-    data.train = ImageSet(data.train.pixels[:count], data.train.labels[:count])
-    data.test = data.train
-    return data
-
-
-def test_a_model_is_evaluated_on_every_grid_that_it_takes():
-    torch.manual_seed(0)
-    model, data = build("resnet4", "anodev2-2").eval(), image_data()
-    found, refused = depth.evaluate(model, data, {"euler": (1, 2), "midpoint": (2,)})
-    assert [(e.method, e.steps, e.statistics, e.evaluations) for e in found] == [
-        ("euler", 2, "trained", 2),
-        ("euler", 2, "new", 2),
-        ("midpoint", 2, "trained", 4),
-        ("midpoint", 2, "new", 4),
-    ]
-    assert [(what["method"], what["steps"]) for what in refused] == [("euler", 1)]
-    pixels, labels = next(depth.batches(data, data.test, 12))
-    with torch.no_grad():
-        logits = model(pixels)
-    assert found[0].accuracy == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
-    assert found[0].loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-5)
-    assert found[1].loss != found[0].loss
-
-
-def test_group_norm_has_no_statistics_to_estimate_anew():
-    experiment = Experiment(variant="anodev2-1", adjoint="discrete")
-    model = depth.group_norm_model(experiment, 10).eval()
-    (layer,) = coupled_layers(model).values()
-    assert (layer.steps, layer.field.per_step) == (5, ())
-    found, refused = depth.evaluate(model, image_data(), {"euler": (1, 5)})
-    assert [(e.steps, e.statistics) for e in found] == [(1, "trained"), (5, "trained")]
-    assert not refused
-    with pytest.raises(ValueError, match="no ODE block"):
-        depth.group_norm_model(Experiment(variant="baseline"), 10)
-
-
-def evaluated(variant: str = "anode", grouped: bool = False, **accuracies: float) -> depth_table.Model:
-    """A model trained with 2 steps, by ``statistics_steps=accuracy``."""
-    found = []
-    for name, value in accuracies.items():
-        statistics, steps = name.split("_")
-        found.append(depth.Evaluation("euler", int(steps), statistics, value, 1.0, int(steps)))
-    return depth_table.Model(variant, grouped, 2, 0, 100, 512, tuple(found))
-
-
-def test_the_table_of_depth_says_what_was_evaluated():
-    models = [evaluated(trained_2=50.0, trained_5=40.0, new_5=48.0), evaluated("anodev2-2", True, trained_2=51.0)]
-    text = "\n".join(depth_table.table(models))
-    assert "| ANODE | 2 | euler | trained |  | **50.00** | 40.00 |" in text
-    assert "| ANODE | 2 | euler | new |  |  | 48.00 |" in text
-    assert "| ANODEV2, configuration two, GroupNorm | 2 | euler | none |  | **51.00** |" in text
-    first, _ = depth_table.sentences(models)
-    assert first == "- ANODE, trained with 2 steps: -10.0 at 5 with trained statistics; -2.0 at 5 with new statistics."
-    titles = [axes.get_title() for axes in depth_table.draw(models).axes]
-    assert titles == ["trained with 2 steps, BatchNorm of each step", "trained with 2 steps, GroupNorm"]
-
-
-def test_half_an_evaluation_is_none(tmp_path):
-    path = tmp_path / "x.json"
-    assert not depth.held(path)
-    path.write_text('{"evaluations": [')
-    assert not depth.held(path)
-    path.write_text('{"evaluations": [{"method": "euler"}]}')
-    assert not depth.held(path)
-
-
-# The page
-
-SOLVERS = sorted((RESULTS / "cifar10_solvers").glob("*"))
-DEPTHS = sorted((RESULTS / "depth").glob("*/evaluations"))
-
-
-@pytest.mark.parametrize("folder", SOLVERS, ids=lambda folder: folder.name)
-def test_the_page_shows_what_the_records_of_solvers_say(folder):
-    assert cifar10_solvers_table.report(folder) in PAGE.read_text()
-
-
-@pytest.mark.parametrize("folder", DEPTHS, ids=lambda folder: folder.parent.name)
-def test_the_page_shows_what_the_evaluations_of_depth_say(folder):
-    assert depth_table.report(folder) in PAGE.read_text()
+def test_the_page_shows_what_the_records_say():
+    schedule = schedule_in(solvers_table.RECORDS)
+    assert solvers_table.report(solvers_table.RECORDS, schedule) in (DOCS / "solvers.md").read_text()
