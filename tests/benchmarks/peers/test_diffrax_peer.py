@@ -1,6 +1,6 @@
 """diffrax as a peer: the coupled field in JAX is the one in torch, and its solves have gradients in torch.
 
-That recursive checkpointing is exact is among the tests of all candidates, in test_peers.
+That recursive checkpointing is exact is among the tests of all candidates, in `tests.benchmarks.peers.test_peers`.
 """
 
 from __future__ import annotations

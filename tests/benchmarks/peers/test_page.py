@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.lib.candidates import ADAPTIVE, HAND
-from benchmarks.peers import page as peers_page
+from benchmarks.peers import page as shown
 from benchmarks.peers.candidates import CANDIDATES
 from benchmarks.step.evolution_cost import CASES
 
@@ -20,7 +20,7 @@ RESULTS = {
         }
     },
     "memory": {"euler": {"50": {"DiscreteAdjoint": 100 * 2**20}}},
-    "gradients": {"euler": {"5": {HAND: dict.fromkeys(peers_page.GROUPS, 1e-6)}}},
+    "gradients": {"euler": {"5": {HAND: dict.fromkeys(shown.GROUPS, 1e-6)}}},
 }
 
 
@@ -29,15 +29,15 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     where = {"device": "cpu", "cores": 2, "python": "3", "load_average": None}
     runs = [{"command": f"python -m {name}", "environment": where} for name in ("old", "benchmarks.peers")]
     contents = {"peers": {"environment": where, "parts": RESULTS, "runs": runs, "made_by": {"time": 1}}}
-    monkeypatch.setattr(peers_page, "read", lambda name: contents.get(name, {}))
+    monkeypatch.setattr(shown, "read", lambda name: contents.get(name, {}))
     page = tmp_path / "page.md"
     names = ("targets", "time", "memory", "accuracy", "adaptive")
     page.write_text("\n".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in names))
-    peers_page.main(["--page", str(page), "--figure", str(tmp_path / "peers.png")])
+    shown.main(["--page", str(page), "--figure", str(tmp_path / "peers.png")])
     text = page.read_text()
     assert "old" not in text
     assert "On cpu, torch's threads 2, Python 3, . By `python -m benchmarks.peers`." in text
-    assert all(target.what in text for target in peers_page.TARGETS)
+    assert all(target.what in text for target in shown.TARGETS)
     assert "| time: `DiscreteAdjoint()`, Euler, 5 steps | 1.25 | 1.3 | no |" in text
     assert "| time: `Backprop()`, Euler, 5 steps | 1 | 0.98 | yes |" in text
     assert "| memory: `DiscreteAdjoint()`, Euler, 50 steps | 112 MiB | 100 MiB | yes |" in text
@@ -47,9 +47,9 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
 
 
 def test_a_page_without_results_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(peers_page, "read", lambda name: {})
+    monkeypatch.setattr(shown, "read", lambda name: {})
     with pytest.raises(SystemExit):
-        peers_page.main([])
+        shown.main([])
     assert "there are no results yet: run python -m benchmarks.peers" in capsys.readouterr().err
 
 
@@ -61,7 +61,7 @@ def test_targets_name_candidates_that_there_are():
             asked.append(key)
             raise KeyError(key)
 
-    for target in peers_page.TARGETS:
+    for target in shown.TARGETS:
         asked: list[str] = []
         leaf = Recorder()
         tree = {
