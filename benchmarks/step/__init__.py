@@ -1,0 +1,1 @@
+"""One training step or forward pass: its time, memory, gradients and precision."""
