@@ -237,6 +237,7 @@ def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[S
             counts.rejected += 1
             failed += 1
         length = ode.checked(proposed)
+        del y_next, slopes  # before the next step needs the memory, or, of a rejected one, with its graph
 
 
 class _Ode:
