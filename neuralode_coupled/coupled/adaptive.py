@@ -6,24 +6,21 @@ memory, and for sample-and-hold the weights first, then the activations over eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Operands, Plan, Stats, check
-from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
 from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite
-from neuralode_coupled.field import CoupledField, check_activation, check_slope
+from neuralode_coupled.field import CoupledField, check_activation
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
 from neuralode_coupled.runge_kutta import AdaptiveOptions
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Adaptive:
 
     def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
         """Raise ValueError for a gradient method that cannot solve this."""
-        check(adjoint, AdaptiveProblem(self, _Augmented(field, []), (), (self.ends[0],)))
+        check(adjoint, AdaptiveProblem(self, Augmented(field, []), (), (self.ends[0],)))
 
     def states(
         self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
@@ -88,7 +85,7 @@ class Adaptive:
             return self._held(field, z0, wanted, kernel.samples, adjoint, stats), stats
         moving = field.moving()
         w0 = tuple(field.evolving()[name] for name in moving)
-        system = _Augmented(field, moving)
+        system = Augmented(field, moving)
         found = self._solve(system, (z0, *field.with_memory(w0)), wanted, adjoint, stats)
         return [state[0] for state in found], stats
 
@@ -118,7 +115,7 @@ class Adaptive:
         for k in range(samples):
             inside = [t for t in wanted if sign * (t - edges[k]) > 0 and sign * (t - edges[k + 1]) <= 0]
             times = (*inside, edges[k + 1])
-            system = _Held(field, {name: theta[name][k] for name in moving})
+            system = HeldWeights(field, {name: theta[name][k] for name in moving})
             part = self._solve(system, (z,), times, adjoint, stats, edges[k])
             found |= {t: state[0] for t, state in zip(times, part, strict=True)}
             z = part[-1][0]
@@ -142,7 +139,7 @@ class Adaptive:
         """w or theta of every evolving parameter at some times, by the same method and tolerances."""
         names, w0 = field.names, tuple(field.evolving().values())
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
-        system = _WeightSide(field, names)
+        system = WeightSide(field, names)
         for found in self._solve(system, field.with_memory(w0), tuple(times), DiscreteAdjoint(), Stats()):
             # The field's state begins with z, which has no part in this.
             now = field.weights((w0[0], *found)).values() if in_force else found
@@ -154,7 +151,7 @@ class Adaptive:
 
     def _solve(
         self,
-        system: _System,
+        system: System,
         y0: State,
         wanted: tuple[float, ...],
         adjoint: GradientMethod,
@@ -188,7 +185,7 @@ class AdaptiveProblem:
     """
 
     def __init__(
-        self, solve: Adaptive, system: _System, y0: State, times: tuple[float, ...], stats: Stats | None = None
+        self, solve: Adaptive, system: System, y0: State, times: tuple[float, ...], stats: Stats | None = None
     ) -> None:
         self.method, self.tolerances = solve.method, (solve.rtol, solve.atol)
         self.system, self.y0, self.times = system, y0, times
@@ -242,96 +239,3 @@ class AdaptiveProblem:
         """The system as one flow over all times."""
         plan, y0, flows = self.system.flow(self.y0, len(self.times) - 1)
         return replace(plan, stats=self.stats), y0, flows
-
-
-class _System(nn.Module):
-    """A vector field ``(t, state) -> derivatives`` of tuples.
-
-    Attributes:
-        params: the tensors that gradients flow to besides the initial state.
-        latest: the last evaluation of the forward pass: t, the weights, their derivatives.
-    """
-
-    params: tuple[Tensor, ...]
-
-    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
-        super().__init__()
-        self.field, self.names = field, list(names)
-        self.latest: tuple[Tensor, State, State] | None = None
-
-    def weight_side(self, t: Tensor, state: State) -> tuple[Tensors, State]:
-        """`CoupledField.weight_side` of the named weights."""
-        theta, derivatives = self.field.weight_side(t, self.names, state)
-        if not torch.is_grad_enabled():  # the backward pass recomputes with gradients
-            self.latest = t, state, derivatives
-        return theta, derivatives
-
-    def explain(self, error: Exception) -> None:
-        """Raise `NonFiniteWeights` if evolving weights are why the solve could not go on."""
-        if self.latest is not None:
-            explain(self.names, *self.latest, error)
-
-    def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
-        """f(z, theta), of the dtype of z."""
-        return check_slope(self.field.evaluate(t, z, theta), z).to(z.dtype)
-
-    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
-        """The system as a flow for continuous adjoints."""
-        raise NotImplementedError
-
-    def _unused_plan(self, stages: Stages, last: int) -> Plan:
-        """What a flow needs of a plan: buffers, and where to count."""
-        none = (0,) * last
-        return Plan(_no_step, none, stages.buffers, self.field.dynamics, none, Stats())
-
-
-def _no_step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-    raise NotImplementedError("a flow has no steps")
-
-
-class _Augmented(_System):
-    """``(z, *w, *memory)`` of the weights that move."""
-
-    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
-        super().__init__(field, names)
-        evolving = {id(field.evolving()[name]) for name in names}
-        self.params = tuple(p for p in field.parameters() if p.requires_grad and id(p) not in evolving)
-
-    def forward(self, t: Tensor, state: State) -> State:
-        theta, derivatives = self.weight_side(t, state[1:])
-        return (self.slope(t, state[0], theta), *derivatives)
-
-    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
-        stages = Stages(self.field, last)
-        return self._unused_plan(stages, last), y0[:1], [augmented_flow(stages, last)]
-
-
-class _Held(_System):
-    """z under weights that are held."""
-
-    def __init__(self, field: CoupledField, theta: Tensors) -> None:
-        super().__init__(field, ())
-        # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
-        self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
-        # The operators' parameters get their gradients through theta: named here too, they would get them twice.
-        static = [p for name, p in field.dynamics.named_parameters() if name not in theta and p.requires_grad]
-        self.params = (*static, *self.theta.values())
-
-    def forward(self, t: Tensor, state: State) -> State:
-        return (self.slope(t, state[0], self.theta),)
-
-    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
-        stages = Stages(self.field, last)
-        return self._unused_plan(stages, last), y0, [held_flow(stages, self.theta, 0, last)]
-
-
-class _WeightSide(_System):
-    """``(*w, *memory)`` alone."""
-
-    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
-        super().__init__(field, names)
-        weight_side: Any = (field.evolution, field.kernel)
-        self.params = tuple(dict.fromkeys(p for part in weight_side for p in part.parameters()))
-
-    def forward(self, t: Tensor, state: State) -> State:
-        return self.weight_side(t, state)[1]

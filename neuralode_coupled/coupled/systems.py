@@ -1,0 +1,110 @@
+"""The vector fields of an adaptive solve: the augmented field, z under weights that are held, the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import Flow, Plan, Stats
+from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
+from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.field import CoupledField, check_slope
+
+Tensors = dict[str, Tensor]
+
+
+class System(nn.Module):
+    """A vector field ``(t, state) -> derivatives`` of tuples.
+
+    Attributes:
+        params: the tensors that gradients flow to besides the initial state.
+        latest: the last evaluation of the forward pass: t, the weights, their derivatives.
+    """
+
+    params: tuple[Tensor, ...]
+
+    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
+        super().__init__()
+        self.field, self.names = field, list(names)
+        self.latest: tuple[Tensor, State, State] | None = None
+
+    def weight_side(self, t: Tensor, state: State) -> tuple[Tensors, State]:
+        """`CoupledField.weight_side` of the named weights."""
+        theta, derivatives = self.field.weight_side(t, self.names, state)
+        if not torch.is_grad_enabled():  # the backward pass recomputes with gradients
+            self.latest = t, state, derivatives
+        return theta, derivatives
+
+    def explain(self, error: Exception) -> None:
+        """Raise `NonFiniteWeights` if evolving weights are why the solve could not go on."""
+        if self.latest is not None:
+            explain(self.names, *self.latest, error)
+
+    def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
+        """f(z, theta), of the dtype of z."""
+        return check_slope(self.field.evaluate(t, z, theta), z).to(z.dtype)
+
+    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
+        """The system as a flow for continuous adjoints."""
+        raise NotImplementedError
+
+    def _unused_plan(self, stages: Stages, last: int) -> Plan:
+        """What a flow needs of a plan: buffers, and where to count."""
+        none = (0,) * last
+        return Plan(_no_step, none, stages.buffers, self.field.dynamics, none, Stats())
+
+
+def _no_step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+    raise NotImplementedError("a flow has no steps")
+
+
+class Augmented(System):
+    """``(z, *w, *memory)`` of the weights that move."""
+
+    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
+        super().__init__(field, names)
+        evolving = {id(field.evolving()[name]) for name in names}
+        self.params = tuple(p for p in field.parameters() if p.requires_grad and id(p) not in evolving)
+
+    def forward(self, t: Tensor, state: State) -> State:
+        theta, derivatives = self.weight_side(t, state[1:])
+        return (self.slope(t, state[0], theta), *derivatives)
+
+    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
+        stages = Stages(self.field, last)
+        return self._unused_plan(stages, last), y0[:1], [augmented_flow(stages, last)]
+
+
+class HeldWeights(System):
+    """z under weights that are held."""
+
+    def __init__(self, field: CoupledField, theta: Tensors) -> None:
+        super().__init__(field, ())
+        # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
+        self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
+        # The operators' parameters get their gradients through theta: named here too, they would get them twice.
+        static = [p for name, p in field.dynamics.named_parameters() if name not in theta and p.requires_grad]
+        self.params = (*static, *self.theta.values())
+
+    def forward(self, t: Tensor, state: State) -> State:
+        return (self.slope(t, state[0], self.theta),)
+
+    def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
+        stages = Stages(self.field, last)
+        return self._unused_plan(stages, last), y0, [held_flow(stages, self.theta, 0, last)]
+
+
+class WeightSide(System):
+    """``(*w, *memory)`` alone."""
+
+    def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
+        super().__init__(field, names)
+        weight_side: Any = (field.evolution, field.kernel)
+        self.params = tuple(dict.fromkeys(p for part in weight_side for p in part.parameters()))
+
+    def forward(self, t: Tensor, state: State) -> State:
+        return self.weight_side(t, state)[1]
