@@ -25,8 +25,6 @@ METHODS: dict[str, nc.GradientMethod] = {
     "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
     "DiscreteAdjoint, 4 states, own weights, last step kept": nc.DiscreteAdjoint(4, weights="recomputed", keep_last=1),
     "DiscreteAdjoint, 1 state": nc.DiscreteAdjoint(1),
-    "DiscreteAdjoint, products kept": nc.DiscreteAdjoint(keep="products"),
-    "DiscreteAdjoint, products kept, 4 states": nc.DiscreteAdjoint(4, keep="products"),
     "DiscreteAdjoint, disk": nc.DiscreteAdjoint(storage="disk"),
     "DiscreteAdjoint, disk, own weights": nc.DiscreteAdjoint(storage="disk", weights="recomputed"),
     "ReversibleAdjoint": nc.ReversibleAdjoint(),
@@ -36,13 +34,16 @@ METHODS: dict[str, nc.GradientMethod] = {
 
 
 def block(
-    steps: int,
+    steps: int | None,
     method: str,
     adjoint: nc.GradientMethod | None = None,
     form: Form = "propagator",
     channels: int = SHAPE[1],
 ) -> nc.CoupledODE:
-    """Two 3x3 convolutions with GroupNorm and ReLU, whose filters react, diffuse and are advected."""
+    """Two 3x3 convolutions with GroupNorm and ReLU, whose filters react, diffuse and are advected.
+
+    An adaptive method takes no steps.
+    """
     torch.manual_seed(0)
     dynamics = nn.Sequential(
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),

@@ -69,12 +69,7 @@ def made(
     candidate: Candidate, steps: int, solver: str, form: Form = "propagator", device: Device = "cpu"
 ) -> tuple[nc.CoupledODE, Run]:
     """A fresh layer and the candidate on it. For `ADAPTIVE` the number of steps is not used."""
-    if solver == ADAPTIVE:
-        layer = block(1, "euler", form=form)
-        layer.method = ADAPTIVE  # read by the candidate alone: the layer itself is not called
-    else:
-        layer = block(steps, solver, candidate.adjoint, form)
-    layer.to(device)
+    layer = block(None if solver == ADAPTIVE else steps, solver, candidate.adjoint, form).to(device)
     return layer, candidate.run(layer)
 
 

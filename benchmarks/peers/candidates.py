@@ -33,7 +33,7 @@ def build(
 
 
 def _steps(layer: nc.CoupledODE) -> int:
-    """The steps of the layer's grid; not asked of the grid itself, which a layer marked as adaptive has not."""
+    """The steps of the layer's grid; an adaptive layer is solved from end to end."""
     return layer.steps or 1
 
 
@@ -156,13 +156,12 @@ CANDIDATES: dict[str, Candidate] = {
     ),
     **{
         f"{name}, compiled": Candidate(_compiled, METHODS[name], compiled=True)
-        for name in (
-            "Backprop",
-            "DiscreteAdjoint",
-            "DiscreteAdjoint, last step kept",
-            "DiscreteAdjoint, products kept",
-        )
+        for name in ("Backprop", "DiscreteAdjoint", "DiscreteAdjoint, last step kept")
     },
+    # In eager mode it has no effect, and is refused.
+    "DiscreteAdjoint, products kept, compiled": Candidate(
+        _compiled, nc.DiscreteAdjoint(keep="products"), compiled=True
+    ),
 }
 
 

@@ -49,7 +49,7 @@ def table(before: dict[str, dict[str, Times]], now: dict[str, dict[str, Times]])
     for solver in ("euler", "rk4"):
         for steps, found in sorted(now.get(solver, {}).items(), key=lambda item: int(item[0])):
             earlier = before.get(solver, {}).get(steps, {})
-            if earlier and earlier != found:
+            if earlier and any(earlier.get(name) != ratio for name, ratio in found.items()):
                 pairs, swapped, contradicted = compare(earlier, found)
                 lines.append(
                     f"| {solver}, {steps} steps | {pairs} | {len(swapped)} | {', '.join(contradicted) or 'none'} |"

@@ -33,7 +33,7 @@ KINDS = {
     "the rest": r"",
 }
 """Operations by a pattern of their names; the first that fits counts."""
-NAMES = (HAND, "Backprop", "DiscreteAdjoint", "DiscreteAdjoint, products kept", "ReversibleAdjoint")
+NAMES = (HAND, "Backprop", "DiscreteAdjoint", "ReversibleAdjoint")
 FORWARD = "forward pass"
 SMALL = (1, SHAPE[1], 4, 4)
 
