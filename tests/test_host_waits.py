@@ -89,7 +89,7 @@ class NoCopies(NoWaiting):
 @pytest.fixture
 def as_on_a_device(monkeypatch):
     """Leave out what is looked at on the CPU alone, and the comparison of random states, which the host holds."""
-    for module in ("coupled.problem", "coupled.own_weights", "evolution.base"):
+    for module in ("coupled.on_grid", "coupled.own_weights", "coupled.flows", "evolution.base"):
         monkeypatch.setattr(f"neuralode_coupled.{module}.check_finite", lambda *arguments: None)
     monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
     monkeypatch.setattr(Replay, "_random_state", lambda self: ())
