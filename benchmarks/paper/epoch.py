@@ -28,9 +28,10 @@ from benchmarks.lib.results import read, write
 from benchmarks.paper.experiments import CLASSES, one_run
 from benchmarks.paper.solver_costs import random_images
 from neuralode_coupled.models import VARIANTS
-from neuralode_coupled.train import training
+from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.run import prepare
 
 BASELINE = "baseline"
 PHASES = {
@@ -58,7 +59,7 @@ def epoch(experiment: Experiment) -> Costs:
         experiment: of two epochs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        prepared = training.prepare(experiment, RunFolder(Path(folder) / "run"))
+        prepared = prepare(experiment, RunFolder(Path(folder) / "run"))
         profiler = SimpleProfiler()
         prepared.trainer.profiler = profiler  # pyright: ignore[reportAttributeAccessIssue]  (the trainer reads it)
         prepared.run()
@@ -82,7 +83,7 @@ def _second(profiler: SimpleProfiler, pattern: str, batches: tuple[int, int]) ->
 
 def kernels(experiment: Experiment, steps: int = 2) -> Costs:
     """Shares of a training step's time by what is computed, on random images."""
-    model, batch = training.build_model(experiment, CLASSES).train(), random_images(experiment)
+    model, batch = build_model(experiment, CLASSES).train(), random_images(experiment)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     classifier_step(model, batch)
     optimizer.step()
