@@ -22,30 +22,7 @@ from neuralode_coupled.adjoint.engine import checkpointed
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, schedule
 from neuralode_coupled.adjoint.stores import DeviceStore
 from tests.helpers import oracle
-
-
-class Noisy(nn.Module):
-    """Everything that a recomputation can get wrong: random numbers, statistics by step and shared, time."""
-
-    def __init__(self, steps: int):
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.own = nc.PerStep(nn.BatchNorm1d(4), steps)
-        self.drop = nn.Dropout(0.4)
-        self.outer = nn.utils.spectral_norm(nn.Linear(4, 4))
-
-    def forward(self, t, z):
-        return self.outer(self.drop(torch.tanh(self.own(self.inner(z)) + t)))
-
-
-def noisy_layer(steps: int, adjoint: nc.GradientMethod, seed: int) -> tuple[nc.CoupledODE, torch.Tensor]:
-    """A layer of such dynamics and its input, the same for a seed; what is random goes on from there."""
-    torch.manual_seed(seed)
-    layer = nc.CoupledODE(
-        Noisy(steps), nc.ReactionDiffusionAdvection(), steps=steps, adjoint=adjoint, evolve="inner.weight"
-    )
-    oracle.randomize(layer.double())
-    return layer, torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+from tests.helpers.problems import noisy_layer
 
 
 @given(st.integers(1, 9), st.integers(1, 10), st.sampled_from(["device", "cpu", "disk"]), st.integers(0, 2**20))

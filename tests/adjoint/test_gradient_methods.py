@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from tests.adjoint.test_adjoint import gradients
 from tests.helpers import oracle
+from tests.helpers.problems import gradients
 
 
 class Halved:

@@ -16,9 +16,8 @@ from torch import nn
 import neuralode_coupled as nc
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
-from tests.adjoint.test_adjoint import coupled_problems, gradients
-from tests.adjoint.test_checkpointing import noisy_layer
 from tests.helpers import oracle
+from tests.helpers.problems import coupled_problems, gradients, noisy_layer
 
 CHECKPOINTS = st.one_of(st.none(), st.integers(1, 5))
 STORAGES = ["device", "cpu", "disk"]

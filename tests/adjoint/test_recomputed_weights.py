@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from tests.adjoint.test_adjoint import coupled_problems, gradients
-from tests.adjoint.test_checkpointing import Noisy
 from tests.helpers import oracle
+from tests.helpers.problems import Noisy, coupled_problems, gradients
 
 
 def recomputed(checkpoints: int | None = None, **options) -> nc.DiscreteAdjoint:

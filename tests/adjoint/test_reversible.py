@@ -11,9 +11,8 @@ from hypothesis import given
 from torch import nn
 
 import neuralode_coupled as nc
-from tests.adjoint.test_adjoint import coupled_problems
-from tests.adjoint.test_checkpointing import Noisy
 from tests.helpers import oracle
+from tests.helpers.problems import Noisy, coupled_problems
 
 
 def by_hand(layer: nc.CoupledODE, z0: torch.Tensor, coupling: float) -> torch.Tensor:

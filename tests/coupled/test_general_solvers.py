@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 
 import neuralode_coupled as nc
-from tests.adjoint.test_adjoint import Swinging
 from tests.helpers import oracle
+from tests.helpers.problems import Swinging
 
 OPERATORS = {
     "static": nc.Static,

@@ -29,8 +29,7 @@ from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.train import Experiment, ImageData, RunFolder, callbacks, learner, train
 from neuralode_coupled.train.data import EvenBatches, augment
 from neuralode_coupled.train.image_sources import ImageSet
-from tests.adjoint.test_adjoint import OPERATORS
-from tests.kkt.test_kkt_properties import KERNELS
+from tests.helpers.problems import KERNELS, OPERATORS
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 VARIANTS = ("anodev2-1", "anodev2-2")

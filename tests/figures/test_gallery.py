@@ -13,7 +13,7 @@ from torch import nn
 import neuralode_coupled as nc
 from neuralode_coupled.figures import gallery, plotting
 from neuralode_coupled.train import pictures
-from tests.train.test_cli import complaint, run
+from tests.helpers.cli import complaint, run
 
 
 def moments(image: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The house: imports go one way, the hall is small, a name is one thing."""
+"""The house: imports go one way, the hall is small, a name is one thing, and test files do not lean on each other."""
 
 from __future__ import annotations
 
@@ -65,3 +65,14 @@ def test_no_exported_name_hides_a_module(package):
     tree = ast.parse(MODULES[package].read_text())
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert not modules & (defined | {what for source, what in imported(package) if source != package})
+
+
+def test_no_test_file_imports_from_another():
+    """What two of them use is in ``tests/helpers/``."""
+    found = set()
+    for path in Path(__file__).parents[1].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [f".{getattr(node, 'module', None) or ''}.{alias.name}" for alias in node.names]
+                found |= {(path.name, name) for name in names if ".test_" in name}
+    assert not found

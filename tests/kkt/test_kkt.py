@@ -11,12 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import neuralode_coupled as nc
 from neuralode_coupled import cli, kkt
 from neuralode_coupled.kkt import comparison
 from tests.helpers import oracle
+from tests.helpers.cli import run
 
 RUNGE_KUTTA = ["euler", "midpoint", "heun3", "rk4"]
 ORDER = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
@@ -438,12 +438,8 @@ def test_weights_of_the_regulariser_are_not_negative(name):
             growing(2).regularization(**{name: value})
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(cli.app, ["check", *arguments], env={"COLUMNS": "80"})
-
-
 def test_the_command_checks_every_coupled_layer():
-    done = run("--model", "resnet10", "--variant", "anodev2-2", "--method", "midpoint")
+    done = run("check", "--model", "resnet10", "--variant", "anodev2-2", "--method", "midpoint")
     assert done.exit_code == 0, done.output
     assert "layer 5 of resnet10 anodev2-2, z0 of shape (4, 16, 32, 32), float64" in done.stdout
     assert done.stdout.count("DTO equals autograd up to rounding") == 2
@@ -451,7 +447,7 @@ def test_the_command_checks_every_coupled_layer():
 
 def test_the_command_fails_where_dto_is_not_exact(monkeypatch):
     monkeypatch.setattr(comparison, "DiscreteAdjoint", Inexact)
-    done = run("--variant", "node", "--steps", "1")
+    done = run("check", "--variant", "node", "--steps", "1")
     assert done.exit_code == cli.FAILED
     assert "DTO DIFFERS" in done.stdout
 
@@ -466,7 +462,7 @@ def test_the_command_fails_where_dto_is_not_exact(monkeypatch):
     ],
 )
 def test_the_command_names_bad_input(options, message):
-    done = run(*options)
+    done = run("check", *options)
     assert done.exit_code == cli.BAD_INPUT
     assert message in done.stderr
 

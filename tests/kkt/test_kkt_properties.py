@@ -9,22 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled import kernels, kkt
+from neuralode_coupled import kkt
 from neuralode_coupled.runge_kutta import METHODS
-from tests.adjoint.test_adjoint import DYNAMICS, OPERATORS
 from tests.helpers import oracle
-
-KERNELS = {
-    "Dirac": lambda steps: nc.Dirac(),
-    "one sample": lambda steps: nc.SampleAndHold(1),
-    "a sample a step": nc.SampleAndHold,
-    "exponential": lambda steps: kernels.Exponential(3.0),
-    "exponential, learnable": lambda steps: kernels.Exponential(2.0, learnable=True, history="zero"),
-    "Erlang, learnable": lambda steps: kernels.Erlang(2, 5.0, learnable=True),
-    "box, learnable": lambda steps: kernels.Box(0.37, learnable=True),
-    "matrix, learnable": lambda steps: kernels.MatrixKernel(torch.rand(steps, steps + 1).tril(), learnable=True),
-}
-"""Kernels for a number of activation steps; another one is one more line."""
+from tests.helpers.problems import DYNAMICS, KERNELS, OPERATORS
 
 FINER = {"Dirac": 6, "exponential": 2, "Erlang, learnable": 1}
 """Kernels that take a weight grid of their own, finer by this factor at least (stage times in halves and thirds)."""

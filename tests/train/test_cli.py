@@ -13,27 +13,14 @@ from dataclasses import fields
 import pytest
 import typer
 from torch import nn
-from typer.testing import CliRunner
 
 import neuralode_coupled as nc
 from neuralode_coupled import cli
 from neuralode_coupled.runge_kutta import METHODS
 from neuralode_coupled.train import Experiment, RunFolder, building, trainer
 from neuralode_coupled.train.run import Training
-from tests.train.test_data import image_folder
-
-
-def run(*arguments: object):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
-
-
-def complaint(done) -> str:
-    """The one line of an error that is the user's to mend."""
-    assert done.exit_code == cli.BAD_INPUT, done.output
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line
+from tests.helpers.cli import complaint, run
+from tests.helpers.images import image_folder
 
 
 @pytest.fixture

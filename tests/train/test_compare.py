@@ -18,7 +18,7 @@ from neuralode_coupled import cli
 from neuralode_coupled.train import Experiment, Result, RunFolder, compare, pictures, table
 from neuralode_coupled.train.compare import Outcome, Planned, plan
 from neuralode_coupled.train.table import Line
-from tests.train.test_data import image_folder
+from tests.helpers.images import image_folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,20 +13,7 @@ from PIL import Image
 from neuralode_coupled.train import ImageData, image_sources
 from neuralode_coupled.train.data import EvenBatches, augment, channel_statistics
 from neuralode_coupled.train.image_sources import stratified_order
-
-
-def image_folder(root: Path, classes: int = 3, train: int = 8, test: int = 4, size: int = 32) -> Path:
-    """An image folder in which every class has a colour of its own, and some noise."""
-    noise = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for label in range(classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(0, 100, (size, size, 3), dtype=np.uint8)
-                pixels[:, :, label % 3] += 100
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
+from tests.helpers.images import image_folder
 
 
 def ready(**options) -> ImageData:

@@ -34,7 +34,7 @@ from neuralode_coupled.train import (
 from neuralode_coupled.train.learner import Diverged, learning_rate
 from neuralode_coupled.train.loading import finished_epochs
 from neuralode_coupled.train.run import prepare
-from tests.train.test_data import image_folder
+from tests.helpers.images import image_folder
 
 TIMES = {"seconds", "memory"}
 

@@ -13,7 +13,7 @@ from PIL import Image
 from neuralode_coupled import transport
 from neuralode_coupled.transport import VELOCITIES, Config, exact, signals
 from neuralode_coupled.transport.problem import MODES, POINTS, velocity_of
-from tests.train.test_cli import complaint, run
+from tests.helpers.cli import complaint, run
 
 QUICK = Config(steps=8, iterations=40)
 
