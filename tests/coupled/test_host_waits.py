@@ -290,8 +290,7 @@ def claimed_backward(end: Tensor, monkeypatch) -> int:
         asked.append(len(leaves))
         return [torch.empty_like(leaf) for leaf in leaves]
 
-    for module in ("step_graph", "reversible"):
-        monkeypatch.setattr(f"neuralode_coupled.adjoint.{module}.vjp", claim)
+    monkeypatch.setattr("neuralode_coupled.adjoint.step_graph.vjp", claim)
     node = end.grad_fn
     with torch.no_grad():
         found = node._forward_cls.backward(node, torch.ones_like(end))
