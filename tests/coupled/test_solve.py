@@ -54,6 +54,28 @@ def test_times_are_those_of_torchdiffeq(times, reverse, steps, method):
     assert torch.allclose(nc.solve(field, z0, t, steps=steps, method=method).z, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("t", [(0.0, 1.0), (0.5, -0.25)], ids=str)
+@pytest.mark.parametrize("beside", [0.005, -0.005, 1e-4])
+def test_times_close_to_a_grid_point_lie_beside_it(z0, t, beside):
+    """A small part of a step away from the second of three inner points: a line to the next one, not the point."""
+    steps = 4
+    h = (t[1] - t[0]) / steps
+    close = t[0] + (2 + beside) * h
+    dynamics = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())
+    layer = oracle.randomize(nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=steps, t=t).double())
+    points = [t[0] + n * h for n in range(steps + 1)]
+
+    def by_solve(times: list[float]) -> torch.Tensor:
+        return nc.solve(layer.field, z0, [t[0], *times, t[1]], steps=steps).z[1:-1]
+
+    for states in (by_solve, lambda times: layer.trajectory(z0, times)):
+        before, at, after = states(points[1:-1])
+        (found,) = states([close])
+        other = after if beside > 0 else before
+        torch.testing.assert_close(found, at + abs(beside) * (other - at), rtol=1e-12, atol=1e-13)
+        assert not torch.allclose(found, at, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("form", ["ode", "propagator"])
 def test_weights_in_force_under_dirac_are_the_evolved_ones(z0, form):
     """On grid points the path itself; between them the rest of a step; the closed form anywhere."""
@@ -83,6 +105,25 @@ def test_weights_in_force_under_sample_and_hold_jump(z0):
     by_hand = z0 + 0.5 * nn.functional.conv2d(z0, first, dynamics.bias, padding=1)
     by_hand = by_hand + 0.5 * nn.functional.conv2d(by_hand, evolved, dynamics.bias, padding=1)
     assert torch.allclose(nc.solve(field, z0, steps=2, weight_steps=10).z, by_hand)
+
+
+@pytest.mark.parametrize(
+    ("samples", "steps", "t"),
+    [(7, 14, (0.0, 1.0)), (9, 27, (0.0, 1.0)), (12, 48, (0.0, 1.0)), (8, 24, (0.0, 0.3)), (5, 25, (1.0, -0.5))],
+    ids=str,
+)
+def test_weights_in_force_at_the_start_of_a_step_are_those_of_the_step(samples, steps, t):
+    """Also where a grid point on the edge of two shares is rounded to before it, as each of these grids has one."""
+    field = nc.CoupledField(nn.Linear(2, 2), nc.ReactionDiffusionAdvection(), nc.SampleAndHold(samples)).double()
+    oracle.randomize(field, 0.5)
+    h = (t[1] - t[0]) / steps
+    starts = [t[0] + n * h for n in range(steps)]
+    held = [n * samples // steps for n in range(steps)]
+    assert any(int((s - t[0]) / (t[1] - t[0]) * samples) < k for s, k in zip(starts, held, strict=True))
+    w0, evolved = field.dynamics.weight, field.operator("weight")
+    taken = [evolved.propagate(w0, k / (samples - 1) * (t[1] - t[0])) for k in range(samples)]
+    found = nc.solve(field, torch.randn(3, 2, dtype=torch.float64), t, steps=steps).weights(starts)["weight"]
+    torch.testing.assert_close(found, torch.stack([taken[k] for k in held]), rtol=1e-12, atol=1e-13)
 
 
 def test_one_step_with_a_network_as_q_is_a_hypernetwork(z0):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
+from neuralode_coupled import kernels
 from neuralode_coupled.runge_kutta import METHODS, tableau
 
 STAGES = st.sampled_from([tableau(name).c for name in METHODS])
@@ -48,6 +49,27 @@ def test_samples_are_taken_where_the_paper_takes_them(samples, times):
     kernel = nc.SampleAndHold(samples)
     grid = torch.linspace(0, 1, kernel.weight_steps(samples) + 1)
     assert kernel.sampled(grid).tolist() == pytest.approx(times)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 9, 12, 23])
+def test_a_time_on_the_edge_of_two_shares_belongs_to_the_later_one(samples):
+    """A step's start in floating point, computed in two ways; and a time before the edge to the earlier one."""
+    kernel = nc.SampleAndHold(samples)
+    for steps in range(samples, 8 * samples, samples):
+        weight_steps = kernel.weight_steps(steps)
+        rows = kernel.kappa(steps, (0.0,), weight_steps)[:, 0]
+        for starts in ([n / steps for n in range(steps)], [n * (1 / steps) for n in range(steps)]):
+            times = torch.tensor(starts, dtype=torch.float64)
+            assert torch.equal(kernel.kappa_at(times, weight_steps), rows)
+            assert torch.equal(kernel.kappa_at(times[1:] - 1e-6 / steps, weight_steps), rows[:-1])
+
+
+@pytest.mark.parametrize("steps", [1, 7, 9, 12, 23])
+def test_a_time_on_the_edge_of_two_rows_belongs_to_the_later_one(steps):
+    matrix = torch.rand(steps, steps + 1).tril()
+    kernel = kernels.MatrixKernel(matrix)
+    times = torch.tensor([n * (1 / steps) for n in range(steps)], dtype=torch.float64)
+    assert torch.equal(kernel.kappa_at(times, steps), kernel.kappa(steps, (0.0,), steps)[:, 0])
 
 
 @pytest.mark.parametrize("method", METHODS)
