@@ -1,6 +1,6 @@
 """Every private name of torch and torchdiffeq that this package uses: the one file that their releases can break.
 
-Each has a test (``tests/test_private_names.py``) that says what to do when a release drops it.
+Each has a test (``tests/house/test_private_names.py``) that says what to do when a release drops it.
 """
 
 from __future__ import annotations

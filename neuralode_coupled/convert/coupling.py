@@ -154,7 +154,17 @@ def couple(
         made.training = branch.training
         return made
 
-    # All or nothing: whatever cannot be converted shows before a target is replaced.
+    converted = _converted(model, names, skip, layer, by_pattern)
+    return _settled(_replace(model, converted), list(converted.values()))
+
+
+def _converted(
+    model: nn.Module, names: list[str], skip: str, layer: _Layer, by_pattern: ByPattern | None
+) -> dict[int, nn.Module]:
+    """What takes the place of each target, by the target's identity.
+
+    All or nothing: whatever cannot be converted shows before a target is replaced.
+    """
     converted: dict[int, nn.Module] = {}
     with _put_back_on_failure(model):
         for name in names:
@@ -165,11 +175,15 @@ def couple(
                 raise ValueError(f"target {name!r}: {error}") from error
         if by_pattern is not None:
             by_pattern.check()
-    for module in (part for new in converted.values() for part in _after(new)):
+    return converted
+
+
+def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
+    """The converted model, with what does not go with coupled layers switched off."""
+    for module in (part for new in converted for part in _after(new)):
         # What a layer returns may be a state that its backward pass starts from.
         module.inplace = False
-    model = _replace(model, converted)
-    new = {id(module) for module in converted.values()}
+    new = set(map(id, converted))
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in new for layer in encoder.layers):
             # Its fast path packs padded sequences into nested tensors, and looks for the original's linear layers.

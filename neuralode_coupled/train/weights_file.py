@@ -2,9 +2,9 @@
 
 What later versions promise: the names and shapes of a model's tensors are part of the interface. A state dict or a
 checkpoint of an earlier version with the same first number (before 1.0: the same first two) loads and gives the same
-outputs; where a name has to change, the reader of the new version translates it. ``tests/data/state_dicts.pt`` holds
-small ones of version 0.1.0, which every version loads in its tests. Nothing else in a checkpoint is promised:
-Lightning's part of it, from which training is resumed, goes by Lightning's own rules.
+outputs; where a name has to change, the reader of the new version translates it. The tests load small ones of version
+0.1.0 (``tests/train/data/state_dicts.pt``) in every version. Nothing else in a checkpoint is promised: Lightning's part
+of it, from which training is resumed, goes by Lightning's own rules.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""What the tests of the benchmarks share: images of ten classes, and finished runs on them without training."""
+"""What the tests of the benchmarks share: finished runs on images of ten classes, without training."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from benchmarks.paper.experiments import plan
 from benchmarks.paper.records import keep
@@ -13,20 +10,6 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.result import Result
 
 TEN = [f"class{i}" for i in range(10)]
-
-
-def image_folder(root: Path, classes: int = 3, train: int = 8, test: int = 4, size: int = 32) -> Path:
-    """An image folder in which every class has a colour of its own, and some noise."""
-    noise = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
-        for label in range(classes):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = noise.integers(0, 100, (size, size, 3), dtype=np.uint8)
-                pixels[:, :, label % 3] += 100
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
 
 
 def shared(root: Path, **options) -> Experiment:

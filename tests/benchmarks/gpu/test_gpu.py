@@ -35,7 +35,7 @@ from benchmarks.lib import clock
 from benchmarks.lib.device import tf32
 from benchmarks.lib.images import random_batch
 from neuralode_coupled.models import coupled_layers
-from tests import oracle
+from tests.helpers import oracle
 
 EAGER = [("discrete", "eager"), (PEER, "eager")]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.helpers import image_folder
+from tests.helpers.images import image_folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from benchmarks.lib import jsonl
 from benchmarks.paper import campaign, cifar10, tables
 from benchmarks.paper.experiments import CHOICES, plan, schedule_name
 from neuralode_coupled.train.folder import RunFolder
-from tests.benchmarks.helpers import finish, image_folder, records, shared
+from tests.benchmarks.helpers import finish, records, shared
+from tests.helpers.images import image_folder
 
 
 def test_the_order_fills_the_tables_evenly(images, tmp_path):

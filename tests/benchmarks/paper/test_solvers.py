@@ -18,7 +18,8 @@ from benchmarks.paper.solvers_table import EXACT, Row, Trained, answer, choice, 
 from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.compare import command
 from neuralode_coupled.train.experiment import Experiment
-from tests.benchmarks.helpers import finish, image_folder, shared
+from tests.benchmarks.helpers import finish, shared
+from tests.helpers.images import image_folder
 
 SCHEDULE = "epochs1-all-batch-size-10"
 

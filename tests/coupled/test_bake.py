@@ -1,0 +1,144 @@
+"""Baked layers: the same numbers without an ODE, here, in torch.export and in onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import neuralode_coupled as nc
+from tests.helpers.oracle import randomize
+
+
+class Timed(nn.Module):
+    """A branch that depends on the time, with a weight that has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.outer = nn.Linear(4, 4)
+        self.outer.weight = self.inner.weight
+
+    def forward(self, t, z):
+        return self.outer(torch.tanh(self.inner(z))) * torch.cos(t)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
+
+
+KERNELS = {
+    "dirac": nc.Dirac,
+    "sample and hold": lambda: nc.SampleAndHold(2),
+    "exponential": lambda: nc.Exponential(2.0, learnable=True),
+    "box": lambda: nc.Box(0.3),
+}
+OPERATORS = {
+    "reaction-diffusion-advection": nc.ReactionDiffusionAdvection,
+    "the same as an ODE": lambda: nc.ReactionDiffusionAdvection("ode"),
+    "linear": nc.LinearEvolution,
+    "static": nc.Static,
+}
+
+
+@given(
+    dynamics=st.sampled_from([plain, Timed]),
+    operator=st.sampled_from(sorted(OPERATORS)),
+    kernel=st.sampled_from(sorted(KERNELS)),
+    method=st.sampled_from(["euler", "midpoint", "heun3", "rk4", "rk4_classic"]),
+    steps=st.sampled_from([2, 4]),
+    backwards=st.booleans(),
+)
+def test_a_baked_layer_computes_the_same(dynamics, operator, kernel, method, steps, backwards):
+    t = (1.0, 0.0) if backwards and kernel in ("dirac", "sample and hold") else (0.0, 1.5)
+    layer = nc.CoupledODE(dynamics(), OPERATORS[operator](), KERNELS[kernel](), steps=steps, method=method, t=t)
+    layer = randomize(layer).double()
+    z0 = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer.bake()(z0), layer(z0), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("variant", ["node", "anode", "anodev2-1", "anodev2-2"])
+@pytest.mark.parametrize("name", ["resnet4", "resnet10"])
+def test_models_with_statistics_of_every_step(name, variant):
+    model = randomize(nc.models.build(name, variant), 0.05)
+    model(torch.randn(8, 3, 32, 32))  # statistics that differ from step to step
+    model.eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(nc.bake(model)(images), model(images))
+
+
+def test_a_baked_layer_is_plain_and_a_snapshot():
+    layer = randomize(nc.CoupledODE(plain(), nc.ReactionDiffusionAdvection(), steps=3, method="rk4")).eval()
+    z0 = torch.randn(2, 4)
+    before = layer(z0).detach()
+    stack = layer.bake()
+    assert len(stack) == 3
+    assert not any(isinstance(module, nc.CoupledODE | nc.CoupledField) for module in stack.modules())
+    assert not any(p.requires_grad for p in stack.parameters())
+    assert not any(module.training for module in stack.modules())
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(1.0)
+    torch.testing.assert_close(stack(z0), before)
+
+
+def test_what_does_not_evolve_is_stored_once():
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nc.ReactionDiffusionAdvection(), steps=5)
+    sizes = {name: p.numel() for name, p in layer.field.dynamics.named_parameters()}
+    expected = 5 * sizes["0.weight"] + sizes["0.bias"] + sizes["1.weight"] + sizes["1.bias"]
+    assert sum(p.numel() for p in layer.bake().parameters()) == expected
+
+
+def test_flags_of_single_modules_are_kept():
+    branch = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    layer = nc.CoupledODE(branch, steps=2)
+    branch[1].eval()  # frozen statistics, as in fine-tuning
+    stack = layer.bake()
+    assert [module.training for module in stack.modules() if isinstance(module, nn.BatchNorm1d)] == [False, False]
+    assert stack.training
+
+
+def test_the_model_is_left_alone_and_other_parts_are_copied():
+    model = randomize(nc.models.build("resnet4", "anodev2-2"), 0.05)
+    state = copy.deepcopy(model.state_dict())
+    nc.bake(model)[0].weight.data.zero_()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_to_bake():
+    with pytest.raises(ValueError, match="no coupled layer"):
+        nc.bake(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("baked", [True, False])
+def test_torch_export(baked):
+    model = randomize(nc.models.build("resnet4", "anodev2-1"), 0.05).eval()
+    images = torch.randn(4, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(
+        nc.bake(model) if baked else model, (images,), dynamic_shapes=({0: batch},), strict=False
+    )
+    other = torch.randn(7, 3, 32, 32)
+    torch.testing.assert_close(program.module()(other), model(other), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["anodev2-1", "anodev2-2"])
+def test_onnxruntime_computes_the_same(variant, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = randomize(nc.models.build("resnet4", variant), 0.05)
+    model(torch.randn(8, 3, 32, 32))
+    model.eval()
+    images = torch.randn(4, 3, 32, 32)
+    path = tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=2)
+    torch.onnx.export(nc.bake(model), (images,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    other = torch.randn(9, 3, 32, 32)
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    np.testing.assert_allclose(found, model(other).detach().numpy(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,108 @@
+"""Layers inside torch.func transforms, forward-mode differentiation and torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import neuralode_coupled as nc
+from tests.helpers import oracle
+
+EXACT = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.DiscreteAdjoint(keep_last=1)]
+
+
+@pytest.fixture(params=EXACT, ids=str)
+def layer(request):
+    dynamics = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=3, adjoint=request.param)
+    return oracle.randomize(layer.double())
+
+
+@pytest.fixture
+def z0():
+    return torch.randn(5, 4, dtype=torch.float64)
+
+
+def test_grad_vjp_and_per_sample_gradients(layer, z0):
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, z):
+        return torch.func.functional_call(layer, parameters, (z,)).square().sum()
+
+    exact = oracle.gradients(layer(z0).square().sum(), dict(layer.named_parameters()))
+    assert oracle.largest_error(torch.func.grad(loss)(parameters, z0), exact) < 1e-12
+    by_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, z0[:, None])
+    assert oracle.largest_error({k: v.sum(0) for k, v in by_sample.items()}, exact) < 1e-12
+    z1, pull = torch.func.vjp(layer, z0)
+    start = z0.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(start), start, torch.ones_like(z1))
+    assert torch.allclose(pull(torch.ones_like(z1))[0], expected, rtol=1e-12)
+
+
+def test_forward_mode_and_hessians(layer, z0):
+    direction = torch.randn_like(z0)
+    _, along = torch.func.jvp(layer, (z0,), (direction,))
+    shift = 1e-6
+    with torch.no_grad():
+        expected = (layer(z0 + shift * direction) - layer(z0 - shift * direction)) / (2 * shift)
+    assert torch.allclose(along, expected, atol=1e-8)
+    with forward_ad.dual_level():
+        dual = layer(forward_ad.make_dual(z0, direction))
+        assert torch.allclose(forward_ad.unpack_dual(dual).tangent, along, rtol=1e-12)
+    hessian = torch.func.hessian(lambda z: layer(z[None]).square().sum())(z0[0])
+    assert torch.allclose(hessian, hessian.T, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint()], ids=str)
+def test_compiled_in_one_graph(adjoint):
+    """fullgraph=True: the same output, gradients and statistics, and dropout that matches its forward mask."""
+    torch._dynamo.reset()
+    dynamics = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False), nc.PerStep(nn.BatchNorm2d(2), 2), nn.ReLU())
+    layer = oracle.randomize(nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=2, adjoint=adjoint))
+    other = copy.deepcopy(layer)
+    z0 = torch.randn(3, 2, 5, 5)
+    probe = torch.randn_like(z0)
+    found = []
+    for model, run in ((layer, layer), (other, torch.compile(other, fullgraph=True, backend="aot_eager"))):
+        start = z0.clone().requires_grad_()
+        found.append(oracle.gradients((run(start) * probe).sum(), {"z0": start, **dict(model.named_parameters())}))
+    assert oracle.largest_error(found[1], found[0]) < 1e-5
+    for (name, ours), (_, compiled) in zip(layer.named_buffers(), other.named_buffers(), strict=True):
+        assert torch.allclose(ours.float(), compiled.float(), rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_compiled_dropout_matches_its_forward_mask():
+    """Finite differences with the mask held fixed, in the compiled layer alone. Linear f: the difference is exact."""
+    torch._dynamo.reset()
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), steps=2)
+    run = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    z0, direction = torch.randn(16, 8), torch.randn(16, 8)
+    values = []
+    for shift in (0.1, -0.1):
+        torch.manual_seed(0)
+        values.append(run((z0 + shift * direction).requires_grad_()).sum())
+    torch.manual_seed(0)
+    start = z0.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(run(start).sum(), start)
+    assert float((values[0] - values[1]).detach() / 0.2) == pytest.approx(float((gradient * direction).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "message"),
+    [
+        (nc.DiscreteAdjoint(2), r"takes DiscreteAdjoint\(\) alone, got checkpoints=2, storage='device'"),
+        (nc.DiscreteAdjoint(storage="cpu"), r"got checkpoints=None, storage='cpu': leave them out"),
+        (nc.ReversibleAdjoint(), r"ReversibleAdjoint cannot be compiled: use DiscreteAdjoint\(\)"),
+    ],
+)
+def test_what_cannot_be_compiled_says_so(adjoint, message):
+    torch._dynamo.reset()
+    layer = nc.CoupledODE(nn.Linear(4, 4), steps=3, adjoint=adjoint)
+    with pytest.raises(Exception, match=message):
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4))

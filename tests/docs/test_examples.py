@@ -1,0 +1,55 @@
+"""The examples, run as scripts at small sizes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+FOLDER = Path(__file__).parents[2] / "docs" / "examples"
+CONVERSIONS = sorted(FOLDER.glob("convert_*.py"))
+
+
+def run(script: Path, *arguments: object) -> str:
+    # The package of this checkout, and an address that needs no name server.
+    chosen = {"PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"}
+    chosen |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env=os.environ | chosen,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", CONVERSIONS, ids=lambda script: script.stem)
+def test_conversions_are_exact_in_under_twenty_lines(script):
+    assert len(script.read_text().splitlines()) < 20
+    assert "by one Euler step" in run(script)
+
+
+def test_a_resnet_a_transformer_and_an_mlp_are_converted():
+    assert [script.stem.removeprefix("convert_") for script in CONVERSIONS] == ["mlp", "resnet", "transformer"]
+
+
+@pytest.mark.slow
+def test_from_conversion_to_onnx_on_two_processes(tmp_path):
+    options = ["--epochs", 2, "--limit", 64, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp"]
+    said = run(FOLDER / "your_resnet.py", *options, "--out", tmp_path)
+    assert said.count("onnxruntime differs by") == 1
+    assert float(said.split("differs by ")[1].split(";")[0]) < 1e-5
+    onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    assert (tmp_path / "filters.png").stat().st_size > 1000
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test/accuracy")] == [1, 2]
+    assert [event.step for event in events.Images("filters of layer1.1.coupled/conv1.weight")] == [1, 2]
+    assert events.Scalars("evolution of layer4.1.coupled conv2.weight/|diffusion|")[-1].value > 0
