@@ -33,8 +33,9 @@ class ContinuousAdjoint:
         method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
 
     Raises:
-        ValueError: at the solve, for a kernel that has neither finite memory nor samples to hold, an operator that is a
-            map and no flow, or a method that torchdiffeq does not have (such as ``"rk4_classic"``).
+        ValueError: where a layer is made, for a kernel that has neither finite memory nor samples to hold, or a method
+            that torchdiffeq does not have (such as ``"rk4_classic"``); at the solve, for an operator that is a map and
+            no flow.
     """
 
     rtol: float | None = None

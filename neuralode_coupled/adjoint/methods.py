@@ -17,8 +17,9 @@ from neuralode_coupled.adjoint.stores import Storage, check_checkpoints
 class Backprop:
     """Autograd through the unrolled solve.
 
-    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for
-    solves whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
+    Cost: one backward pass, and with an adaptive method one more forward pass: the steps are chosen without a graph,
+    and then unrolled. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for solves
+    whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
@@ -35,9 +36,10 @@ class DiscreteAdjoint:
     steps are recomputed, the fewest possible. Memory: the stored states and one step's graph, O(L) + O(N_t). Exact
     for the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
     the forward pass are reproduced; a second backward (``retain_graph=True``) and a double backward
-    (``create_graph=True``, which stores the unrolled graph) are exact too. With fewer checkpoints than steps each state
-    goes after its last use, and a second backward costs one more forward pass. Not for dynamics whose forward pass has
-    other side effects: they happen once more at every recomputation.
+    (``create_graph=True``, which stores the unrolled graph) are exact too. With an adaptive method the discrete map is
+    that of the accepted steps; while they are chosen, every accepted state is on the device. With fewer checkpoints
+    than steps each state goes after its last use, and a second backward costs one more forward pass. Not for dynamics
+    whose forward pass has other side effects: they happen once more at every recomputation.
 
     With ``keep="products"``, inside of ``torch.compile`` alone, the outputs of convolutions, matrix products and
     attention without dropout are kept as well, and only normalisation, activation and the rest are recomputed.

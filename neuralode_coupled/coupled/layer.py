@@ -55,8 +55,9 @@ class CoupledODE(nn.Module):
         stats: what the last forward pass cost, and the backward passes through it since; None before the first.
 
     Raises:
-        TypeError, ValueError: as `CoupledField` and `solve` do; what concerns z0 at the first forward pass, all else
-            here, also for a gradient method that cannot solve the layer.
+        TypeError, ValueError: as `CoupledField` and `solve` do, also for a gradient method that does not take the
+            layer's grid, method or kernel. The forward pass raises what concerns z0, an operator that is a map where a
+            vector field is needed, and a gradient method that does not take what was changed later.
     """
 
     steps = _chosen("steps")

@@ -61,8 +61,8 @@ def solve(
 ) -> Solution:
     """Solve the coupled system (Eq. 5) on a fixed grid, or with an adaptive method by tolerances.
 
-    An adaptive method solves weights and activations as one system under one error control; the gradient of
-    `DiscreteAdjoint` is then exactly that of the accepted steps, with their lengths held fixed (see `odeint_dto`).
+    An adaptive method solves weights and activations as one system under one error control. Its steps are those that
+    torchdiffeq accepts; `DiscreteAdjoint` and `Backprop` give exactly their gradient, with their lengths held fixed.
 
     Args:
         field: the coupled field.
@@ -71,7 +71,8 @@ def solve(
             interpolation between grid points as in torchdiffeq. None: from 0 to 1, and only the end is returned.
         steps: the number of equal steps from the first to the last time; None with an adaptive method.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
-            ``"heun3"``; or adaptive: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``.
+            ``"heun3"``; or adaptive: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``,
+            ``"tsit5"``.
         weight_steps: the number of steps of the weights' own grid; by default the activations' where the kernel
             allows it. Kernels that average over the past err at second order in the length of these steps.
         weight_method: the method on it, where an operator has no closed form; by default that of the activations.
