@@ -88,9 +88,7 @@ class CoupledODE(nn.Module):
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
         check_gradient_method(self.adjoint)
         self.stats: Stats | None = None
-        self._t = times(t)
-        self.discretise(Discretisation(steps, method, weight_steps, weight_method, rtol, atol))
-        self._on.check_adjoint(self.field, self.adjoint)  # a layer that cannot be solved fails where it is made
+        self._choose(Discretisation(steps, method, weight_steps, weight_method, rtol, atol), times(t))
 
     @property
     def t(self) -> tuple[float, ...]:
@@ -99,14 +97,22 @@ class CoupledODE(nn.Module):
 
     @t.setter
     def t(self, t: Times) -> None:
-        self._t = times(t)
-        self.discretise(self.discretisation)
+        self._choose(self.discretisation, times(t))
 
     def discretise(self, discretisation: Discretisation) -> None:
-        """Choose other steps or tolerances. Raises ValueError if the field does not fit them."""
-        self._on: OnGrid | Adaptive = discretisation.on(self.field, (self._t[0], self._t[-1]))
-        # In a tuple, or it would be a submodule of this layer too.
-        self._checked_kernel, self.discretisation = (self.field.kernel,), discretisation
+        """Choose other steps or tolerances.
+
+        Raises ValueError, and leaves the layer as it is, if the field or the gradient method does not fit them.
+        """
+        self._choose(discretisation, self._t)
+
+    def _choose(self, discretisation: Discretisation, t: tuple[float, ...]) -> None:
+        """A layer that cannot be solved fails where it is made or changed, and stays what it was."""
+        chosen = discretisation.on(self.field, (t[0], t[-1]))
+        chosen.check_adjoint(self.field, self.adjoint)
+        self._on: OnGrid | Adaptive = chosen
+        self._t, self.discretisation = t, discretisation
+        self._checked_kernel = (self.field.kernel,)  # in a tuple, or it would be a submodule of this layer too
 
     def extra_repr(self) -> str:
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"

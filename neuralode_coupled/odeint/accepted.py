@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -205,15 +204,25 @@ class AcceptedSteps:
             emits=tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
             buffers=(scratch,) * count,
             module=self.dynamics.module,
-            evaluations=tuple(end - begin for begin, end in pairwise(self._bounds)) * steps,
+            evaluations=tuple(self._evaluations(n, part) for n in range(steps) for part in range(parts)),
             stats=stats,
             forward=self._read,
             overlooked=self.dynamics.overlooked,
             captured=self.dynamics.captured,
             parts=parts,
         )
+        self._plan = plan
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
         return plan, Operands(start, inputs, self.dynamics.shared)
+
+    def _evaluations(self, n: int, part: int) -> int:
+        """How many evaluations one part of step ``n`` makes."""
+        count = self._bounds[part + 1] - self._bounds[part]
+        if part == 0 and n > 0 and not self.method.reuses:
+            count -= 1  # the first slope is carried
+        if part == self._parts - 1:
+            count += len(self.grid.outputs[n]) > 0 if self.method.reuses else self.jumps[n]
+        return count
 
     def _emit(self, y: State) -> State:
         """A state to return: what the discrete map carries besides is not, but has its place."""
@@ -224,7 +233,9 @@ class AcceptedSteps:
         return self._recorded.pop(m)
 
     def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        self._recorded.pop(m, None)
+        if self._recorded.pop(m, None) is not None:
+            # Not read but run, with its graph, in the forward pass.
+            self._plan.stats.evaluations += self._plan.evaluations[m]
         n, part = divmod(m, self._parts)
         return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
 

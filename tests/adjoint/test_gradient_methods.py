@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -129,3 +131,38 @@ def test_choices_are_checked_when_they_are_set():
         layer(z0)
     layer.steps = 9
     assert layer(z0).shape == z0.shape
+
+
+def test_a_choice_that_is_refused_leaves_the_layer_as_it_was():
+    layer, z0 = made(steps=4, kernel=nc.Exponential(1.0))
+    z = layer(z0)
+    with pytest.raises(ValueError, match="remembers the past, and t runs backwards"):
+        layer.t = (1.0, 0.0)
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        layer.steps = -1
+    assert (layer.t, layer.steps) == ((0.0, 1.0), 4)
+    assert torch.equal(layer(z0), z)
+    layer.adjoint = nc.ReversibleAdjoint()
+    with pytest.raises(ValueError, match="ReversibleAdjoint needs a fixed grid"):
+        layer.discretise(replace(layer.discretisation, steps=None, method="dopri5"))
+    assert layer.steps == 4
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun"])
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(keep_last=2)], ids=str)
+def test_every_evaluation_of_an_adaptive_solve_is_counted(adjoint, method):
+    class Counts(nn.Linear):
+        calls = 0
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            Counts.calls += 1
+            return super().forward(z)
+
+    torch.manual_seed(0)
+    layer = nc.CoupledODE(Counts(3, 3), method=method, adjoint=adjoint, **ADAPTIVE).double()
+    loss = layer(torch.randn(2, 3, dtype=torch.float64)).sum()
+    assert layer.stats.evaluations == Counts.calls
+    before, Counts.calls = Counts.calls, 0
+    loss.backward()
+    assert before > 0
+    assert layer.stats.recomputed == Counts.calls

@@ -207,7 +207,11 @@ def test_the_last_accepted_steps_of_an_adaptive_layer(method, last):
     layer = nc.CoupledODE(dynamics, nc.LinearEvolution(), method=method, rtol=1e-4, atol=1e-4).double()
     z0 = torch.randn(3, 2, dtype=torch.float64)
     exact = gradients(layer, z0, nc.DiscreteAdjoint())
-    recomputed = layer.stats.recomputed
+    everything = layer.stats
     found = gradients(layer, z0, nc.DiscreteAdjoint(keep_last=last))
     assert oracle.largest_error(found, exact) < 1e-12
-    assert layer.stats.recomputed == recomputed * max(layer.stats.accepted - last, 0) // layer.stats.accepted
+    kept = layer.stats.evaluations - everything.evaluations  # run with a graph, besides the choice of the steps
+    assert kept > 0
+    # A step that is recomputed in parts repeats the earlier ones once more.
+    assert kept + layer.stats.recomputed <= everything.recomputed
+    assert (layer.stats.recomputed == 0) == (last >= layer.stats.accepted)
