@@ -71,9 +71,11 @@ class ContinuousAdjoint:
             arguments = self._arguments(problem, field, rtol, atol)
             states = odeint_adjoint(field, y, t, adjoint_params=flow.params, **arguments)
         except (AssertionError, ValueError) as error:
+            if problem.tolerances is None:  # on a grid the flow's check has said at which step
+                raise
             if field.latest is not None:
                 flow.explain(*field.latest, error)
-            if isinstance(error, ValueError) or problem.tolerances is None:
+            if isinstance(error, ValueError):
                 raise
             raise ValueError(
                 f"{problem.method!r} cannot go on: {error}; loosen rtol and atol, or use float64"

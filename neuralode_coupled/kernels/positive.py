@@ -35,6 +35,7 @@ class Positive:
 
     def shown(self, module: nn.Module) -> str:
         """For ``extra_repr``."""
-        value = self.__get__(module)
-        learnable = ", learnable=True" if isinstance(value, Tensor) else ""
-        return f"{self._name}={float(value):g}{learnable}"
+        value, learnable = self.__get__(module), ""
+        if isinstance(value, Tensor):
+            value, learnable = float(value.detach()), ", learnable=True"
+        return f"{self._name}={value:g}{learnable}"

@@ -624,9 +624,9 @@ def test_rates_and_widths_are_positive(make, name, value):
     ("make", "error", "message"),
     [
         (lambda: Erlang(0, 1.0), ValueError, "order must be a whole number of at least 1, got 0"),
-        (lambda: Erlang(1.5, 1.0), ValueError, "got order=1.5"),
-        (lambda: Erlang(True, 1.0), ValueError, "got order=True"),
-        (lambda: nc.SampleAndHold(2.5), ValueError, "whole number of at least 1 sample, got samples=2.5"),
+        (lambda: Erlang(1.5, 1.0), ValueError, "at least 1, got 1.5"),
+        (lambda: Erlang(True, 1.0), ValueError, "at least 1, got True"),
+        (lambda: nc.SampleAndHold(2.5), ValueError, "samples must be a whole number of at least 1, got 2.5"),
         (lambda: Exponential(1.0, history="none"), ValueError, "unknown history 'none': choose one of constant, zero"),
         (lambda: MatrixKernel([[1.0, 0.0]]), TypeError, "floating-point tensor, got list"),
         (lambda: MatrixKernel(torch.eye(2, 3).long()), TypeError, "floating-point tensor, got torch.int64"),
@@ -682,3 +682,9 @@ def test_states_and_times_that_do_not_fit():
         field.weights(state[:2])
     with pytest.raises(ValueError, match=r"in the solve's interval \(0.0, 1.0\), got \[0.5, 1.5\]"):
         nc.solve(field, z0, steps=2).weights([0.5, 1.5])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kernel", [Exponential(2.0, learnable=True), Box(0.5, learnable=True)], ids=type)
+def test_a_learnable_number_is_shown_without_its_graph(kernel):
+    assert ", learnable=True" in repr(kernel)

@@ -46,7 +46,6 @@ def test_train_says_how_it_went_and_does_not_repeat(quick, tmp_path):
     ("adjoint", "method", "words"),
     [
         ("reversible", "dopri5", "ReversibleAdjoint.*needs a fixed grid"),
-        ("discrete-last", "bosh3", "keep_last=1.*needs a fixed grid"),
         ("continuous", "rk4_classic", "has no 'rk4_classic'"),
     ],
 )
