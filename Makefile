@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 		--data digits --seeds 0 --epochs $(DEMO_EPOCHS) --out $(DEMO_OUT)
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
