@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from neuralode_coupled._checks import check_model, some
+from neuralode_coupled._checks import check_model, choice, some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
@@ -194,8 +194,7 @@ def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
 def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[str]:
     """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
     check_model(model)
-    if skip not in get_args(Skip):
-        raise ValueError(f"unknown skip {skip!r}: choose one of {', '.join(get_args(Skip))}")
+    choice("skip", skip, get_args(Skip))
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(

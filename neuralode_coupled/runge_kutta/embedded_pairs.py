@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.stepping import combine
 from neuralode_coupled.runge_kutta.tableaus import Tableau
@@ -422,6 +423,4 @@ def embedded(method: str) -> Embedded:
     Raises:
         ValueError: if there is no such method; the message lists those that there are.
     """
-    if method not in EMBEDDED:
-        raise ValueError(f"unknown adaptive method {method!r}: choose one of {', '.join(EMBEDDED)}")
-    return EMBEDDED[method]
+    return EMBEDDED[choice("adaptive method", method, EMBEDDED)]

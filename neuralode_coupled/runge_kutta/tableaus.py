@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from neuralode_coupled._checks import choice
+
 
 @dataclass(frozen=True)
 class Tableau:
@@ -81,6 +83,4 @@ def tableau(method: str) -> Tableau:
     Raises:
         ValueError: if there is no such method; the message lists those that there are.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    return METHODS[method]
+    return METHODS[choice("method", method, METHODS)]
