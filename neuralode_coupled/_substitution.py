@@ -1,11 +1,11 @@
-"""Calling a module with other tensors in place of its own parameters and buffers."""
+"""Calling a module with other tensors in place of its own parameters and buffers, by one thread at a time."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from threading import RLock
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock, get_ident, local
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -13,23 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from neuralode_coupled._torch import tracing, versions
+from neuralode_coupled._torch import (
+    caches_parametrizations,
+    recomputed_later,
+    tracing,
+    versions,
+    without_cached_parametrizations,
+)
 
 Result = TypeVar("Result")
-
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class DynamicsError(ValueError):
     """A module does what a solve with it cannot follow: the message says what, and what to do instead."""
-
-
-def alone(module: nn.Module) -> AbstractContextManager:
-    """For as long as no other thread may see the module with tensors that are not its own."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    # Kept outside of the module, which can be copied and pickled, as a lock cannot.
-    return _LOCKS.get(module) or _LOCKS.setdefault(module, RLock())
 
 
 def call(
@@ -37,20 +33,56 @@ def call(
 ) -> Any:
     """``module(*arguments)`` with the given tensors, by their `places`.
 
-    `alone` with ``owner``, which is the module itself by default. Raises `DynamicsError` for a module that assigns one
-    of the tensors anew: nobody would see that.
+    `alone` with the module and its ``owner``, by default the module itself. Raises `DynamicsError` for a module
+    that assigns one of the tensors anew: nobody would see that.
     """
     after = dict(tensors)  # functional_call writes into it what it finds in the end
-    with alone(module if owner is None else owner):
-        # The ties are resolved already; letting functional_call look for them again costs time at every evaluation.
+    # The ties are resolved already; letting functional_call look for them again takes time at every evaluation.
+    if torch.compiler.is_compiling():
+        if caches_parametrizations():
+            raise DynamicsError("parametrize.cached() keeps weights that a compiled layer evolves: leave it out")
+        return functional_call(module, after, arguments, tie_weights=False)
+    owner = module if owner is None else owner
+    with alone(module, owner), uncached():
         result = functional_call(module, after, arguments, tie_weights=False)
-    if not (torch.compiler.is_compiling() or all(map(operator.is_, after.values(), tensors.values()))):
+    if not all(map(operator.is_, after.values(), tensors.values())):
         name = next(name for name, tensor in tensors.items() if after[name] is not tensor)
         raise DynamicsError(
             f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
             f"self.{name.rpartition('.')[2]}.copy_(...)"
         )
     return result
+
+
+def uncached() -> AbstractContextManager:
+    """Around an evaluation: values that `torch.nn.utils.parametrize.cached` keeps are not those of other tensors."""
+    return without_cached_parametrizations() if caches_parametrizations() else nullcontext()
+
+
+def check_surroundings(module: nn.Module) -> None:
+    """Raise `DynamicsError` where a solve with the module cannot be right, because of who runs it.
+
+    `torch.utils.checkpoint` runs it once more in the backward pass. It would find the module's own tensors then, not
+    those that ``torch.func.functional_call`` has put in their places now; and if the dynamics differentiate something
+    themselves, it does so inside of an evaluation, where evolved weights stand in the places of w0.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if runs(module):
+        raise DynamicsError(
+            f"{type(module).__name__} is evaluated inside of its own evaluation: torch.utils.checkpoint around a solve "
+            "runs all of it again if the dynamics call torch.autograd.grad: use DiscreteAdjoint(), which takes no "
+            "more memory, in place of Backprop() and the checkpoint"
+        )
+    if recomputed_later():
+        for part in module.modules():
+            for name, tensor in part._parameters.items():
+                if tensor is not None and not isinstance(tensor, nn.Parameter):
+                    raise DynamicsError(
+                        f"{name!r} of {type(part).__name__} is replaced for this call, as by functional_call, and "
+                        "torch.utils.checkpoint around the solve would run it with the module's own in the backward "
+                        "pass: leave the checkpoint out (DiscreteAdjoint recomputes every step anyway)"
+                    )
 
 
 def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Callable[[], Result]) -> Result:
@@ -96,3 +128,113 @@ def places_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, i
     """Every place of one of the tensors, with the tensor's index."""
     index = {id(tensor): i for i, tensor in enumerate(tensors)}
     return [(name, index[id(tensor)]) for name, tensor in places(module) if id(tensor) in index]
+
+
+class _Thread(local):
+    """What a thread is doing.
+
+    Attributes:
+        owners: the modules that run with other tensors at present.
+        serves: the thread that waits for this one, 0 for none: autograd computes on threads of its own.
+    """
+
+    def __init__(self) -> None:
+        self.owners: list[nn.Module] = []
+        self.serves = 0
+
+
+_THREAD = _Thread()
+
+
+class _Lock:
+    """A lock that its holder, and who serves its holder, may take again."""
+
+    def __init__(self) -> None:
+        self._lock, self._holder, self._depth = Lock(), 0, 0
+
+    def __enter__(self) -> None:
+        if self._holder and self._holder in (get_ident(), _THREAD.serves):
+            self._depth += 1
+            return
+        self._lock.acquire()
+        self._holder, self._depth = get_ident(), 1
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._holder = 0
+            self._lock.release()
+
+
+class _Locks:
+    """Several locks, always taken in the same order."""
+
+    def __init__(self, locks: tuple[_Lock, ...]) -> None:
+        self._locks = locks
+
+    def __enter__(self) -> None:
+        for lock in self._locks:
+            lock.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for lock in reversed(self._locks):
+            lock.__exit__(*error)
+
+
+# Kept outside of the modules, which can be copied and pickled, as locks cannot.
+_OF_PART: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
+_OF_ROOT: WeakKeyDictionary[nn.Module, tuple[_Lock, ...]] = WeakKeyDictionary()
+_MAKING = Lock()
+
+
+def alone(*roots: nn.Module, anew: bool = False) -> AbstractContextManager:
+    """For as long as no other thread may see the modules, or others that share parts with them, with tensors that are
+    not their own.
+
+    A module's parts have one lock, but for those that have one already, through another module. ``anew`` looks for the
+    parts once more.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    found = [_locks(root, anew) for root in dict.fromkeys(roots)]
+    if len(found) == 1 and len(found[0]) == 1:
+        return found[0][0]
+    return _Locks(tuple(sorted({lock for locks in found for lock in locks}, key=id)))
+
+
+def _locks(root: nn.Module, anew: bool) -> tuple[_Lock, ...]:
+    locks = None if anew else _OF_ROOT.get(root)
+    if locks is None:
+        own = _Lock()
+        with _MAKING:
+            locks = tuple({_OF_PART.setdefault(part, own): None for part in root.modules()})
+            _OF_ROOT[root] = locks
+    return locks
+
+
+class running:
+    """While a module runs with other tensors."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+
+    def __enter__(self) -> None:
+        _THREAD.owners.append(self._owner)
+
+    def __exit__(self, *error: object) -> None:
+        _THREAD.owners.pop()
+
+
+def runs(module: nn.Module) -> bool:
+    """Whether a module runs with other tensors, in this thread."""
+    return any(owner is module for owner in _THREAD.owners)
+
+
+@contextmanager
+def serving(thread: int) -> Iterator[None]:
+    """While this thread computes for another one, which waits for it."""
+    before, _THREAD.serves = _THREAD.serves, thread if thread != get_ident() else 0
+    try:
+        yield
+    finally:
+        _THREAD.serves = before

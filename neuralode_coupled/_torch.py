@@ -5,10 +5,12 @@ Each has a test (``tests/house/test_private_names.py``) that says what to do whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.nn.utils.parametrize as parametrize  # its cache of values
 from torch import (  # the additions of many tensors at once, which optimisers use
     Tensor,
     _foreach_add,  # pyright: ignore[reportPrivateImportUsage]
@@ -16,11 +18,30 @@ from torch import (  # the additions of many tensors at once, which optimisers u
     nn,
 )
 from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
+from torch._C._autograd import (
+    _get_current_graph_task_keep_graph,  # retain_graph of the backward pass under way
+    _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
+)
 from torch.autograd import forward_ad
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
 
-__all__ = ["LIBRARY_METHODS", "add_many", "add_many_", "arguments", "drops_out", "tracing", "versions"]
+__all__ = [
+    "LIBRARY_METHODS",
+    "add_many",
+    "add_many_",
+    "arguments",
+    "caches_parametrizations",
+    "drops_out",
+    "keeps_graph",
+    "recomputed_later",
+    "saved_tensors_are_hooked",
+    "tracing",
+    "versions",
+    "without_cached_parametrizations",
+    "written",
+]
 
 LIBRARY_METHODS: dict[str, Any] = SOLVERS
 """torchdiffeq's solvers by the names of its methods."""
@@ -38,6 +59,44 @@ def tracing() -> Literal["transform", "compile"] | None:
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "transform"
     return "compile" if torch.compiler.is_compiling() else None
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether somebody gets to see the tensors that autograd saves."""
+    return _top_saved_tensors_default_hooks(True) is not None
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that is under way may be followed by another one (``retain_graph=True``)."""
+    return _get_current_graph_task_keep_graph()
+
+
+def recomputed_later() -> bool:
+    """Whether `torch.utils.checkpoint` runs what runs now, and will run it again in the backward pass."""
+    hooks = _top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith(_checkpoint_hook.__qualname__)
+
+
+@contextmanager
+def without_cached_parametrizations() -> Iterator[None]:
+    """Around an evaluation with other tensors: `parametrize.cached` keeps values by the names of their modules,
+    whatever tensors and whatever grad mode they come from."""
+    enabled, values = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, values
+
+
+def caches_parametrizations() -> bool:
+    """Whether `parametrize.cached` is on."""
+    return parametrize._cache_enabled > 0
+
+
+def written(tensor: Tensor) -> bool:
+    """Whether an operation in place has written into the tensor; of an inference tensor nobody knows."""
+    return tensor.is_inference() or tensor._version > 0
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
-from neuralode_coupled._torch import LIBRARY_METHODS
+from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
+from neuralode_coupled.adjoint.observation import Observer, foreign, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
-from neuralode_coupled.adjoint.reachable import check_closed
+from neuralode_coupled.adjoint.recording import needs_graph, without_graph
+from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
 
@@ -25,7 +28,8 @@ class ContinuousAdjoint:
     the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
-    Not for stochastic dynamics: the backward solve draws other random numbers.
+    Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. One more
+    evaluation looks which tensors the dynamics reach besides their parameters.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
@@ -67,9 +71,11 @@ class ContinuousAdjoint:
         field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
         t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
         rtol, atol = problem.tolerances or (None, None)
+        if torch.is_grad_enabled() and tracing() is None:
+            field.observe(t[0], y)
         try:
             arguments = self._arguments(problem, field, rtol, atol)
-            states = odeint_adjoint(field, y, t, adjoint_params=flow.params, **arguments)
+            states = odeint_adjoint(field, y, t, adjoint_params=(*flow.params, *field.captured), **arguments)
         except (AssertionError, ValueError) as error:
             if problem.tolerances is None:  # on a grid the flow's check has said at which step
                 raise
@@ -84,7 +90,9 @@ class ContinuousAdjoint:
         field.backward, field.latest = True, None
         states = cast("tuple[Tensor, ...]", states)
         flow.check(marks[-1], tuple(part[-1] for part in states))
-        return states
+        if not torch.is_grad_enabled() or tracing() is not None:
+            return states
+        return cast("tuple[Tensor, ...]", _Once.apply(*states))
 
     def _arguments(
         self, problem: Problem, field: _VectorField, rtol: float | None, atol: float | None
@@ -97,6 +105,23 @@ class ContinuousAdjoint:
         options = {"grid_constructor": field.grid}
         own = options if method == problem.method else {}
         return {"method": problem.method, "options": options, "adjoint_options": own, **adjoint}
+
+
+class _Once(torch.autograd.Function):
+    """The identity, which is differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, *states: Tensor) -> tuple[Tensor, ...]:
+        return tuple(state.view_as(state) for state in states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ContinuousAdjoint has no second derivative: torchdiffeq's backward solve is cut off from its graph, "
+                "and create_graph=True would give a wrong one: use DiscreteAdjoint() or Backprop()"
+            )
+        return grads
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:
@@ -113,8 +138,12 @@ class _VectorField(nn.Module):
         self.times = [problem.time(n) for n in range(flow.first, flow.last + 1)]
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
-        self.backward = self.checked = False
+        self.backward = self.own_graph = False
         self.latest: tuple[Tensor, State, State] | None = None
+        # What the slope reaches by itself, and views: each has a gradient of its own, also of one that is a function
+        # of another.
+        self._reached: State = ()
+        self.captured: State = ()
 
     def grid(self, func: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
         """The steps between the first and the last of ``t``, whichever way they run."""
@@ -130,13 +159,51 @@ class _VectorField(nn.Module):
             buffers = tuple(buffer.clone() for buffer in buffers)
         else:
             self.plan.stats.evaluations += 1
-        slope = self.flow.slope(self.n, t, y, buffers)
+        with replaced(self._reached, self.captured):
+            slope = self._slope(t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
-        if self.backward and not self.checked:
-            self.checked = True
-            check_closed(slope, (t, *y, *self.flow.params), self.flow.overlooked)
+        if self.backward:
+            self._check_closed(t, y, slope)
         return slope
+
+    def observe(self, t: Tensor, y: State) -> None:
+        """Look, by one evaluation more that leaves no trace, which tensors the slope reaches by itself."""
+        random = [*of_torch(y[0].device), *others()]
+        before = states(random)
+        scratch = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
+        start = tuple([part.detach() for part in y])
+        with without_graph(y[0].device), Observer((*y, *self.flow.params)) as observer:
+            try:
+                self._slope(t, start, scratch)
+            except (RuntimeError, ValueError) as error:
+                if not needs_graph(error):
+                    raise
+                self.own_graph = True
+                self._slope(t, start, tuple([buffer.clone() for buffer in self.plan.buffers[self.n]]))
+        restore(random, before)
+        self._reached = tuple(observer.found)
+        self.captured = tuple([tensor.view_as(tensor) for tensor in self._reached])
+
+    def _slope(self, t: Tensor, y: State, buffers: State) -> State:
+        if not self.own_graph or torch.is_grad_enabled():
+            return self.flow.slope(self.n, t, y, buffers)
+        with torch.enable_grad():
+            slope = self.flow.slope(self.n, t, tuple([part.detach().requires_grad_() for part in y]), buffers)
+        return tuple([part.detach() for part in slope])
+
+    def _check_closed(self, t: Tensor, y: State, slope: State) -> None:
+        """Raise the flow's error for a tensor that the backward solve does not know. One that the slope has made itself
+        is another one at every evaluation."""
+        known = (t, *y, *self.flow.params, *self.captured)
+        suspects = foreign(edges(slope), known)
+        if suspects:
+            buffers = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
+            with replaced(self._reached, self.captured):
+                lasting = set(map(id, foreign(edges(self._slope(t, y, buffers)), known)))
+            for suspect in suspects:
+                if id(suspect) in lasting:
+                    raise self.flow.overlooked(suspect, f"at t = {float(t):g}")
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -38,27 +38,33 @@ class Operands:
         y0: the initial state.
         inputs: ``inputs[n]`` are the tensors that step ``n`` alone uses, such as its stage weights.
         shared: the tensors that every step uses, such as static parameters.
+        captured: the tensors that the steps reach by themselves, as a closure does, whatever they are handed.
     """
 
     y0: State
     inputs: tuple[State, ...]
     shared: State
+    captured: State = ()
 
     def flatten(self) -> list[Tensor]:
-        """All tensors in a row: y0, then the inputs step by step, then the shared ones."""
-        return [*self.y0, *chain.from_iterable(self.inputs), *self.shared]
+        """All tensors in a row: y0, then the inputs step by step, then the shared ones, then the captured ones."""
+        return [*self.y0, *chain.from_iterable(self.inputs), *self.shared, *self.captured]
 
     def restore(self, flat: list) -> Operands:
         """The same structure around other leaves."""
         leaves = iter(flat)
         y0 = tuple(islice(leaves, len(self.y0)))
         inputs = tuple([tuple(islice(leaves, len(row))) for row in self.inputs])
-        return Operands(y0, inputs, tuple(leaves))
+        return Operands(y0, inputs, tuple(islice(leaves, len(self.shared))), tuple(leaves))
 
 
 StepFunction = Callable[[int, State, State, State, State], tuple[State, tuple[State, ...]]]
 """``step(n, y, inputs, shared, buffers) -> (y, emitted)``: the next state, and the states that the solve returns from
 within this step (its end, or interpolations). A pure function but for what it writes into ``buffers``."""
+
+
+Overlooked = Callable[[Tensor, str], Exception]
+"""The error for a tensor whose gradient would be lost, and where in the solve it is used, as "in step 3"."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,10 @@ class Plan:
             None: the same.
         announce: ``announce(n, y)`` is called before each step of the forward pass.
         listener: who hears how far the solve is.
-        overlooked: makes the error for a tensor that requires a gradient and that a step uses without being handed it;
-            None where such tensors are left out on purpose.
-        captured: how many of the last shared tensors the steps reach by themselves, as a closure does, whatever they
-            are handed: gradients are asked for at those very tensors.
+        overlooked: makes the error for a tensor that requires a gradient and that a step uses without being handed it,
+            and without having used it in the first step; it is told where. None where such tensors are left out on
+            purpose.
+        observed: whether the tensors that the first step reaches by itself are among the operands already.
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
             pass to the backward pass. Between its parts the state may have more tensors than y0.
         count: the number of steps.
@@ -94,8 +100,8 @@ class Plan:
     forward: StepFunction | None = None
     announce: Callable[[int, State], None] | None = None
     listener: Listener | None = None
-    overlooked: Callable[[Tensor], Exception] | None = None
-    captured: int = 0
+    overlooked: Overlooked | None = None
+    observed: bool = False
     parts: int = 1
     count: int = field(init=False)
 
@@ -127,8 +133,7 @@ class Flow:
         first, last: the indices of the interval's ends on the grid.
         carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
         params: the other tensors that gradients flow to.
-        overlooked: makes the error for a tensor that requires a gradient and that the slope uses without being handed
-            it.
+        overlooked: as in `Plan`.
         check: ``check(n, y)`` raises for a state that the forward solve must not go on from at grid point ``n``.
         explain: ``explain(t, y, slope, error)`` raises a better error, if it knows one, where the forward solve cannot
             go on after this evaluation.
@@ -139,7 +144,7 @@ class Flow:
     last: int
     carried: State
     params: State
-    overlooked: Callable[[Tensor], Exception]
+    overlooked: Overlooked
     check: Callable[[int, State], None] = lambda n, y: None
     explain: Callable[[Tensor, State, State, Exception], None] = lambda t, y, slope, error: None
 
@@ -234,3 +239,8 @@ def require(problem: Problem, form: Form) -> None:
 def with_start(problem: Problem, operands: Operands, emitted: list[State]) -> list[State]:
     """The initial state in front, where it is wanted: gradients reach it without passing through the steps."""
     return [operands.y0, *emitted] if 0 in problem.save else emitted
+
+
+def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
+    """States of ``width`` tensors out of a flat row of tensors."""
+    return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,28 +64,3 @@ def _names_of(function: types.FunctionType) -> Iterator[Any]:
         ):
             yield found
     yield from (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-
-
-def check_closed(outputs: Iterable[Tensor], known: Iterable[Tensor], error: Callable[[Tensor], Exception]) -> None:
-    """Raise ``error(leaf)`` for a leaf with a gradient that the outputs depend on other than through the known tensors:
-    a gradient method that recomputes would leave its gradient out."""
-    leaf = overlooked(outputs, known)
-    if leaf is not None:
-        raise error(leaf)
-
-
-def overlooked(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> Tensor | None:
-    """A leaf with a gradient that the outputs depend on other than through the known tensors, or None."""
-    known = list(known)
-    leaves, seen = set(map(id, known)), {tensor.grad_fn for tensor in known}
-    queue = [tensor.grad_fn for tensor in outputs]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in leaves:
-            return leaf
-        queue.extend([before for before, _ in node.next_functions])
-    return None

@@ -8,49 +8,67 @@ records them; a recomputation sees the same values and leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuralode_coupled._substitution import serving
 from neuralode_coupled._torch import drops_out, versions
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import generators
 from neuralode_coupled.adjoint.plan import Plan
 
 
 class Replay:
     """Records one forward pass, then replays its steps as often as asked.
 
+    The states of torch's generators are kept where a step draws from them; of Python's and numpy's if the first step
+    does.
+
     Args:
         plan: the steps.
-        device: the device of the state; its random numbers and the CPU's are replayed.
+        device: the device of the state; its random numbers and the host's are replayed.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self._plan = plan
-        self._device = device
+        self._device, self._thread = device, get_ident()
         self._modes = [module.training for module in plan.module.modules()]
         kinds = sorted({"cpu", device.type})
         self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
         # The state of a generator cannot be read while a CUDA graph is captured.
-        self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self._capturing and any(map(drops_out, plan.module.modules())):
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and any(map(drops_out, plan.module.modules())):
             raise RuntimeError(
                 "dropout inside of a CUDA graph cannot be replayed in the backward pass: use Backprop(), or p=0"
             )
-        self._random: list[tuple[Tensor, ...] | None] = []
+        always = [] if capturing else generators.of_torch(device)
+        self._always, self._generators = len(always), [*always, *generators.others()]
+        self._random: list[list[Any] | None] = []
         self._buffers: list[State] = []
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
-    def before(self, n: int) -> tuple[Tensor, ...]:
+    def before(self, n: int) -> list[Any]:
         """Before step ``n`` of the forward pass, in order: the state of the random numbers."""
         self._buffers.append(tuple([self._copy(buffer) for buffer in self._plan.buffers[n]]))
-        return self._random_state()
+        return generators.states(self._generators)
 
-    def after(self, random: tuple[Tensor, ...]) -> None:
+    def after(self, random: list[Any]) -> None:
         """After that step: keep the state ``random`` before it if the step drew numbers."""
-        same = all(map(torch.equal, random, self._random_state()))
-        self._random.append(None if same else random)
+        drawn = generators.drawn_from(self._generators, random)
+        self._random.append(random if any(drawn) else None)
+        if len(self._random) == 1 and not any(drawn[self._always :]):
+            del self._generators[self._always :], random[self._always :]
+
+    def undo(self, random: list[Any]) -> None:
+        """Put back what an attempt at the step that comes after `before` has changed."""
+        with torch.no_grad():
+            for buffer, copy in zip(self._plan.buffers[len(self._buffers) - 1], self._buffers[-1], strict=True):
+                buffer.copy_(copy)
+        generators.restore(self._generators, random)
 
     @contextmanager
     def world(self) -> Iterator[None]:
@@ -58,6 +76,7 @@ class Replay:
         modules = list(self._plan.module.modules())
         modes = [module.training for module in modules]
         with ExitStack() as stack:
+            stack.enter_context(serving(self._thread))
             for kind, enabled, dtype in self._autocast:
                 # Without the cache: it would hand graph-less casts of the weights to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
@@ -69,28 +88,21 @@ class Replay:
                 if modes != self._modes:
                     _set_modes(modules, modes)
 
-    @contextmanager
-    def again(self, n: int) -> Iterator[State]:
-        """Around one recomputation of step ``n``; gives the buffers to run it on."""
+    def again(self, n: int) -> tuple[State, AbstractContextManager]:
+        """For one recomputation of step ``n``: the buffers to run it on, and a context to run it in."""
         self._plan.stats.recomputed += self._plan.evaluations[n]
         scratch = tuple([buffer.clone() for buffer in self._buffers[n]])
-        state = self._random[n]
-        if state is None:
-            yield scratch
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.set_rng_state(state[0])
-            if devices:
-                torch.cuda.set_rng_state(state[1], self._device)
-            yield scratch
+        random = self._random[n]
+        return scratch, nullcontext() if random is None else self._drawing(random)
 
-    def _random_state(self) -> tuple[Tensor, ...]:
-        if self._capturing:
-            return ()
-        if self._device.type == "cuda":
-            return torch.get_rng_state(), torch.cuda.get_rng_state(self._device)
-        return (torch.get_rng_state(),)
+    @contextmanager
+    def _drawing(self, random: list[Any]) -> Iterator[None]:
+        now = generators.states(self._generators)
+        generators.restore(self._generators, random)
+        try:
+            yield
+        finally:
+            generators.restore(self._generators, now)
 
     def _copy(self, buffer: Tensor) -> Tensor:
         """A copy of the buffer as it is now, shared by all steps that find it unchanged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from neuralode_coupled._checks import choice
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.engine import arranged, differentiate_unrolled, tell_on_return, traced
-from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, require, with_start
+from neuralode_coupled.adjoint.engine import tell_on_return, unrolled
+from neuralode_coupled.adjoint.node import differentiate_unrolled
+from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, arranged, require, with_start
+from neuralode_coupled.adjoint.recording import Recording, without_graph
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add
 from neuralode_coupled.adjoint.stores import DeviceStore
@@ -73,14 +75,7 @@ class ReversibleAdjoint:
         if torch.compiler.is_compiling():
             raise ValueError("ReversibleAdjoint cannot be compiled: use DiscreteAdjoint(), whose recomputation can")
         there, back, operands = problem.reversible(own_weights=self.weights == "recomputed")
-        flat = operands.flatten()
-        if traced(flat):
-            emitted = self._unroll(there, back, operands)
-        else:
-            device = operands.y0[0].device
-            structure = operands.restore([None] * len(flat))
-            solve = _Solve(self, there, back, structure, Replay(there, device), Replay(back, device))
-            emitted = arranged(_Reversible.apply(solve, *flat), len(operands.y0))
+        emitted = (self._unroll if unrolled() else self._recorded)(there, back, operands)
         return with_start(problem, operands, emitted), there.stats
 
     def first_half(self, y: State, v: State, increment: State) -> State:
@@ -119,11 +114,34 @@ class ReversibleAdjoint:
 
         return self.march(there, operands.y0, increment(there, forth), increment(back, behind), told)[2]
 
+    def _recorded(self, there: Plan, back: Plan, operands: Operands) -> list[State]:
+        """The emitted states, differentiable by the backward pass below."""
+        forth, behind = _halves(operands, there.count)
+        ahead, behind = Recording(there, forth), Recording(back, behind)
+        with without_graph(operands.y0[0].device):
+            y, v, emitted = self.march(
+                there, ahead.y0, lambda n, v: ahead.step(n, v)[0], lambda n, y: behind.step(n, y)[0], _untold
+            )
+        emitted = [tuple([part.detach() for part in state]) for state in emitted]
+        found = {id(tensor): tensor for tensor in (*ahead.operands.captured, *behind.operands.captured)}
+        operands = replace(operands, captured=tuple(found.values()))
+        flat = operands.flatten()
+        if not any(tensor.requires_grad for tensor in flat):
+            return emitted
+        structure = operands.restore([None] * len(flat))
+        solve = _Solve(self, ahead.plan, behind.plan, structure, ahead.replay, behind.replay)
+        outputs = _Reversible.apply(solve, (*y, *v), [part for state in emitted for part in state], *flat)
+        return arranged(outputs, len(operands.y0))
+
+
+def _untold(n: int, y: State) -> None:
+    pass
+
 
 def _halves(operands: Operands, count: int) -> tuple[Operands, Operands]:
     """What the increments there have, and those back."""
-    y0, inputs, shared = operands.y0, operands.inputs, operands.shared
-    return Operands(y0, inputs[:count], shared), Operands(y0, inputs[count:], shared)
+    y0, inputs, shared, captured = operands.y0, operands.inputs, operands.shared, operands.captured
+    return Operands(y0, inputs[:count], shared, captured), Operands(y0, inputs[count:], shared, captured)
 
 
 @dataclass(frozen=True)
@@ -140,58 +158,40 @@ class _Solve:
     replay_there: Replay
     replay_back: Replay
 
-    def forward(self, flat: list[Tensor]) -> tuple[State, State, list[State]]:
-        """The final y and v, and the emitted states, without a graph; records the world of each increment."""
-        operands = self.structure.restore(flat)
-        forth, behind = _halves(operands, self.there.count)
-
-        def increment(plan: Plan, own: Operands, replay: Replay) -> Increment:
-            def recorded(n: int, source: State) -> State:
-                random = replay.before(n)
-                found, _ = plan.step(n, source, own.inputs[n], own.shared, plan.buffers[n])
-                replay.after(random)
-                return found
-
-            return recorded
-
-        there = increment(self.there, forth, self.replay_there)
-        back = increment(self.back, behind, self.replay_back)
-        return self.scheme.march(self.there, operands.y0, there, back, lambda n, y: self.there.passed(n))
-
     def again(self, operands: Operands) -> tuple[State, State, list[State]]:
         """The same once more, in the world of the forward pass; with a graph where autograd is on."""
         forth, behind = _halves(operands, self.there.count)
 
         def increment(plan: Plan, own: Operands, replay: Replay) -> Increment:
             def repeated(n: int, source: State) -> State:
-                with replay.again(n) as buffers:
+                buffers, world = replay.again(n)
+                with world:
                     return plan.step(n, source, own.inputs[n], own.shared, buffers)[0]
 
             return repeated
 
         there = increment(self.there, forth, self.replay_there)
         back = increment(self.back, behind, self.replay_back)
-        return self.scheme.march(self.there, operands.y0, there, back, lambda n, y: None)
+        return self.scheme.march(self.there, operands.y0, there, back, _untold)
 
 
 class _Reversible(torch.autograd.Function):
     """The scheme as one node: Psi_h there from v, then Psi_{-h} back from y, for each step."""
 
     @staticmethod
-    def forward(ctx: Any, solve: _Solve, *flat: Tensor) -> tuple[Tensor, ...]:
-        y, v, emitted = solve.forward([tensor.detach() for tensor in flat])
+    def forward(ctx: Any, solve: _Solve, ends: State, found: list[Tensor], *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.solve = solve
         ctx.save_for_backward(*flat)
         # Not by autograd, which would hold on to them until the whole backward pass is over.
         ctx.ends = DeviceStore()
-        ctx.ends.put(solve.there.count, (*y, *v))
+        ctx.ends.put(solve.there.count, ends)
         ctx.set_materialize_grads(False)
-        return tuple(part for state in emitted for part in state)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         solve, flat = ctx.solve, list(ctx.saved_tensors)
-        operands, needed = solve.structure.restore(flat), list(ctx.needs_input_grad[1:])
+        operands, needed = solve.structure.restore(flat), list(ctx.needs_input_grad[3:])
         with solve.replay_there.world():
             if torch.is_grad_enabled():
                 found = differentiate_unrolled(
@@ -200,7 +200,7 @@ class _Reversible(torch.autograd.Function):
             else:
                 sweep = _Sweep(solve, operands, solve.structure.restore(needed))
                 found = sweep.run(ctx.ends, arranged(grads, len(operands.y0)))
-        return None, *found
+        return None, None, None, *found
 
 
 class _Direction:
@@ -212,8 +212,7 @@ class _Direction:
 
     def through(self, n: int, source: State, alpha: Gradients, shared: Sum) -> tuple[State, Gradients]:
         """The increment of step ``n`` once more, and alpha carried back through it to its source."""
-        with self._replay.again(n) as buffers:
-            graph, increment, _ = self._tracer.step(n, source, buffers, wanted_y=[True] * len(source))
+        graph, increment, _ = self._tracer.again(n, source, self._replay, wanted_y=[True] * len(source))
         found, self.inputs[n], more = graph.differentiate(alpha)
         shared.add(more)
         return tuple(part.detach() for part in increment), found
@@ -228,7 +227,7 @@ class _Sweep:
         need_forth, need_behind = _halves(needed, solve.there.count)
         self._there = _Direction(solve.there, forth, need_forth, solve.replay_there)
         self._back = _Direction(solve.back, behind, need_behind, solve.replay_back)
-        self._shared = Sum(len(operands.shared))
+        self._shared = Sum(len(operands.shared) + len(operands.captured))
 
     def run(self, ends: DeviceStore, arriving: list[tuple[Tensor | None, ...]]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from the final states."""

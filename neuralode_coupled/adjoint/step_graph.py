@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from neuralode_coupled._torch import add_many, add_many_
+from neuralode_coupled.adjoint.observation import foreign
 
 Gradients = list[Tensor | None]
 
@@ -18,7 +19,7 @@ class StepGraph:
     """One step's graph, for one vector-Jacobian product.
 
     Args:
-        leaves: what the step was computed on, in a row: the state, its inputs, the shared tensors (`as_leaves`).
+        leaves: what the step was computed on, in a row: the state, its inputs, the shared and the captured tensors.
         wanted: which of all these gradients are asked for.
         cuts: where in the row the inputs and the shared tensors begin.
         ends: where gradients enter, see `edges`.
@@ -29,8 +30,14 @@ class StepGraph:
     ) -> None:
         self._leaves, self._wanted, self._cuts, self._ends = leaves, wanted, cuts, ends
 
+    def foreign(self) -> list[Tensor]:
+        """The leaves with a gradient that the step depends on besides."""
+        return foreign(self._ends, self._leaves)
+
     def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
-        """The gradients at state, inputs and shared tensors from those at the ends, None where they are not wanted.
+        """The gradients at state, inputs and shared tensors (and behind them the captured ones) from those at the ends.
+
+        They are None where they are not wanted.
 
         The graph is freed.
         """
@@ -45,13 +52,9 @@ Graphs = dict[int, StepGraph | None]
 """The graphs of some steps by their numbers, None where one is not made yet or used up."""
 
 
-def as_leaves(tensors: Sequence[Tensor], wanted: Sequence[bool], captured: int) -> list[Tensor]:
-    """What a step is recomputed on: leaves of its graph, but for the last, see `Plan` for ``captured``."""
-    handed = len(tensors) - captured
-    return [
-        tensor.detach().requires_grad_(need) if i < handed else tensor
-        for i, (tensor, need) in enumerate(zip(tensors, wanted, strict=True))
-    ]
+def leaf(tensor: Tensor, wanted: bool) -> Tensor:
+    """What stands for a tensor in the graph of a step."""
+    return tensor.detach().requires_grad_(wanted)
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
@@ -79,11 +82,24 @@ def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:
 
 
 class Sum:
-    """A running sum of lists of tensors, some of them None, in one fused addition a list."""
+    """A running sum of lists of tensors, some of them None, in one fused addition a list.
+
+    Tensors of 16 bits are summed in float32 and rounded once, in the end: the sum of many steps would lose most of
+    them.
+    """
 
     def __init__(self, size: int) -> None:
-        self.total: Gradients = [None] * size
+        self._sums: Gradients = [None] * size
+        self._dtypes: list[torch.dtype | None] = [None] * size
         self._owned = [False] * size
+
+    @property
+    def total(self) -> Gradients:
+        """The sums."""
+        return [
+            total if total is None or dtype is None else total.to(dtype)
+            for total, dtype in zip(self._sums, self._dtypes, strict=True)
+        ]
 
     def add(self, terms: Gradients) -> None:
         """Add one list."""
@@ -92,22 +108,26 @@ class Sum:
         except RuntimeError as error:
             if "Batching rule not implemented" not in str(error):  # of ``torch.autograd.grad(is_grads_batched=True)``
                 raise
-            self.total = add(self.total, terms)
+            self._sums = add(self._sums, terms)
 
     def _add_fused(self, terms: Gradients) -> None:
+        sums: Any = self._sums
+        added: Any = terms
         ours: list[int] = []
         theirs: list[int] = []
-        for i, (total, term) in enumerate(zip(self.total, terms, strict=True)):
-            if total is None:
-                self.total[i] = term
-            elif term is not None:
+        for i, term in enumerate(terms):
+            if term is None:
+                continue
+            if sums[i] is not None:
                 (ours if self._owned[i] else theirs).append(i)
-        total: Any = self.total
-        added: Any = terms
+            elif term.dtype.itemsize == 2:
+                sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True
+            else:
+                sums[i] = term
         if ours:
-            add_many_([total[i] for i in ours], [added[i] for i in ours])
+            add_many_([sums[i] for i in ours], [added[i] for i in ours])
         if theirs:
             # The first term may be shared with autograd: it must not be written into.
-            fresh = add_many([total[i] for i in theirs], [added[i] for i in theirs])
+            fresh = add_many([sums[i] for i in theirs], [added[i] for i in theirs])
             for i, tensor in zip(theirs, fresh, strict=True):
-                self.total[i], self._owned[i] = tensor, True
+                sums[i], self._owned[i] = tensor, True

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.observation import dependent, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
-from neuralode_coupled.adjoint.reachable import check_closed
+from neuralode_coupled.adjoint.repeatable import check_repeated
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, Schedule
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, as_leaves, edges
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, edges, leaf
 from neuralode_coupled.adjoint.stores import Store
 
 
@@ -28,20 +29,25 @@ class Stored:
     """
 
     def __init__(self, y0: State, stored: Sequence[int], between: Sequence[State], kept: Store | None) -> None:
-        self._states: dict[int, State] = {0: y0}
-        self._kept = kept
+        self._states: dict[int, State] = {0: tuple(part.detach() for part in y0)}
+        self._kept, self._made = kept, set[int]()
         if kept is None:
             self._states |= dict(zip(stored[1:], between, strict=True))
 
     def put(self, n: int, state: State) -> None:
         """Store the state before step ``n``."""
         self._states[n] = state
+        self._made.add(n)
 
     def get(self, n: int, last: bool) -> State:
         """The state before step ``n``, for the last time if ``last``."""
         if n not in self._states and self._kept is not None:
             return self._kept.get(n, last)
         return self._states.pop(n) if last else self._states[n]
+
+    def original(self, n: int) -> bool:
+        """Whether the state before step ``n`` is the forward pass's own."""
+        return n not in self._made
 
 
 class Tracer:
@@ -57,11 +63,17 @@ class Tracer:
     """
 
     def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
-        self._plan, self._operands, self._needed = plan, operands, needed
-        everywhere = any(needed.y0) or any(needed.shared)
+        self._plan, self._operands = plan, operands
+        self._needed: Any = needed
+        everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
         self.first = asked[0] if asked else plan.count
-        self._looked = plan.overlooked is None
+        # Gradients of captured tensors are asked for at those very tensors, unless one may be a function of another:
+        # what flows to it through that one is autograd's to add.
+        captured, self._replaced = operands.captured, ()
+        if dependent(captured):
+            self._replaced, captured = captured, tuple(map(leaf, captured, self._needed.captured))
+        self._captured = captured
 
     def step(
         self, n: int, y: State, buffers: State, wanted_y: list[bool] | None = None
@@ -69,22 +81,45 @@ class Tracer:
         """Step ``n``: its graph, the next state, and what the step emits.
 
         ``wanted_y`` says which gradients of y are asked for, by default what the first step asked decides.
-        Looks over the first graph: a tensor that a step uses without being handed it raises the plan's error.
         """
-        plan, needed = self._plan, self._needed
-        inputs, shared = self._operands.inputs[n], self._operands.shared
-        if wanted_y is None and n > 0:
-            wanted_y = [n > self.first] * len(y)
-        wanted: Any = [*(needed.y0 if wanted_y is None else wanted_y), *needed.inputs[n], *needed.shared]
-        row = as_leaves([*y, *inputs, *shared], wanted, plan.captured)
+        operands, needed = self._operands, self._needed
+        inputs, shared = operands.inputs[n], operands.shared
+        asked = wanted_y or (needed.y0 if n == 0 else [n > self.first] * len(y))
+        wanted: Any = [*asked, *needed.inputs[n], *needed.shared]
+        row = list(map(leaf, (*y, *inputs, *shared), wanted))
         start, ahead = len(y), len(y) + len(inputs)
-        with torch.enable_grad():
-            y_next, emitted = plan.step(n, tuple(row[:start]), tuple(row[start:ahead]), tuple(row[ahead:]), buffers)
-        ends = [*y_next, *chain.from_iterable(emitted)]
-        if not self._looked and plan.overlooked is not None:
-            self._looked = True
-            check_closed(ends, row, plan.overlooked)
-        return StepGraph(row, wanted, (start, ahead), edges(ends)), y_next, emitted
+        with torch.enable_grad(), replaced(self._replaced, self._captured):
+            y_next, emitted = self._plan.step(
+                n, tuple(row[:start]), tuple(row[start:ahead]), tuple(row[ahead:]), buffers
+            )
+        ends = edges([*y_next, *chain.from_iterable(emitted)])
+        graph = StepGraph([*row, *self._captured], [*wanted, *needed.captured], (start, ahead), ends)
+        return graph, y_next, emitted
+
+    def again(
+        self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None = None
+    ) -> tuple[StepGraph, State, tuple[State, ...]]:
+        """Step ``n`` once more, in the world of the forward pass.
+
+        Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step has made
+        itself is another one whenever it runs.
+        """
+        traced = self._repeated(n, y, replay, wanted_y)
+        if self._plan.overlooked is not None:
+            suspects = traced[0].foreign()
+            if suspects:
+                lasting = set(map(id, self._repeated(n, y, replay, wanted_y)[0].foreign()))
+                for suspect in suspects:
+                    if id(suspect) in lasting:
+                        raise self._plan.overlooked(suspect, f"in step {n // self._plan.parts}")
+        return traced
+
+    def _repeated(
+        self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None
+    ) -> tuple[StepGraph, State, tuple[State, ...]]:
+        buffers, world = replay.again(n)
+        with world:
+            return self.step(n, y, buffers, wanted_y)
 
 
 class Sweep:
@@ -95,13 +130,16 @@ class Sweep:
         operands: their tensors.
         tracer: makes the graph of a step.
         replay: the world of the forward pass.
+        end: the final state of the forward pass, if it is at hand: the first step that is computed again and ends at a
+            state of the forward pass must give that state.
     """
 
-    def __init__(self, plan: Plan, operands: Operands, tracer: Tracer, replay: Replay) -> None:
+    def __init__(self, plan: Plan, operands: Operands, tracer: Tracer, replay: Replay, end: State | None) -> None:
         self._plan, self._operands, self._tracer, self._replay = plan, operands, tracer, replay
         self._alpha: Gradients = [None] * len(operands.y0)
         self._inputs: list[Gradients] = [[None] * len(row) for row in operands.inputs]
-        self._shared = Sum(len(operands.shared))
+        self._shared = Sum(len(operands.shared) + len(operands.captured))
+        self._end, self._compared = end, False
 
     def run(self, chosen: Schedule, states: Stored, grads: Gradients, last: Graphs) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from those at the emitted states, flat.
@@ -110,18 +148,19 @@ class Sweep:
         """
         self._arriving = _by_step(self._plan, len(self._operands.y0), grads)
         self._through_last(chosen, states, last)
-        first, y = self._tracer.first, self._operands.y0
+        first, y, original = self._tracer.first, states.get(0, last=False), False
         for action in chosen.program if first < self._plan.count - len(last) else ():
             match action:
                 case Load(n, final):
-                    y = states.get(n, final)
+                    y, original = states.get(n, final), states.original(n)
                 case Advance(start, end, keep):
                     if keep:
                         states.put(start, y)
-                    y = self._advance(start, end, y)
+                    y, original = self._advance(start, end, y), False
                 case Reverse(n) if n >= first:
                     if self._arrives(n):
                         self._through(n, self._trace(n, y)[0])
+                    self._end = y if original else None
                 case Reverse(_):
                     break
         return [*self._alpha, *chain.from_iterable(self._inputs), *self._shared.total]
@@ -130,7 +169,7 @@ class Sweep:
         """Store again what an earlier backward pass over the same graph has used up."""
         if kept is None or all(n in kept for n in chosen.stored[1:]):
             return
-        y, before = self._operands.y0, 0
+        y, before = tuple(part.detach() for part in self._operands.y0), 0
         for n in chosen.stored[1:]:
             y, before = self._advance(before, n, y), n
             kept.put(n, y)
@@ -150,13 +189,17 @@ class Sweep:
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):
-            with self._replay.again(n) as buffers:
+            buffers, world = self._replay.again(n)
+            with world:
                 y, _ = self._plan.step(n, y, self._operands.inputs[n], self._operands.shared, buffers)
         return y
 
     def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
-        with self._replay.again(n) as buffers:
-            return self._tracer.step(n, y, buffers)
+        traced = self._tracer.again(n, y, self._replay)
+        if self._end is not None and not self._compared:
+            check_repeated(tuple(part.detach() for part in traced[1]), self._end, n // self._plan.parts)
+            self._compared = True
+        return traced
 
     def _arrives(self, n: int) -> bool:
         """Whether there is anything to take back through step ``n``."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._substitution import check_surroundings
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
@@ -74,6 +75,7 @@ class Adaptive:
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         check_activation(field, z0)
+        check_surroundings(field.dynamics)
         if torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import check_surroundings
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
 from neuralode_coupled.adjoint.plan import StepFunction, require
@@ -59,6 +60,7 @@ class OnGrid:
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         check_activation(field, z0)
+        check_surroundings(field.dynamics)
         grid = self.scheme.grid
         brackets = [grid.bracket(time) for time in wanted]
         save: set[int] = set()

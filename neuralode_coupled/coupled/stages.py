@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._types import State
 from neuralode_coupled.field import CoupledField, check_slope
 
 Rows = tuple[State, ...]
+Members = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+
+
+def _differentiable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers that require a gradient."""
+    yield from module.named_parameters()
+    for name, buffer in module.named_buffers():
+        if buffer.requires_grad:
+            yield name, buffer
+
+
+def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that do not: a step may modify them."""
+    for name, buffer in module.named_buffers():
+        if not buffer.requires_grad:
+            yield name, buffer
 
 
 class Stages:
@@ -17,7 +35,7 @@ class Stages:
 
     Static parameters, and evolving ones whose operator is `Static` where the kernel keeps constants, are shared by all
     steps; the parameters and buffers of per-step modules belong to one step each. Buffers outside of them are in every
-    step's row: any step may modify them.
+    step's row: any step may modify them. Buffers that require a gradient count as parameters.
 
     Args:
         field: the coupled field.
@@ -34,32 +52,32 @@ class Stages:
         self.field = field
         self.moving = field.moving()
         prefixes = tuple([prefix for prefix, _ in field.per_step])
-        with alone(field.dynamics):
+        with alone(field.dynamics, anew=True):
             self._shared: list[str] = []
             shared: list[Tensor] = []
-            for name, p in field.dynamics.named_parameters():
+            for name, tensor in _differentiable(field.dynamics):
                 if name not in self.moving and not (prefixes and name.startswith(prefixes)):
                     self._shared.append(name)
-                    shared.append(p)
-            own, self.own = self._rows("named_parameters", steps)
-            buffers, self.buffers = self._rows("named_buffers", steps, prefixes)
+                    shared.append(tensor)
+            own, self.own = self._rows(_differentiable, steps)
+            buffers, self.buffers = self._rows(_plain_buffers, steps, prefixes)
         self.shared: State = tuple(shared)
         self._names = (*self._shared, *own, *buffers)
 
-    def _rows(self, members: str, steps: int, prefixes: tuple[str, ...] | None = None) -> tuple[list[str], Rows]:
-        """Parameters or buffers of single steps under the names of the first copy: (names, one row for each step).
+    def _rows(self, members: Members, steps: int, prefixes: tuple[str, ...] | None = None) -> tuple[list[str], Rows]:
+        """Members of single steps under the names of the first copy: (names, one row for each step).
 
         With ``prefixes``, those of per-step modules, all other members of the dynamics are in each row too.
         """
         names: list[str] = []
         columns: list[list[Tensor]] = []
         if prefixes is not None:
-            for name, member in getattr(self.field.dynamics, members)():
+            for name, member in members(self.field.dynamics):
                 if not (prefixes and name.startswith(prefixes)):
                     names.append(name)
                     columns.append([member] * steps)
         for prefix, module in self.field.per_step:
-            by_copy = [dict(getattr(copy, members)()) for copy in module.copies]
+            by_copy = [dict(members(copy)) for copy in module.copies]
             for name in by_copy[0]:
                 names.append(f"{prefix}copies.0.{name}")
                 columns.append([tensors[name] for tensors in by_copy])
@@ -90,9 +108,10 @@ class Stages:
         return check_slope(dz, z).to(z.dtype)
 
     @staticmethod
-    def overlooked(leaf: Tensor) -> Exception:
+    def overlooked(leaf: Tensor, where: str) -> Exception:
         """The error for a tensor that f uses and that no gradient would reach."""
         return ValueError(
-            f"dynamics depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and is none of its "
-            "parameters, so that no gradient would reach it: make it a part of the state, detach it, or use Backprop()"
+            f"dynamics depends, {where}, on a tensor of shape {tuple(leaf.shape)} that requires a gradient, is none of "
+            "its parameters, and was not used in the first step, so that no gradient would reach it: make it a buffer "
+            "or a part of the state, detach it, or use Backprop()"
         )

@@ -68,7 +68,8 @@ class Augmented(System):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
         evolving = {id(field.evolving()[name]) for name in names}
-        self.params = tuple(p for p in field.parameters() if p.requires_grad and id(p) not in evolving)
+        members = (*field.parameters(), *field.buffers())
+        self.params = tuple(p for p in members if p.requires_grad and id(p) not in evolving)
 
     def forward(self, t: Tensor, state: State) -> State:
         theta, derivatives = self.weight_side(t, state[1:])
@@ -87,7 +88,8 @@ class HeldWeights(System):
         # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
         self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
         # The operators' parameters get their gradients through theta: named here too, they would get them twice.
-        static = [p for name, p in field.dynamics.named_parameters() if name not in theta and p.requires_grad]
+        members = (*field.dynamics.named_parameters(), *field.dynamics.named_buffers())
+        static = [p for name, p in members if name not in theta and p.requires_grad]
         self.params = (*static, *self.theta.values())
 
     def forward(self, t: Tensor, state: State) -> State:
@@ -104,7 +106,8 @@ class WeightSide(System):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
         weight_side: Any = (field.evolution, field.kernel)
-        self.params = tuple(dict.fromkeys(p for part in weight_side for p in part.parameters()))
+        members = [p for part in weight_side for p in (*part.parameters(), *part.buffers()) if p.requires_grad]
+        self.params = tuple({id(p): p for p in members}.values())
 
     def forward(self, t: Tensor, state: State) -> State:
         return self.weight_side(t, state)[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from neuralode_coupled._substitution import DynamicsError, alone, call, places, untouched
+from neuralode_coupled._substitution import DynamicsError, alone, call, places, running, untouched
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
@@ -180,7 +180,10 @@ class CoupledField(nn.Module):
         run = partial(call, self.dynamics, tensors, arguments)
         if torch.is_grad_enabled() and not tracing() and (bool(self.moving()) if moving is None else moving):
             run = partial(_without_hooks, run)
-        return untouched(self.dynamics, (z,), run)
+        if tracing() == "compile":
+            return run()
+        with running(self.dynamics):
+            return untouched(self.dynamics, (z,), run)
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""

@@ -7,16 +7,21 @@ own tableau.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, states
+from neuralode_coupled.adjoint.observation import Observer
+from neuralode_coupled.adjoint.recording import needs_graph, with_graph, without_graph
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.times import Grid, Scalar, rows, time_tensor
+from neuralode_coupled.odeint.times import Grid, Scalar, rows, time_tensor, too_short, unresolved
 from neuralode_coupled.runge_kutta import (
     AdaptiveOptions,
     Callbacks,
@@ -26,10 +31,9 @@ from neuralode_coupled.runge_kutta import (
     accepted_steps,
     combine,
     embedded,
+    lasting,
 )
 from neuralode_coupled.runge_kutta.adaptive import Callback, Slope, Tolerances
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,37 +72,52 @@ class AdaptiveSolve:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
                 random numbers where a gradient is asked for.
         """
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
-            return self._whole(stats)
-        watched, method = _Watched(self.dynamics), embedded(self.method)
-        steps = self._run(watched, lambda steps: [step.kept(not method.reuses) for step in steps], stats)
+        method, graph = embedded(self.method), torch.is_grad_enabled()
+        watched, real = _Watched(self.dynamics, (*self.y0, self.t), graph), self.y0[0].dtype.to_real()
+        steps: list[Step] = []
+        outputs: list[State] = []
+
+        def take(accepted: Iterator[Step]) -> None:
+            for step in accepted:  # by then the first evaluation has shown what needs a gradient
+                if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
+                    raise too_short(step.start, step.end, real)
+                if watched.wanted:
+                    steps.append(step.kept(not method.reuses))
+                else:
+                    outputs.extend(step.outputs)
+
+        self._run(watched, take, stats)
+        if not steps:
+            return self._whole(outputs, stats)
         watched.check()
         shares, found = [], 1
         for step in steps:
             shares.append(list(range(found, found + len(step.outputs))))
             found += len(step.outputs)
         again = AcceptedSteps(self.dynamics, self._grid(steps, shares), method, [step.jump for step in steps])
-        return again.discrete(self.y0, steps, stats)
+        plan, operands = again.discrete(self.y0, steps, stats)
+        step = with_graph(plan.step) if watched.own_graph else plan.step
+        return replace(plan, step=step), replace(operands, captured=(*operands.captured, *watched.found))
 
-    def _whole(self, stats: Stats) -> tuple[Plan, Operands]:
+    def _whole(self, outputs: list[State], stats: Stats) -> tuple[Plan, Operands]:
         """The solve as one step without a graph, of which the outputs alone are kept."""
-        outputs = self._run(self.dynamics, lambda steps: [state for step in steps for state in step.outputs], stats)
 
         def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
             return outputs[-1], tuple(outputs)
 
-        return Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats), Operands(self.y0, ((),), ())
+        plan = Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats)
+        return plan, Operands(tuple(part.detach() for part in self.y0), ((),), ())
 
-    def _run(self, f: Slope, take: Callable[[Iterator[Step]], Result], stats: Stats) -> Result:
-        """What ``take`` makes of the accepted steps, without a graph."""
+    def _run(self, f: Slope, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
+        """Let ``take`` have the accepted steps, without a graph."""
         y0 = tuple(part.detach() for part in self.y0)
         # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
         shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
         method = embedded(self.method)
         problem = Problem(f, y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
-        with torch.no_grad():
+        with without_graph(y0[0].device):
             shared = self.dynamics.in_forward(shared, y0[0].device)
-            return self.dynamics.within(shared, self.dynamics.buffers, lambda: take(accepted_steps(problem, stats)))
+            self.dynamics.within(shared, self.dynamics.buffers, lambda: take(accepted_steps(problem, stats)))
 
     def _callbacks(self) -> Callbacks:
         """The user's, which are given states as the user has them."""
@@ -127,37 +146,68 @@ class AdaptiveSolve:
 
 
 class _Watched:
-    """A right-hand side, watched for random numbers.
+    """A right-hand side, watched: its first evaluation for tensors that it reaches by itself, and all others for random
+    numbers.
 
     A draw at the very first evaluation alone is kept by the dynamics itself (the noise of a trace estimator).
+
+    Args:
+        dynamics: the right-hand side.
+        others: the other tensors that gradients may flow to.
+        graph: whether gradients flow at all.
+
+    Attributes:
+        found: the tensors that it was seen to reach by itself.
+        own_graph: whether it differentiates its input.
+        uses_time: whether it uses the time.
+        wanted: whether any of all these tensors requires a gradient.
     """
 
-    def __init__(self, dynamics: Dynamics) -> None:
-        self._dynamics = dynamics
-        self._device: torch.device | None = None
-        self._random: list[Tensor] = []
+    def __init__(self, dynamics: Dynamics, others: State, graph: bool) -> None:
+        self._dynamics, self._known = dynamics, (*others, *dynamics.shared, *dynamics.captured)
+        self._observed = graph and dynamics.overlooked is not None
+        # torch.compile differentiates what it traces, and finds all tensors.
+        self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
+        self.found: State = ()
+        self.own_graph = self.uses_time = False
+        self._generators: list[Generator] = []
+        self._random: list[Any] = []
 
     def __call__(self, t: Tensor, y: State) -> State:
-        slope = self._dynamics(t, y)
-        if self._device is None:
-            self._device = y[0].device
-            self._random = _random_state(self._device)
+        if self._generators:
+            return self._evaluate(t, y)
+        with nullcontext() if tracing() else Observer(self._known, watched=t) as observer:
+            slope = self._first(t, y)
+        if observer is not None:
+            self.found = tuple(observer.found) if self._observed else ()
+            self.wanted, self.uses_time = self.wanted or len(self.found) > 0, observer.used
+        self._generators = [*of_torch(y[0].device), *others()]
+        self._random = states(self._generators)
         return slope
+
+    def _first(self, t: Tensor, y: State) -> State:
+        try:
+            return self._evaluate(t, y)
+        except (RuntimeError, ValueError) as error:
+            if not needs_graph(error):
+                raise
+        self.own_graph = True
+        return self._evaluate(t, y)
+
+    def _evaluate(self, t: Tensor, y: State) -> State:
+        if not self.own_graph:
+            return self._dynamics(t, y)
+        with torch.enable_grad():
+            slope = self._dynamics(t, tuple(part.detach().requires_grad_() for part in y))
+        return tuple(part.detach() for part in slope)
 
     def check(self) -> None:
         """Raise the ValueError for dynamics that draw random numbers again and again."""
-        if self._device is None:
-            return
-        after = _random_state(self._device)
-        if any(not torch.equal(a, b) for a, b in zip(self._random, after, strict=True)):
+        if any(drawn_from(self._generators, self._random)):
             raise ValueError(
                 "func draws random numbers at its evaluations, which neither error control nor an exact gradient of an "
                 "adaptive method allows (is dropout in train mode?): use a fixed-grid method, or func.eval()"
             )
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 TOGETHER = 4
@@ -208,12 +258,12 @@ class AcceptedSteps:
             stats=stats,
             forward=self._read,
             overlooked=self.dynamics.overlooked,
-            captured=self.dynamics.captured,
+            observed=True,
             parts=parts,
         )
         self._plan = plan
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
-        return plan, Operands(start, inputs, self.dynamics.shared)
+        return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
 
     def _evaluations(self, n: int, part: int) -> int:
         """How many evaluations one part of step ``n`` makes."""
@@ -261,7 +311,7 @@ class AcceptedSteps:
         t0, dt, t1 = times
         c = self.method.method.c[i]
         t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
-        return self.dynamics(time_tensor(t, stage[0], side), stage)
+        return lasting(self.dynamics(time_tensor(t, stage[0], side), stage))
 
     def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
         """The state at the end of step ``n``, and its outputs, by all slopes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Stats
-from neuralode_coupled.adjoint.engine import checkpointed
+from neuralode_coupled.adjoint.engine import stacked
 from neuralode_coupled.adjoint.stores import check_checkpoints
 from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import (
@@ -60,7 +60,8 @@ def odeint_dto(
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
     ``"rk4_classic"``): the grid is ``t``, or what ``options`` make of it: ``step_size``, or
     ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them; ``interp`` (``"linear"`` or
-    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does.
+    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does; an output that lies on the grid
+    moves along func (in torchdiffeq, with linear interpolation, not at all).
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
     ``"tsit5"``, which torchdiffeq 0.2.5 has not): the steps are those that torchdiffeq accepts, by its options
@@ -87,10 +88,11 @@ def odeint_dto(
         event_fn: not supported.
         checkpoints: how many states to keep for the backward pass: None for every step's, ``m`` for the recomputation
             schedule with the fewest steps, 1 for y0 alone.
-        params: the tensors that gradients flow to besides y0 and t. None: all parameters of func, or of the modules
-            that a plain callable's closure, globals and attributes hold, and the tensors there that require gradients;
-            one that escapes the search is an error of the backward pass, if the step it looks at depends on it. They
-            must not depend on each other.
+        params: the tensors that gradients flow to besides y0 and t. None: all that func uses. These are the parameters
+            of func, or of the modules that a plain callable's closure, globals and attributes hold, the buffers and
+            the tensors there that require gradients, and what else the first evaluation of each solve is seen to use;
+            a tensor that a later step alone uses, and that was in none of these places, is an error of the backward
+            pass.
 
     Returns:
         The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.
@@ -113,9 +115,9 @@ def odeint_dto(
     dynamics = Dynamics(func, is_tuple, params)
     chosen = dict(options or {})
     if len(times) == 1:
-        states: list[State] = []
+        outputs = tuple([part[None] for part in state])
     elif name in METHODS:
-        states = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
+        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
     else:
         solve = AdaptiveSolve(
             dynamics,
@@ -129,8 +131,7 @@ def odeint_dto(
             check_tolerance("atol", atol, state, is_tuple),
             adaptive_options(chosen, is_tuple),
         )
-        states = _adaptive(solve, checkpoints)
-    outputs = tuple(torch.stack(parts) for parts in zip(state, *states, strict=True))
+        outputs = _adaptive(solve, checkpoints)
     if tracing() != "transform":
         check_finite(outputs, times)
     return outputs if is_tuple else outputs[0]
@@ -157,6 +158,7 @@ def _fixed_steps(
         dynamics,
         make_grid(t, points, like),
         tableau(name),
+        like,
         options.get("interp", "linear"),
         bool(options.get("perturb", False)),
         _announce(func, isinstance(y0, tuple)),
@@ -170,24 +172,20 @@ def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
     return lambda t, y, dt: callback(t, y if is_tuple else y[0], dt)
 
 
-def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> list[State]:
+def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> State:
     plan, operands = steps.discrete(y0)
-    # Without a gradient to pass on there is no graph either, whatever func holds besides params.
-    graph = _wanted(operands.flatten()) or (torch.is_grad_enabled() and tracing() == "transform")
+    # Where the user's params are all, and need no gradient, there is no graph, whatever func holds besides.
+    wanted = plan.overlooked is not None or any(x.requires_grad for x in operands.flatten())
+    graph = torch.is_grad_enabled() and (wanted or tracing() == "transform")
     with torch.set_grad_enabled(graph):
-        return checkpointed(plan, operands, checkpoints)
+        return stacked(plan, operands, checkpoints, len(y0))
 
 
-def _adaptive(solve: AdaptiveSolve, checkpoints: int | None) -> list[State]:
+def _adaptive(solve: AdaptiveSolve, checkpoints: int | None) -> State:
     if tracing() == "transform":
         raise ValueError(
             "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
             f"differentiation hide: choose one of {', '.join(METHODS)}"
         )
     plan, operands = solve.discrete(Stats())
-    width = len(solve.y0)
-    return [emitted[:width] for emitted in checkpointed(plan, operands, checkpoints)]
-
-
-def _wanted(tensors: Iterable[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return stacked(plan, operands, checkpoints, len(solve.y0))

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._substitution import Held, call, places_of, untouched
+from neuralode_coupled._substitution import Held, alone, call, check_surroundings, places_of, uncached, untouched
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.plan import Overlooked
 from neuralode_coupled.adjoint.reachable import captured
 
 Result = TypeVar("Result")
@@ -30,9 +31,10 @@ class Dynamics:
 
     Attributes:
         module: holds func, or the modules that it uses.
-        shared: what gradients flow to: replaceable parameters first, then captured tensors.
-        captured: how many of ``shared`` are captured.
-        buffers: the module's buffers.
+        shared: what gradients flow to and can be replaced: the modules' parameters, and their buffers that require a
+            gradient.
+        captured: what else gradients flow to.
+        buffers: the modules' other buffers.
 
     Raises:
         TypeError: if func is not callable, or params is not a sequence of tensors.
@@ -43,7 +45,7 @@ class Dynamics:
         func: Callable[..., Any],
         is_tuple: bool,
         params: Iterable[Tensor] | None,
-        overlooked: Callable[[Tensor], Exception] | None = None,
+        overlooked: Overlooked | None = None,
     ) -> None:
         if not callable(func):
             raise TypeError(f"func must be callable as func(t, y), got {func!r}")
@@ -52,25 +54,25 @@ class Dynamics:
         self._func = func
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
         self.module = Held(modules)
-        parameters = list(self.module.parameters())
-        own = {id(p) for p in parameters}
-        asked = [*parameters, *tensors] if params is None else _checked_params(params)
+        check_surroundings(self.module)
+        members = [*self.module.parameters(), *(b for b in self.module.buffers() if b.requires_grad)]
+        own = set(map(id, members))
+        asked = [*members, *tensors] if params is None else _checked_params(params)
         # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
-        frozen = [] if params is not None else [p for p in parameters if not p.requires_grad]
-        wanted = [p for p in dict.fromkeys(asked) if p.requires_grad]
-        replaced = [*(p for p in wanted if id(p) in own), *frozen]
-        free = [p for p in wanted if id(p) not in own]
-        self.shared: State = (*replaced, *free)
-        self.captured = len(free)
-        self.buffers: State = tuple(self.module.buffers())
+        frozen = [] if params is not None else [p for p in members if not p.requires_grad]
+        wanted = list({id(p): p for p in asked if p.requires_grad}.values())
+        self.shared: State = (*(p for p in wanted if id(p) in own), *frozen)
+        self.captured: State = tuple(p for p in wanted if id(p) not in own)
+        self.buffers: State = tuple(b for b in self.module.buffers() if id(b) not in own)
         # Tied tensors have several places: looked for once, not at every evaluation.
-        self._parameters = places_of(self.module, replaced) if replaced else []
+        self._parameters = places_of(self.module, self.shared) if self.shared else []
         self._buffer_names = places_of(self.module, self.buffers) if self.buffers else []
 
     def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
         """``run()`` with the given tensors in place of the modules' own."""
         if shared is self.shared and buffers is self.buffers:
-            return run()
+            with alone(self.module), uncached():
+                return run()
         tensors = {name: shared[i] for name, i in self._parameters}
         tensors |= {name: buffers[i] for name, i in self._buffer_names}
         return call(self.module, tensors, (run,))
@@ -108,10 +110,10 @@ class Dynamics:
         return tuple(part.to(own.dtype) for part, own in zip(found, y, strict=True))
 
 
-def _overlooked(leaf: Tensor) -> Exception:
+def _overlooked(leaf: Tensor, where: str) -> Exception:
     return ValueError(
-        f"func depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and that odeint_dto cannot "
-        "see: give all such tensors in params=(...), or params=() to leave their gradients out"
+        f"func depends, {where}, on a tensor of shape {tuple(leaf.shape)} that requires a gradient and that its first "
+        "evaluation did not use: give all such tensors in params=(...), or params=() to leave their gradients out"
     )
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats, listener
+from neuralode_coupled.adjoint.observation import Observer
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
-from neuralode_coupled.odeint.times import Grid, rows, share_out, time_tensor
-from neuralode_coupled.runge_kutta import Tableau, step
+from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor, too_short, unresolved
+from neuralode_coupled.runge_kutta import Tableau, lasting, step
 
 Announce = Callable[[Tensor, State, Tensor], Any]
 """``announce(t, y, dt)`` is called before each step of the forward pass."""
@@ -33,7 +35,7 @@ def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
         move = [column.to(like.device, dtype, non_blocking=True) for column in (points[:-1], lengths, points[1:], t)]
         inputs = rows((move[0], move[1], move[2]), move[3], shares)
     outputs = [[times[j] for j in share] for share in shares]
-    return Grid(numbers[:-1], lengths.tolist(), numbers[1:], outputs, inputs)
+    return Grid(numbers[:-1], lengths.tolist(), numbers[1:], outputs, inputs, points is not t)
 
 
 def equal_steps(t: Tensor, step_size: float) -> Tensor:
@@ -51,6 +53,7 @@ class FixedSteps:
         dynamics: the right-hand side.
         grid: the steps.
         method: the tableau.
+        like: a tensor of the state's dtype.
         interp: how states between grid points are interpolated, ``"linear"`` or ``"cubic"``.
         perturb: whether func sees the ends of a step from within: the next number after its start, the last before
             its end.
@@ -62,6 +65,7 @@ class FixedSteps:
         dynamics: Dynamics,
         grid: Grid,
         method: Tableau,
+        like: Tensor,
         interp: str = "linear",
         perturb: bool = False,
         announce: Announce | None = None,
@@ -69,6 +73,7 @@ class FixedSteps:
         self.dynamics, self.grid, self.method = dynamics, grid, method
         self._cubic, self._announce = interp == "cubic", announce
         self._inside = (1 if grid.end[-1] > grid.start[0] else -1) if perturb else 0
+        self._unresolved = unresolved(grid.start, grid.end, like.dtype.to_real())
 
     def discrete(self, y0: State) -> tuple[Plan, Operands]:
         """The solve from y0 as steps that emit the states at the output times."""
@@ -84,9 +89,8 @@ class FixedSteps:
             announce=None if self._announce is None else self._tell,
             listener=listener(count),
             overlooked=self.dynamics.overlooked,
-            captured=self.dynamics.captured,
         )
-        return plan, Operands(y0, self.grid.inputs, self.dynamics.shared)
+        return plan, Operands(y0, self.grid.inputs, self.dynamics.shared, self.dynamics.captured)
 
     def _forward(
         self, n: int, y: State, inputs: State, shared: State, buffers: State
@@ -103,7 +107,8 @@ class FixedSteps:
         def slope(i: int, stage: State) -> State:
             c = self.method.c[i]
             t, side = (t0, self._inside) if c == 0 else (t1, -self._inside) if c == 1 else (t0 + c * dt, 0)
-            slopes.append(self.dynamics(time_tensor(t, stage[0], side), stage))
+            found = self._slope(n, time_tensor(t, stage[0], side), stage)
+            slopes.append(lasting(found) if self._cubic else found)
             return slopes[-1]
 
         y_next, _ = step(slope, y, dt, self.method)
@@ -111,8 +116,30 @@ class FixedSteps:
             last = self.dynamics(time_tensor(t1, y_next[0]), y_next)
             return y_next, tuple(cubic((t - t0) / dt, dt, (y, y_next), (slopes[0], last)) for t in outputs)
         at_end = [number == self.grid.end[n] for number in self.grid.outputs[n]]
-        emitted = [y_next if end else linear((t - t0) / dt, y, y_next) for t, end in zip(outputs, at_end, strict=True)]
+        emitted = [
+            self._at_end(n, y_next, t1, t) if end else linear((t - t0) / dt, y, y_next)
+            for t, end in zip(outputs, at_end, strict=True)
+        ]
         return y_next, tuple(emitted)
+
+    def _slope(self, n: int, t: Tensor, y: State) -> State:
+        """func in step ``n``; raises the ValueError for a time that it uses and does not see move."""
+        if self._unresolved is None or tracing():
+            return self.dynamics(t, y)
+        with Observer((), watched=t) as observer:
+            slope = self.dynamics(t, y)
+        if observer.used:
+            first = self._unresolved
+            raise too_short(self.grid.start[first], self.grid.end[first], y[0].dtype.to_real())
+        return slope
+
+    def _at_end(self, n: int, y_next: State, t1: Scalar, t: Scalar) -> State:
+        """The state at an output time that is the end of step ``n``. It moves along func where the end stays."""
+        moves = self.grid.fixed_outputs and isinstance(t, Tensor) and torch.is_grad_enabled()
+        if not moves or n + 1 == len(self.grid.start):
+            return y_next
+        slope = self.dynamics(time_tensor(t1, y_next[0]), y_next)
+        return tuple(part + (t - t1) * k for part, k in zip(y_next, slope, strict=True))
 
     def _tell(self, n: int, y: State) -> None:
         if self._announce is not None:

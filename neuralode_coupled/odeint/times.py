@@ -21,6 +21,7 @@ class Grid:
         start, length, end: those of each step.
         outputs: the times that are interpolated to within each step.
         inputs: where a time carries a gradient, ``(start, length, end, *outputs)`` of each step as scalar tensors.
+        fixed_outputs: whether those at the end of a step do not move as the end does.
     """
 
     start: list[float]
@@ -28,6 +29,7 @@ class Grid:
     end: list[float]
     outputs: list[list[float]]
     inputs: tuple[State, ...]
+    fixed_outputs: bool = False
 
     def step(self, n: int, inputs: State) -> tuple[Scalar, Scalar, Scalar, Sequence[Scalar]]:
         """Start, length, end and output times of a step, differentiable where its inputs are given."""
@@ -58,6 +60,25 @@ def rows(columns: tuple[Tensor, Tensor, Tensor], t: Tensor, shares: list[list[in
     out = t.unbind()
     by_step = zip(*(column.unbind() for column in columns), strict=True)
     return tuple((*row, *(out[j] for j in share)) for row, share in zip(by_step, shares, strict=True))
+
+
+def unresolved(start: Sequence[float], end: Sequence[float], dtype: torch.dtype) -> int | None:
+    """The first step whose start and end are one number of a state's real dtype, in which func sees times; or None."""
+    precision = torch.finfo(dtype).eps
+    for n, (a, b) in enumerate(zip(start, end, strict=True)):
+        if abs(b - a) <= precision * max(abs(a), abs(b)):
+            ends = torch.tensor([a, b], dtype=torch.float64, device="cpu").to(dtype)
+            if ends[0] == ends[1]:
+                return n
+    return None
+
+
+def too_short(start: float, end: float, dtype: torch.dtype) -> ValueError:
+    """The error for such a step, where func uses its time."""
+    return ValueError(
+        f"the step from t = {start!r} to {end!r} is shorter than {dtype} resolves, in which func sees the time: give "
+        "times near 0, take longer steps, or give y0 in float64"
+    )
 
 
 def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from neuralode_coupled.runge_kutta.adaptive import (
 )
 from neuralode_coupled.runge_kutta.controller import IntegralController, PIController, StepController
 from neuralode_coupled.runge_kutta.embedded_pairs import ADAPTIVE, Embedded, embedded
-from neuralode_coupled.runge_kutta.stepping import combine, increment, step
+from neuralode_coupled.runge_kutta.stepping import combine, increment, lasting, step
 from neuralode_coupled.runge_kutta.tableaus import METHODS, Tableau, tableau
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "combine",
     "embedded",
     "increment",
+    "lasting",
     "mixed_norm",
     "step",
     "tableau",

@@ -21,7 +21,7 @@ from torch import Tensor
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
 from neuralode_coupled.runge_kutta.embedded_pairs import Embedded
-from neuralode_coupled.runge_kutta.stepping import combine
+from neuralode_coupled.runge_kutta.stepping import combine, lasting
 
 Slope = Callable[[Tensor, State], State]
 """``f(t, y) -> dy/dt`` at a scalar tensor t of the state's real dtype, on its device."""
@@ -304,7 +304,7 @@ class _Ode:
 
     def _f(self, t: Tensor, y: State) -> State:
         self._counts.evaluations += 1
-        return self._problem.f(t, y)
+        return lasting(self._problem.f(t, y))
 
     def _stage_times(self, start: float, length: float, end: float) -> Iterator[Tensor]:
         """The times of the evaluations behind the first, filled on the device; those at the end are just before it, in

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import tracing, written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.tableaus import Tableau
 
@@ -41,8 +42,16 @@ def _evaluate(
     stages: list[State] = []
     for i, row in enumerate(method.a):
         stages.append(combine(y, slopes, row, dt))
-        slopes.append(f(i, stages[-1]))
+        slope = f(i, stages[-1])
+        slopes.append(slope if i + 1 == len(method.a) else lasting(slope))
     return slopes, stages
+
+
+def lasting(slope: State) -> State:
+    """A slope that stays what it is while others are evaluated: f may write all of them into one tensor."""
+    if tracing():
+        return slope
+    return tuple([part.clone() if written(part) else part for part in slope])
 
 
 def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:

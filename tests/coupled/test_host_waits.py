@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint.replay import Replay
+from neuralode_coupled.adjoint import generators, sweep
 from neuralode_coupled.train import Experiment, ImageData, RunFolder, callbacks, learner, train
 from neuralode_coupled.train.data import EvenBatches, augment
 from neuralode_coupled.train.image_sources import ImageSet
@@ -87,11 +87,13 @@ class NoCopies(NoWaiting):
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Leave out what is looked at on the CPU alone, and the comparison of random states, which the host holds."""
+    """Leave out what is looked at on the CPU alone, and the comparisons of random states, which the host holds, and of
+    repeated steps, which CUDA devices hand over when they come to it."""
     for module in ("coupled.on_grid", "coupled.own_weights", "coupled.flows", "evolution.base"):
         monkeypatch.setattr(f"neuralode_coupled.{module}.check_finite", lambda *arguments: None)
     monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
-    monkeypatch.setattr(Replay, "_random_state", lambda self: ())
+    monkeypatch.setattr(generators, "of_torch", lambda device: [])
+    monkeypatch.setattr(sweep, "check_repeated", lambda *arguments: None)
     looks = learner._looks
     monkeypatch.setattr(learner, "_looks", lambda kind, step: looks("cuda", step))
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import neuralode_coupled as nc
 from neuralode_coupled import _torch
@@ -98,3 +99,64 @@ def test_methods_of_the_library():
     Without ``torchdiffeq._impl.odeint.SOLVERS`` write the names down.
     """
     assert {"euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2"} <= _torch.LIBRARY_METHODS.keys()
+
+
+def test_hooks_on_saved_tensors_are_seen():
+    """`saved_tensors_are_hooked`: forward passes that torch.utils.checkpoint must not see. `recomputed_later`: whether
+    it runs what runs now.
+
+    Without ``_top_saved_tensors_default_hooks`` put identity hooks around every forward pass, and find the frame of
+    ``torch.utils.checkpoint`` by a hook of one's own; without ``_checkpoint_hook`` compare the hooks' module.
+    """
+    seen = [(_torch.saved_tensors_are_hooked(), _torch.recomputed_later())]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        seen.append((_torch.saved_tensors_are_hooked(), _torch.recomputed_later()))
+    checkpoint(
+        lambda x: seen.append((_torch.saved_tensors_are_hooked(), _torch.recomputed_later())) or x,
+        torch.ones(2, requires_grad=True),
+        use_reentrant=False,
+    )
+    assert seen == [(False, False), (True, False), (True, True)]
+
+
+def test_whether_a_graph_is_kept():
+    """`keeps_graph`: a backward pass that is the last frees what it held.
+
+    Without ``_get_current_graph_task_keep_graph`` hold on to it; modules that keep their own solution then stay.
+    """
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda grad: seen.append(_torch.keeps_graph()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert seen == [True, False]
+
+
+def test_cached_parametrizations_can_be_left_out():
+    """`without_cached_parametrizations`: values that ``parametrize.cached`` holds are those of other tensors.
+
+    Without ``parametrize._cache`` and ``_cache_enabled`` refuse to solve inside of ``cached()``.
+    """
+
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    linear = nn.Linear(2, 2)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+    assert not _torch.caches_parametrizations()
+    with nn.utils.parametrize.cached():
+        assert _torch.caches_parametrizations()
+        kept = linear.weight
+        with _torch.without_cached_parametrizations():
+            assert linear.weight is not kept
+        assert linear.weight is kept
+
+
+def test_tensors_that_were_written_into():
+    """`written`: slopes that a function may write anew. Without ``Tensor._version`` copy every slope."""
+    assert not _torch.written(torch.ones(2) * 2)
+    assert _torch.written(torch.ones(2).mul_(2))
+    with torch.inference_mode():
+        assert _torch.written(torch.ones(2))

@@ -1,0 +1,91 @@
+"""The generators of random numbers that a step may draw from: torch's, Python's and numpy's global ones."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A global generator.
+
+    Attributes:
+        read: gives its state.
+        write: sets its state.
+        same: whether two states are one.
+    """
+
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
+    same: Callable[[Any, Any], bool]
+
+
+_TORCH = Generator(torch.get_rng_state, torch.set_rng_state, torch.equal)
+_PYTHON = Generator(random.getstate, random.setstate, lambda a, b: a == b)
+
+
+_MT19937 = 2500
+"""The bytes of the state of numpy's default generator."""
+
+
+def _of_device(device: torch.device) -> Generator:
+    def write(state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state, device)
+
+    return Generator(lambda: torch.cuda.get_rng_state(device), write, torch.equal)
+
+
+def of_torch(device: torch.device) -> list[Generator]:
+    """The CPU's generator, and the device's."""
+    return [_TORCH, _of_device(device)] if device.type == "cuda" else [_TORCH]
+
+
+def others() -> list[Generator]:
+    """Those that are not torch's. Nobody has drawn from numpy's where it has not been imported."""
+    return [_PYTHON, _numpy()] if "numpy" in sys.modules else [_PYTHON]
+
+
+@cache
+def _numpy() -> Generator:
+    random: Any = importlib.import_module("numpy.random")  # not a dependency
+
+    latest: tuple[Any, Any] = (None, None)
+
+    def read() -> Any:
+        # Making a state takes 100 microseconds, and looking whether it is still the same takes one.
+        nonlocal latest
+        bits = random.get_bit_generator()
+        now = ctypes.string_at(bits.ctypes.state_address, _MT19937) if isinstance(bits, random.MT19937) else None
+        if now is None or now != latest[0]:
+            latest = now, random.get_state()
+        return latest[1]
+
+    def same(a: Any, b: Any) -> bool:
+        return a is b or (a[2:] == b[2:] and bool((a[1] == b[1]).all()))
+
+    return Generator(read, random.set_state, same)
+
+
+def states(generators: Sequence[Generator]) -> list[Any]:
+    """The state of each."""
+    return [generator.read() for generator in generators]
+
+
+def restore(generators: Sequence[Generator], before: Sequence[Any]) -> None:
+    """Set each to a state."""
+    for generator, state in zip(generators, before, strict=True):
+        generator.write(state)
+
+
+def drawn_from(generators: Sequence[Generator], before: Sequence[Any]) -> list[bool]:
+    """Whether each has another state than before."""
+    return [not g.same(state, g.read()) for g, state in zip(generators, before, strict=True)]

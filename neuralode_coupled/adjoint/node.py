@@ -1,0 +1,160 @@
+"""The steps of a solve as one node of autograd's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from neuralode_coupled._torch import keeps_graph, versions
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.observation import foreign, replaced
+from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
+from neuralode_coupled.adjoint.replay import Replay
+from neuralode_coupled.adjoint.schedules import Schedule
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, add, edges, vjp
+from neuralode_coupled.adjoint.stores import Store
+from neuralode_coupled.adjoint.sweep import Stored, Sweep, Tracer
+
+
+@dataclass
+class Solve:
+    """What one solve's forward pass leaves to its backward pass, besides tensors.
+
+    Attributes:
+        plan: the steps.
+        structure: how the flat tensors are arranged.
+        schedule: which states are stored.
+        replay: the world of each step.
+        kept: what keeps the stored states; None where autograd does.
+        last: the graphs of the last steps.
+        end: the final state and its versions, until a backward pass has compared it.
+        stacked: of how many tensors of the state y0 and the emitted ones are stacked to one output; None: the emitted
+            states are outputs one by one.
+    """
+
+    plan: Plan
+    structure: Operands
+    schedule: Schedule
+    replay: Replay
+    kept: Store | None
+    last: Graphs
+    end: tuple[State, list[int]] | None
+    stacked: int | None = None
+
+    @property
+    def outputs(self) -> int:
+        """How many tensors are given out."""
+        return sum(self.plan.emits) * len(self.structure.y0) if self.stacked is None else self.stacked
+
+    def arriving(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients]:
+        """The gradients at y0 as an output, and those at the emitted states, from those at the outputs."""
+        width, count = len(self.structure.y0), sum(self.plan.emits)
+        at_start: Gradients = [None] * width
+        if self.stacked is None:
+            return at_start, list(grads)
+        columns: list[Sequence[Tensor | None]] = [[None] * count] * width
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                rows = grad.unbind()
+                at_start[i], columns[i] = rows[0], rows[1:]
+        return at_start, [column[k] for k in range(count) for column in columns]
+
+    def backward(self, flat: list[Tensor], saved: Sequence[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
+        """The gradients at the flat tensors, from the stored states and what arrives at the emitted ones."""
+        operands = self.structure.restore(flat)
+        inside = 0 if self.kept is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
+        between = arranged(saved[:inside], len(operands.y0))
+        states = Stored(operands.y0, self.schedule.stored, between, self.kept)
+        tracer = Tracer(self.plan, operands, self.structure.restore(needed))
+        sweep = Sweep(self.plan, operands, tracer, self.replay, self._final())
+        sweep.refill(self.schedule, self.kept)
+        return sweep.run(self.schedule, states, grads, self.last)
+
+    def differentiable(self, flat: list[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
+        """The same with a graph (``create_graph=True``), from the unrolled solve."""
+        self.last.update(dict.fromkeys(self.last))  # the whole graph is made: these are not used
+        operands = self.structure.restore(flat)
+        return differentiate_unrolled(self.plan, self._again, operands, grads, needed)
+
+    def _final(self) -> State | None:
+        """The final state for the first backward pass, unless it has been changed in place."""
+        (end, before), self.end = self.end or ((), []), None
+        return end if end and versions(end) == before else None
+
+    def _again(self, operands: Operands) -> list[State]:
+        """The emitted states, repeated with their graph in the world of the forward pass."""
+        emitted: list[State] = []
+        y = operands.y0
+        for n in range(self.plan.count):
+            buffers, world = self.replay.again(n)
+            with world:
+                y, out = self.plan.step(n, y, operands.inputs[n], operands.shared, buffers)
+            emitted.extend(out)
+        return emitted
+
+
+class Checkpointed(torch.autograd.Function):
+    """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones.
+
+    ``found`` are these tensors, which are there already.
+    """
+
+    @staticmethod
+    def forward(solve: Solve, found: list[Tensor], *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.solve, _, *flat = inputs
+        stored = output[ctx.solve.outputs :]
+        ctx.mark_non_differentiable(*stored)
+        ctx.save_for_backward(*flat, *stored)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        solve: Solve = ctx.solve
+        if not keeps_graph():
+            ctx.solve = None  # it holds modules, which may hold the output: nobody would free that circle
+        tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint hands each of them over a single time
+        needed = list(ctx.needs_input_grad[2:])
+        flat, saved = list(tensors[: len(needed)]), tensors[len(needed) :]
+        at_start, arriving = solve.arriving(grads[: solve.outputs])
+        with solve.replay.world():
+            if torch.is_grad_enabled():
+                found = solve.differentiable(flat, arriving, needed)
+            else:
+                found = solve.backward(flat, saved, arriving, needed)
+        width = len(at_start)
+        start = [g if need else None for g, need in zip(at_start, needed, strict=False)]
+        return None, None, *add(found[:width], start), *found[width:]
+
+
+def differentiate_unrolled(
+    plan: Plan, run: Callable[[Operands], list[State]], operands: Operands, grads: Gradients, needed: list[bool]
+) -> Gradients:
+    """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``: exact but
+    storing all."""
+    # A tensor can stand in several places, and each place has its own gradient: hence the views.
+    views = [tensor.view_as(tensor) for tensor in operands.flatten()]
+
+    def unrolled_again() -> list[GradientEdge | None]:
+        copies = operands.restore(views)
+        with replaced(operands.captured, copies.captured):
+            return edges([part for state in run(copies) for part in state])
+
+    ends = unrolled_again()
+    if plan.overlooked is not None:
+        suspects = foreign(ends, views)
+        lasting = set(map(id, foreign(unrolled_again(), views))) if suspects else set()
+        for suspect in suspects:
+            if id(suspect) in lasting:
+                raise plan.overlooked(suspect, "in one of the steps")
+    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    found = iter(vjp(ends, grads, wanted, create_graph=True))
+    return [next(found) if need else None for need in needed]

@@ -1,0 +1,108 @@
+"""The tensors that a function reaches by itself: seen as it uses them, replaced by others, or found in its graph.
+
+No search through closures, globals and attributes can find them all. What a function uses passes through torch, where
+a mode sees it, in compiled functions too. What no mode sees (an operation from C++, an `autograd.Function`) leaves its
+trace in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+
+_LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
+"""The node of a leaf: it has the tensor as its ``variable``."""
+
+
+class Observer(TorchFunctionMode):
+    """Collects in ``found`` the tensors with a gradient that are used in the ``with`` block, and were not made there.
+
+    Args:
+        known: tensors that are not asked for.
+        watched: a tensor of which ``used`` says whether it has been used.
+    """
+
+    def __init__(self, known: Iterable[Tensor], watched: Tensor | None = None) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self.used, self._watched = False, watched
+        # Kept until the end, so that the identity of a temporary is not given to another tensor.
+        self._seen: dict[int, Tensor] = {id(tensor): tensor for tensor in known}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._look(args, self.found)
+        if kwargs:
+            self._look(kwargs.values(), self.found)
+        result = func(*args, **(kwargs or {}))
+        # An operation in place can make its first argument require a gradient.
+        self._look((result, args[0]) if args else (result,), [])
+        return result
+
+    def _look(self, values: Iterable[Any], into: list[Tensor]) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                self.used = self.used or value is self._watched
+                if value.requires_grad and id(value) not in self._seen:
+                    self._seen[id(value)] = value
+                    into.append(value)
+            elif isinstance(value, list | tuple):
+                self._look(value, into)
+            elif isinstance(value, dict):
+                self._look(value.values(), into)
+
+
+class Replaced(TorchFunctionMode):
+    """Inside of the ``with`` block operations get other tensors in place of some.
+
+    Args:
+        by_identity: what stands in for the tensor of an ``id``.
+    """
+
+    def __init__(self, by_identity: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._by_identity = by_identity
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*self._exchanged(args), **{name: self._one(value) for name, value in (kwargs or {}).items()})
+
+    def _exchanged(self, values: Iterable[Any]) -> list[Any]:
+        return [self._one(value) for value in values]
+
+    def _one(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._by_identity.get(id(value), value)
+        return type(value)(self._exchanged(value)) if type(value) in (list, tuple) else value
+
+
+def replaced(tensors: Sequence[Tensor], by: Sequence[Tensor]) -> AbstractContextManager:
+    """Around a function that reaches ``tensors`` by itself, and is to use others."""
+    return Replaced(dict(zip(map(id, tensors), by, strict=True))) if tensors else nullcontext()
+
+
+def dependent(tensors: Sequence[Tensor]) -> bool:
+    """Whether some of the tensors may be functions of others."""
+    return len(tensors) > 1 and any(tensor.grad_fn is not None for tensor in tensors)
+
+
+def foreign(ends: Iterable[GradientEdge | None], known: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors."""
+    ids = set(map(id, known))
+    stops = {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None}
+    queue: list[Any] = [end.node for end in ends if end is not None and tuple(end[:2]) not in stops]
+    seen, leaves = {None, *queue}, []
+    while queue:
+        node = queue.pop()
+        if type(node) is _LEAF:
+            leaves.append(node.variable)
+            continue
+        for edge in node.next_functions:
+            if edge[0] not in seen and (not stops or edge not in stops):
+                seen.add(edge[0])
+                queue.append(edge[0])
+    return [leaf for leaf in leaves if id(leaf) not in ids]

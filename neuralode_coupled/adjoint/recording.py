@@ -1,0 +1,135 @@
+"""The forward pass of steps that are to be computed again: without a graph, and with what a recomputation needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from neuralode_coupled._torch import saved_tensors_are_hooked
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.observation import Observer
+from neuralode_coupled.adjoint.plan import Operands, Plan, StepFunction
+from neuralode_coupled.adjoint.replay import Replay
+
+Result = TypeVar("Result")
+
+
+class Recording:
+    """One forward pass, step by step.
+
+    Args:
+        plan: the steps.
+        operands: their tensors.
+
+    Attributes:
+        plan: the steps, which the first one may show to need a graph of their own.
+        operands: with the tensors that the first step was seen to use by itself.
+        replay: the world of each step.
+    """
+
+    def __init__(self, plan: Plan, operands: Operands) -> None:
+        self.plan, self.operands = plan, operands
+        self.replay = Replay(plan, operands.y0[0].device)
+        # Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none.
+        self._detached = operands.restore([tensor.detach() for tensor in operands.flatten()])
+
+    @property
+    def y0(self) -> State:
+        """The initial state, detached."""
+        return self._detached.y0
+
+    @property
+    def wanted(self) -> list[bool]:
+        """Which of the operands require a gradient."""
+        return [tensor.requires_grad for tensor in self.operands.flatten()]
+
+    def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
+        """Step ``n``."""
+
+        def run() -> tuple[State, tuple[State, ...]]:
+            step = self.plan.forward or self.plan.step
+            return step(n, y, self._detached.inputs[n], self._detached.shared, self.plan.buffers[n])
+
+        return self.recorded(n, y, run)
+
+    def recorded(self, n: int, y: State, run: Callable[[], Result]) -> Result:
+        """Step ``n`` as ``run`` makes it."""
+        self.plan.begin(n, y)
+        random = self.replay.before(n)
+        result = run() if n > 0 else self._first(run, random)
+        self.replay.after(random)
+        self.plan.passed(n)
+        return result
+
+    def _first(self, run: Callable[[], Result], random: list) -> Result:
+        if self.plan.overlooked is None or self.plan.observed:
+            return self._with_graph_if_needed(run, random)
+        with Observer(self.operands.flatten()) as observer:
+            result = self._with_graph_if_needed(run, random)
+        self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
+        return result
+
+    def _with_graph_if_needed(self, run: Callable[[], Result], random: list) -> Result:
+        try:
+            return run()
+        except (RuntimeError, ValueError) as error:
+            if not needs_graph(error):
+                raise
+        self.replay.undo(random)
+        forward = self.plan.forward
+        self.plan = replace(
+            self.plan, step=with_graph(self.plan.step), forward=None if forward is None else with_graph(forward)
+        )
+        return run()
+
+
+def needs_graph(error: Exception) -> bool:
+    """Whether dynamics failed because they differentiate their input themselves, and there was no graph."""
+    return not torch.is_grad_enabled() and "does not require grad" in str(error)
+
+
+def with_graph(step: StepFunction) -> StepFunction:
+    """A step of dynamics that differentiate their input: it requires a gradient, and where nobody else makes a graph
+    there is one for the length of the step."""
+
+    def stepped(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        leaves = tuple([part if part.requires_grad else part.detach().requires_grad_() for part in y])
+        if torch.is_grad_enabled():
+            return step(n, leaves, inputs, shared, buffers)
+        with torch.enable_grad():
+            y_next, emitted = step(n, leaves, inputs, shared, buffers)
+        return _detached(y_next), tuple(map(_detached, emitted))
+
+    return stepped
+
+
+def _detached(state: State) -> State:
+    return tuple([part.detach() for part in state])
+
+
+@contextmanager
+def without_graph(device: torch.device) -> Iterator[None]:
+    """Around a forward pass: no graph, and nothing in it that the code outside would find.
+
+    Autocast would cache casts made here and hand them, without a graph, to the code outside that uses the same
+    parameters. What dynamics save for a derivative of their own is not for hooks outside: `torch.utils.checkpoint`
+    would run the layer again, inside of its own evaluation.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        if saved_tensors_are_hooked():
+            stack.enter_context(saved_tensors_hooks(_same, _same))
+        yield
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,54 @@
+"""Whether a step that is computed again gives what it gave before: a gradient of anything else would be wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._torch import tracing
+from neuralode_coupled._types import State
+
+_UNSEEN: list[tuple[torch.cuda.Event, Tensor, str]] = []
+"""What was found on CUDA devices, and is looked at when the device has come to it: nobody waits."""
+
+
+def check_repeated(found: State, before: State, n: int) -> None:
+    """Raise RuntimeError if step ``n``, computed again, gave another state than before.
+
+    By more than the square root of the dtype's precision, relative to the largest number of each tensor: kernels with
+    and without a graph may differ in rounding. On CUDA devices the error comes with a later backward pass, and not at
+    all in a captured graph.
+    """
+    if tracing():
+        return
+    _look_back()
+    for a, b in zip(found, before, strict=True):
+        if a.device.type != "cuda":
+            if not torch.equal(a, b) and bool(_differs(a, b)):
+                raise RuntimeError(_message(n))
+        elif not torch.cuda.is_current_stream_capturing():
+            flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(_differs(a, b), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            _UNSEEN.append((event, flag, _message(n)))
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    allowed = torch.finfo(b.dtype).eps ** 0.5
+    return (a - b).abs().max() > allowed * b.abs().max()  # not if one is nan
+
+
+def _look_back() -> None:
+    while _UNSEEN and _UNSEEN[0][0].query():
+        _, flag, message = _UNSEEN.pop(0)
+        if flag:
+            raise RuntimeError(message)
+
+
+def _message(n: int) -> str:
+    return (
+        f"step {n}, computed again for the backward pass, gave another state than in the forward pass: the dynamics "
+        "depend on something that changes between the two, such as a counter or a generator of random numbers of their "
+        "own (torch's, Python's and numpy's global ones are replayed): make it a buffer or a part of the state, or use "
+        "Backprop() (torchdiffeq.odeint), which computes nothing again"
+    )

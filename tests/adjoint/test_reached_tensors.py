@@ -1,0 +1,411 @@
+"""Whatever way a vector field reaches a tensor, the tensor gets its gradient: against plain autograd."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import weakref
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torchdiffeq import odeint
+
+import neuralode_coupled as nc
+from tests.helpers import oracle
+
+FLOAT64 = {"dtype": torch.float64}
+T = torch.tensor([0.0, 0.4, 1.0], **FLOAT64)
+VARIABLE: contextvars.ContextVar = contextvars.ContextVar("weights")
+GLOBAL: list[torch.Tensor] = []
+
+
+class Held(nn.Module):
+    """A module that has the weights as a plain attribute."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = w
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.w)
+
+
+class Buffered(nn.Module):
+    """A module that has the weights as a buffer."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.register_buffer("w", w)
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.w)
+
+
+class Deep(nn.Module):
+    """A module whose part has the weights in a list."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.part = nn.Identity()
+        self.part.several = [{"w": w}]
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.part.several[0]["w"])
+
+
+class Plain:
+    """An object that is no module."""
+
+    shared = None
+
+    def __init__(self, w):
+        self.w = w
+        self.inner = {"deep": [w]}
+
+    def rate(self, t, y):
+        return torch.tanh(y @ self.w)
+
+    def deep(self, t, y):
+        return self._through(y)
+
+    def _through(self, y):
+        return torch.tanh(y @ self.inner["deep"][0])
+
+    def of_class(self, t, y):
+        return torch.tanh(y @ type(self).shared)
+
+    def __call__(self, t, y):
+        return torch.tanh(y @ self.w)
+
+
+class Slotted:
+    """An object without a dictionary."""
+
+    __slots__ = ("w",)
+
+    def __init__(self, w):
+        self.w = w
+
+    def __call__(self, t, y):
+        return torch.tanh(y @ self.w)
+
+
+class Product(torch.autograd.Function):
+    """An operation whose graph no mode sees."""
+
+    @staticmethod
+    def forward(ctx, y, w):
+        ctx.save_for_backward(y, w)
+        return y @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, w = ctx.saved_tensors
+        return grad @ w.mT, y.mT @ grad
+
+
+def in_comprehension(w):
+    GLOBAL[:] = [w]
+    return lambda t, y: torch.tanh(sum([y @ one for one in GLOBAL]))
+
+
+def in_nested_function(w):
+    GLOBAL[:] = [w]
+
+    def f(t, y):
+        def inner(y):
+            return torch.tanh(y @ GLOBAL[0])
+
+        return inner(y)
+
+    return f
+
+
+def in_context_variable(w):
+    VARIABLE.set(w)
+    return lambda t, y: torch.tanh(y @ VARIABLE.get())
+
+
+def in_class(w):
+    Plain.shared = w
+    return Plain(None).of_class
+
+
+def by_weak_reference(w):
+    reference = weakref.ref(w)
+    return lambda t, y: torch.tanh(y @ reference())
+
+
+def by_generator(w):
+    def forever():
+        while True:
+            yield w
+
+    source = forever()
+    return lambda t, y: torch.tanh(y @ next(source))
+
+
+WAYS = {
+    "closure": lambda w: lambda t, y: torch.tanh(y @ w),
+    "default": lambda w: lambda t, y, w=w: torch.tanh(y @ w),
+    "global in a comprehension": in_comprehension,
+    "global in a nested function": in_nested_function,
+    "partial": lambda w: functools.partial(lambda w, t, y: torch.tanh(y @ w), w),
+    "set": lambda w: lambda t, y, several=frozenset([w]): torch.tanh(sum(y @ one for one in several)),
+    "method of a plain object": lambda w: Plain(w).rate,
+    "deep in a plain object": lambda w: Plain(w).deep,
+    "callable object": Plain,
+    "object with slots": Slotted,
+    "class": in_class,
+    "attribute of a module": Held,
+    "buffer": Buffered,
+    "list in a part of a module": Deep,
+    "module in a set": lambda w: functools.partial(lambda several, t, y: sum(f(t, y) for f in several), {Held(w)}),
+    "context variable": in_context_variable,
+    "weak reference": by_weak_reference,
+    "generator": by_generator,
+    "custom function": lambda w: lambda t, y, box=({"w": w},): torch.tanh(Product.apply(y, box[0]["w"])),
+    "list argument": lambda w: lambda t, y: torch.tanh(torch.stack([y @ m for m in [w]])[0]),
+    "einsum": lambda w: lambda t, y: torch.tanh(torch.einsum("bi,ij->bj", y, w)),
+}
+
+
+def of_leaf(root):
+    return root
+
+
+def of_network(root):
+    return torch.tanh(root @ root.mT)
+
+
+KINDS = {"leaf": of_leaf, "product of a network": of_network, "view": lambda root: root.mT}
+SOLVES = {
+    "euler": {"method": "euler", "options": {"step_size": 0.25}},
+    "rk4": {"method": "rk4"},
+    "dopri5": {"method": "dopri5", "rtol": 1e-5, "atol": 1e-6, "options": {"first_step": 0.2}},
+    "adaptive_heun": {"method": "adaptive_heun", "rtol": 1e-3, "atol": 1e-4, "options": {"first_step": 0.2}},
+}
+
+
+def compared(make, kind, solve, order=1, **more):
+    """The gradients by both solvers, of a loss with a regulariser of what the weights come from."""
+    results = []
+    for solver, extra in ((nc.odeint_dto, more), (odeint, {})):
+        torch.manual_seed(0)
+        root = (0.7 * torch.randn(3, 3, **FLOAT64)).requires_grad_()
+        y0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+        w = KINDS[kind](root)
+        z = solver(make(w), y0, T, **SOLVES[solve], **extra)
+        loss = z.square().sum() + 0.1 * w.square().sum()
+        found = torch.autograd.grad(loss, (root, y0), create_graph=order > 1)
+        if order > 1:
+            found = torch.autograd.grad(sum(g.square().sum() for g in found), (root, y0))
+        results.append(dict(zip(("root", "y0"), found, strict=True)))
+    return results
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(st.sampled_from(sorted(KINDS)), st.sampled_from(sorted(SOLVES)), st.sampled_from([None, 1, 2]))
+def test_a_tensor_gets_its_gradient(way, kind, solve, checkpoints):
+    found, exact = compared(WAYS[way], kind, solve, checkpoints=checkpoints)
+    assert oracle.largest_error(found, exact) < 1e-8
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "custom function"])
+@given(st.sampled_from(sorted(KINDS)), st.sampled_from(["rk4", "dopri5"]))
+def test_and_its_second_gradient(way, kind, solve):
+    found, exact = compared(WAYS[way], kind, solve, order=2)
+    assert oracle.largest_error(found, exact) < 1e-7
+
+
+@given(st.sampled_from(sorted(SOLVES)), st.sampled_from([1, 2]), st.sampled_from(["list", "attributes", "set"]))
+def test_tensors_that_are_functions_of_each_other(solve, order, way):
+    """The chain from one to another is autograd's; each gets what the solve itself gives it, once."""
+
+    def make(root):
+        middle = torch.tanh(root)
+        last = middle @ root
+        if way == "attributes":
+            holder = Held(None)
+            holder.several = (root, middle, last)
+            return lambda t, y: sum(torch.tanh(y @ w) for w in holder.several)
+        several = [root, middle, last] if way == "list" else frozenset([root, middle, last])
+        return lambda t, y: sum(torch.tanh(y @ w) for w in several)
+
+    found, exact = compared(make, "leaf", solve, order)
+    assert oracle.largest_error(found, exact) < 1e-7
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+def test_a_later_solve_sees_its_own_tensors(solve):
+    """Nothing of an earlier solve is used again."""
+    holder = Held(None)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        root = torch.randn(3, 3, **FLOAT64, requires_grad=True)
+        y0 = torch.randn(2, 3, **FLOAT64)
+        holder.w = torch.tanh(root)
+        found = torch.autograd.grad(nc.odeint_dto(holder, y0, T, **SOLVES[solve]).square().sum(), root)
+        holder.w = torch.tanh(root)
+        exact = torch.autograd.grad(odeint(holder, y0, T, **SOLVES[solve]).square().sum(), root)
+        assert torch.allclose(found[0], exact[0], rtol=1e-8)
+
+
+def test_a_hypernetworks_solve_is_in_its_gradient():
+    """A regulariser alone would hide that the rest is missing."""
+    torch.manual_seed(0)
+    network, holder = nn.Linear(3, 9).double(), Held(None)
+    z, y0 = torch.randn(3, **FLOAT64), torch.randn(2, 3, **FLOAT64)
+    found = []
+    for solver in (nc.odeint_dto, odeint):
+        holder.w = network(z).view(3, 3)
+        loss = solver(holder, y0, T, method="rk4").square().sum() + 1e-3 * network.weight.square().sum()
+        found.append(torch.autograd.grad(loss, network.weight)[0])
+    assert torch.allclose(*found, rtol=1e-10)
+    assert found[0].norm() > 0.1
+
+
+@pytest.mark.parametrize("solve", ["euler", "adaptive_heun"])
+@pytest.mark.parametrize("holds", ["attribute", "closure"])
+def test_a_tensor_of_a_later_branch_is_found_or_named(solve, holds):
+    """The search through a closure finds it. In a module's attribute nobody saw it: the step is named."""
+    root = torch.randn(3, 3, **FLOAT64, requires_grad=True)
+    y0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    module = Held(root * 1.0)
+    if holds == "closure":
+        w = module.w
+        late = lambda t, y: torch.tanh(y @ w) if t > 0.6 else -y  # noqa: E731
+    else:
+
+        class Late(nn.Module):
+            def forward(self, t, y):
+                return self.inner["f"](t, y) if t > 0.6 else -y
+
+        late = Late()
+        late.inner = {"f": module}
+    z = nc.odeint_dto(late, y0, T, **SOLVES[solve])
+    if holds == "closure":
+        (found,) = torch.autograd.grad(z.square().sum(), root, retain_graph=True)
+        (exact,) = torch.autograd.grad(odeint(late, y0, T, **SOLVES[solve]).square().sum(), root)
+        assert torch.allclose(found, exact, rtol=1e-8)
+    else:
+        with pytest.raises(ValueError, match=r"func depends, in step \d+, on a tensor of shape \(3, 3\) .*params"):
+            z.square().sum().backward()
+        with pytest.raises(ValueError, match=r"func depends, in one of the steps, on a tensor of shape \(3, 3\)"):
+            torch.autograd.grad(nc.odeint_dto(late, y0, T, **SOLVES[solve]).square().sum(), y0, create_graph=True)
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("checkpoints", [None, 1])
+def test_tensors_made_inside_are_not_operands(solve, checkpoints):
+    """An energy's slope, by a leaf that f makes itself; one that differentiates its own input; a new parameter."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def leaf(t, y):
+        with torch.enable_grad():
+            q = y.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(net(q).sum(), q, create_graph=True)
+        return slope - y
+
+    def own(t, y):
+        return torch.autograd.grad(net(y).sum(), y, create_graph=True)[0] - y
+
+    def set_by_name(t, y):
+        with torch.enable_grad():
+            q = y.detach()
+            q.requires_grad = True
+            return torch.autograd.grad(net(q).sum(), q, create_graph=True)[0] * nn.Parameter(torch.ones(3, **FLOAT64))
+
+    for f in (leaf, own, set_by_name):
+        results = []
+        for solver, extra in ((nc.odeint_dto, {"checkpoints": checkpoints}), (odeint, {})):
+            y0 = torch.ones(2, 3, **FLOAT64, requires_grad=True)
+            z = solver(f, y0, T, **SOLVES[solve], **extra)
+            wanted = {"y0": y0, **dict(net.named_parameters())}
+            results.append(oracle.gradients(z.square().sum(), wanted))
+        assert oracle.largest_error(*results) < 1e-8, f.__name__
+
+
+class Steered(nn.Module):
+    """Dynamics of a layer that use a context besides their parameters."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.context = [context]
+
+    def forward(self, z):
+        return torch.tanh(self.linear(z) + z @ self.context[0])
+
+
+class Conditioned(nn.Module):
+    """The same with the context as a buffer."""
+
+    def __init__(self, context):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("context", context)
+
+    def forward(self, z):
+        return torch.tanh(self.linear(z) + z @ self.context)
+
+
+ADJOINTS = {
+    "discrete": nc.DiscreteAdjoint(),
+    "one state": nc.DiscreteAdjoint(checkpoints=1),
+    "on the host": nc.DiscreteAdjoint(checkpoints=2, storage="cpu"),
+    "keep one": nc.DiscreteAdjoint(keep_last=1),
+    "keep all": nc.DiscreteAdjoint(keep_last=9),
+    "own weights": nc.DiscreteAdjoint(weights="recomputed"),
+    "reversible": nc.ReversibleAdjoint(),
+    "reversible, own weights": nc.ReversibleAdjoint(weights="recomputed"),
+    "continuous": nc.ContinuousAdjoint(),
+}
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+@given(
+    st.sampled_from([Steered, Conditioned]),
+    st.sampled_from([*KINDS, "dependent"]),
+    st.sampled_from([nc.Dirac(), nc.SampleAndHold(2)]),
+    st.sampled_from(["euler", "midpoint", "dopri5"]),
+    st.booleans(),
+)
+def test_layers_too(name, dynamics, kind, kernel, method, frozen):
+    """``frozen``: nothing but the context needs a gradient."""
+    adjoint = ADJOINTS[name]
+    recomputes_weights = getattr(adjoint, "weights", "stored") == "recomputed"
+    if (recomputes_weights and not isinstance(kernel, nc.Dirac)) or (method == "dopri5" and "rev" in name):
+        return
+    if method == "dopri5" and recomputes_weights:
+        return
+    if name == "continuous" and method == "euler":
+        method = "rk4"
+    grid = {"rtol": 1e-7, "atol": 1e-9} if method == "dopri5" else {"steps": 60 if name == "continuous" else 4}
+    results = []
+    for chosen in (adjoint, nc.Backprop()):
+        torch.manual_seed(0)
+        root = (0.5 * torch.randn(3, 3, **FLOAT64)).requires_grad_()
+        context = torch.tanh(KINDS["leaf"](root)) @ root if kind == "dependent" else KINDS[kind](root)
+        made = dynamics(context).double()
+        if kind == "dependent" and dynamics is Steered:
+            made.context[0] = context
+            made.register_forward_pre_hook(lambda module, args, root=root: (args[0] + 0.01 * args[0] @ root,))
+        field = nc.ReactionDiffusionAdvection()
+        layer = nc.CoupledODE(made, field, kernel, method=method, adjoint=chosen, **grid).double()
+        if isinstance(getattr(made, "context", None), torch.Tensor):
+            made.context = context  # conversion of a module detaches what is no leaf
+        oracle.randomize(layer)
+        layer.requires_grad_(not frozen)
+        context.requires_grad_()
+        wanted = {"root": root} | ({} if frozen else dict(layer.named_parameters()))
+        z0 = torch.randn(2, 3, **FLOAT64)
+        results.append(oracle.gradients(layer(z0).square().sum() + 0.1 * context.square().sum(), wanted))
+    reversible = "reversible" in name and method != "dopri5"
+    if not reversible:  # which is another discrete map than the method's
+        assert oracle.largest_error(*results) < (3e-2 if name == "continuous" else 1e-8)
+    assert results[0]["root"].norm() > 1e-3
