@@ -29,7 +29,7 @@ class Stored:
     """
 
     def __init__(self, y0: State, stored: Sequence[int], between: Sequence[State], kept: Store | None) -> None:
-        self._states: dict[int, State] = {0: tuple(part.detach() for part in y0)}
+        self._states: dict[int, State] = {0: y0}
         self._kept, self._made = kept, set[int]()
         if kept is None:
             self._states |= dict(zip(stored[1:], between, strict=True))

@@ -96,6 +96,8 @@ class Stages:
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
+        if z.requires_grad and not torch.is_grad_enabled():
+            z = z.detach()  # f may ask whether there is a graph, and have marked z so itself, at an earlier evaluation
         try:
             dz = self.field.evaluate(t, z, tensors, bool(self.moving))
         except (RuntimeError, ValueError, IndexError) as error:

@@ -84,6 +84,9 @@ class Dynamics:
 
     def __call__(self, t: Tensor, y: State) -> State:
         """dy/dt at ``(t, y)``, checked to have the state's structure, shapes and dtype."""
+        if y[0].requires_grad and not torch.is_grad_enabled():
+            # func may ask whether there is a graph, and have marked the state so itself, at an earlier evaluation.
+            y = tuple([part.detach() for part in y])
         slope = untouched(self._func, y, lambda: self._func(t, y if self._is_tuple else y[0]))
         return self._checked(slope, y)
 
