@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from neuralode_coupled._substitution import Held, call, places
+from neuralode_coupled._substitution import Held, alone, call, places
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow
 from neuralode_coupled.coupled.stages import Stages
@@ -36,7 +36,8 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     evolving = field.evolving()
     # The backward pass may find other tensors in them, after a functional_call.
     held = Held([*(field.operator(name) for name in moving), field.kernel])
-    pinned = dict(places(held))
+    with alone(held):
+        pinned, own = dict(places(held)), tuple(held.parameters())
 
     def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
         weight_side = partial(field.weight_side, t, moving, y[1:])
@@ -51,7 +52,7 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     def explained(t: Tensor, y: State, slope: State, error: Exception) -> None:
         explain(moving, t, y[1:], slope[1:], error)
 
-    params = (*stages.shared, *held.parameters(), *(p for row in stages.own for p in row))
+    params = (*stages.shared, *own, *(p for row in stages.own for p in row))
     w0 = tuple(evolving[name] for name in moving)
     return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, check, explained)
 

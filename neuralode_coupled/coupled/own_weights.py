@@ -62,11 +62,11 @@ class OwnWeights:
             for back in ((False, True) if backwards else (False,))
         }
         self._owner = field.dynamics
-        with alone(self._owner):
+        with alone(self._owner, *self._operators.values()):
             parameters = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
-        # torch.compile takes parameters as they are, and does not look into a module that is made meanwhile.
-        self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
-        self._places = [] if self._held is None else places_of(self._held, parameters)
+            # torch.compile takes parameters as they are, and does not look into a module that is made meanwhile.
+            self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
+            self._places = [] if self._held is None else places_of(self._held, parameters)
         self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
         self.carried: State = tuple(w0[name] for name in self._carried)
 

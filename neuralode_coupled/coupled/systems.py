@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import alone
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Plan, Stats
 from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
@@ -68,7 +69,8 @@ class Augmented(System):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
         evolving = {id(field.evolving()[name]) for name in names}
-        members = (*field.parameters(), *field.buffers())
+        with alone(field):
+            members = (*field.parameters(), *field.buffers())
         self.params = tuple(p for p in members if p.requires_grad and id(p) not in evolving)
 
     def forward(self, t: Tensor, state: State) -> State:
@@ -88,7 +90,8 @@ class HeldWeights(System):
         # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
         self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
         # The operators' parameters get their gradients through theta: named here too, they would get them twice.
-        members = (*field.dynamics.named_parameters(), *field.dynamics.named_buffers())
+        with alone(field.dynamics):
+            members = (*field.dynamics.named_parameters(), *field.dynamics.named_buffers())
         static = [p for name, p in members if name not in theta and p.requires_grad]
         self.params = (*static, *self.theta.values())
 
@@ -106,7 +109,8 @@ class WeightSide(System):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
         weight_side: Any = (field.evolution, field.kernel)
-        members = [p for part in weight_side for p in (*part.parameters(), *part.buffers()) if p.requires_grad]
+        with alone(*weight_side):
+            members = [p for part in weight_side for p in (*part.parameters(), *part.buffers()) if p.requires_grad]
         self.params = tuple({id(p): p for p in members}.values())
 
     def forward(self, t: Tensor, state: State) -> State:

@@ -55,6 +55,11 @@ class Dynamics:
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
         self.module = Held(modules)
         check_surroundings(self.module)
+        with alone(self.module, anew=True):  # another thread may have put other tensors in their places
+            self._sort(tensors, params)
+
+    def _sort(self, tensors: list[Tensor], params: Iterable[Tensor] | None) -> None:
+        """Find the tensors, and their places in the modules: once, not at every evaluation."""
         members = [*self.module.parameters(), *(b for b in self.module.buffers() if b.requires_grad)]
         own = set(map(id, members))
         asked = [*members, *tensors] if params is None else _checked_params(params)
@@ -64,7 +69,6 @@ class Dynamics:
         self.shared: State = (*(p for p in wanted if id(p) in own), *frozen)
         self.captured: State = tuple(p for p in wanted if id(p) not in own)
         self.buffers: State = tuple(b for b in self.module.buffers() if id(b) not in own)
-        # Tied tensors have several places: looked for once, not at every evaluation.
         self._parameters = places_of(self.module, self.shared) if self.shared else []
         self._buffer_names = places_of(self.module, self.buffers) if self.buffers else []
 

@@ -191,11 +191,13 @@ def test_a_double_backward_costs_each_solve_once(chain, method, way):
 
     func = module if way == "attribute" else closed
     params = {"params": (w,)} if way == "params" else {}
+    # torchdiffeq differentiates its choice of the first step as well
+    options = {"options": {"first_step": 0.1}} if method == "dopri5" else {}
     y0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
     y0.register_hook(heard.append)
     y = y0
     for _ in range(chain):
-        y = nc.odeint_dto(func, y, T, method=method, **params)[-1]
+        y = nc.odeint_dto(func, y, T, method=method, **options, **params)[-1]
     forward = calls[0]
     grads = torch.autograd.grad(y.square().sum(), (y0, w), create_graph=True)
     assert calls[0] <= 2.5 * forward
@@ -204,11 +206,11 @@ def test_a_double_backward_costs_each_solve_once(chain, method, way):
     assert calls[0] <= 4 * forward  # y is differentiated once more
     y = y0
     for _ in range(chain):
-        y = odeint(func, y, T, method=method)[-1]
+        y = odeint(func, y, T, method=method, **options)[-1]
     exact = torch.autograd.grad(y.square().sum(), (y0, w), create_graph=True)
     exact = (*exact, *torch.autograd.grad(sum(g.square().sum() for g in exact), (y0, w)))
     for found, right in zip((*grads, *twice), exact, strict=True):
-        assert torch.allclose(found, right, rtol=1e-5, atol=1e-7)
+        assert (found - right).norm() < 1e-7 * right.norm()
 
 
 @pytest.mark.parametrize("checkpoints", [None, 1])

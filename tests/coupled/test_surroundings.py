@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -337,3 +338,181 @@ def test_jacobians_in_one_batch(adjoint):
     rows = torch.eye(4, dtype=torch.float64)
     (batched,) = torch.autograd.grad(end, weight, rows, is_grads_batched=True)
     torch.testing.assert_close(batched, torch.stack(each))
+
+
+class Symmetric(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, w):
+        return w.triu() + w.triu(1).mT
+
+
+def parametrised(adjoint, **options) -> nc.CoupledODE:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(linear, "weight", Symmetric())
+    return layer(nn.Sequential(linear, nn.Tanh()), adjoint, **options)
+
+
+@pytest.mark.parametrize("where", ["the forward pass", "both passes"])
+@pytest.mark.parametrize(
+    ("adjoint", "options"),
+    [*((a, {}) for a in [*ADJOINTS, nc.ContinuousAdjoint()]), (nc.DiscreteAdjoint(), ADAPTIVE)],
+    ids=str,
+)
+def test_cached_parametrisations_are_left_out(adjoint, options, where):
+    """theta evolves, gradients arrive, and what is read of the weight outside keeps its own."""
+    results = []
+    for cached in (True, False):
+        made, z0 = parametrised(adjoint, **options), activations().detach()
+        with contextlib.ExitStack() as stack:
+            if cached:
+                stack.enter_context(nn.utils.parametrize.cached())
+            loss = made(z0).square().sum() + made.field.dynamics[0].weight.square().sum()
+            if where == "the forward pass":
+                stack.close()
+            results.append(oracle.gradients(loss, dict(made.named_parameters())))
+    assert oracle.largest_error(*results) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_cached_parametrisations_are_left_out_of_solves(method):
+    linear, results = nn.Linear(3, 3).double(), []
+    nn.utils.parametrize.register_parametrization(linear, "weight", Symmetric())
+    options = {"options": {"first_step": 0.2}} if method == "dopri5" else {}
+    for solver in (nc.odeint_dto, odeint):
+        y0, t = torch.ones(2, 3, dtype=torch.float64), torch.linspace(0, 1, 3, dtype=torch.float64)
+        with nn.utils.parametrize.cached():
+            z = solver(lambda t, y: torch.tanh(linear(y)), y0, t, method=method, **options)
+            loss = z.square().sum() + linear.weight.square().sum()
+            results.append(oracle.gradients(loss, dict(linear.named_parameters())))
+    assert oracle.largest_error(*results) < 1e-8
+
+
+class Conservative(nn.Module):
+    """f that differentiates an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1, bias=False))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            q = z if z.requires_grad else z.detach().requires_grad_()
+            return -torch.autograd.grad(self.net(q).sum(), q, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+def test_torchs_checkpoint_around_a_layer_whose_dynamics_differentiate(adjoint):
+    """It must not run the layer again inside of an evaluation, where theta stands in the place of w0."""
+    made, z0 = layer(Conservative(), adjoint), activations()
+    expected = gradients(made, z0, made.parameters())
+
+    def outside():
+        return gradients(lambda z: checkpoint(made, z, use_reentrant=False), z0, made.parameters())
+
+    if isinstance(adjoint, nc.Backprop):
+        with pytest.raises(ValueError, match=r"inside of its own evaluation: .* use DiscreteAdjoint\(\)"):
+            outside()
+    else:
+        torch.testing.assert_close(outside(), expected)
+
+
+@pytest.mark.parametrize("adjoint", [*ADJOINTS, nc.ContinuousAdjoint()], ids=str)
+def test_replaced_tensors_inside_of_torchs_checkpoint_are_refused(adjoint):
+    """torch recomputes with the module's own: 85% off, without a word."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer(None, adjoint)
+
+        def forward(self, z):
+            return checkpoint(self.layer, z, use_reentrant=False)
+
+    block, z0 = Block(), activations()
+    others = {name: (2 * p).detach().requires_grad_() for name, p in block.named_parameters()}
+    with pytest.raises(ValueError, match=r"replaced for this call, as by functional_call.*leave the checkpoint out"):
+        functional_call(block, others, (z0,))
+    functional_call(block.layer, {name.removeprefix("layer."): p for name, p in others.items()}, (z0,))
+    net = smooth().double()
+    func = Solving(net)
+    replaced = {f"net.{name}": (2 * p).detach().requires_grad_() for name, p in net.named_parameters()}
+    with pytest.raises(ValueError, match=r"replaced for this call"):
+        functional_call(func, replaced, (z0,))
+
+
+class Solving(nn.Module):
+    """A block that solves under torch's checkpoint."""
+
+    def __init__(self, net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, z):
+        t = torch.linspace(0, 1, 3, dtype=torch.float64)
+        return checkpoint(lambda z: nc.odeint_dto(lambda t, y: self.net(y), z, t), z, use_reentrant=False)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_threads_over_layers_that_share_a_module(grad):
+    """Each sees its own weights, and in the end all Parameters are Parameters."""
+    shared = smooth(32)
+    first = layer(nn.Sequential(shared, nn.Tanh()), nc.DiscreteAdjoint())
+    second = layer(nn.Sequential(nn.Tanh(), shared), nc.DiscreteAdjoint())
+    z0, t = activations().detach(), torch.linspace(0, 1, 5, dtype=torch.float64)
+
+    # Read beforehand, as by an optimiser: meanwhile there may be other tensors in their places.
+    parameters = {module: list(module.parameters()) for module in (first, second, shared)}
+
+    def alone(made):
+        return torch.autograd.grad(made(z0).sum(), parameters[made]) if grad else [made(z0).detach()]
+
+    def solved():
+        z = nc.odeint_dto(lambda t, y: shared(y), z0, t, method="rk4")
+        return torch.autograd.grad(z.sum(), parameters[shared]) if grad else [z.detach()]
+
+    tasks = [lambda: alone(first), lambda: alone(second), solved] * 2
+    expected, errors = [task() for task in tasks], []
+
+    def work(i):
+        try:
+            for _ in range(15):
+                torch.testing.assert_close(tasks[i](), expected[i])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not errors, errors
+    assert all(isinstance(p, nn.Parameter) for made in (first, second) for p in made.parameters())
+
+
+def test_a_backward_pass_on_another_thread_does_not_wait_for_who_waits_for_it():
+    """As on autograd's threads: f solves something inside of itself, and differentiates it."""
+    inner = smooth().double()
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, z):
+            with torch.enable_grad():
+                q = z.detach().requires_grad_()
+                inside = nc.odeint_dto(
+                    lambda t, y: self.inner(y), q, torch.linspace(0, 1, 3, dtype=torch.float64), method="rk4"
+                )
+            found = []
+            thread = threading.Thread(target=lambda: found.extend(torch.autograd.grad(inside.sum(), q)), daemon=True)
+            thread.start()
+            thread.join(timeout=60)
+            return found[0]
+
+    made = layer(Outer(), nc.DiscreteAdjoint())
+    with torch.no_grad():
+        assert made(activations().detach()).isfinite().all()
