@@ -668,3 +668,115 @@ def test_times_on_the_host_make_no_device_wait(needs):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(out).all()
+
+
+LATTICE = torch.linspace(0.0, 1.0, 5, **FLOAT64)
+
+
+@given(
+    st.sampled_from(sorted(METHODS)),
+    st.sampled_from(["linear", "cubic"]),
+    st.booleans(),
+    st.sampled_from([None, 1, 2]),
+    st.integers(0, 2**20),
+)
+def test_gradients_in_times_on_the_grid(method, interp, backwards, checkpoints, seed):
+    """An output at a grid point moves along func, as it does on a grid that is much finer: to the method's error."""
+    torch.manual_seed(seed)
+    matrix, probe = torch.randn(3, 3, **FLOAT64) / 2, torch.randn(5, 2, 3, **FLOAT64)
+    y0 = torch.randn(2, 3, **FLOAT64)
+    times = LATTICE.flip(0) if backwards else LATTICE
+
+    def value(t, step):
+        options = {"step_size": step, "interp": interp}
+        z = odeint_dto(
+            lambda t, y: torch.tanh(y @ matrix) * (1 + t),
+            y0,
+            t,
+            method=method,
+            options=options,
+            checkpoints=checkpoints,
+        )
+        return (z * probe).sum()
+
+    t = times.clone().requires_grad_()
+    (found,) = torch.autograd.grad(value(t, 0.25 / 8), t)
+    for j, direction in enumerate(torch.eye(5, **FLOAT64)):
+        moved = [value(times + shift * direction, 0.25 / 64).detach() for shift in (1e-3, -1e-3)]
+        expected = float((moved[0] - moved[1]) / 2e-3)
+        tolerance = 0.1 if method == "euler" else 2e-2
+        assert abs(float(found[j]) - expected) < tolerance * (1 + abs(expected)), j
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_times_below_the_resolution_of_the_state(method):
+    """Where func uses the time it is an error; elsewhere nothing is lost."""
+    far = torch.tensor([1e8, 1e8 + 1.0], **FLOAT64)
+    with pytest.raises(ValueError, match=r"step from t = 100000000\.0 to .* is shorter than torch\.float32 resolves"):
+        odeint_dto(lambda t, y: -y * (t - 1e8), torch.ones(2), far, method=method)
+    near = odeint_dto(lambda t, y: -y, torch.ones(2), far - 1e8, method=method)
+    assert torch.allclose(odeint_dto(lambda t, y: -y, torch.ones(2), far, method=method), near, atol=1e-6)
+    exact = odeint_dto(lambda t, y: -y * (t - 1e8), torch.ones(2, **FLOAT64), far, method=method)
+    assert torch.allclose(exact, odeint_dto(lambda t, y: -y * t, torch.ones(2, **FLOAT64), far - 1e8, method=method))
+
+
+@pytest.mark.parametrize("method", [*METHODS, *ADAPTIVE])
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "grad"])
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+def test_a_function_may_write_into_one_tensor_each_time(method, mode, interp):
+    """What it returned before stays what it was."""
+    if method in ADAPTIVE and interp == "cubic":
+        return
+    slope, y0 = torch.empty(2, **FLOAT64), torch.tensor([1.0, -0.5], **FLOAT64)
+    options = {"step_size": 0.1, "interp": interp} if method in METHODS else {}
+
+    def solve(func):
+        context = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}[mode]
+        with context():
+            return odeint_dto(func, y0, torch.linspace(0, 1, 4, **FLOAT64), method=method, options=options).clone()
+
+    expected = solve(lambda t, y: -y * (1 + t))
+    buffer = slope.clone() if mode != "inference" else torch.inference_mode()(slope.clone)()
+    assert torch.equal(solve(lambda t, y: torch.mul(y, -(1 + t), out=buffer)), expected)
+    assert torch.equal(solve(lambda t, y: buffer.copy_(-y * (1 + t))[:]), expected)
+
+
+@pytest.mark.parametrize("checkpoints", [None, 1])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "bosh3"])
+def test_and_with_a_graph(method, checkpoints):
+    weight = torch.tensor([0.7, 0.3], **FLOAT64, requires_grad=True)
+    y0, t = torch.ones(2, **FLOAT64), torch.linspace(0, 1, 3, **FLOAT64)
+    options = {"first_step": 0.1} if method != "rk4" else {}
+
+    def fresh(t, y):
+        return -y * weight
+
+    def one(t, y):
+        return torch.empty(2, **FLOAT64).copy_(-y * weight)
+
+    found = [
+        torch.autograd.grad(
+            odeint_dto(f, y0, t, method=method, options=options, checkpoints=checkpoints).square().sum(), weight
+        )[0]
+        for f in (fresh, one)
+    ]
+    assert torch.allclose(*found, rtol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_adaptive_solves_under_compile_keep_their_gradients(backend):
+    """torch.compile breaks its graph at them; what needs a gradient gets it, also beside the parameters."""
+    net, context = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double(), []
+
+    def solved(y0):
+        return odeint_dto(lambda t, y: net(y) + context[0], y0, THIRDS.double(), rtol=1e-4, atol=1e-6)
+
+    results = []
+    for f in (torch.compile(solved, backend=backend), solved):
+        torch._dynamo.reset()
+        source = torch.full((3,), 0.3, **FLOAT64, requires_grad=True)
+        context[:] = [torch.tanh(source)]
+        y0 = torch.ones(2, 3, **FLOAT64, requires_grad=True)
+        wanted = [y0, source, *net.parameters()]
+        results.append(torch.autograd.grad(f(y0).square().sum(), wanted))
+    assert_same(results[0], results[1], 1e-9)
