@@ -3,10 +3,10 @@
     python -m tests.helpers.processes train ...
 
 A module of its own, because every process of a run starts this program again. What it does is chosen by environment
-variables: ``RECORD`` (a folder, for the first gradients of every process and its weights after each epoch, and for whether
-it still belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as ``SIGKILL`` to this
-process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process alone at every
-step).
+variables: ``RECORD`` (a folder, for the first gradients of every process and its weights after each epoch, and for
+whether it still belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as
+``SIGKILL`` to this process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process
+alone at every step).
 """
 
 from __future__ import annotations

@@ -79,14 +79,23 @@ def test_state_dicts_of_earlier_versions_give_their_outputs(name):
     assert float(outputs.std()) > 0.1
 
 
+EXPERIMENT = Experiment(variant="anodev2-2", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with two finished runs of one epoch: of `EXPERIMENT`, and of a larger model."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(EXPERIMENT, folder / "ours")
+    train(replace(EXPERIMENT, model="resnet10", variant="anodev2-1"), folder / "other")
+    return folder
+
+
 @pytest.fixture
-def runs(tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
-    """Two finished runs of one epoch: of ``anodev2-2``, whose experiment it is, and of a larger model."""
-    experiment = Experiment(variant="anodev2-2", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1)
-    ours, other = RunFolder(tmp_path / "ours"), RunFolder(tmp_path / "other")
-    train(experiment, ours)
-    train(replace(experiment, model="resnet10", variant="anodev2-1"), other)
-    return experiment, ours, other
+def runs(trained, tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
+    """The experiment and copies of the two runs, to be damaged."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return EXPERIMENT, RunFolder(tmp_path / "ours"), RunFolder(tmp_path / "other")
 
 
 def test_a_checkpoint_says_whose_weights_it_holds(runs):
