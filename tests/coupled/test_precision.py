@@ -150,6 +150,8 @@ def test_scaled_gradients_come_back_unscaled_and_a_scale_that_overflows_skips_th
 
 def compiled_and_eager(tmp_path, monkeypatch, backend: str, **options) -> None:
     torch._dynamo.reset()
+    # As many images to train on as to test on: batches of other sizes are compiled anew.
+    options = {"validation": DIGITS.limit, **options}
     monkeypatch.setattr(building, "compile_model", partial(building.compile_model, backend=backend))
     eager, weights = trained(replace(DIGITS, **options), tmp_path / "eager")
     compiled, others = trained(replace(DIGITS, compile=True, **options), tmp_path / "compiled")
