@@ -6,6 +6,7 @@ imported by the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
@@ -298,11 +299,13 @@ def main() -> None:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """What is raised here is the user's to mend: one line, and no traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _stop(error, BAD_INPUT)
+    """What is raised here is the user's to mend: one line, and no traceback. Warnings are one line each, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _warning
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            _stop(error, BAD_INPUT)
 
 
 @contextmanager
@@ -317,9 +320,17 @@ def _interruptible(advice: str) -> Iterator[None]:
             _stop(f"{error}: {advice}", error.exit_code)
 
 
+def _warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    err.print(f"[yellow]warning:[/yellow] {_in_one_line(message)}", soft_wrap=True)
+
+
 def _stop(error: Exception | str, code: int) -> NoReturn:
-    err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+    err.print(f"[red]error:[/red] {_in_one_line(error)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _in_one_line(said: object) -> str:
+    return escape(" ".join(str(said).split()))
 
 
 def _line(text: str) -> None:

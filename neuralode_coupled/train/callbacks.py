@@ -134,11 +134,16 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises OSError that names ``path``."""
+        """Write it with its checksums, which `weights_file.read` looks at. Raises OSError that names ``path``."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft(path) as beside, beside.open("wb") as file:
-            torch.save(checkpoint, file)
+        chosen = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            with draft(path) as beside, beside.open("wb") as file:
+                torch.save(checkpoint, file)
+        finally:
+            torch.serialization.set_crc32_options(chosen)
 
 
 class OwnSignals(pl.Callback):

@@ -42,6 +42,16 @@ def test_train_says_how_it_went_and_does_not_repeat(quick, tmp_path):
     assert "epoch 1/1" not in again.stdout
 
 
+@pytest.mark.filterwarnings("always::UserWarning")  # as for a user: here it would be an error
+def test_links_among_the_images_are_told_in_one_line(quick, tmp_path):
+    train = tmp_path / "images" / "train"
+    (train / "class0" / "up").symlink_to(train)
+    done = run("train", "--variant", "baseline", *quick, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warning: '{train}': 1 link was passed over")
+
+
 @pytest.mark.parametrize(
     ("adjoint", "method", "words"),
     [
