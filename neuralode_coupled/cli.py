@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 from neuralode_coupled import __version__
 from neuralode_coupled._extras import needs
 from neuralode_coupled.train.experiment import Experiment
-from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.folder import NotWritten, RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
 from neuralode_coupled.train.result import Result
 
@@ -159,7 +159,7 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool)
         if error.explained:
             raise typer.Exit(FAILED) from error
         _stop(error, FAILED)
-    except (Diverged, NonFiniteWeights, FolderNotShared) as error:
+    except (Diverged, NonFiniteWeights, FolderNotShared, NotWritten) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
         _line(f"{_accuracies(result)}; see {run.path}")
@@ -285,11 +285,13 @@ def transport(
         outcome = done.get(name)
         if outcome is None:
             outcome = problem.learn(name, config, report=_line)
-            problem.save(outcome, folder)
+            with _bad_input():  # the disk may be full by now
+                problem.save(outcome, folder)
         outcomes.append(outcome)
     out.print(problem.table(outcomes))
-    for path in problem.draw(folder, outcomes):
-        _line(str(path))
+    with _bad_input():
+        for path in problem.draw(folder, outcomes):
+            _line(str(path))
 
 
 def main() -> None:

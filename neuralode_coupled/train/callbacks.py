@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -141,9 +141,19 @@ class AtomicCheckpoints(TorchCheckpointIO):
         torch.serialization.set_crc32_options(True)
         try:
             with draft(path) as beside, beside.open("wb") as file:
-                torch.save(checkpoint, file)
+                _save(checkpoint, file)
         finally:
             torch.serialization.set_crc32_options(chosen)
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save; a file that takes no more raises OSError, over which torch puts a RuntimeError of its own."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class OwnSignals(pl.Callback):

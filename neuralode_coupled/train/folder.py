@@ -29,6 +29,16 @@ from neuralode_coupled.train.result import Result
 _SHOWN = 3
 
 
+class NotWritten(OSError):
+    """A run's files cannot be written: the disk is full, say."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"the files in {path} cannot be written ({error}): make room, or mend what else is wrong there, "
+            "and continue the run with --resume"
+        )
+
+
 class RunFolder:
     """The files of one run.
 

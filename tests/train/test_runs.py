@@ -171,7 +171,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match=rf"disk full: '{path}'"):
+    with pytest.raises(OSError, match=rf"disk full: '{path}'$"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
