@@ -11,11 +11,21 @@ from torch import Tensor, nn
 
 Times = Sequence[float] | Tensor
 
+_LONGEST = 100
+
 
 def some(names: Sequence[str], most: int) -> str:
     """The first ``most`` names, and how many there are besides."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def shown(value: object) -> str:
+    """A value in a message, in a line: the numbers of a tensor would be hundreds."""
+    if isinstance(value, Tensor):
+        return f"a Tensor of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def check_model(model: object) -> None:

@@ -282,3 +282,27 @@ def test_general_purpose_solvers_are_told_what_they_cannot_integrate():
     by_step = nc.CoupledField(nn.Sequential(nn.Conv2d(3, 3, 1), nc.PerStep(nn.BatchNorm2d(3), 2)), nc.Static())
     with pytest.raises(ValueError, match=r"does not say which step it is in: use nc\.solve"):
         by_step(torch.zeros(()), by_step.initial_state(z0))
+
+
+@pytest.mark.parametrize(
+    ("q", "got"),
+    [
+        (lambda t, w: -w, r"q\(t, w\), got a Tensor of shape \(16, 16, 3, 3\): "),
+        (lambda t, w: torch.cos(t) * w, r"raised TypeError \(.*\): "),
+        (lambda t, w: t.cos() * w, r"raised AttributeError \(.*\): "),
+        (lambda w: -w, r"raised TypeError \(.*positional argument.*\): "),
+        (lambda name, w: list(range(10**5)), r"q\(t, w\), got \[0, 1, 2, .{,100}: "),
+    ],
+)
+def test_a_function_in_place_of_an_operator_is_told_in_one_line(q, got):
+    """A q of (t, w) has to be a module, with parameters of its own; what it gave was printed, all of its numbers."""
+    advice = r"a function is asked \(name, weight\) .*an nn\.Module with forward\(t, w\)$"
+    with pytest.raises(TypeError, match=rf"^[^\n]*the (evolution )?operator of '0\.weight'.*{got}{advice}"):
+        nc.models.build("resnet4", "anodev2-1", evolution=q)
+
+
+def test_other_values_are_told_in_one_line():
+    with pytest.raises(TypeError, match=r"'weight' must be .* q\(t, w\), got <function .*an nn\.Module with forward"):
+        nc.CoupledField(nn.Linear(2, 2), {"weight": lambda t, w: -w})
+    with pytest.raises(TypeError, match=r"got a Tensor of shape \(200,\)$"):
+        nc.CoupledField(nn.Linear(2, 2), torch.zeros(200))
