@@ -100,6 +100,10 @@ def test_train_continues_an_unfinished_run_only_with_resume(quick, tmp_path):
         (["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp_spawn"], "strategy 'ddp_spawn'"),
         (["--threads", "100000"], "threads must be at most the number of CPU cores, "),
         (["--lr", "1e300"], "lr must be at most 3.4"),
+        (
+            ["--method", "dopri5", "--compile"],
+            "cannot be compiled: leave compile out (--compile), or choose a method of",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, options, message):
