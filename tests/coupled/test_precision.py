@@ -179,7 +179,8 @@ def test_what_cannot_be_compiled_is_refused_before_the_first_step(tmp_path):
         prepare(replace(DIGITS, variant="node", compile=True), RunFolder(tmp_path / "run"))
     message = (
         r"^layer 3 is solved by 'dopri5', which chooses its steps anew each time and cannot be compiled: "
-        r"leave compile out \(--compile\), or choose a method of fixed steps, as in method='rk4', steps=4 \(--method rk4 --steps 4\)$"
+        r"leave compile out \(--compile\), or choose a method of fixed steps, as in method='rk4', steps=4 "
+        r"\(--method rk4 --steps 4\)$"
     )
     for adjoint in (None, "backprop"):
         with pytest.raises(ValueError, match=message):
