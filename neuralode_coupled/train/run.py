@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,8 @@ def prepare(
         lock = _lock_what_is_there(experiment, folder, resume, failing) if first else None
         done = finished_epochs(folder, classifier) if resume else 0
         data.prepare_data()
+        if not first:
+            warnings.simplefilter("ignore", UserWarning)  # of the images: the first process says so
         data.setup()
         if first:
             lock = _claim(experiment, folder, data, done, lock, failing)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from neuralode_coupled.train import Experiment, RunFolder, building, data
 from neuralode_coupled.train.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
 from neuralode_coupled.train.run import prepare
 from tests.helpers import processes
+from tests.helpers.images import image_folder
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--limit", "64", "--epochs", "2", "--lr", "0.05", "--precision", "64-true", "--accelerator", "cpu"]
@@ -228,6 +230,18 @@ def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, 
     made = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
     tolerate_unused_parameters(made)
     assert made.strategy._ddp_kwargs["find_unused_parameters"] is tolerant
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_links_among_the_images_one_process_tells(tmp_path, monkeypatch, first):
+    root = image_folder(tmp_path / "images", train=2, test=1)
+    (root / "train" / "class0" / "up").symlink_to(root)
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", first)
+    experiment = Experiment(variant="baseline", data="folder", data_root=str(root), accelerator="cpu")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepare(experiment, RunFolder(tmp_path / "run"))
+    assert ["1 link was passed over" in str(warning.message) for warning in told] == [True] * first
 
 
 def test_more_processes_than_cores_are_refused(tmp_path):
