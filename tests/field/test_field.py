@@ -307,3 +307,9 @@ def test_other_values_are_told_in_one_line():
         nc.CoupledField(nn.Linear(2, 2), {"weight": lambda t, w: -w})
     with pytest.raises(TypeError, match=r"got a Tensor of shape \(200,\)$"):
         nc.CoupledField(nn.Linear(2, 2), torch.zeros(200))
+    with pytest.raises(TypeError, match=r"kernel must be a time kernel .*, got a Tensor of shape \(200, 9\)$"):
+        nc.CoupledField(nn.Linear(2, 2), nc.Static(), torch.zeros(200, 9))
+    with pytest.raises(ValueError, match=r"steps must be a whole number.*, got a Tensor of shape \(200,\)$"):
+        nc.CoupledODE(nn.Linear(2, 2), steps=torch.ones(200))
+    with pytest.raises(TypeError, match=r"t must be a row of numbers.*, got a Tensor of shape \(99, 2\)$"):
+        nc.CoupledODE(nn.Linear(2, 2), steps=2, t=torch.ones(99, 2))
