@@ -11,11 +11,21 @@ from torch import Tensor, nn
 
 Times = Sequence[float] | Tensor
 
+_LONGEST = 100
+
 
 def some(names: Sequence[str], most: int) -> str:
     """The first ``most`` names, and how many there are besides."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def shown(value: object) -> str:
+    """A value in a message, in a line: the numbers of a tensor can be hundreds of lines."""
+    text = " ".join(repr(value).split())
+    if len(text) <= _LONGEST:
+        return text
+    return f"a Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{text[: _LONGEST - 3]}..."
 
 
 def check_model(model: object) -> None:
@@ -32,14 +42,14 @@ def is_whole(value: object) -> bool:
 def whole(name: str, value: int, least: int = 1) -> int:
     """A whole number of at least ``least``; raises ValueError for others."""
     if not is_whole(value) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
 
 def positive(name: str, value: float) -> float:
     """A positive finite number; raises TypeError for what is no number, ValueError for others."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {name}={value!r}")
     return value
@@ -61,7 +71,7 @@ def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
     try:
         values = tuple([float(value) for value in (t.tolist() if isinstance(t, Tensor) else t)])
     except (TypeError, ValueError) as error:
-        raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {t!r}") from error
+        raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {shown(t)}") from error
     if not all(map(math.isfinite, values)):
         raise ValueError(f"t must hold finite times, got {list(values)}: give numbers in place of nan and inf")
     rising = [b > a for a, b in pairwise(values)]

@@ -24,7 +24,7 @@ def draft(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             beside.unlink()
         if isinstance(error, OSError) and error.errno is not None:
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

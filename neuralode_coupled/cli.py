@@ -6,6 +6,7 @@ imported by the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 from neuralode_coupled import __version__
 from neuralode_coupled._extras import needs
 from neuralode_coupled.train.experiment import Experiment
-from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.folder import NotWritten, RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
 from neuralode_coupled.train.result import Result
 
@@ -158,7 +159,7 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool)
         if error.explained:
             raise typer.Exit(FAILED) from error
         _stop(error, FAILED)
-    except (Diverged, NonFiniteWeights, FolderNotShared) as error:
+    except (Diverged, NonFiniteWeights, FolderNotShared, NotWritten) as error:
         _stop(error, FAILED)
     if ready.trainer.is_global_zero:
         _line(f"{_accuracies(result)}; see {run.path}")
@@ -284,11 +285,13 @@ def transport(
         outcome = done.get(name)
         if outcome is None:
             outcome = problem.learn(name, config, report=_line)
-            problem.save(outcome, folder)
+            with _bad_input():  # the disk may be full by now
+                problem.save(outcome, folder)
         outcomes.append(outcome)
     out.print(problem.table(outcomes))
-    for path in problem.draw(folder, outcomes):
-        _line(str(path))
+    with _bad_input():
+        for path in problem.draw(folder, outcomes):
+            _line(str(path))
 
 
 def main() -> None:
@@ -298,11 +301,13 @@ def main() -> None:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """What is raised here is the user's to mend: one line, and no traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        _stop(error, BAD_INPUT)
+    """What is raised here is the user's to mend: one line, and no traceback. Warnings are one line each, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _warning
+        try:
+            yield
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            _stop(error, BAD_INPUT)
 
 
 @contextmanager
@@ -317,9 +322,17 @@ def _interruptible(advice: str) -> Iterator[None]:
             _stop(f"{error}: {advice}", error.exit_code)
 
 
+def _warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    err.print(f"[yellow]warning:[/yellow] {_in_one_line(message)}", soft_wrap=True)
+
+
 def _stop(error: Exception | str, code: int) -> NoReturn:
-    err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+    err.print(f"[red]error:[/red] {_in_one_line(error)}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _in_one_line(said: object) -> str:
+    return escape(" ".join(str(said).split()))
 
 
 def _line(text: str) -> None:

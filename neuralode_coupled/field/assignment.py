@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import shown
 from neuralode_coupled.evolution import EvolutionOperator
 
 Evolution = nn.Module | Mapping[str, nn.Module] | Callable[[str, Tensor], nn.Module]
@@ -48,14 +49,12 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
         if isinstance(choose, nn.Module):
             operator = copy.deepcopy(choose)
         elif callable(choose) and not isinstance(choose, type):
-            operator = choose(name, weight)
+            operator = _asked(choose, name, weight)
         else:
             raise TypeError(
                 "evolution must be an operator such as nc.ReactionDiffusionAdvection() (an instance, not the class), a "
-                f"mapping from names to operators or a function (name, weight) -> operator, got {evolution!r}"
+                f"mapping from names to operators or a function (name, weight) -> operator, got {shown(evolution)}"
             )
-        if not isinstance(operator, nn.Module):
-            raise TypeError(f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {operator!r}")
         try:
             operators[name] = operator.bind(weight) if isinstance(operator, EvolutionOperator) else operator
         except ValueError as error:
@@ -63,6 +62,23 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
     if by_pattern is not None:
         by_pattern.check()
     return operators
+
+
+def _asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor) -> nn.Module:
+    """The operator that a function has for a parameter. Raises TypeError for a function that is q(t, w) itself."""
+    advice = (
+        "a function is asked (name, weight) for an operator, and a q of your own is an nn.Module with forward(t, w)"
+    )
+    try:
+        operator = choose(name, weight)
+    except (TypeError, AttributeError) as error:
+        what = f"evolution, asked for the operator of {name!r}, raised {type(error).__name__}"
+        raise TypeError(f"{what} ({shown(error)}): {advice}") from error
+    if not isinstance(operator, nn.Module):
+        raise TypeError(
+            f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {shown(operator)}: {advice}"
+        )
+    return operator
 
 
 class ByPattern:

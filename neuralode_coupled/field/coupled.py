@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
+from neuralode_coupled._checks import shown
 from neuralode_coupled._substitution import DynamicsError, alone, call, places, running, untouched
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
@@ -61,7 +62,7 @@ class CoupledField(nn.Module):
             raise TypeError(f"dynamics must be an nn.Module f(z) or f(t, z), got {type(dynamics).__name__}")
         kernel = Dirac() if kernel is None else kernel
         if not isinstance(kernel, TimeKernel):
-            raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {kernel!r}")
+            raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {shown(kernel)}")
         self.dynamics = dynamics
         self.kernel: TimeKernel = kernel
         self.takes_time = _takes_time(dynamics)

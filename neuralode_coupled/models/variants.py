@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from neuralode_coupled._checks import choice
+from neuralode_coupled._checks import choice, positive, whole
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
@@ -123,12 +123,21 @@ def build(
         classes: the number of logits.
 
     Raises:
-        ValueError: for an unknown name, variant or part of the dynamics, or what `CoupledODE` cannot solve.
+        TypeError: for tolerances that are no numbers.
+        ValueError: for an unknown name, variant or part of the dynamics, for channels, classes or steps that are no
+            whole numbers of at least 1, or what `CoupledODE` cannot solve.
     """
     choice("model", name, NETWORKS)
     choice("variant", variant, VARIANTS)
     chosen = VARIANTS[variant]
-    choice("method", method, (*METHODS, *ADAPTIVE))  # for the baseline too, which has no use for one
+    # For the baseline too, which has no use for some of them.
+    choice("method", method, (*METHODS, *ADAPTIVE))
+    for what, count in (("channels", channels), ("classes", classes), ("steps", steps)):
+        if count is not None:
+            whole(what, count)
+    for what, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is not None:
+            positive(what, tolerance)
 
     def block(branch: Branch) -> nn.Module:
         if dynamics is not None:

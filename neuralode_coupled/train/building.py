@@ -13,6 +13,7 @@ from torch import nn
 import neuralode_coupled as nc
 from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
 from neuralode_coupled.models.networks import Residual
+from neuralode_coupled.runge_kutta import ADAPTIVE
 from neuralode_coupled.train.data import ImageData
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.image_sources import source
@@ -87,9 +88,16 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     """Have torch compile the whole model, at its first forward pass, in place: its parameters keep their names.
 
-    Raises ValueError for gradient methods that cannot be compiled.
+    Raises ValueError for gradient methods that cannot be compiled, and methods that choose their steps: of these every
+    length of a step would be compiled anew.
     """
     for name, layer in nc.models.coupled_layers(model).items():
+        if layer.method in ADAPTIVE:
+            raise ValueError(
+                f"layer {name} is solved by {layer.method!r}, which chooses its steps anew each time and cannot be "
+                "compiled: leave compile out (--compile), or choose a method of fixed steps, as in method='rk4', "
+                "steps=4 (--method rk4 --steps 4)"
+            )
         if not _compiles(layer.adjoint):
             raise ValueError(
                 f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete, discrete-last "

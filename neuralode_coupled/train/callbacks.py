@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -134,11 +134,26 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Raises OSError that names ``path``."""
+        """Write it with its checksums, which `weights_file.read` looks at. Raises OSError that names ``path``."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft(path) as beside, beside.open("wb") as file:
-            torch.save(checkpoint, file)
+        chosen = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(True)
+        try:
+            with draft(path) as beside, beside.open("wb") as file:
+                _save(checkpoint, file)
+        finally:
+            torch.serialization.set_crc32_options(chosen)
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save; a file that takes no more raises OSError, over which torch puts a RuntimeError of its own."""
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 class OwnSignals(pl.Callback):

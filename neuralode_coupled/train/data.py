@@ -43,7 +43,8 @@ class ImageData(pl.LightningDataModule):
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 images, embedded), ``"cifar10"`` (downloaded to ``root``) or
-            ``"folder"`` (``root/{train,test}/<class>/*``, resized to 32x32).
+            ``"folder"`` (``root/{train,test}/<class>/*``, resized to 32x32: regular files, at any depth; links are not
+            followed, and a warning says how many there were).
         root: where the images are; not for digits.
         batch_size: images a batch on each device; by default 64 for digits, else 256.
         limit: use only so many training images, every class in proportion; all by default. The choice does not depend
@@ -57,8 +58,8 @@ class ImageData(pl.LightningDataModule):
         class_names: their names, in the order of the labels.
 
     Raises:
-        ValueError: for an unknown name, a folder that is missing or has no ``train``/``test`` with equal classes, or a
-            limit or batch size that cannot be met.
+        ValueError: for an unknown name, a folder that is missing or has no ``train``/``test`` with equal classes (none
+            of them a link), or a limit or batch size that cannot be met.
         ImportError: if torchvision is needed and does not work.
         ConnectionError: from `prepare_data`, if CIFAR-10 cannot be downloaded.
     """
@@ -97,8 +98,9 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Decode the images, once.
 
-        Raises ValueError for more images than there are (``limit``, ``validation``), or an image that is broken, has
-        more than 8 bits a channel, or would be left out because of its extension.
+        Warns of links and other things that are passed over. Raises ValueError for more images than there are
+        (``limit``, ``validation``), or an image that is broken, has more than 8 bits a channel, or would be left out
+        because of its extension; OSError for a folder that cannot be read.
         """
         if self.train is None:
             kept_back = self.validation

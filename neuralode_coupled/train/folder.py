@@ -29,6 +29,16 @@ from neuralode_coupled.train.result import Result
 _SHOWN = 3
 
 
+class NotWritten(OSError):
+    """A run's files cannot be written: the disk is full, say."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"the files in {path} cannot be written ({error}): make room, or mend what else is wrong there, "
+            "and continue the run with --resume"
+        )
+
+
 class RunFolder:
     """The files of one run.
 
@@ -75,14 +85,27 @@ class RunFolder:
             ) from error
 
     def result(self) -> Result | None:
-        """The result; None for a run that is not finished, or was killed while it wrote its result."""
+        """The result; None for a run that is not finished, or was killed while it wrote its result.
+
+        Raises ValueError, which names the field, for a result with something else than its numbers.
+        """
+        path = self.path / "result.json"
         try:
-            return Result(**json.loads((self.path / "result.json").read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+            content = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
             return None
+        try:
+            return Result.parsed(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete it, and continue the run with --resume, which writes it again"
+            ) from error
 
     def check(self, experiment: Experiment, *, resume: bool) -> None:
-        """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``)."""
+        """Raise ValueError unless the folder is free or holds this experiment (unfinished only to ``resume``).
+
+        A result that is damaged is refused too.
+        """
         there = self.experiment()
         if there is None:
             if self.path.is_file() or (self.path.is_dir() and not all(map(self._is_left, self.path.iterdir()))):
@@ -93,7 +116,8 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds another experiment's run ({'; '.join(differences)}): choose another folder"
             )
-        if not resume and self.result() is None:
+        unfinished = self.result() is None
+        if unfinished and not resume:
             raise ValueError(
                 f"{self.path} holds an unfinished run: continue it with --resume, or choose another folder"
             )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Int, UInt8
@@ -191,28 +194,73 @@ def _folder_class_names(root: Path | None) -> tuple[str, ...]:
 def _subfolders(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(f"there is no {folder.name!r} in {str(folder.parent)!r}: it must hold train/ and test/")
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if folder.is_symlink():
+        raise ValueError(f"{str(folder)!r} is a link, and links are not followed: put the folder itself there")
+    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()))
     if not names:
-        raise ValueError(f"{str(folder)!r} has no classes: put the images into one folder a class, <class>/*")
+        raise ValueError(
+            f"{str(folder)!r} has no classes: put the images into one folder a class, <class>/* "
+            "(links are not followed)"
+        )
     return names
 
 
 def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     assert root is not None
-    datasets = _torchvision_datasets()
-    try:
-        dataset = datasets.ImageFolder(str(root / split), is_valid_file=_is_taken)
-    except FileNotFoundError as error:  # a class without images: torchvision's message names it
-        extensions = ", ".join(datasets.folder.IMG_EXTENSIONS)
-        raise ValueError(f"{error}in {str(root / split)!r}: images have the extensions {extensions}") from error
-    labels = torch.tensor(dataset.targets)
+    found, classes = _files(root / split), _folder_class_names(root)
+    images = [(path, label) for label, name in enumerate(classes) for path in found[name] if _is_taken(path)]
+    labels = torch.tensor([label for _, label in images], dtype=torch.int64)
+    counts = labels.bincount(minlength=len(classes)).tolist()
+    empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if empty:
+        extensions = ", ".join(_torchvision_datasets().folder.IMG_EXTENSIONS)
+        raise ValueError(
+            f"there are no images of the classes {', '.join(empty)} in {str(root / split)!r}: "
+            f"images have the extensions {extensions}"
+        )
     chosen = choose(labels)
-    paths = [dataset.samples[i][0] for i in chosen.tolist()]
+    paths = [images[i][0] for i in chosen.tolist()]
     pixels = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
         for i, image in enumerate(pool.map(_decode, paths)):
             pixels[i] = torch.from_numpy(image)
     return ImageSet(pixels, labels[chosen])
+
+
+def _files(split: Path) -> dict[str, list[str]]:
+    """The regular files of each class, in order, the folders within it included.
+
+    Links are not followed: one to a parent would never end, one to another class would give its images two labels.
+    Warns, in one line, of what was passed over. Raises OSError for a folder that cannot be read.
+    """
+    files: dict[str, list[str]] = {}
+    links = others = 0
+    for folder, inner, names in sorted(os.walk(split, onerror=_cannot_read)):
+        found = files.setdefault(Path(folder).relative_to(split).parts[0], []) if folder != str(split) else []
+        for name in sorted([*inner, *names]):
+            mode = os.lstat(path := os.path.join(folder, name)).st_mode
+            if stat.S_ISREG(mode):
+                found.append(path)
+            links += stat.S_ISLNK(mode)
+            others += not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))
+    if links or others:
+        counts = [_counted(links, "link")] if links else []
+        counts += [f"{_counted(others, 'other thing')} that {'is' if others == 1 else 'are'} no file"] if others else []
+        were = "was" if links + others == 1 else "were"
+        warnings.warn(
+            f"{str(split)!r}: {' and '.join(counts)} {were} passed over: images are files in folders of their own, "
+            "copy them there if they are wanted",
+            stacklevel=2,
+        )
+    return files
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _cannot_read(error: OSError) -> NoReturn:
+    raise error
 
 
 _CLIPPED = ("I", "F")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from neuralode_coupled._checks import is_whole, some
 from neuralode_coupled._types import Row
 
 
@@ -40,6 +42,22 @@ class Result:
     precision: str
 
     @staticmethod
+    def parsed(content: Any) -> Result:
+        """Make one of what JSON has made of a result. Raises ValueError that names the field that is wrong."""
+        if not isinstance(content, dict):
+            raise ValueError(f"it is {content!r}")
+        known = {field.name: str(field.type) for field in fields(Result)}
+        missing = [name for name in known if name not in content]
+        if missing:
+            raise ValueError(f"it has no {some(missing, 1)}")
+        unknown = [name for name in content if name not in known]
+        if unknown:
+            raise ValueError(f"it has a field {unknown[0]!r}, which no result has")
+        for name, value in content.items():
+            _check(name, value, known[name])
+        return Result(**content)
+
+    @staticmethod
     def summarise(rows: Sequence[Row], **costs: Any) -> Result:
         """The result of a run with these epochs; ``costs`` are the other attributes."""
         accuracies = [row["test/accuracy"] for row in rows]
@@ -51,3 +69,18 @@ class Result:
             epochs=len(rows),
             **costs,
         )
+
+
+def _check(name: str, value: Any, kind: str) -> None:
+    if kind == "str":
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}, not a text")
+        return
+    if kind == "int" and not is_whole(value):
+        raise ValueError(f"{name} is {value!r}, not a whole number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, not a number")
+    if value < 0:
+        raise ValueError(f"{name} is {value!r}, below 0")
+    if name.endswith("accuracy") and value > 1:
+        raise ValueError(f"{name} is {value!r}, not a fraction")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,20 @@ from neuralode_coupled.train.building import build_classifier, build_data, funct
 from neuralode_coupled.train.callbacks import Report
 from neuralode_coupled.train.data import ImageData
 from neuralode_coupled.train.experiment import Experiment
-from neuralode_coupled.train.folder import RunFolder, as_folder
+from neuralode_coupled.train.folder import NotWritten, RunFolder, as_folder
 from neuralode_coupled.train.learner import Classifier
 from neuralode_coupled.train.loading import finished_epochs
 from neuralode_coupled.train.locks import Lock
 from neuralode_coupled.train.processes import together
 from neuralode_coupled.train.result import Result
-from neuralode_coupled.train.trainer import build_trainer, device_name, log_epochs, versions, without_idle_warnings
+from neuralode_coupled.train.trainer import (
+    build_trainer,
+    device_name,
+    log_epochs,
+    one_error_of_tensorboard,
+    versions,
+    without_idle_warnings,
+)
 
 with needs("train"):
     import pytorch_lightning as pl
@@ -46,13 +54,18 @@ class Training:
 
         Raises:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
+            NotWritten: an OSError, if the files of the run cannot be written; those of earlier epochs are kept.
             FolderNotShared: in a process that does not see what the run is resumed from.
             ProcessLost: in the other processes, if one has raised an error, or is gone.
             Interrupted: as the signal handlers of `interruptible` do, within it.
         """
         try:
-            with together(self.trainer, self.folder.failure), without_idle_warnings():
+            with together(self.trainer, self.folder.failure), without_idle_warnings(), one_error_of_tensorboard():
                 return self._run()
+        except OSError as error:
+            if error.errno is None or isinstance(error, ConnectionError | TimeoutError):  # of other processes
+                raise
+            raise NotWritten(self.folder.path, error) from error
         finally:
             if self.lock is not None:
                 self.lock.release()
@@ -123,6 +136,8 @@ def prepare(
         lock = _lock_what_is_there(experiment, folder, resume, failing) if first else None
         done = finished_epochs(folder, classifier) if resume else 0
         data.prepare_data()
+        if not first:
+            warnings.simplefilter("ignore", UserWarning)  # of the images: the first process says so
         data.setup()
         if first:
             lock = _claim(experiment, folder, data, done, lock, failing)

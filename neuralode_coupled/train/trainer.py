@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,6 +112,23 @@ def without_idle_warnings() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def one_error_of_tensorboard() -> Iterator[None]:
+    """Without the traceback of its thread when that cannot write: it raises the error again at the next call of it."""
+    hook = threading.excepthook
+
+    def leave_out(failed: threading.ExceptHookArgs) -> None:
+        writer = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (writer and isinstance(failed.exc_value, OSError)):
+            hook(failed)
+
+    threading.excepthook = leave_out
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def _check_processes(experiment: Experiment, trainer: pl.Trainer) -> None:

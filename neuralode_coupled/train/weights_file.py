@@ -10,6 +10,8 @@ of it, from which training is resumed, goes by Lightning's own rules.
 from __future__ import annotations
 
 import pickle
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,32 @@ _SHOWN = 3
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint file, on the CPU. Raises ValueError for one that is damaged, or something else."""
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged, or no checkpoint ({' '.join(str(error).split())[:100]}): delete it, and train again"
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path} is no checkpoint of a training run: it has no 'state_dict'")
     return content
+
+
+_FOLDER = 0x10
+"""The mark of a folder among the attributes of a part of a zip file: torch gives memory as it finds it for one."""
+
+
+def _check_sums(path: Path) -> None:
+    """Raise ValueError for a zip file whose parts are not what was written: torch itself does not look."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as file:
+            part = next((i.filename for i in file.infolist() if i.external_attr & _FOLDER), None) or file.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ValueError(error) from error
+    if part is not None:
+        raise ValueError(f"its part {part} is not what was written")
 
 
 def check(path: Path, content: Mapping[str, Any], module: nn.Module, wanted: Mapping[str, Any]) -> None:

@@ -64,13 +64,14 @@ def test_the_solution_is_that_of_a_fine_fixed_grid(kernel, operator, method, dyn
     z0 = torch.randn(2, 3, dtype=torch.float64)
     found = nc.solve(field, z0, t, method=method, rtol=1e-8, atol=1e-10)
     # The kernels with memory err at second order in the weight step there.
-    fine = nc.solve(field, z0, t, steps=60, method="rk4", weight_steps=2400 if field.kernel.memory else 360)
+    fine = nc.solve(field, z0, t, steps=36, method="rk4", weight_steps=720 if field.kernel.memory else 216)
     assert found.z.shape == (4, 2, 3)
     torch.testing.assert_close(found.z, fine.z, rtol=1e-4, atol=1e-4)
     at = [0.0, 0.25, 0.9, 1.2]
     at = at[::-1] if t[0] > t[-1] else at
+    expected = fine.weights(at)
     for name, weights in found.weights(at).items():
-        torch.testing.assert_close(weights, fine.weights(at)[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=12)
@@ -80,17 +81,17 @@ def test_the_solution_is_that_of_a_fine_fixed_grid(kernel, operator, method, dyn
     checkpoints=st.sampled_from([None, 1, 3]),
 )
 def test_gradients_agree(kernel, operator, checkpoints):
-    """DTO is torchdiffeq's own unrolled gradient but for the step lengths, which converge with the tolerance."""
+    """DTO and unrolled autograd take the same steps; the continuous adjoint converges to them with its tolerances."""
     found = {}
     field = make_field(kernel, operator)
     z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, 3, dtype=torch.float64)
     tensors = {"z0": z0, **dict(field.named_parameters())}
-    for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(checkpoints), nc.ContinuousAdjoint(1e-11, 1e-13)):
-        z = nc.solve(field, z0, method="dopri5", rtol=1e-10, atol=1e-12, adjoint=adjoint).z
+    for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(checkpoints), nc.ContinuousAdjoint()):
+        z = nc.solve(field, z0, method="dopri5", rtol=1e-8, atol=1e-10, adjoint=adjoint).z
         found[type(adjoint)] = gradients((z * probe).sum(), tensors)
-    assert largest_error(found[nc.DiscreteAdjoint], found[nc.Backprop]) < 1e-6
-    assert largest_error(found[nc.ContinuousAdjoint], found[nc.Backprop]) < 1e-6
+    assert largest_error(found[nc.DiscreteAdjoint], found[nc.Backprop]) < 1e-12
+    assert largest_error(found[nc.ContinuousAdjoint], found[nc.Backprop]) < 1e-5
 
 
 def test_the_gradient_is_that_of_the_accepted_steps():

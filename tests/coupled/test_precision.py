@@ -150,6 +150,8 @@ def test_scaled_gradients_come_back_unscaled_and_a_scale_that_overflows_skips_th
 
 def compiled_and_eager(tmp_path, monkeypatch, backend: str, **options) -> None:
     torch._dynamo.reset()
+    # As many images to train on as to test on: batches of other sizes are compiled anew.
+    options = {"validation": DIGITS.limit, **options}
     monkeypatch.setattr(building, "compile_model", partial(building.compile_model, backend=backend))
     eager, weights = trained(replace(DIGITS, **options), tmp_path / "eager")
     compiled, others = trained(replace(DIGITS, compile=True, **options), tmp_path / "compiled")
@@ -175,4 +177,17 @@ def test_compiled_on_cuda(tmp_path, monkeypatch):
 def test_what_cannot_be_compiled_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"ContinuousAdjoint.*cannot be compiled: use the adjoint discrete"):
         prepare(replace(DIGITS, variant="node", compile=True), RunFolder(tmp_path / "run"))
+    message = (
+        r"^layer 3 is solved by 'dopri5', which chooses its steps anew each time and cannot be compiled: "
+        r"leave compile out \(--compile\), or choose a method of fixed steps, as in method='rk4', steps=4 "
+        r"\(--method rk4 --steps 4\)$"
+    )
+    for adjoint in (None, "backprop"):
+        with pytest.raises(ValueError, match=message):
+            prepare(replace(DIGITS, method="dopri5", adjoint=adjoint, compile=True), RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_the_baseline_has_no_use_for_is_no_hindrance(tmp_path):
+    ready = prepare(replace(DIGITS, variant="baseline", method="dopri5", compile=True), RunFolder(tmp_path / "run"))
+    ready.lock.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,10 @@ def run(script: Path, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("script", CONVERSIONS, ids=lambda script: script.stem)
-def test_conversions_are_exact_in_under_twenty_lines(script):
+def test_conversions_are_exact_in_under_twenty_lines(script, capsys):
     assert len(script.read_text().splitlines()) < 20
-    assert "by one Euler step" in run(script)
+    runpy.run_path(str(script), run_name="__main__")
+    assert "by one Euler step" in capsys.readouterr().out
 
 
 def test_a_resnet_a_transformer_and_an_mlp_are_converted():
@@ -43,13 +45,13 @@ def test_a_resnet_a_transformer_and_an_mlp_are_converted():
 
 @pytest.mark.slow
 def test_from_conversion_to_onnx_on_two_processes(tmp_path):
-    options = ["--epochs", 2, "--limit", 64, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp"]
+    options = ["--epochs", 1, "--limit", 64, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp"]
     said = run(FOLDER / "your_resnet.py", *options, "--out", tmp_path)
     assert said.count("onnxruntime differs by") == 1
     assert float(said.split("differs by ")[1].split(";")[0]) < 1e-5
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
     assert (tmp_path / "filters.png").stat().st_size > 1000
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("test/accuracy")] == [1, 2]
-    assert [event.step for event in events.Images("filters of layer1.1.coupled/conv1.weight")] == [1, 2]
+    assert [event.step for event in events.Scalars("test/accuracy")] == [1]
+    assert [event.step for event in events.Images("filters of layer1.1.coupled/conv1.weight")] == [1]
     assert events.Scalars("evolution of layer4.1.coupled conv2.weight/|diffusion|")[-1].value > 0

@@ -3,10 +3,10 @@
     python -m tests.helpers.processes train ...
 
 A module of its own, because every process of a run starts this program again. What it does is chosen by environment
-variables: ``RECORD`` (a folder, for the first gradients and the last weights of every process, and for whether it still
-belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as ``SIGKILL`` to this
-process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process alone at every
-step).
+variables: ``RECORD`` (a folder, for the first gradients of every process and its weights after each epoch, and for
+whether it still belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as
+``SIGKILL`` to this process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process
+alone at every step).
 """
 
 from __future__ import annotations
@@ -56,12 +56,18 @@ class Record(pl.Callback):
 
     gradients: dict[str, torch.Tensor] | None = None
 
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if self.gradients is None:
             self.gradients = {n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None}
 
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.after.append({name: tensor.clone() for name, tensor in pl_module.state_dict().items()})
+
     def on_train_end(self, trainer, pl_module) -> None:
-        content = {"gradients": self.gradients, "weights": pl_module.state_dict()}
+        content = {"gradients": self.gradients, "weights": pl_module.state_dict(), "after": self.after}
         torch.save(content, Path(os.environ["RECORD"]) / f"process{RANK}.pt")
 
 

@@ -362,7 +362,7 @@ def test_kappa_is_made_once_for_all_weights_of_a_solve(make, monkeypatch):
 def test_kernels_are_compiled_in_one_graph(make):
     """Several weights that share one kappa, and a nonlinear propagator that is built once."""
     dynamics = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
-    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), make(), steps=4)
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(activation="tanh"), make(), steps=2)
     oracle.randomize(layer).double()
     z0 = start()
     tensors = {"z0": z0, **dict(layer.named_parameters())}

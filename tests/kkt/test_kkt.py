@@ -124,7 +124,8 @@ def test_they_hold_for_weights_on_a_finer_grid_of_their_own_too(method, z0):
 
 def shrinks_at_order(order, make, z0):
     """By a regression over three grids, in every one of the five equations; ``make(steps)`` is the layer."""
-    found = [kkt.residuals(make(steps), z0, energy).continuous for steps in (12, 24, 48)]
+    grids = (12, 24, 48) if order == 1 else (8, 16, 32)  # Euler's method comes to its order late
+    found = [kkt.residuals(make(steps), z0, energy).continuous for steps in grids]
     assert set(found[0]) == {"7a", "7b", "7c", "7d", "7e"}
     for equation in found[0]:
         residual = [by_equation[equation] for by_equation in found]

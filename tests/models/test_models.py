@@ -228,3 +228,18 @@ def _gradients(layer, z0, run, probe):
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["baseline", "anodev2-1"])
+@pytest.mark.parametrize("network", nc.models.NETWORKS)
+@pytest.mark.parametrize("name", ["classes", "channels", "steps"])
+@pytest.mark.parametrize("value", [0, -3, 2.5, True, "10"])
+def test_numbers_that_make_no_network_are_refused(network, variant, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be a whole number of at least 1, got {value!r}$"):
+        nc.models.build(network, variant, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_tolerances_are_checked_for_the_baseline_too(name):
+    with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {name}=-1"):
+        nc.models.build("resnet4", **{name: -1})

@@ -79,14 +79,23 @@ def test_state_dicts_of_earlier_versions_give_their_outputs(name):
     assert float(outputs.std()) > 0.1
 
 
+EXPERIMENT = Experiment(variant="anodev2-2", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with two finished runs of one epoch: of `EXPERIMENT`, and of a larger model."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(EXPERIMENT, folder / "ours")
+    train(replace(EXPERIMENT, model="resnet10", variant="anodev2-1"), folder / "other")
+    return folder
+
+
 @pytest.fixture
-def runs(tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
-    """Two finished runs of one epoch: of ``anodev2-2``, whose experiment it is, and of a larger model."""
-    experiment = Experiment(variant="anodev2-2", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1)
-    ours, other = RunFolder(tmp_path / "ours"), RunFolder(tmp_path / "other")
-    train(experiment, ours)
-    train(replace(experiment, model="resnet10", variant="anodev2-1"), other)
-    return experiment, ours, other
+def runs(trained, tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
+    """The experiment and copies of the two runs, to be damaged."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return EXPERIMENT, RunFolder(tmp_path / "ours"), RunFolder(tmp_path / "other")
 
 
 def test_a_checkpoint_says_whose_weights_it_holds(runs):
@@ -146,6 +155,51 @@ def test_what_is_no_checkpoint_is_refused(runs):
         prepare(experiment, ours, resume=True)
 
 
+def test_a_byte_that_has_changed_is_noticed_wherever_it_is(tmp_path):
+    """Or makes no difference: zip files have some of those."""
+    path, tensors = tmp_path / "last.ckpt", {"weight": torch.arange(40.0), "bias": torch.ones(3)}
+    AtomicCheckpoints().save_checkpoint({"state_dict": tensors, "epoch": 3}, path)
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(0, len(whole), 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            content = weights_file.read(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} is damaged, or no checkpoint (")  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            noticed += 1
+        else:
+            assert content["epoch"] == 3
+            assert all(torch.equal(content["state_dict"][name], tensor) for name, tensor in tensors.items())
+    assert noticed > 100
+
+
+def test_a_checkpoint_has_its_checksums_whatever_is_chosen_for_torch(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        AtomicCheckpoints().save_checkpoint({"state_dict": {"weight": torch.ones(3)}}, tmp_path / "last.ckpt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(weights_file.read(tmp_path / "last.ckpt")["state_dict"]["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("which", ["last", "best"])
+def test_a_checkpoint_that_is_damaged_in_its_middle_is_refused(runs, which):
+    experiment, ours, _ = runs
+    path = getattr(ours, which)
+    whole = bytearray(path.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 20] = bytes(byte ^ 0xFF for byte in whole[middle : middle + 20])
+    path.write_bytes(whole)
+    (ours.path / "result.json").unlink()
+    with pytest.raises(
+        ValueError, match=rf"{which}.ckpt is damaged, or no checkpoint \(.*\): delete it, and train again"
+    ):
+        prepare(experiment, ours, resume=True) if which == "last" else load_model(ours)
+
+
 def test_a_checkpoint_is_drafted_beside_its_place(tmp_path, monkeypatch):
     """The system's folder of temporary files may be on another disk, from which a file comes piece by piece."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
@@ -164,7 +218,7 @@ def test_a_save_that_fails_keeps_the_checkpoint_that_is_there(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)
     whole = path.read_bytes()
-    with pytest.raises(OSError, match=rf"no space left on device: '{path}'"):
+    with pytest.raises(OSError, match=rf"no space left on device: '{path}'$"):
         AtomicCheckpoints().save_checkpoint({"weights": torch.zeros(9), "last": Unfinished()}, path)
     assert sorted(seen) == [f".last.ckpt.{os.getpid()}", "last.ckpt"]
     assert path.read_bytes() == whole

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+import torch
 import typer
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 import neuralode_coupled as nc
@@ -40,6 +45,16 @@ def test_train_says_how_it_went_and_does_not_repeat(quick, tmp_path):
     assert again.exit_code == 0
     assert "is finished already: test accuracy" in again.stdout
     assert "epoch 1/1" not in again.stdout
+
+
+@pytest.mark.filterwarnings("always::UserWarning")  # as for a user: here it would be an error
+def test_links_among_the_images_are_told_in_one_line(quick, tmp_path):
+    train = tmp_path / "images" / "train"
+    (train / "class0" / "up").symlink_to(train)
+    done = run("train", "--variant", "baseline", *quick, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"warning: '{train}': 1 link was passed over")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +100,10 @@ def test_train_continues_an_unfinished_run_only_with_resume(quick, tmp_path):
         (["--devices", "2", "--accelerator", "cpu", "--strategy", "ddp_spawn"], "strategy 'ddp_spawn'"),
         (["--threads", "100000"], "threads must be at most the number of CPU cores, "),
         (["--lr", "1e300"], "lr must be at most 3.4"),
+        (
+            ["--method", "dopri5", "--compile"],
+            "cannot be compiled: leave compile out (--compile), or choose a method of",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, options, message):
@@ -135,6 +154,54 @@ def test_a_broken_loss_is_a_failed_run(quick, tmp_path, monkeypatch):
     assert done.exit_code == cli.FAILED
     assert "in epoch 1, at step 1 of the run" in done.stderr
     assert "Traceback" not in done.output
+
+
+def no_space(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space_for(name: str):
+    def write_text(path, text):
+        return no_space() if name in path.name else path.write_bytes(text.encode())
+
+    return write_text
+
+
+def torn(*arguments, **options):
+    """As torch.save does it."""
+    try:
+        no_space()
+    except OSError:
+        raise RuntimeError("unexpected pos 62080 vs 61968")  # noqa: B904
+
+
+@pytest.mark.parametrize(
+    ("owner", "attribute", "broken", "named"),
+    [
+        (Path, "write_text", no_space_for("metrics.csv"), "/metrics.csv'"),
+        (Path, "write_text", no_space_for("result.json"), "/result.json'"),
+        (torch, "save", no_space, "/best.ckpt'"),
+        (torch, "save", torn, "/best.ckpt'"),
+        (RecordWriter, "write", no_space, "No space left on device"),  # in a thread of TensorBoard's
+        (RecordWriter, "flush", no_space, "No space left on device"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on(quick, tmp_path, monkeypatch, owner, attribute, broken, named):
+    options = ["train", "--variant", "baseline", *quick, "--out", tmp_path / "run"]
+    hook = threading.excepthook
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, broken)
+        done = run(*options)
+    assert threading.excepthook is hook
+    assert done.exit_code == cli.FAILED, done.output
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"error: the files in {tmp_path / 'run'} cannot be written ([Errno 28] No space left on device"
+    )
+    assert f"{named}): " in line
+    assert line.endswith("): make room, or mend what else is wrong there, and continue the run with --resume")
+    done = run(*options, "--resume")
+    assert done.exit_code == 0, done.output
 
 
 def test_an_error_of_ours_is_not_dressed_up_as_the_users(quick, tmp_path, monkeypatch):

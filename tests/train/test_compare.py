@@ -97,6 +97,23 @@ def test_an_image_that_is_broken_keeps_nobody_from_a_table_of_finished_runs(shar
         plan(tmp_path, shared, ["baseline"], [1])
 
 
+def test_a_result_that_is_damaged_is_named_before_anything_is_trained(shared, tmp_path):
+    """Whichever run's it is, and in one line by the command."""
+    runs = plan(tmp_path, shared, ["baseline", "anode"], [0])
+    finish(runs[1], 0.5)
+    result = runs[1].folder.path / "result.json"
+    result.write_text(result.read_text().replace('"final_accuracy": 0.5', '"final_accuracy": null'))
+    words = rf"{result} is damaged \(final_accuracy is None, not a number\)"
+    with pytest.raises(ValueError, match=words):
+        plan(tmp_path, shared, ["baseline", "anode"], [0])
+    with pytest.raises(ValueError, match=words):
+        table.summarise(runs)
+    told = here(compare.command(runs[1]))
+    assert told.code == cli.BAD_INPUT
+    assert "final_accuracy is None" in told.complaint
+    assert "\n" not in told.complaint
+
+
 def test_a_comparison_needs_a_folder(shared, tmp_path):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "out"):

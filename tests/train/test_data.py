@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from types import SimpleNamespace
 
@@ -206,6 +208,58 @@ def test_an_image_that_would_be_left_out_is_refused_and_other_files_are_not(tmp_
     assert len(ready(name="folder", root=root).train) == 6
     Image.new("L", (32, 32)).save(root / "train" / "class1" / "x.GIF")
     with pytest.raises(ValueError, match=r"class1/x.GIF' would be left out: .* are .jpg, .*.png.*: convert it, or"):
+        ready(name="folder", root=root)
+
+
+def test_links_are_not_followed_and_what_is_passed_over_is_counted(tmp_path):
+    """One to the parent would never end; one to another class would bring its images in under a second label."""
+    root = image_folder(tmp_path / "images", train=2, test=1)
+    train = root / "train"
+    (train / "class1" / "up").symlink_to(train)
+    (train / "class1" / "another.png").symlink_to(train / "class0" / "0.png")
+    (train / "class2" / "more").symlink_to(train / "class0")
+    (train / "class3").symlink_to(train / "class0")
+    os.mkfifo(train / "class2" / "pipe.png")
+    (train / "class2" / "inner").mkdir()
+    (train / "class2" / "0.png").rename(train / "class2" / "inner" / "0.png")
+    with pytest.warns(UserWarning, match=r"train': 4 links and 1 other thing that is no file were passed over") as told:
+        images = ready(name="folder", root=root)
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert images.class_names == ("class0", "class1", "class2")
+    assert images.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    link = tmp_path / "link"
+    link.symlink_to(root)  # the root is where the user points to
+    with pytest.warns(UserWarning, match="4 links"):
+        assert len(ready(name="folder", root=link).train) == 6
+
+
+def test_a_split_or_every_class_that_is_a_link_is_refused(tmp_path):
+    root = image_folder(tmp_path, train=2, test=1)
+    (root / "test").rename(root / "real")
+    (root / "test").symlink_to(root / "train")
+    with pytest.raises(ValueError, match=r"test' is a link, and links are not followed: put the folder itself there"):
+        ImageData("folder", root)
+    (root / "test").unlink()
+    (root / "test").mkdir()
+    for label in range(3):
+        (root / "test" / f"class{label}").symlink_to(root / "real" / f"class{label}")
+    with pytest.raises(ValueError, match=r"test' has no classes.*one folder a class, .* \(links are not followed\)"):
+        ImageData("folder", root)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    root, scandir = image_folder(tmp_path, train=2, test=1), os.scandir
+    closed = root / "train" / "class0" / "inner"
+    closed.mkdir()
+
+    def refuse(path):
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="inner"):
         ready(name="folder", root=root)
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from neuralode_coupled.train import Experiment, RunFolder, building, data
 from neuralode_coupled.train.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
 from neuralode_coupled.train.run import prepare
 from tests.helpers import processes
+from tests.helpers.images import image_folder
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = ["--limit", "64", "--epochs", "2", "--lr", "0.05", "--precision", "64-true", "--accelerator", "cpu"]
@@ -123,7 +125,10 @@ def test_an_error_in_one_process_ends_all_and_unused_parameters_keep_nobody_wait
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM,0,6", "SIGTERM-all,0,6", "SIGINT-all,1,6"])
-def test_processes_that_are_asked_to_end_do_so_in_one_line_and_the_run_goes_on(two, tmp_path, how):
+def test_processes_that_are_asked_to_end_do_so_in_one_line_and_leave_what_a_killed_one_leaves(
+    two, tmp_path, how, monkeypatch
+):
+    """The first epoch, bit by bit, and a run that can be continued after it; that one is, is shown above."""
     out = tmp_path / "run"
     number = signal.Signals[how.split(",")[0].removesuffix("-all")]
     asked = run(out, *TWO, FAIL=how)
@@ -131,10 +136,15 @@ def test_processes_that_are_asked_to_end_do_so_in_one_line_and_the_run_goes_on(t
     assert asked.stderr.splitlines()[-1:] == [f"error: interrupted by {number.name}: continue the run with --resume"]
     assert asked.stderr.count("error: ") == 1
     assert "Traceback" not in asked.stderr
-    assert RunFolder(out).result() is None
-    resumed = run(out, *TWO, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert largest_difference(weights(out), weights(two / "run")) == 0.0
+    folder = RunFolder(out)
+    assert folder.result() is None
+    first_epoch = torch.load(two / "process0.pt", weights_only=True)["after"][0]
+    assert largest_difference(weights(out), first_epoch) == 0.0
+    monkeypatch.setattr(building, "build_model", processes.build_model)
+    experiment = folder.experiment()
+    assert experiment is not None
+    assert prepare(experiment, folder, resume=True).done == 1
+    assert not folder.failure.exists()
 
 
 @pytest.mark.slow
@@ -143,8 +153,9 @@ def test_two_machines_train_one_model(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "neuralode_coupled.cli", "train", "--variant", "baseline", *OPTIONS, "--nodes"]
-    command += ["2", "--batch-size", "8", "--strategy", "ddp", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "neuralode_coupled.cli", "train", "--variant", "baseline", *OPTIONS]
+    command += ["--epochs", "1", "--nodes", "2", "--batch-size", "8", "--strategy", "ddp"]
+    command += ["--out", str(tmp_path / "run")]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     both = [
         subprocess.Popen(
@@ -159,10 +170,10 @@ def test_two_machines_train_one_model(tmp_path):
     ]
     (said, errors), (other, more_errors) = (process.communicate(timeout=300) for process in both)
     assert [process.returncode for process in both] == [0, 0], errors + more_errors
-    assert said.count("epoch 2/2") == 1
+    assert said.count("epoch 1/1") == 1
     assert other == ""
     # 64 images, 2 machines, 8 a batch: 4 steps an epoch.
-    assert torch.load(RunFolder(tmp_path / "run").last, weights_only=True)["global_step"] == 8
+    assert torch.load(RunFolder(tmp_path / "run").last, weights_only=True)["global_step"] == 4
 
 
 def trainer(world_size: int = 2, rank: int = 0, procs: Sequence[object] = ()) -> SimpleNamespace:
@@ -219,6 +230,18 @@ def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, 
     made = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
     tolerate_unused_parameters(made)
     assert made.strategy._ddp_kwargs["find_unused_parameters"] is tolerant
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_links_among_the_images_one_process_tells(tmp_path, monkeypatch, first):
+    root = image_folder(tmp_path / "images", train=2, test=1)
+    (root / "train" / "class0" / "up").symlink_to(root)
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", first)
+    experiment = Experiment(variant="baseline", data="folder", data_root=str(root), accelerator="cpu")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        prepare(experiment, RunFolder(tmp_path / "run"))
+    assert ["1 link was passed over" in str(warning.message) for warning in told] == [True] * first
 
 
 def test_more_processes_than_cores_are_refused(tmp_path):

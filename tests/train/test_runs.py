@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,48 @@ def test_drafts_of_a_killed_process_go_when_the_run_is_continued(folder):
     assert [path.name for path in folder.checkpoints.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize("content", ["", '{"parameters": 1', '{"parameters": 1}', "[]", "null"])
+@pytest.mark.parametrize("content", ["", '{"parameters": 1'])
 def test_a_half_written_result_is_no_result(folder, content):
     (folder.path / "result.json").write_text(content)
     assert folder.result() is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"final_accuracy": None}, "final_accuracy is None, not a number"),
+        ({"final_accuracy": math.nan}, "final_accuracy is nan, not a number"),
+        ({"best_accuracy": "0.75"}, "best_accuracy is '0.75', not a number"),
+        ({"best_accuracy": 75.0}, r"best_accuracy is 75\.0, not a fraction"),
+        ({"seconds": -1}, "seconds is -1, below 0"),
+        ({"seconds": True}, "seconds is True, not a number"),
+        ({"memory": 1.5}, r"memory is 1\.5, not a whole number"),
+        ({"epochs": None}, "epochs is None, not a whole number"),
+        ({"device": None}, "device is None, not a text"),
+        ({"planet": "Mars"}, "it has a field 'planet', which no result has"),
+    ],
+)
+def test_a_result_that_is_damaged_is_named_with_the_field(folder, changed, words):
+    content = json.dumps(asdict(RESULT) | changed)
+    (folder.path / "result.json").write_text(content)
+    for ask in (folder.result, lambda: folder.check(Experiment(), resume=True)):
+        with pytest.raises(ValueError, match=rf"result\.json is damaged \({words}\): delete it, and continue the run"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"parameters": 1}', "it has no best_accuracy"), ("[]", r"it is \[\]"), ("null", "it is None")],
+)
+def test_a_result_that_is_none_is_named(folder, content, words):
+    (folder.path / "result.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"result\.json is damaged \({words}"):
+        folder.result()
+
+
+def test_a_result_may_hold_whole_numbers_for_fractions(folder):
+    (folder.path / "result.json").write_text(json.dumps(asdict(RESULT) | {"final_accuracy": 1, "seconds": 2}))
+    assert folder.result() == replace(RESULT, final_accuracy=1.0, seconds=2.0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +210,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match=rf"disk full: '{path}'"):
+    with pytest.raises(OSError, match=rf"disk full: '{path}'$"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -24,6 +24,7 @@ from neuralode_coupled.train import (
     Classifier,
     Experiment,
     ImageData,
+    Result,
     RunFolder,
     building,
     callbacks,
@@ -39,13 +40,26 @@ from tests.helpers.images import image_folder
 TIMES = {"seconds", "memory"}
 
 
-@pytest.fixture
-def small(tmp_path) -> Experiment:
+def three_colours(folder: Path) -> Experiment:
     """Three colours to tell apart: six steps an epoch, a few seconds in all."""
-    root = image_folder(tmp_path / "images", train=16, test=4)
+    root = image_folder(folder / "images", train=16, test=4)
     return Experiment(
         variant="anodev2-2", data="folder", data_root=str(root), epochs=4, batch_size=8, accelerator="cpu", threads=1
     )
+
+
+@pytest.fixture
+def small(tmp_path) -> Experiment:
+    return three_colours(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[RunFolder, Result, list[str]]:
+    """A run of all epochs, its result, and what it reported: to be read, and not to be changed."""
+    torch.manual_seed(0)
+    folder, lines = tmp_path_factory.mktemp("finished"), []
+    result = train(three_colours(folder), folder / "run", report=lines.append)
+    return RunFolder(folder / "run"), result, lines
 
 
 def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
@@ -64,10 +78,8 @@ def test_the_learning_rate_falls_at_the_papers_epochs():
     assert learning_rate(0.1, 0, 1) == 0.1
 
 
-def test_a_run_learns_and_leaves_everything_in_its_folder(small, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    lines = []
-    result = train(small, folder, report=lines.append)
+def test_a_run_learns_and_leaves_everything_in_its_folder(finished):
+    folder, result, lines = finished
     assert result.final_accuracy > 0.9
     assert result == folder.result()
     assert result.parameters == sum(p.numel() for p in nc.models.build("resnet4", "anodev2-2", classes=3).parameters())
@@ -86,9 +98,8 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(small, tmp_path):
     assert rows[best["epoch"]]["test/accuracy"] == result.best_accuracy
 
 
-def test_the_best_checkpoint_comes_back_as_a_model_with_its_accuracy(small, tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    result = train(small, folder)
+def test_the_best_checkpoint_comes_back_as_a_model_with_its_accuracy(small, finished):
+    folder, result, _ = finished
     model = load_model(folder)
     images = building.build_data(small)
     images.setup()
@@ -153,9 +164,8 @@ cli.main()
 @pytest.mark.parametrize(
     ("step", "epoch", "done"), [(15, 0, 2), (0, 2, 1)], ids=["in the third epoch", "between row and checkpoint"]
 )
-def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, tmp_path, step, epoch, done):
-    unbroken, killed = RunFolder(tmp_path / "unbroken"), RunFolder(tmp_path / "killed")
-    train(small, unbroken)
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, finished, tmp_path, step, epoch, done):
+    unbroken, killed = finished[0], RunFolder(tmp_path / "killed")
     options = ["train", "--variant", small.variant, "--data", "folder", "--data-root", small.data_root, "--epochs", "4"]
     options += ["--batch-size", "8", "--accelerator", "cpu", "--threads", "1", "--out", str(killed.path)]
     process = subprocess.run(

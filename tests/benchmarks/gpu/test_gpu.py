@@ -40,6 +40,12 @@ from tests.helpers import oracle
 EAGER = [("discrete", "eager"), (PEER, "eager")]
 
 
+@pytest.fixture
+def resnet4(monkeypatch):
+    """The smaller network, where which one it is makes no difference."""
+    monkeypatch.setattr("benchmarks.gpu.steps.MODEL", "resnet4")
+
+
 def test_torchdiffeq_solves_the_very_model():
     """With the weights under the ODE that a vector field has; every step has its own BatchNorm."""
     ours = nc.models.build("resnet10", "anodev2-1", evolution=nc.ReactionDiffusionAdvection("ode")).double().train()
@@ -67,7 +73,7 @@ def test_other_methods_than_eulers_are_not_for_the_peer():
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_steps_train_in_every_format(solver, form):
+def test_steps_train_in_every_format(resnet4, solver, form):
     step = Step(network(solver, "cpu"), FORMATS[form], random_batch(4, "cpu"))
     step.optimizer.param_groups[0]["lr"] = 0.02
     losses = []
@@ -87,7 +93,7 @@ def test_gradient_methods_take_the_same_step():
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_the_same_step():
+def test_a_compiled_step_is_the_same_step(resnet4):
     torch._dynamo.reset()
     batch = random_batch(2, "cpu")
     eager = Step(network("backprop", "cpu"), FORMATS["float32"], batch)
@@ -170,7 +176,7 @@ def test_tf32_is_as_it_was_afterwards():
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
-def test_every_finding_is_saved_as_it_comes(tmp_path, monkeypatch):
+def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.lib.results.RESULTS", tmp_path)
 
     def keep(name, found):
