@@ -67,7 +67,7 @@ class Augmented(System):
 
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
-        evolving = {id(field.evolving()[name]) for name in names}
+        evolving = {id(w) for w in field.evolving(names).values()}
         self.params = tuple(p for p in field.parameters() if p.requires_grad and id(p) not in evolving)
 
     def forward(self, t: Tensor, state: State) -> State:

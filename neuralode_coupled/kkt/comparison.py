@@ -10,7 +10,6 @@ from torch import Tensor
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.field import check_activation
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 
@@ -94,7 +93,7 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
         TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
     """
     check_layer(layer)
-    check_activation(layer.field, z0)
+    layer.field.begin(z0)
     loss = probe(z0) if loss is None else loss
     dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()
     exact = _gradients(layer, z0, loss, Backprop())

@@ -14,7 +14,7 @@ from neuralode_coupled._types import State, Weight
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import closed_form
-from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.runge_kutta import step
 
@@ -34,7 +34,7 @@ class Steps:
     """
 
     def __init__(self, layer: CoupledODE, z0: Tensor, leaves: Tensors) -> None:
-        check_activation(layer.field, z0)
+        layer.field.begin(z0)
         self.field, self.scheme = layer.field, scheme_of(layer)
         weight_side = {f"field.{part}." for part in ("evolution", "kernel")}
         self.p = {name: leaf for name, leaf in leaves.items() if name.startswith(tuple(weight_side))}
