@@ -35,7 +35,7 @@ class ContinuousAdjoint:
     Raises:
         ValueError: where a layer is made, for a kernel that has neither finite memory nor samples to hold, or a method
             that torchdiffeq does not have (such as ``"rk4_classic"``); at the solve, for an operator that is a map and
-            no flow.
+            no flow, or parameters of another dtype than the state's that require a gradient.
     """
 
     rtol: float | None = None
@@ -64,6 +64,7 @@ class ContinuousAdjoint:
         return [found[n] for n in problem.save], plan.stats
 
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
+        _check_one_dtype((*y, *(p for p in flow.params if p.requires_grad)))
         field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
         t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
         rtol, atol = problem.tolerances or (None, None)
@@ -97,6 +98,16 @@ class ContinuousAdjoint:
         options = {"grid_constructor": field.grid}
         own = options if method == problem.method else {}
         return {"method": problem.method, "options": options, "adjoint_options": own, **adjoint}
+
+
+def _check_one_dtype(tensors: State) -> None:
+    """Raise the ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
+    dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"ContinuousAdjoint solves for state and parameters as one tensor, of one dtype, got "
+            f"{', '.join(map(str, dtypes))}: use DiscreteAdjoint(), or freeze or convert those that differ"
+        )
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:

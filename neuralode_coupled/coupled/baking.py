@@ -134,5 +134,5 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 
 
 def _time(t: float, dynamics: nn.Module) -> Tensor:
-    like = next(dynamics.parameters(), torch.zeros(()))
+    like = next((p for p in dynamics.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.full((), t, dtype=like.dtype, device=like.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, check_layout
+from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 from neuralode_coupled.evolution.exponential import exponential
 
 LinearScope = Literal["pixels", "channels"]
@@ -71,6 +71,7 @@ class LinearEvolution(EvolutionOperator):
 
     def bind(self, weight: Weight) -> Self:
         """Create the matrices for parameters of this shape; see the base class."""
+        check_real(weight, "linear evolution")
         layout = self._layout(tuple(weight.shape))
         if self.layout is not None:
             check_layout(self, layout, self.layout, tuple(weight.shape))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights
+from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
 from neuralode_coupled.evolution.spectral import Spectrum
 
 Form = Literal["ode", "propagator"]
@@ -97,6 +97,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     def bind(self, weight: Weight) -> Self:
         """Create the coefficients for parameters of this shape, all zero; see the base class."""
+        check_real(weight, "reaction-diffusion-advection")
         shape = tuple(weight.shape)
         if len(shape) < 2:
             raise ValueError(

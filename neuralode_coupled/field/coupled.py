@@ -42,7 +42,7 @@ class CoupledField(nn.Module):
             the rest; or a callable ``(name, weight) -> operator``.
         kernel: K; `Dirac` by default.
         evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
-            By default every parameter with at least two axes.
+            By default every real floating-point parameter with at least two axes; tables of whole numbers never do.
 
     Raises:
         TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
@@ -98,7 +98,7 @@ class CoupledField(nn.Module):
         Raises TypeError or ValueError for a z0 that the field cannot take, ValueError for weights that move and are no
         parameters any more.
         """
-        check_activation(self, z0)
+        check_activation(self.dynamics, z0)
         self.evolving(self.moving())
         if tracing() != "compile":
             with alone(self.dynamics):

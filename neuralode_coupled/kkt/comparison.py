@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
@@ -141,7 +142,7 @@ def _direction(tensors: Tensors) -> Tensors:
     generator = torch.Generator().manual_seed(1)
     found: Tensors = {}
     for name, tensor in tensors.items():
-        size = float(tensor.detach().double().square().mean()) ** 0.5 or 1.0
+        size = float(tensor.detach().abs().double().square().mean()) ** 0.5 or 1.0
         found[name] = size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
     return found
 
@@ -186,7 +187,7 @@ def _solved_by(layer: CoupledODE, adjoint: GradientMethod, z0: Tensor) -> Tensor
 
 def _groups(layer: CoupledODE) -> dict[str, list[str]]:
     """The names in the layer of what each group holds."""
-    names = [name for name, _ in layer.named_parameters()]
+    names = [name for name, parameter in layer.named_parameters() if is_differentiable(parameter)]
     evolving = {FIELD + name for name in layer.field.names}
     return {
         "z0": ["z0"],

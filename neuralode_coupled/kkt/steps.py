@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._substitution import Held, call, places
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.coupled.layer import CoupledODE
@@ -145,8 +146,10 @@ def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     random numbers. Raises TypeError for what is no layer.
     """
     check_layer(layer)
-    leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
-    others = {id(p): leaves[name] for name, p in layer.named_parameters()}
+    parameters = {name: parameter for name, parameter in layer.named_parameters() if is_differentiable(parameter)}
+    leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in parameters.items()}
+    others = {id(parameter): parameter for parameter in layer.parameters()}
+    others |= {id(parameter): leaves[name] for name, parameter in parameters.items()}
     others |= {id(buffer): buffer.clone() for buffer in layer.buffers()}
     held = Held([layer])
     tensors = {name: others[id(tensor)] for name, tensor in places(held)}
