@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation, State, WeightPath
-from neuralode_coupled.adjoint import Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
+from neuralode_coupled.adjoint import Backprop, Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
 from neuralode_coupled.adjoint.plan import StepFunction, require
 from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_flow
 from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
@@ -58,7 +58,7 @@ class OnGrid:
         self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
-        field.begin(z0)
+        field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
         brackets = [grid.bracket(time) for time in wanted]
         save: set[int] = set()

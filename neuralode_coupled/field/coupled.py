@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from neuralode_coupled._checks import some
-from neuralode_coupled._substitution import DynamicsError, alone, call, places, untouched
+from neuralode_coupled._substitution import DynamicsError, alone, call, check_no_sample_gradients, places, untouched
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
@@ -92,17 +92,25 @@ class CoupledField(nn.Module):
                 )
         return {name: parameters[name] for name in names}
 
-    def begin(self, z0: Activation) -> None:
+    def begin(self, z0: Activation, unrolled: bool = False) -> None:
         """Begin a solve: look at the dynamics as they are now, and check z0.
 
+        ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
+
         Raises TypeError or ValueError for a z0 that the field cannot take, ValueError for weights that move and are no
-        parameters any more.
+        parameters any more, or for parameters with hooks for the gradients of every sample.
         """
         check_activation(self.dynamics, z0)
-        self.evolving(self.moving())
-        if tracing() != "compile":
-            with alone(self.dynamics):
-                self._aliases = _aliases(self.dynamics)
+        moving = self.moving()
+        self.evolving(moving)
+        if tracing() == "compile":
+            return
+        with alone(self.dynamics):
+            self._aliases = _aliases(self.dynamics)
+        if not unrolled or moving:
+            check_no_sample_gradients(
+                self, "" if moving else "; or, as nothing evolves, adjoint=nc.Backprop() on a grid"
+            )
 
     def moving(self) -> list[str]:
         """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all

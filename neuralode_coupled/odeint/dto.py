@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Stats
@@ -111,6 +112,7 @@ def odeint_dto(
     name = check_method(method, rtol, atol, options)
     is_tuple = isinstance(y0, tuple)
     dynamics = Dynamics(func, is_tuple, params)
+    check_no_sample_gradients(dynamics.module)
     chosen = dict(options or {})
     if len(times) == 1:
         states: list[State] = []
