@@ -11,6 +11,7 @@ from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.kkt.closed_forms import check_closed_forms
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 
@@ -91,10 +92,13 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
         show: print the table.
 
     Raises:
-        TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
+        TypeError, ValueError: for a z0 that the layer refuses, a loss that is not a scalar tensor, or an operator whose
+            ``propagate`` (``propagator``, ``trajectory``) does not solve ``dw/dt = forward(t, w)``: no comparison of
+            gradients would show that.
     """
     check_layer(layer)
     layer.field.begin(z0)
+    substitute(layer, lambda _: check_closed_forms(layer))
     loss = probe(z0) if loss is None else loss
     dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()
     exact = _gradients(layer, z0, loss, Backprop())
@@ -102,7 +106,7 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
     reason = ""
     try:
         others["continuous"] = _gradients(layer, z0, loss, ContinuousAdjoint())
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         reason = str(error)
     floor = norm(exact.values()) / 100
     groups: dict[str, Group] = {}
