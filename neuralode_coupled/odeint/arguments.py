@@ -19,6 +19,7 @@ RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults."""
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
+MOST_STEPS = 2**31 - 1
 FACTORS = ("safety", "ifactor", "dfactor")
 """The options of torchdiffeq's step size control."""
 
@@ -215,6 +216,15 @@ def _check_fixed_options(name: str, options: dict[str, Any]) -> None:
         raise TypeError(f"option 'perturb' must be True or False, got {options['perturb']!r}")
     if options.get("interp", "linear") not in ("linear", "cubic"):
         raise ValueError(f"option 'interp' must be 'linear' or 'cubic', got {options['interp']!r}")
+
+
+def check_step_size(step_size: float, times: list[float]) -> float:
+    """The step size; raises ValueError for one of which t's interval takes more than can be counted."""
+    number = _number("step_size", step_size)
+    steps = abs(times[-1] - times[0]) / number
+    if steps > MOST_STEPS:
+        raise ValueError(f"option 'step_size' is too small: {number:g} makes {steps:.3g} steps of t's interval")
+    return step_size
 
 
 def check_grid(points: Any, times: list[float]) -> Tensor:

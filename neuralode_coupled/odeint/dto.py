@@ -24,6 +24,7 @@ from neuralode_coupled.odeint.arguments import (
     check_grid,
     check_method,
     check_state,
+    check_step_size,
     check_times,
     check_tolerance,
 )
@@ -151,7 +152,7 @@ def _fixed_steps(
 ) -> FixedSteps:
     points, like = t, (y0[0] if isinstance(y0, tuple) else y0)
     if options.get("step_size") is not None:
-        points = equal_steps(t, options["step_size"])
+        points = equal_steps(t, check_step_size(options["step_size"], times))
     elif options.get("grid_constructor") is not None:
         points = check_grid(options["grid_constructor"](func, y0, t), times)
     for callback in ("callback_accept_step", "callback_reject_step"):

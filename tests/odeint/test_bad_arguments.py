@@ -122,6 +122,11 @@ def test_constructed_grids_are_in_order(points, message):
     [
         ({"step_size": INF}, ValueError, "option 'step_size' must be positive, .* and finite"),
         ({"step_size": NAN}, ValueError, "option 'step_size' must be positive, .* and finite"),
+        (
+            {"step_size": 1e-30},
+            ValueError,
+            r"option 'step_size' is too small: 1e-30 makes 1e\+30 steps of t's interval",
+        ),
         ({"step_size": "0.1"}, TypeError, "option 'step_size' must be a number, got '0.1'"),
         ({"perturb": "no"}, TypeError, "option 'perturb' must be True or False, got 'no'"),
         ({"grid_constructor": SPAN}, TypeError, "option 'grid_constructor' must be callable"),
