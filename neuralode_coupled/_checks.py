@@ -39,6 +39,11 @@ def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def is_differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor can be computed with and have gradients; those of whole numbers, and of eight bits, cannot."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.itemsize > 1
+
+
 def whole(name: str, value: int, least: int = 1) -> int:
     """A whole number of at least ``least``; raises ValueError for others."""
     if not is_whole(value) or value < least:

@@ -1,11 +1,15 @@
-"""Files that are written whole, or not at all."""
+"""Files that are written whole, or not at all; states of earlier versions."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -32,3 +36,20 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a file as a `draft`."""
     with draft(path) as beside:
         beside.write_text(text)
+
+
+def takes_scalars(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Let parameters of shape (1,) load from state dicts of versions in which they had no axis.
+
+    A shape of () is one that ``fully_shard`` takes no parameters of.
+    """
+    module.register_load_state_dict_pre_hook(partial(_with_an_axis, names))
+
+
+def _with_an_axis(
+    names: tuple[str, ...], module: nn.Module, state_dict: dict[str, Any], prefix: str, *details: object
+) -> None:
+    for name in names:
+        found, own = state_dict.get(prefix + name), getattr(module, name)
+        if isinstance(found, Tensor) and found.ndim == 0 and own is not None and own.shape == (1,):
+            state_dict[prefix + name] = found.reshape(1)

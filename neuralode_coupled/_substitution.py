@@ -102,6 +102,20 @@ def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Calla
     return result
 
 
+def check_no_sample_gradients(module: nn.Module, instead: str = "") -> None:
+    """Raise the `DynamicsError` for parameters that hooks are to give gradients of every sample, as Opacus' are.
+
+    Such hooks look for the module's own parameters, in whose place a solve has others. ``instead`` says what else may
+    do, beside torch.func.
+    """
+    if torch.is_grad_enabled() and module.training and any(hasattr(p, "grad_sample") for p in module.parameters()):
+        raise DynamicsError(
+            "per-sample gradients by hooks (Opacus' GradSampleModule) do not see through a solve, which has other "
+            "tensors in place of the parameters: use torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, "
+            f"samples) with f(parameters, sample) made by torch.func.functional_call{instead}"
+        )
+
+
 class Held(nn.Module):
     """Modules that something runs with, as one whose tensors can be replaced."""
 

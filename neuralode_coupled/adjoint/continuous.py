@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
+from neuralode_coupled._checks import positive
 from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
@@ -37,14 +38,23 @@ class ContinuousAdjoint:
         method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
 
     Raises:
-        ValueError: where a layer is made, for a kernel that has neither finite memory nor samples to hold, or a method
-            that torchdiffeq does not have (such as ``"rk4_classic"``); at the solve, for an operator that is a map and
-            no flow.
+        TypeError, ValueError: for tolerances that are no positive finite numbers; where a layer is made, for tolerances
+            that the fixed steps of the adjoint's method have no use for, a kernel that has neither finite memory nor
+            samples to hold, or a method that torchdiffeq does not have (such as ``"rk4_classic"``); at the solve, for
+            an operator that is a map and no flow, or parameters of another dtype than the state's that require a
+            gradient.
     """
 
     rtol: float | None = None
     atol: float | None = None
     method: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
+            if tolerance is not None:
+                positive(name, tolerance)
+        if not isinstance(self.method, str | None):
+            raise TypeError(f"method must be the name of one, such as 'dopri5', got {self.method!r}")
 
     def check(self, problem: Problem) -> None:
         """Raise ValueError for a problem that this method cannot solve."""
@@ -54,6 +64,12 @@ class ContinuousAdjoint:
                 kind = METHODS if problem.tolerances is None else ADAPTIVE
                 known = ", ".join([name for name in kind if name in LIBRARY_METHODS])
                 raise ValueError(f"torchdiffeq, which solves the continuous adjoint, has no {method!r}: choose {known}")
+        given = [f"{name}={value}" for name, value in (("rtol", self.rtol), ("atol", self.atol)) if value is not None]
+        if given and (self.method or problem.method) in METHODS:
+            raise ValueError(
+                f"{', '.join(given)} of ContinuousAdjoint has no effect on the fixed steps of "
+                f"{self.method or problem.method!r}: leave it out, or give an adaptive method=..., such as 'dopri5'"
+            )
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`. Outputs hold z alone."""
@@ -68,6 +84,7 @@ class ContinuousAdjoint:
         return [found[n] for n in problem.save], plan.stats
 
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
+        _check_one_dtype((*y, *(p for p in flow.params if p.requires_grad)))
         field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
         t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
         rtol, atol = problem.tolerances or (None, None)
@@ -122,6 +139,16 @@ class _Once(torch.autograd.Function):
                 "and create_graph=True would give a wrong one: use DiscreteAdjoint() or Backprop()"
             )
         return grads
+
+
+def _check_one_dtype(tensors: State) -> None:
+    """Raise the ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
+    dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"ContinuousAdjoint solves for state and parameters as one tensor, of one dtype, got "
+            f"{', '.join(map(str, dtypes))}: use DiscreteAdjoint(), or freeze or convert those that differ"
+        )
 
 
 def _time_dtype(y: Tensor) -> torch.dtype:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralode_coupled._substitution import check_surroundings
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite
-from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
 from neuralode_coupled.runge_kutta import AdaptiveOptions
@@ -74,8 +73,7 @@ class Adaptive:
         self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
-        check_activation(field, z0)
-        check_surroundings(field.dynamics)
+        field.begin(z0)
         if torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
@@ -86,7 +84,7 @@ class Adaptive:
         if isinstance(kernel, SampleAndHold):
             return self._held(field, z0, wanted, kernel.samples, adjoint, stats), stats
         moving = field.moving()
-        w0 = tuple(field.evolving()[name] for name in moving)
+        w0 = tuple(field.evolving(moving).values())
         system = Augmented(field, moving)
         found = self._solve(system, (z0, *field.with_memory(w0)), wanted, adjoint, stats)
         return [state[0] for state in found], stats

@@ -94,6 +94,9 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
     originals = {name: id(p) for name, p in dynamics.named_parameters()}
     fixed: Memo = {id(p): _constant(p) for name, p in dynamics.named_parameters() if name not in theta}
     fixed |= {id(buffer): buffer.clone() for buffer in dynamics.buffers()}
+    # What pruning and weight norm compute from parameters, again and again, may have a graph, which cannot be copied.
+    computed = [value for module in dynamics.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    fixed |= {id(tensor): tensor.detach().clone() for tensor in computed}
     alike = all(rows.shape[1] == 1 for rows in theta.values())
     a = [[grid.h * weight for weight in row] for row in method.a]
     b = [grid.h * weight for weight in method.b]
@@ -131,5 +134,5 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 
 
 def _time(t: float, dynamics: nn.Module) -> Tensor:
-    like = next(dynamics.parameters(), torch.zeros(()))
+    like = next((p for p in dynamics.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.full((), t, dtype=like.dtype, device=like.device)

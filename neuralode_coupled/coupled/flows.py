@@ -33,7 +33,7 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     """(z, w, memory) as one system up to grid point ``last``; Static parameters stay outside of the state where they
     can."""
     field, moving = stages.field, stages.moving
-    evolving = field.evolving()
+    w0 = tuple(field.evolving(moving).values())
     # The backward pass may find other tensors in them, after a functional_call.
     held = Held([*(field.operator(name) for name in moving), field.kernel])
     with alone(held):
@@ -53,7 +53,6 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
         explain(moving, t, y[1:], slope[1:], error)
 
     params = (*stages.shared, *own, *(p for row in stages.own for p in row))
-    w0 = tuple(evolving[name] for name in moving)
     return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, check, explained)
 
 

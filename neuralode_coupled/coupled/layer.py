@@ -165,7 +165,7 @@ class CoupledODE(nn.Module):
         total = torch.zeros((), device=next(self.parameters(), torch.zeros(())).device)
         for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
             for tensor in tensors:
-                total = total + weight / 2 * tensor.square().sum()
+                total = total + weight / 2 * tensor.abs().square().sum()
         if not kinetic and not displacement:
             return total
         scheme = self.scheme

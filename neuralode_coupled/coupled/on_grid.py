@@ -9,16 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._substitution import check_surroundings
 from neuralode_coupled._types import Activation, State, WeightPath
-from neuralode_coupled.adjoint import Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
+from neuralode_coupled.adjoint import Backprop, Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
 from neuralode_coupled.adjoint.plan import StepFunction, require
 from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_flow
 from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite, finite_path, named
-from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
 
@@ -59,8 +58,7 @@ class OnGrid:
         self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
-        check_activation(field, z0)
-        check_surroundings(field.dynamics)
+        field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
         brackets = [grid.bracket(time) for time in wanted]
         save: set[int] = set()
@@ -188,7 +186,7 @@ class GridProblem:
         """
         if not self.stages.moving:
             return {}
-        w0 = self.field.evolving()
+        w0 = self.field.evolving(self.stages.moving)
         with torch.autocast(self.z0.device.type, enabled=False):
             connected = self.scheme.connect(self.field.kernel, self.z0.device, backwards)
             return {name: self._theta(connected, name, w0[name]) for name in self.stages.moving}

@@ -51,7 +51,7 @@ class OwnWeights:
     """
 
     def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
-        self._scheme, w0 = scheme, field.evolving()
+        self._scheme, w0 = scheme, field.evolving(field.moving())
         self._operators = {name: field.operator(name) for name in field.moving()}
         every = {name: all_at_once(q) for name, q in self._operators.items()}
         self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}

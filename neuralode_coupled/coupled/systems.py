@@ -68,7 +68,7 @@ class Augmented(System):
 
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
-        evolving = {id(field.evolving()[name]) for name in names}
+        evolving = {id(w) for w in field.evolving(names).values()}
         with alone(field):
             members = (*field.parameters(), *field.buffers())
         self.params = tuple(p for p in members if p.requires_grad and id(p) not in evolving)

@@ -105,6 +105,14 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
         )
 
 
+def check_real(weight: Tensor, whose: str) -> None:
+    """Raise the ValueError that a user should see for a weight that an operator of ours cannot evolve."""
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{whose} evolves real weights, got {weight.dtype}: leave it out of `evolve`, or give it another operator"
+        )
+
+
 def is_seen(flag: Tensor) -> bool:
     """Whether a scalar is true; False under ``torch.func.vmap``, where it has no single value to look at."""
     try:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, check_layout
+from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
+from neuralode_coupled.evolution.exponential import exponential
 
 LinearScope = Literal["pixels", "channels"]
 Per = Literal["layer", "filter"]
@@ -70,6 +71,7 @@ class LinearEvolution(EvolutionOperator):
 
     def bind(self, weight: Weight) -> Self:
         """Create the matrices for parameters of this shape; see the base class."""
+        check_real(weight, "linear evolution")
         layout = self._layout(tuple(weight.shape))
         if self.layout is not None:
             check_layout(self, layout, self.layout, tuple(weight.shape))
@@ -100,7 +102,7 @@ class LinearEvolution(EvolutionOperator):
         """``exp(A t) w0`` at all times: (len(times), *shape of w0)."""
         if self.matrix is not None:
             t = times.reshape(-1, *[1] * self.matrix.ndim)
-            flow = torch.linalg.matrix_exp(t * self.matrix)
+            flow = exponential(t * self.matrix)
             return (self._fields(w0) @ flow.mT).reshape(len(times), *w0.shape)
         left, right = self._factors()
         change = left @ (_integrated_exponential(right.mT @ left, times) @ (right.mT @ w0.flatten(1)))
@@ -143,4 +145,4 @@ def _integrated_exponential(x: Tensor, times: Tensor) -> Tensor:
     n = len(x)
     top = torch.cat([x, torch.eye(n, dtype=x.dtype, device=x.device)], dim=1)
     block = torch.cat([top, torch.zeros_like(top)])
-    return torch.linalg.matrix_exp(times[:, None, None] * block)[:, :n, n:]
+    return exponential(times[:, None, None] * block)[:, :n, n:]

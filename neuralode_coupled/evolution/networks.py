@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._checks import whole
 from neuralode_coupled._types import Weight
-from neuralode_coupled.evolution.base import EvolutionOperator, check_layout
+from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 
 Padding = Literal["circular", "zeros"]
 NetworkScope = Literal["kernel", "filter"]
@@ -54,6 +54,7 @@ class ConvEvolution(EvolutionOperator):
 
     def bind(self, weight: Weight) -> Self:
         """Create the block for filters of this many channels; see the base class."""
+        check_real(weight, "convolutional evolution")
         shape = tuple(weight.shape)
         if not 2 <= len(shape) <= 5:
             raise ValueError(
@@ -116,6 +117,7 @@ class MLPEvolution(EvolutionOperator):
     def bind(self, weight: Weight) -> Self:
         """Create the perceptron for kernels of this size; see the base class."""
         shape = tuple(weight.shape)
+        check_real(weight, "the perceptron")
         _check_axes("the perceptron", shape)
         entries = math.prod(shape[2:] if self.scope == "kernel" and len(shape) > 2 else shape[1:])
         if self.network is not None and self.layout is not None:
@@ -182,6 +184,7 @@ class HyperNetwork(EvolutionOperator):
     def bind(self, weight: Weight) -> Self:
         """Create g and an embedding; for a further parameter, return an operator with the same g and its own."""
         shape = tuple(weight.shape)
+        check_real(weight, "a hypernetwork")
         _check_axes("a hypernetwork", shape)
         if self.weight_shape is not None:
             check_layout(self, shape, self.weight_shape, shape)

@@ -9,8 +9,9 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._files import takes_scalars
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights
+from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
 from neuralode_coupled.evolution.spectral import Spectrum
 
 Form = Literal["ode", "propagator"]
@@ -45,9 +46,10 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         nonnegative_diffusion: use ``max(tau, 0)``; negative diffusion sharpens, and grows without bound in time.
 
     Attributes:
-        diffusion: tau, of shape ``scope``: ``()``, ``(out,)`` or ``(out, in)``; None where the term is absent.
-        advection: upsilon, of shape ``(*scope, spatial axes)``; None where the term is absent.
-        reaction: rho, of shape ``scope``; None where the term is absent.
+        diffusion: tau, of shape ``(1,)``, ``(out,)`` or ``(out, in)`` by ``scope``; None where the term is absent.
+        advection: upsilon, ``(d,)``, ``(out, d)`` or ``(out, in, d)`` on d spatial axes; None where the term is absent.
+        reaction: rho, of the shape of ``diffusion``; None where the term is absent. State dicts of versions in which
+            ``diffusion`` and ``reaction`` had no axis with ``scope="layer"`` load as ever.
 
     Raises:
         TypeError: for an activation that is neither a name nor a function.
@@ -88,6 +90,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         self.weight_shape: tuple[int, ...] | None = None
         for term in self.terms:
             self.register_parameter(term, None)
+        takes_scalars(self, ("diffusion", "reaction"))
 
     def extra_repr(self) -> str:
         terms = ", ".join(term for term, present in self.terms.items() if present)
@@ -97,6 +100,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     def bind(self, weight: Weight) -> Self:
         """Create the coefficients for parameters of this shape, all zero; see the base class."""
+        check_real(weight, "reaction-diffusion-advection")
         shape = tuple(weight.shape)
         if len(shape) < 2:
             raise ValueError(
@@ -114,7 +118,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         groups, pixels = _layout(shape, self.scope)
         self.weight_shape = shape
         self.spectrum = Spectrum(pixels, weight.dtype, weight.device)
-        shapes = {"diffusion": groups, "advection": (*groups, len(pixels)), "reaction": groups}
+        # One number for the layer has an axis too: fully_shard takes no parameter without.
+        shapes = {"diffusion": groups or (1,), "advection": (*groups, len(pixels)), "reaction": groups or (1,)}
         for term, present in self.terms.items():
             if present:
                 zeros = torch.zeros(shapes[term], dtype=weight.dtype, device=weight.device)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import shown
+from neuralode_coupled._checks import is_differentiable, shown
 from neuralode_coupled.evolution import EvolutionOperator
 
 Evolution = nn.Module | Mapping[str, nn.Module] | Callable[[str, Tensor], nn.Module]
@@ -16,17 +16,25 @@ Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
 
 def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], evolve: Evolve) -> tuple[str, ...]:
-    """The names of the evolving parameters, in the module's order; those of single steps cannot evolve."""
+    """The names of the evolving parameters, in the module's order; those of single steps cannot evolve, nor can tables
+    of whole numbers."""
     prefixes = tuple(name for name, _ in per_step)
-    parameters = {name: p for name, p in dynamics.named_parameters() if not (prefixes and name.startswith(prefixes))}
+    parameters = {
+        name: p
+        for name, p in dynamics.named_parameters()
+        if is_differentiable(p) and not (prefixes and name.startswith(prefixes))
+    }
     if evolve is None:
-        return tuple(name for name, p in parameters.items() if p.ndim >= 2)
+        return tuple(name for name, p in parameters.items() if p.ndim >= 2 and p.is_floating_point())
     if callable(evolve):
         return tuple(name for name, p in parameters.items() if evolve(name, p))
     patterns = [evolve] if isinstance(evolve, str) else list(evolve)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):
-            raise ValueError(f"evolve={pattern!r} matches no parameter of dynamics: it has {', '.join(parameters)}")
+            raise ValueError(
+                f"evolve={pattern!r} matches no parameter of dynamics that can evolve (of a floating-point dtype): "
+                f"these are {', '.join(parameters) or 'none'}"
+            )
     return tuple(name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns))
 
 

@@ -6,21 +6,23 @@ import torch
 from torch import Tensor, nn
 
 
-def check_activation(field: nn.Module, z0: Tensor) -> None:
-    """Raise the TypeError or ValueError that a user should see for a z0 that the field cannot take."""
+def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
+    """Raise the TypeError or ValueError that a user should see for a z0 that no parameter of dynamics goes with."""
     if not isinstance(z0, Tensor) or not z0.is_floating_point():
         what = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
         raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
     if z0.ndim < 1:
         raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
-    parameter = next(iter(field.parameters()), None)
-    if parameter is None:
+    # f may have parameters of other dtypes as well (complex, whole numbers, frozen in float64): it knows which fit z0.
+    own = [p for p in dynamics.parameters() if p.is_floating_point()]
+    evolving = next((p for p in own if p.ndim >= 2), own[0] if own else None)
+    if evolving is None:
         return
-    if z0.device != parameter.device:
-        raise ValueError(f"z0 is on {z0.device}, the weights are on {parameter.device}: move one of them with .to(...)")
-    if z0.dtype != parameter.dtype and not torch.is_autocast_enabled(z0.device.type):
+    if all(z0.device != p.device for p in own):
+        raise ValueError(f"z0 is on {z0.device}, the weights are on {evolving.device}: move one of them with .to(...)")
+    if all(z0.dtype != p.dtype for p in own) and not torch.is_autocast_enabled(z0.device.type):
         raise ValueError(
-            f"z0 is {z0.dtype}, the weights are {parameter.dtype}: convert one of them, or solve under torch.autocast"
+            f"z0 is {z0.dtype}, the weights are {evolving.dtype}: convert one of them, or solve under torch.autocast"
         )
 
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from neuralode_coupled._checks import shown
-from neuralode_coupled._substitution import DynamicsError, alone, call, places, running, untouched
+from neuralode_coupled._checks import shown, some
+from neuralode_coupled._substitution import (
+    DynamicsError,
+    alone,
+    call,
+    check_no_sample_gradients,
+    check_surroundings,
+    places,
+    running,
+    untouched,
+)
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
@@ -42,7 +51,7 @@ class CoupledField(nn.Module):
             the rest; or a callable ``(name, weight) -> operator``.
         kernel: K; `Dirac` by default.
         evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
-            By default every parameter with at least two axes.
+            By default every real floating-point parameter with at least two axes; tables of whole numbers never do.
 
     Raises:
         TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
@@ -75,11 +84,43 @@ class CoupledField(nn.Module):
         """The evolution operator of one evolving parameter. Raises KeyError if no parameter of that name evolves."""
         return self.evolution[_key(name)]
 
-    def evolving(self) -> dict[str, nn.Parameter]:
-        """w0: the evolving parameters themselves, by name."""
+    def evolving(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+        """w0: the evolving parameters themselves, by name; all of them, or those of the given names.
+
+        Raises `DynamicsError`, a ValueError, for one that the dynamics have no more.
+        """
+        names = self.names if names is None else tuple(names)
         with alone(self.dynamics):
             parameters = dict(self.dynamics.named_parameters())
-        return {name: parameters[name] for name in self.names}
+        for name in names:
+            if name not in parameters:
+                raise DynamicsError(
+                    f"{name!r}, which evolves by {type(self.operator(name)).__name__}, is no parameter of dynamics any "
+                    f"more: they have {some(list(parameters), 6)}. Prune, normalise or parametrise dynamics before the "
+                    "layer or the field is made of them"
+                )
+        return {name: parameters[name] for name in names}
+
+    def begin(self, z0: Activation, unrolled: bool = False) -> None:
+        """Begin a solve: look at the dynamics as they are now, and check z0.
+
+        ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
+
+        Raises TypeError or ValueError for a z0 that the field cannot take, ValueError for weights that move and are no
+        parameters any more, or for parameters with hooks for the gradients of every sample.
+        """
+        check_activation(self.dynamics, z0)
+        check_surroundings(self.dynamics)
+        moving = self.moving()
+        self.evolving(moving)
+        if tracing() == "compile":
+            return
+        with alone(self.dynamics):
+            self._aliases = _aliases(self.dynamics)
+        if not unrolled or moving:
+            check_no_sample_gradients(
+                self, "" if moving else "; or, as nothing evolves, adjoint=nc.Backprop() on a grid"
+            )
 
     def moving(self) -> list[str]:
         """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
@@ -102,10 +143,11 @@ class CoupledField(nn.Module):
 
         Raises:
             TypeError: if z0 is not a floating-point tensor.
-            ValueError: if its dtype or device is not that of the weights, or the kernel has no finite realisation.
+            ValueError: if its dtype or device is not that of the weights, the kernel has no finite realisation, or
+                dynamics have lost an evolving parameter (pruned since, say).
         """
         self._require_realisation()
-        check_activation(self, z0)
+        self.begin(z0)
         return (z0, *self.with_memory(tuple(self.evolving().values())))
 
     def forward(self, t: Tensor, state: State) -> State:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import choice, whole
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.kernels.base import TimeKernel
+from neuralode_coupled.kernels.consistency import check_consistent
 from neuralode_coupled.kernels.poisson import jumps_from
 from neuralode_coupled.kernels.positive import Positive
 
@@ -32,13 +33,17 @@ class DensityKernel(TimeKernel):
             one. ``"zero"``: nothing, the paper's integral from t0 (b = F(t - t0)), so that theta(t0) = 0.
 
     Raises:
-        ValueError: for an unknown history; later, for an interval that runs backwards in time.
+        ValueError: for an unknown history; later, for an interval that runs backwards in time, or where two methods of
+            a subclass are not those of one kernel: ``cumulative_integral`` has to be the integral of ``cumulative``,
+            and the memory's answer to a step ``cumulative`` itself. That is looked at once for each length of interval,
+            where a layer is made or a solve begins, on the CPU.
     """
 
     def __init__(self, history: History = "constant") -> None:
         super().__init__()
         self.history = choice("history", history, get_args(History))
         self.keeps_constants = history == "constant"
+        self._consistent: set[float] = set()
 
     def cumulative(self, s: Tensor) -> Tensor:
         """``F(s) = int_0^s K``, elementwise, for ages ``s >= 0`` (float64); tends to one."""
@@ -49,12 +54,16 @@ class DensityKernel(TimeKernel):
         raise NotImplementedError(f"{type(self).__name__} must define cumulative_integral(s)")
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
-        """Any grids will do, but time has to run forwards: see the base class."""
+        """Any grids will do, but time has to run forwards, and the methods have to belong together: see above."""
         if span < 0:
             raise ValueError(
                 f"{self} remembers the past, and t runs backwards (from the first to the last time is {span:g}): "
                 "let t increase, or use Dirac(), SampleAndHold(...) or MatrixKernel(...)"
             )
+        # Those of the package have tests of their own.
+        if not type(self).__module__.startswith(__name__.partition(".")[0] + ".") and span not in self._consistent:
+            check_consistent(self, span)
+            self._consistent.add(span)
 
     def kappa(
         self,

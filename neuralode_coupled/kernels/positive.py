@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._checks import positive
+from neuralode_coupled._files import takes_scalars
 
 
 class Positive:
-    """A descriptor: the attribute ``x`` of a module is a positive number, fixed or ``exp`` of the parameter ``log_x``.
+    """A descriptor: attribute ``x`` of a module is a positive number, fixed or ``exp`` of ``log_x``, a parameter, (1,).
 
     The parameter is the logarithm, which keeps the number positive whatever an optimiser does to it.
     """
@@ -24,14 +25,16 @@ class Positive:
         """Give a module its number; raises TypeError or ValueError for one that is not positive and finite."""
         number = float(positive(self._name, value))
         setattr(module, self._fixed, number)
-        module.register_parameter(self._log, nn.Parameter(torch.tensor(math.log(number))) if learnable else None)
+        # Of one axis: fully_shard takes no parameter without.
+        module.register_parameter(self._log, nn.Parameter(torch.tensor([math.log(number)])) if learnable else None)
+        takes_scalars(module, (self._log,))
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
         """A number, or where it is learnable a scalar tensor that gradients go through."""
         if module is None:
             return self
         log = getattr(module, self._log)
-        return getattr(module, self._fixed) if log is None else log.exp()
+        return getattr(module, self._fixed) if log is None else log.exp().reshape(())
 
     def shown(self, module: nn.Module) -> str:
         """For ``extra_repr``."""

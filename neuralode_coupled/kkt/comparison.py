@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.field import check_activation
+from neuralode_coupled.kkt.closed_forms import check_closed_forms
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 
@@ -91,10 +92,13 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
         show: print the table.
 
     Raises:
-        TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
+        TypeError, ValueError: for a z0 that the layer refuses, a loss that is not a scalar tensor, or an operator whose
+            ``propagate`` (``propagator``, ``trajectory``) does not solve ``dw/dt = forward(t, w)``: no comparison of
+            gradients would show that.
     """
     check_layer(layer)
-    check_activation(layer.field, z0)
+    layer.field.begin(z0)
+    substitute(layer, lambda _: check_closed_forms(layer))
     loss = probe(z0) if loss is None else loss
     dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()
     exact = _gradients(layer, z0, loss, Backprop())
@@ -102,7 +106,7 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
     reason = ""
     try:
         others["continuous"] = _gradients(layer, z0, loss, ContinuousAdjoint())
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         reason = str(error)
     floor = norm(exact.values()) / 100
     groups: dict[str, Group] = {}
@@ -142,7 +146,7 @@ def _direction(tensors: Tensors) -> Tensors:
     generator = torch.Generator().manual_seed(1)
     found: Tensors = {}
     for name, tensor in tensors.items():
-        size = float(tensor.detach().double().square().mean()) ** 0.5 or 1.0
+        size = float(tensor.detach().abs().double().square().mean()) ** 0.5 or 1.0
         found[name] = size * torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
     return found
 
@@ -187,7 +191,7 @@ def _solved_by(layer: CoupledODE, adjoint: GradientMethod, z0: Tensor) -> Tensor
 
 def _groups(layer: CoupledODE) -> dict[str, list[str]]:
     """The names in the layer of what each group holds."""
-    names = [name for name, _ in layer.named_parameters()]
+    names = [name for name, parameter in layer.named_parameters() if is_differentiable(parameter)]
     evolving = {FIELD + name for name in layer.field.names}
     return {
         "z0": ["z0"],

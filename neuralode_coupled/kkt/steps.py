@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._substitution import Held, call, places
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import closed_form
-from neuralode_coupled.field import CoupledField, check_activation
+from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.runge_kutta import step
 
@@ -34,7 +35,7 @@ class Steps:
     """
 
     def __init__(self, layer: CoupledODE, z0: Tensor, leaves: Tensors) -> None:
-        check_activation(layer.field, z0)
+        layer.field.begin(z0)
         self.field, self.scheme = layer.field, scheme_of(layer)
         weight_side = {f"field.{part}." for part in ("evolution", "kernel")}
         self.p = {name: leaf for name, leaf in leaves.items() if name.startswith(tuple(weight_side))}
@@ -145,8 +146,10 @@ def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     random numbers. Raises TypeError for what is no layer.
     """
     check_layer(layer)
-    leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in layer.named_parameters()}
-    others = {id(p): leaves[name] for name, p in layer.named_parameters()}
+    parameters = {name: parameter for name, parameter in layer.named_parameters() if is_differentiable(parameter)}
+    leaves = {name: as_leaf(parameter.detach().clone()) for name, parameter in parameters.items()}
+    others = {id(parameter): parameter for parameter in layer.parameters()}
+    others |= {id(parameter): leaves[name] for name, parameter in parameters.items()}
     others |= {id(buffer): buffer.clone() for buffer in layer.buffers()}
     held = Held([layer])
     tensors = {name: others[id(tensor)] for name, tensor in places(held)}

@@ -53,11 +53,16 @@ def minus(total: Tensors, part: Tensors) -> Tensors:
 
 
 def dot(gradient: Tensors, direction: Tensors) -> float:
-    return math.fsum(float((g.double() * direction[name].double()).sum()) for name, g in gradient.items())
+    return math.fsum(float(torch.sum(_exact(g) * _exact(direction[name]).conj()).real) for name, g in gradient.items())
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(tensor.double().norm()) for tensor in tensors))
+    return math.hypot(*(float(_exact(tensor).norm()) for tensor in tensors))
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In double precision, real or complex."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor], floor: float = 0.0) -> float:

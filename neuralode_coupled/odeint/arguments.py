@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults."""
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
+MOST_STEPS = 2**31 - 1
 FACTORS = ("safety", "ifactor", "dfactor")
 """The options of torchdiffeq's step size control."""
 
@@ -67,6 +69,8 @@ def check_times(t: Tensor) -> list[float]:
     times = t.tolist()
     if not times:
         raise ValueError("t must hold at least one time, got none")
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"t must hold finite times, got {times}: give numbers in place of nan and inf")
     falling = len(times) > 1 and times[1] < times[0]
     for i, (a, b) in enumerate(pairwise(times), start=1):
         if not (b < a if falling else b > a):
@@ -126,7 +130,7 @@ def adaptive_options(options: Mapping[str, Any], is_tuple: bool) -> AdaptiveOpti
             given[name] = _number(name, given[name])
     for name in ("step_t", "jump_t"):
         if name in given:
-            given[name] = tuple(torch.as_tensor(given[name], dtype=torch.float64, device="cpu").reshape(-1).tolist())
+            given[name] = _option_times(name, given[name])
     if "dtype" in given and not isinstance(given["dtype"], torch.dtype):
         raise TypeError(f"option 'dtype' must be a torch.dtype, got {given['dtype']!r}")
     if "norm" in given:
@@ -138,11 +142,23 @@ def adaptive_options(options: Mapping[str, Any], is_tuple: bool) -> AdaptiveOpti
     return AdaptiveOptions(**given)
 
 
+def _option_times(name: str, value: Any) -> tuple[float, ...]:
+    """Times that an option names, as numbers."""
+    try:
+        found = torch.as_tensor(value, dtype=torch.float64, device="cpu").reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"option {name!r} must hold times, as in torch.tensor([0.5]), got {value!r}") from error
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"option {name!r} must hold finite times, got {found}")
+    return tuple(found)
+
+
 def check_tolerance(name: str, value: Any, state: State, is_tuple: bool) -> Tolerances:
     """One tolerance for each tensor of the state, as torchdiffeq takes them: a number or tensor for all, or a tuple.
 
     Raises:
-        ValueError: for a tolerance that is negative, nan, needs a gradient or does not fit the state.
+        TypeError: for a tolerance that is no number.
+        ValueError: for one that is negative, infinite, nan, needs a gradient or does not fit the state.
     """
     shared = not is_tuple or not (isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim > 0))
     given = [value] * len(state) if shared else list(value)
@@ -152,16 +168,20 @@ def check_tolerance(name: str, value: Any, state: State, is_tuple: bool) -> Tole
 
 
 def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | Tensor:
-    if isinstance(value, int | float):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must {'be finite' if value > 0 else 'not be negative'}, got {value}")
         # torchdiffeq makes tensors of a tuple's numbers, of the default dtype.
         return torch.as_tensor(float(value)).item() if is_entry else float(value)
-    tensor = torch.as_tensor(value, dtype=torch.promote_types(torch.float64, part.dtype.to_real()), device=part.device)
+    try:
+        dtype = torch.promote_types(torch.float64, part.dtype.to_real())
+        tensor = torch.as_tensor(None if isinstance(value, bool) else value, dtype=dtype, device=part.device)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number, a tensor or a tuple of them, got {value!r}") from error
     if tensor.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which accepted steps do not give: detach it")
-    if not bool((tensor >= 0).all()):
-        raise ValueError(f"{name} must not be negative, got {value}")
+    if not bool(((tensor >= 0) & tensor.isfinite()).all()):
+        raise ValueError(f"{name} must {'be finite' if bool((tensor >= 0).all()) else 'not be negative'}, got {value}")
     if is_entry and tensor.ndim == 1 and len(tensor) == part.numel():
         return tensor.view(part.shape)  # as torchdiffeq, which lays out the state in a row
     try:
@@ -173,10 +193,10 @@ def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | T
 def _number(name: str, value: Any) -> float:
     """An option as a number: torchdiffeq takes tensors of one as well."""
     try:
-        number = value.detach().item() if isinstance(value, Tensor) else value + 0
+        number = value.detach().item() if isinstance(value, Tensor) else value if isinstance(value, bool) else value + 0
     except (RuntimeError, TypeError) as error:
         raise TypeError(f"option {name!r} must be a number, got {value!r}") from error
-    if not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"option {name!r} must be a number, got {value!r}")
     return number
 
@@ -186,23 +206,46 @@ def _check_fixed_options(name: str, options: dict[str, Any]) -> None:
     step_size, constructor = options.get("step_size"), options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ValueError("options 'step_size' and 'grid_constructor' exclude each other: give one of them")
-    if step_size is not None and not step_size > 0:
-        raise ValueError(f"option 'step_size' must be positive, in either direction of time, got {step_size}")
+    if step_size is not None and not 0 < _number("step_size", step_size) < math.inf:
+        raise ValueError(
+            f"option 'step_size' must be positive, in either direction of time, and finite, got {step_size}"
+        )
+    if constructor is not None and not callable(constructor):
+        raise TypeError(f"option 'grid_constructor' must be callable, got {constructor!r}")
+    if not isinstance(options.get("perturb", False), bool):
+        raise TypeError(f"option 'perturb' must be True or False, got {options['perturb']!r}")
     if options.get("interp", "linear") not in ("linear", "cubic"):
         raise ValueError(f"option 'interp' must be 'linear' or 'cubic', got {options['interp']!r}")
 
 
+def check_step_size(step_size: float, times: list[float]) -> float:
+    """The step size; raises ValueError for one of which t's interval takes more than can be counted."""
+    number = _number("step_size", step_size)
+    steps = abs(times[-1] - times[0]) / number
+    if steps > MOST_STEPS:
+        raise ValueError(f"option 'step_size' is too small: {number:g} makes {steps:.3g} steps of t's interval")
+    return step_size
+
+
 def check_grid(points: Any, times: list[float]) -> Tensor:
-    """What a grid constructor made; raises TypeError or ValueError unless it spans t."""
+    """What a grid constructor made; raises TypeError or ValueError unless its times are in order and span t."""
     if not isinstance(points, Tensor):
         raise TypeError(f"grid_constructor must return a tensor of times, got a {type(points).__name__}")
     if points.ndim != 1 or len(points) < 2:
         raise ValueError(f"grid_constructor must return at least two times in a row, got {tuple(points.shape)}")
-    ends = points[[0, -1]].tolist()
+    numbers = points.tolist()
+    ends = [numbers[0], numbers[-1]]
     if ends != [times[0], times[-1]]:
         raise ValueError(
             f"grid_constructor must return times from t[0] to t[-1], {times[0]} to {times[-1]}, got {ends}"
         )
+    falling = numbers[-1] < numbers[0]
+    for i, (a, b) in enumerate(pairwise(numbers), start=1):
+        if not (b < a if falling else b > a):
+            raise ValueError(
+                f"grid_constructor must return strictly {'decreasing' if falling else 'increasing'} times, as t is, "
+                f"got {b} (number {i}) after {a}: sort them, and leave out repeated ones"
+            )
     return points
 
 

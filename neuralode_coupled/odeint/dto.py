@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Stats
@@ -23,6 +24,7 @@ from neuralode_coupled.odeint.arguments import (
     check_grid,
     check_method,
     check_state,
+    check_step_size,
     check_times,
     check_tolerance,
 )
@@ -98,13 +100,14 @@ def odeint_dto(
         The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.
 
     Raises:
-        TypeError: for a y0 or t that is not floating, mixed dtypes, options that are no numbers, or func returning
-            another structure or dtype.
+        TypeError: for a y0 or t that is not floating, mixed dtypes, options and tolerances that are no numbers, or func
+            returning another structure or dtype.
         ValueError: for unknown methods and options, values of options that are out of range, tolerances that are
-            negative, do not fit y0 or stand beside a fixed grid, times out of order, ``checkpoints``
-            below 1, ``event_fn``, func returning other shapes, a step size that underflows, a state that is not finite
-            (on a fixed grid it is looked for on the CPU only, where that costs no waiting), random numbers drawn by
-            func in an adaptive solve with gradients, or an adaptive solve inside of ``torch.func`` transforms.
+            negative or not finite, do not fit y0 or stand beside a fixed grid, times (of t, of options, of a
+            constructed grid) that are not finite or out of order, ``checkpoints`` below 1, ``event_fn``, func returning
+            other shapes, a step size that underflows, a state that is not finite (on a fixed grid it is looked for on
+            the CPU only, where that costs no waiting), random numbers drawn by func in an adaptive solve with
+            gradients, or an adaptive solve inside of ``torch.func`` transforms.
     """
     if event_fn is not None:
         raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
@@ -113,7 +116,9 @@ def odeint_dto(
     name = check_method(method, rtol, atol, options)
     is_tuple = isinstance(y0, tuple)
     dynamics = Dynamics(func, is_tuple, params)
+    check_no_sample_gradients(dynamics.module)
     chosen = dict(options or {})
+    relative, absolute = [check_tolerance(*given, state, is_tuple) for given in (("rtol", rtol), ("atol", atol))]
     if len(times) == 1:
         outputs = tuple([part[None] for part in state])
     elif name in METHODS:
@@ -127,8 +132,8 @@ def odeint_dto(
             t.to(state[0].device),
             times,
             name,
-            check_tolerance("rtol", rtol, state, is_tuple),
-            check_tolerance("atol", atol, state, is_tuple),
+            relative,
+            absolute,
             adaptive_options(chosen, is_tuple),
         )
         outputs = _adaptive(solve, checkpoints)
@@ -148,7 +153,7 @@ def _fixed_steps(
 ) -> FixedSteps:
     points, like = t, (y0[0] if isinstance(y0, tuple) else y0)
     if options.get("step_size") is not None:
-        points = equal_steps(t, options["step_size"])
+        points = equal_steps(t, check_step_size(options["step_size"], times))
     elif options.get("grid_constructor") is not None:
         points = check_grid(options["grid_constructor"](func, y0, t), times)
     for callback in ("callback_accept_step", "callback_reject_step"):

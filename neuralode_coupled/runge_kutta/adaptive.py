@@ -84,8 +84,10 @@ class AdaptiveOptions:
             raise ValueError(
                 f"max_step must be positive and at least min_step={self.min_step!r}, got {self.max_step!r}"
             )
-        if self.max_num_steps < 1:
+        if not self.max_num_steps >= 1:
             raise ValueError(f"max_num_steps must be at least 1, got {self.max_num_steps!r}")
+        if self.max_num_steps < math.inf and self.max_num_steps % 1 != 0:
+            raise ValueError(f"max_num_steps must be a whole number, got {self.max_num_steps!r}")
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype must be a real floating one, for the times, got {self.dtype}")
 

@@ -107,6 +107,14 @@ class Classifier(pl.LightningModule):
         ]
         return torch.optim.SGD(groups, self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Momentum of a coefficient that had no axis in an earlier version gets one, as the coefficient does."""
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for state in optimizer["state"].values():
+                momentum = state.get("momentum_buffer")
+                if isinstance(momentum, Tensor) and momentum.ndim == 0:
+                    state["momentum_buffer"] = momentum.reshape(1)
+
     def on_train_epoch_start(self) -> None:
         """Set what depends on the epoch: the learning rate and the random state."""
         # Not by a scheduler: Lightning saves checkpoints before it steps those.

@@ -87,11 +87,14 @@ def check_continues(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """How the tensors of two state dicts differ in name and shape; empty if they fit."""
+    """How the tensors of two state dicts differ in name and shape; empty if they fit.
+
+    A number without an axis fits one with: so earlier versions wrote coefficients of a whole layer.
+    """
     shapes = [
         f"{name} {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in found and (found[name].shape or (1,)) != (tensor.shape or (1,))
     ]
     groups = {
         "missing": [name for name in expected if name not in found],

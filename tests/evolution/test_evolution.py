@@ -153,9 +153,9 @@ def test_nonlinear_forms_apply_sigma_where_the_paper_does(activation, sigma):
 @pytest.mark.parametrize(("scope", "groups"), [("layer", ()), ("filter", (4,)), ("kernel", (4, 3))])
 def test_coefficients_can_be_inspected(scope, groups):
     operator = nc.ReactionDiffusionAdvection(scope=scope).bind(torch.randn(4, 3, 5, 5))
-    assert operator.diffusion.shape == groups
+    assert operator.diffusion.shape == (groups or (1,))
     assert operator.advection.shape == (*groups, 2)
-    assert operator.reaction.shape == groups
+    assert operator.reaction.shape == (groups or (1,))
     alone = nc.ReactionDiffusionAdvection(scope=scope, advection=False, diffusion=False).bind(torch.randn(4, 3, 5, 5))
     assert alone.diffusion is None
     assert alone.advection is None

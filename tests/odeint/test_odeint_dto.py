@@ -587,7 +587,7 @@ BAD_VALUES = [
     ((slope, ONE, UP[:0], {}), r"t must hold at least one time, got none"),
     ((slope, ONE, torch.tensor([0.0, 1.0, 1.0]), {}), r"strictly .* got t\[2\] = 1\.0 after t\[1\] = 1\.0"),
     ((slope, ONE, torch.tensor([1.0, 0.0, 2.0]), {}), r"strictly .* got t\[2\] = 2\.0 after t\[1\] = 0\.0"),
-    ((slope, ONE, torch.tensor([0.0, math.nan]), {}), r"strictly .* got t\[1\] = nan"),
+    ((slope, ONE, torch.tensor([0.0, math.nan]), {}), r"t must hold finite times, got .*nan"),
     ((slope, (), UP, {}), r"y0 must hold at least one tensor"),
     ((slope, ONE, UP, {"method": "rk4", "rtol": 1e-3}), r"rtol=0\.001 has no effect .*'step_size'"),
     ((slope, ONE, UP, {"method": "rk4", "atol": 1e-3}), r"atol=0\.001 has no effect .*'step_size'"),

@@ -43,6 +43,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear, exponential kernel": lambda: nc.CoupledODE(
         nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nc.LinearEvolution(), nc.Exponential(2.0), steps=2
     ),
+    "coefficients without axes": lambda: nc.CoupledODE(
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh()),
+        nc.ReactionDiffusionAdvection(),
+        nc.Exponential(2.0, learnable=True),
+        steps=2,
+    ),
 }
 
 
@@ -77,6 +83,36 @@ def test_state_dicts_of_earlier_versions_give_their_outputs(name):
         outputs = model.eval()(images(model))
     assert torch.allclose(outputs, kept["outputs"], rtol=1e-5, atol=1e-6)
     assert float(outputs.std()) > 0.1
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Coefficients of a whole layer had no axis, nor had their momentum."""
+    experiment = Experiment(
+        variant="anodev2-1", evolution="rda-layer", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1
+    )
+    folder = RunFolder(tmp_path / "run")
+    train(experiment, folder)
+    content = torch.load(folder.last, weights_only=True)
+    weights, momenta = content["state_dict"], content["optimizer_states"][0]["state"].values()
+    for name in [name for name in weights if name.endswith(("diffusion", "reaction"))]:
+        assert weights[name].shape == (1,)
+        weights[name] = weights[name].reshape(())
+    for state in momenta:
+        if state["momentum_buffer"].shape == (1,):
+            state["momentum_buffer"] = state["momentum_buffer"].reshape(())
+    assert any(state["momentum_buffer"].ndim == 0 for state in momenta)
+    for path in (folder.last, folder.best):
+        torch.save(content, path)
+    load_model(folder)
+    (folder.path / "result.json").unlink()
+    learner = prepare(experiment, folder, resume=True).classifier
+    learner.on_load_checkpoint(content)
+    learner.load_state_dict(weights)
+    optimizer = learner.configure_optimizers()
+    optimizer.load_state_dict(content["optimizer_states"][0])
+    learner(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    assert all(state["momentum_buffer"].shape == p.shape for p, state in optimizer.state.items())
 
 
 EXPERIMENT = Experiment(variant="anodev2-2", epochs=1, limit=32, batch_size=16, accelerator="cpu", threads=1)

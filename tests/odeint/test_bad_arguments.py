@@ -1,0 +1,149 @@
+"""What is no solve is refused before it begins: times, tolerances, options and grids."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import neuralode_coupled as nc
+
+NAN, INF = math.nan, math.inf
+Z0 = torch.ones(2, 4)
+SPAN = torch.tensor([0.0, 1.0])
+
+
+def field():
+    return nc.CoupledField(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nc.Static())
+
+
+def decay(t, y):
+    return -y
+
+
+def solved(method="dopri5", t=SPAN, **options):
+    return nc.odeint_dto(decay, Z0, t, method=method, options=options)
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+@pytest.mark.parametrize("t", [[NAN], [INF], [0.0, NAN], [NAN, 1.0], [0.0, INF], [-INF, 1.0], [0.0, 0.5, INF]])
+def test_times_are_finite(method, t):
+    with pytest.raises(ValueError, match="t must hold finite times, got"):
+        nc.odeint_dto(decay, Z0, torch.tensor(t), method=method)
+    with pytest.raises(ValueError, match="t must hold finite times, got"):
+        nc.solve(field(), Z0, t, method=method, **({"steps": 2} if method == "euler" else {}))
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+@pytest.mark.parametrize("value", [-1, -1e-9, NAN, INF])
+def test_tolerances_are_finite_and_not_negative(name, value):
+    for given in (value, torch.tensor(value), torch.full((2, 4), float(value))):
+        with pytest.raises(ValueError, match=f"{name} must (not be negative|be finite), got"):
+            nc.odeint_dto(decay, Z0, SPAN, **{name: given})
+    with pytest.raises(ValueError, match=f"{name} must (not be negative|be finite), got"):
+        nc.odeint_dto(lambda t, y: (-y[0],), (Z0,), SPAN, **{name: (value,)})
+    for make in (
+        lambda: nc.CoupledODE(field().dynamics, method="dopri5", **{name: value}),
+        lambda: nc.solve(field(), Z0, method="dopri5", **{name: value}),
+        lambda: nc.ContinuousAdjoint(**{name: value}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {name}={value}"):
+            make()
+    layer = nc.CoupledODE(field().dynamics, method="dopri5")
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+        setattr(layer, name, value)
+
+
+@pytest.mark.parametrize("value", ["1e-3", True, None, 1j])
+def test_tolerances_are_numbers(value):
+    with pytest.raises(
+        TypeError, match=re.escape(f"rtol must be a number, a tensor or a tuple of them, got {value!r}")
+    ):
+        nc.odeint_dto(decay, Z0, SPAN, rtol=value)
+    if value is not None:
+        with pytest.raises(TypeError, match="rtol must be a number, got"):
+            nc.ContinuousAdjoint(rtol=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"min_step": 1.0, "max_step": 0.1},
+            ValueError,
+            "max_step must be positive and at least min_step=1.0, got 0.1",
+        ),
+        ({"max_step": 0}, ValueError, "max_step must be positive"),
+        ({"max_step": -1.0}, ValueError, "max_step must be positive"),
+        ({"max_step": NAN}, ValueError, "max_step must be positive"),
+        ({"min_step": NAN}, ValueError, "min_step must be a number of at least 0"),
+        ({"min_step": True}, TypeError, "option 'min_step' must be a number, got True"),
+        ({"max_num_steps": NAN}, ValueError, "max_num_steps must be at least 1, got nan"),
+        ({"max_num_steps": 2.5}, ValueError, "max_num_steps must be a whole number, got 2.5"),
+        ({"step_t": [0.5, NAN]}, ValueError, r"option 'step_t' must hold finite times, got \[0.5, nan\]"),
+        ({"jump_t": torch.tensor([INF])}, ValueError, r"option 'jump_t' must hold finite times, got \[inf\]"),
+        ({"step_t": ["a"]}, TypeError, r"option 'step_t' must hold times, .* got \['a'\]"),
+    ],
+)
+def test_options_of_adaptive_methods(options, error, message):
+    with pytest.raises(error, match=message):
+        solved(**options)
+
+
+def test_steps_without_a_limit_to_their_number_are_taken():
+    assert torch.equal(solved(max_num_steps=1e6), solved(max_num_steps=INF))
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([0.0, 0.7, 0.3, 1.0], "strictly increasing times, as t is, got 0.3.* after 0.69"),
+        ([0.0, 0.5, 0.5, 1.0], "strictly increasing times, as t is, got 0.5 .* after 0.5: sort them"),
+        ([0.0, 2.0, 1.0], "strictly increasing times, as t is, got 1.0 .* after 2.0"),
+        ([0.0, -1.0, 1.0], "strictly increasing times, as t is, got -1.0 .* after 0.0"),
+        ([0.0, NAN, 1.0], "strictly increasing times, as t is, got nan .* after 0.0"),
+    ],
+)
+def test_constructed_grids_are_in_order(points, message):
+    with pytest.raises(ValueError, match=f"grid_constructor must return {message}"):
+        solved("euler", grid_constructor=lambda func, y0, t: torch.tensor(points))
+    backwards = (
+        message.replace("increasing", "decreasing").replace("0.3.*", "0.69.*").replace("after 0.69", "after 0.3")
+    )
+    with pytest.raises(ValueError, match=backwards.split(", got")[0]):
+        solved("euler", SPAN.flip(0), grid_constructor=lambda func, y0, t: torch.tensor(points).flip(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"step_size": INF}, ValueError, "option 'step_size' must be positive, .* and finite"),
+        ({"step_size": NAN}, ValueError, "option 'step_size' must be positive, .* and finite"),
+        (
+            {"step_size": 1e-30},
+            ValueError,
+            r"option 'step_size' is too small: 1e-30 makes 1e\+30 steps of t's interval",
+        ),
+        ({"step_size": "0.1"}, TypeError, "option 'step_size' must be a number, got '0.1'"),
+        ({"perturb": "no"}, TypeError, "option 'perturb' must be True or False, got 'no'"),
+        ({"grid_constructor": SPAN}, TypeError, "option 'grid_constructor' must be callable"),
+    ],
+)
+def test_options_of_fixed_grids(options, error, message):
+    with pytest.raises(error, match=message):
+        solved("euler", **options)
+
+
+def test_the_continuous_adjoint_takes_what_has_an_effect():
+    with pytest.raises(TypeError, match="method must be the name of one, such as 'dopri5', got 3"):
+        nc.ContinuousAdjoint(method=3)
+    dynamics = field().dynamics
+    for adjoint in (nc.ContinuousAdjoint(rtol=1e-3), nc.ContinuousAdjoint(atol=1e-3, method="midpoint")):
+        with pytest.raises(ValueError, match=r"of ContinuousAdjoint has no effect on the fixed steps of '(euler|mid)"):
+            nc.CoupledODE(dynamics, steps=2, adjoint=adjoint)
+    layer = nc.CoupledODE(dynamics, steps=2, adjoint=nc.ContinuousAdjoint(1e-3, 1e-3, method="dopri5"))
+    layer(Z0).sum().backward()
+    assert dynamics[0].weight.grad.abs().max() > 0
