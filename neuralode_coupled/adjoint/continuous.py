@@ -65,7 +65,7 @@ class ContinuousAdjoint:
 
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
         field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
-        t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
+        t = problem.times(marks, y[0])
         rtol, atol = problem.tolerances or (None, None)
         try:
             arguments = self._arguments(problem, field, rtol, atol)
@@ -99,10 +99,6 @@ class ContinuousAdjoint:
         return {"method": problem.method, "options": options, "adjoint_options": own, **adjoint}
 
 
-def _time_dtype(y: Tensor) -> torch.dtype:
-    return torch.float64 if y.dtype == torch.float64 else torch.float32
-
-
 class _VectorField(nn.Module):
     """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the
     midpoint of the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
@@ -133,7 +129,8 @@ class _VectorField(nn.Module):
         slope = self.flow.slope(self.n, t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
-        if self.backward and not self.checked:
+        # Not where torchdiffeq asks for a slope alone, without a graph: for the gradient of a time.
+        if self.backward and not self.checked and torch.is_grad_enabled():
             self.checked = True
             check_closed(slope, (t, *y, *self.flow.params), self.flow.overlooked)
         return slope

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, Protocol
@@ -196,6 +196,11 @@ class Problem(Protocol):
 
     def time(self, n: int) -> float:
         """The time of grid point ``n``."""
+        ...
+
+    def times(self, points: Sequence[int], like: Tensor) -> Tensor:
+        """The times of grid points as torchdiffeq takes them for a state such as ``like``: (points,), float64 for a
+        float64 state, else float32. Differentiable where gradients are asked of the times."""
         ...
 
 
