@@ -103,24 +103,17 @@ def as_number(t: Scalar) -> float:
     return t.detach().item() if isinstance(t, Tensor) else t
 
 
-def like_weight(t: Scalar, like: Tensor) -> Scalar:
-    """A length of time as what stands beside ``like`` takes it: a tensor of its dtype, on its device, or the number."""
+def length_like(t: Scalar, like: Tensor) -> Scalar:
+    """A length of time beside ``like``: the number, or a scalar tensor of its dtype, on its device."""
     return t.to(like.device, like.dtype) if isinstance(t, Tensor) else t
 
 
-def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:
-    """A time as f and q take it: a scalar of the state's real dtype, on its device.
-
-    With ``side`` +1 or -1 it is the next number above or below, which is differentiated as if it were ``t``.
-    """
-    dtype = like.dtype.to_real()
+def time_like(t: Scalar, like: Tensor) -> Tensor:
+    """A time as f and q take it beside a floating-point ``like``: a scalar tensor of its dtype, on its device."""
+    if isinstance(t, Tensor):
+        return t.reshape(()).to(like.device, like.dtype)
     # Filled on the device: copying a number there would make the host wait.
-    value = t.to(dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
-    if side == 0:
-        return value
-    near = value.detach()
-    beside = torch.nextafter(near, torch.full_like(near, side * torch.inf))
-    return value + (beside - near) if value.requires_grad else beside
+    return torch.full((), t, dtype=like.dtype, device=like.device)
 
 
 def times_at(times: Sequence[Scalar], like: Tensor) -> Tensor:
@@ -132,9 +125,7 @@ def times_at(times: Sequence[Scalar], like: Tensor) -> Tensor:
 
 def time_vector(times: Sequence[Scalar], like: Tensor) -> Tensor:
     """Times as a vector of the dtype of ``like``, on its device; numbers are filled there."""
-    options = {"dtype": like.dtype, "device": like.device}
-    every = [t.reshape(()).to(**options) if isinstance(t, Tensor) else torch.full((), t, **options) for t in times]
-    return torch.stack(every)
+    return torch.stack([time_like(t, like) for t in times])
 
 
 def check_followed(
@@ -171,6 +162,6 @@ def check_followed(
         if not ((after != found) & (before != found)).any():
             return
     raise ValueError(
-        f"{what} of {type(module).__name__} makes a number of a time that requires a gradient, and none would reach it: "
+        f"{what} of {type(module).__name__} makes a number of a time that requires a gradient, which would be lost: "
         "compute with the tensor, as by torch.cos(t) in place of math.cos(float(t)), or detach the times"
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._checks import Times, check_model, times_within
-from neuralode_coupled._times import TimeRow, as_number, like_weight, time_row
+from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
@@ -216,7 +216,7 @@ class CoupledODE(nn.Module):
         scheme = self.scheme
         for name, weight in self.field.evolving().items():
             path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
-            h = like_weight(scheme.weight_grid.length, path)
+            h = length_like(scheme.weight_grid.length, path)
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(h)
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neuralode_coupled._times import Scalar, TimeRow, check_followed, time_tensor, time_vector
+from neuralode_coupled._times import Scalar, TimeRow, check_followed, time_like, time_vector
 from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
 from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps
 from neuralode_coupled.evolution.base import Propagate, Trajectory
@@ -226,15 +226,13 @@ class Scheme:
             return time_vector(times.numbers, w0) - grid.t0
         return time_vector([t - grid.start(0) for t in times.scalars], w0)
 
-    def _beside(
-        self, operator: nn.Module, propagate: Propagate | None, path: State, n: int, t: Scalar
-    ) -> Weight:
+    def _beside(self, operator: nn.Module, propagate: Propagate | None, path: State, n: int, t: Scalar) -> Weight:
         """w at grid point ``n``, as a function of how far beside it the time lies: nothing, but for its derivative.
 
         There w has a corner: the derivative is the mean of both sides, as central differences have it.
         """
         grid = self.weight_grid
-        beside = time_tensor(t - grid.start(n), path[n])
+        beside = time_like(t - grid.start(n), path[n])
 
         def moved(m: int, length: Scalar) -> Tensor:
             """What being beside the point does to the end of a step of that length."""
@@ -259,7 +257,7 @@ class Scheme:
             return end, [w if c[i] == 0 else propagate(w, length) for i, length in enumerate(inner)]
 
         def q(i: int, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            t = time_tensor(self.weight_grid.start(n) + inner[i], w)
+            t = time_like(self.weight_grid.start(n) + inner[i], w)
             return (check_evolved(operator(t, y[0]), w, operator),)
 
         (w,), stages = step(q, (w,), h, self.weight_method)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._substitution import DynamicsError, alone
-from neuralode_coupled._times import Scalar, check_followed, time_tensor
+from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._types import State
 from neuralode_coupled.field import CoupledField, check_slope
 
@@ -72,7 +72,7 @@ class Stages:
 
     def time(self, t: Scalar, z: Tensor) -> Tensor | None:
         """A time as f takes it, on the device and of the dtype of z; None where f takes none."""
-        return time_tensor(t, z) if self.field.takes_time else None
+        return time_like(t, z) if self.field.takes_time else None
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
@@ -103,7 +103,7 @@ class Stages:
             buffers = tuple([buffer.detach().clone() for buffer in self.buffers[0]])
             return self.evaluate(t, z, self.named(shared, own, buffers), first=True)
 
-        check_followed(self.field.dynamics, "forward(t, z)", f, time_tensor(t, z).to(z.device), span)
+        check_followed(self.field.dynamics, "forward(t, z)", f, time_like(t, z), span)
 
     @staticmethod
     def overlooked(leaf: Tensor) -> Exception:

@@ -9,7 +9,7 @@ from typing import ParamSpec, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._times import Scalar, check_followed, like_weight, time_tensor
+from neuralode_coupled._times import Scalar, check_followed, length_like, time_like
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Weight, WeightPath
 
@@ -76,7 +76,7 @@ def check_follows_time(operator: nn.Module, w: Weight, t: Scalar, span: Scalar, 
     """
     held = w.detach()
     trajectory, propagate = (None, None) if integrated else (all_at_once(operator), closed_form(operator))
-    at, scale = time_tensor(t, w).detach().to(w.device), time_tensor(span, w).detach().to(w.device)
+    at, scale = time_like(t, w).detach(), time_like(span, w).detach()
     if trajectory is not None:
         check_followed(operator, "trajectory(w0, times)", partial(trajectory, held), scale.reshape(1), scale)
     elif propagate is not None:
@@ -95,12 +95,12 @@ def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate |
     if propagate is None:
         return None
     if propagator is None:
-        return lambda w, dt: propagate(w, like_weight(dt, w))
+        return lambda w, dt: propagate(w, length_like(dt, w))
     known: dict[Scalar, Advance] = {}
 
     def through_known(w: Tensor, dt: Scalar) -> Tensor:
         if dt not in known:
-            known[dt] = propagator(like_weight(dt, like), like)
+            known[dt] = propagator(length_like(dt, like), like)
         return known[dt](w)
 
     return through_known

@@ -34,7 +34,10 @@ class Multipliers:
     static: Tensors
 
     def gradients(self) -> Tensors:
-        """dJ of z0 (``"z0"``) and of every parameter by its name in the layer; without the regulariser R."""
+        """dJ of z0 (``"z0"``) and of every parameter by its name in the layer; without the regulariser R.
+
+        The times of the layer are numbers here: (7) has no multiplier for them, and learned ones are left out.
+        """
         w0 = {FIELD + name: -beta[0] for name, beta in self.beta.items()}
         return {"z0": -self.alpha[0], **w0, **self.p, **self.static}
 

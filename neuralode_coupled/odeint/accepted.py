@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from neuralode_coupled._times import Scalar, time_tensor
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.times import Grid, rows
+from neuralode_coupled.odeint.times import Grid, Scalar, rows, time_tensor
 from neuralode_coupled.runge_kutta import (
     AdaptiveOptions,
     Callbacks,

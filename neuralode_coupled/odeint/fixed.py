@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralode_coupled._times import time_tensor
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats, listener
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
-from neuralode_coupled.odeint.times import Grid, rows, share_out
+from neuralode_coupled.odeint.times import Grid, rows, share_out, time_tensor
 from neuralode_coupled.runge_kutta import Tableau, step
 
 Announce = Callable[[Tensor, State, Tensor], Any]

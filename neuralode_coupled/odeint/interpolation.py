@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from neuralode_coupled._times import Scalar
 from neuralode_coupled._types import State
+from neuralode_coupled.odeint.times import Scalar
 
 
 def linear(x: Scalar, y0: State, y1: State) -> State:

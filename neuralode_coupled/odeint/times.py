@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from neuralode_coupled._times import Scalar
@@ -56,3 +57,18 @@ def rows(columns: tuple[Tensor, Tensor, Tensor], t: Tensor, shares: list[list[in
     out = t.unbind()
     by_step = zip(*(column.unbind() for column in columns), strict=True)
     return tuple((*row, *(out[j] for j in share)) for row, share in zip(by_step, shares, strict=True))
+
+
+def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:
+    """A time as func takes it: a scalar of the state's real dtype, on its device.
+
+    With ``side`` +1 or -1 it is the next number above or below, which is differentiated as if it were ``t``.
+    """
+    dtype = like.dtype.to_real()
+    # Filled on the device: copying a number there would make the host wait.
+    value = t.to(dtype) if isinstance(t, Tensor) else torch.full((), t, dtype=dtype, device=like.device)
+    if side == 0:
+        return value
+    near = value.detach()
+    beside = torch.nextafter(near, torch.full_like(near, side * torch.inf))
+    return value + (beside - near) if value.requires_grad else beside

@@ -170,9 +170,8 @@ class Recorder:
 
 def test_times_are_operands_where_one_requires_a_gradient_and_else_cost_nothing():
     field, z0 = small_field(), torch.randn(2, 4, dtype=torch.float64)
-    found = {}
-    for name, t in {"numbers": (0.0, 1.0), "tensor": numbers([0.0, 1.0]), "learned": (0.0, numbers(1.0))}.items():
-        t = (0.0, t[1].requires_grad_()) if name == "learned" else t
+    found, end = {}, numbers(1.0).requires_grad_()
+    for name, t in {"numbers": (0.0, 1.0), "tensor": numbers([0.0, 1.0]), "learned": (0.0, end)}.items():
         recorder = Recorder()
         found[name] = nc.solve(field, z0, t, steps=3, method="rk4", adjoint=recorder).z, recorder.operands
     sizes = {name: len(operands.flatten()) for name, (_, operands) in found.items()}
@@ -180,7 +179,7 @@ def test_times_are_operands_where_one_requires_a_gradient_and_else_cost_nothing(
     assert torch.equal(found["numbers"][0], found["tensor"][0])
     assert torch.allclose(found["numbers"][0], found["learned"][0], rtol=1e-14)
     with torch.no_grad():
-        z = nc.solve(field, z0, (0.0, numbers(1.0).requires_grad_()), steps=3, method="rk4").z
+        z = nc.solve(field, z0, (0.0, end), steps=3, method="rk4").z
     assert torch.equal(found["numbers"][0], z)
 
 
