@@ -162,7 +162,7 @@ class Adaptive:
         """The ends of equal shares of the interval."""
 
         def shares(start: Any, end: Any) -> tuple[Any, ...]:
-            return (*(start + k * (end - start) / count for k in range(count)), end)
+            return (start, *(start + k * (end - start) / count for k in range(1, count)), end)
 
         numbers, tensors = self.interval.numbers, self.interval.tensors
         return TimeRow(shares(*numbers), shares(*tensors) if tensors else ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -238,3 +240,191 @@ def test_other_precisions_keep_the_states_own(state, time, evolve):
     field = field.double()
     expected = through(lambda t: nc.solve(field, z0.double(), t, steps=4, method="rk4").z.square().sum(), t.double())
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def by_tolerances(t, kernel=None, seed=0, adjoint=None, **options):
+    field = small_field("perceptron of t", kernel, seed)
+    z0 = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
+    options = {"method": "dopri5", "rtol": 1e-6, "atol": 1e-8} | options
+    return nc.solve(field, z0, t, adjoint=adjoint, **options)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "tsit5", "adaptive_heun"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_by_tolerances_they_are_those_of_odeint_dto(method, sign):
+    options = {"method": method, "rtol": 1e-4, "atol": 1e-6}
+    field, z0 = small_field("perceptron of t"), torch.randn(2, 4, dtype=torch.float64)
+    t = sign * numbers([0.0, 0.3, 1.0])
+
+    def theirs(t):
+        return nc.odeint_dto(field, field.initial_state(z0), t, **options)[0].square().sum()
+
+    for adjoint in (nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(2)):
+
+        def ours(t, adjoint=adjoint):
+            return nc.solve(field, z0, t, adjoint=adjoint, **options).z.square().sum()
+
+        found = through(ours, t)
+        assert torch.allclose(found, through(theirs, t), rtol=1e-8, atol=1e-10)
+
+
+KINDS = {"Dirac": None, "two samples": nc.SampleAndHold(2), "averaging": nc.Erlang(2, 4.0)}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=repr)
+def test_by_tight_tolerances_they_are_finite_differences(kind, adjoint):
+    def loss(t):
+        found = by_tolerances(t, KINDS[kind], adjoint=adjoint, rtol=1e-10, atol=1e-12)
+        return (found.z * torch.arange(1.0, 1 + found.z.numel()).reshape(found.z.shape)).sum()
+
+    t = numbers([0.1, 0.3, 0.95])
+    assert torch.allclose(through(loss, t), slopes(loss, t, 1e-3), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_by_tolerances_outputs_and_weights_move_with_their_times(kind):
+    def loss(t):
+        field = small_field("perceptron of t", KINDS[kind])
+        layer = nc.CoupledODE(nn.Identity(), t=t[:2], method="dopri5", rtol=1e-10, atol=1e-12, kernel=field.kernel)
+        layer.field = field
+        z = layer.trajectory(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4), t[2:])
+        scale = torch.arange(1.0, 1 + z.numel()).reshape(z.shape)
+        return (z * scale).sum() + sum(path.square().sum() for path in layer.weight_trajectory(t[2:]).values())
+
+    t = numbers([0.1, 0.95, 0.3, 0.8])
+    assert torch.allclose(through(loss, t), slopes(loss, t, 1e-3), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_by_tolerances_an_output_at_the_start_moves_by_itself(kind):
+    """From there on alone: dz/dt is f."""
+    field = small_field("perceptron of t", KINDS[kind])
+    layer = nc.CoupledODE(nn.Identity(), t=(0.2, 0.7), method="dopri5", rtol=1e-7, atol=1e-9, kernel=field.kernel)
+    layer.field = field
+    z0 = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4)
+    t = numbers([0.2]).requires_grad_()
+    (found,) = torch.autograd.grad(layer.trajectory(z0, t).sum(), t)
+    ahead = layer.trajectory(z0, [0.2, 0.2 + 1e-5]).detach().sum((1, 2))
+    assert found.item() == pytest.approx(((ahead[1] - ahead[0]) / 1e-5).item(), rel=1e-3)
+    layer.adjoint = nc.ContinuousAdjoint()
+    with pytest.raises(ValueError, match="takes each time once"):
+        layer.trajectory(z0, numbers([0.2, 0.5]).requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ["Dirac", "two samples", "exponential"])
+def test_the_continuous_adjoint_converges_to_them(kind):
+    kernel = {"exponential": nc.Exponential(3.0), **KINDS}[kind]
+    field, z0 = small_field("perceptron of t", kernel), torch.randn(2, 4, dtype=torch.float64)
+    t = numbers([0.0, 0.5, 1.0])
+
+    def loss(adjoint, steps):
+        return lambda t: nc.solve(field, z0, t, steps=steps, method="rk4", adjoint=adjoint).z.square().sum()
+
+    exact = through(loss(nc.DiscreteAdjoint(), 256), t)
+    errors = [
+        (through(loss(nc.ContinuousAdjoint(), steps), t) - exact)[[0, 2]].norm() / exact.norm() for steps in (8, 32)
+    ]
+    assert errors[1] < 1e-3
+    assert errors[1] < errors[0] / 2 or errors[0] < 1e-6
+
+
+class OfNumbers(nn.Module):
+    """Functions of time that make numbers of it, one at a time."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def read(self, what, t):
+        return math.cos(float(t.detach())) if what == self.wrong else torch.cos(t)
+
+
+class Map(OfNumbers):
+    def forward(self, t, w):
+        return self.read("forward", t) * w
+
+    def propagate(self, w, dt):
+        dt = dt if isinstance(dt, torch.Tensor) else w.new_tensor(dt)
+        return self.read("propagate", dt) * w
+
+
+class AtOnce(Map):
+    def trajectory(self, w0, times):
+        return torch.stack([self.read("trajectory", t) * w0 for t in times])
+
+
+class Unused(OfNumbers):
+    """No closed form, and f of a time that it does not use."""
+
+    def __init__(self, wrong):
+        super().__init__(wrong)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, t, z):
+        return torch.tanh(self.inner(z)) * (self.read("f", t) if self.wrong else 1.0)
+
+
+class Fading(nc.TimeKernel):
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def kappa(self, steps, c, weight_steps, span=1.0, device=None):
+        n = torch.arange(steps, dtype=torch.float64)
+        return self.kappa_at(n / steps, weight_steps, span)[:, None]
+
+    def kappa_at(self, fractions, weight_steps, span=1.0):
+        span = float(torch.as_tensor(span).detach()) if self.wrong == "span" else span
+        fractions = fractions.detach() if self.wrong == "fractions" else fractions
+        return torch.exp(-fractions[:, None] * span) * torch.ones(weight_steps + 1, dtype=torch.float64)
+
+
+class Own(nn.Module):
+    def __init__(self, q):
+        super().__init__()
+        self.q = q
+
+    def forward(self, t, w):
+        return self.q.read("forward", t) * w
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda wrong: nc.CoupledField(nn.Linear(4, 4), Own(Map(wrong))), "forward"),
+        (lambda wrong: nc.CoupledField(nn.Linear(4, 4), Map(wrong)), "propagate"),
+        (lambda wrong: nc.CoupledField(nn.Linear(4, 4), AtOnce(wrong)), "trajectory"),
+        (lambda wrong: nc.CoupledField(Unused(wrong), nc.Static()), "f"),
+        (lambda wrong: nc.CoupledField(nn.Linear(4, 4), AtOnce(""), Fading(wrong)), "span"),
+    ],
+)
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.ReversibleAdjoint()], ids=repr)
+def test_one_that_makes_numbers_of_times_is_refused(make, what, adjoint):
+    torch.manual_seed(0)
+    z0, t = torch.randn(2, 4, dtype=torch.float64), numbers([0.0, 0.8]).requires_grad_()
+    wrong, right = make(what).double(), make("").double()
+    nc.solve(wrong, z0, (0.0, 0.8), steps=2, adjoint=adjoint)
+    nc.solve(right, z0, t, steps=2, adjoint=adjoint)
+    with pytest.raises(ValueError, match=r"makes a number of a time that requires a gradient.*torch\.cos"):
+        nc.solve(wrong, z0, t, steps=2, adjoint=adjoint)
+
+
+def test_so_it_is_by_tolerances_and_for_weights_at_any_times():
+    z0, t = torch.randn(2, 4, dtype=torch.float64), numbers([0.0, 0.8]).requires_grad_()
+    with pytest.raises(ValueError, match=r"forward\(t, w\) of Own makes a number"):
+        nc.solve(nc.CoupledField(nn.Linear(4, 4), Own(Map("forward"))).double(), z0, t, method="dopri5")
+    with pytest.raises(ValueError, match=r"forward\(t, z\) of Unused makes a number"):
+        nc.solve(nc.CoupledField(Unused("f"), nc.Static()).double(), z0, t, method="dopri5")
+    field = nc.CoupledField(nn.Linear(4, 4), AtOnce(""), Fading("fractions")).double()
+    solution = nc.solve(field, z0, (0.0, 0.8), steps=2)
+    with pytest.raises(ValueError, match=r"kappa_at\(t\) of Fading makes a number"):
+        solution.weights(t)
+
+
+def test_one_that_does_not_depend_on_the_time_is_not():
+    z0, t = torch.randn(2, 4, dtype=torch.float64), numbers([0.0, 0.8]).requires_grad_()
+    field = nc.CoupledField(Unused(""), nc.Static(), nc.MatrixKernel(torch.rand(2, 3).tril())).double()
+    assert torch.autograd.grad(nc.solve(field, z0, t, steps=2).z.sum(), t)[0].abs().max() > 0
+    weights = nc.solve(field, z0, t, steps=2).weights(t)["inner.weight"]
+    assert torch.equal(torch.autograd.grad(weights.sum(), t, allow_unused=True)[0] or numbers(0.0), numbers(0.0))
