@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from neuralode_coupled._times import differentiated
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
@@ -68,7 +69,7 @@ class AdaptiveSolve:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
                 random numbers where a gradient is asked for.
         """
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in (*self.y0, self.t, *self.dynamics.shared))):
+        if not any(map(differentiated, (*self.y0, self.t, *self.dynamics.shared))):
             return self._whole(stats)
         watched, method = _Watched(self.dynamics), embedded(self.method)
         steps = self._run(watched, lambda steps: [step.kept(not method.reuses) for step in steps], stats)
@@ -115,7 +116,7 @@ class AdaptiveSolve:
         """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
         columns = ([step.start for step in steps], [step.length for step in steps], [step.end for step in steps])
         inputs: tuple[State, ...] = ((),) * len(steps)
-        if self.t.requires_grad:
+        if differentiated(self.t):
             t = self.t.to(torch.promote_types(self.options.dtype, self.y0[0].dtype.to_real()))
             starts, lengths, ends = (torch.tensor(column, dtype=t.dtype, device=t.device) for column in columns)
             first = next((n for n, step in enumerate(steps) if step.cut), len(steps))

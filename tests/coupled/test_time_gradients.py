@@ -216,6 +216,20 @@ def test_function_transforms_see_the_times():
         torch.func.vmap(loss)(torch.stack([t, t]))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_sees_them_by_tolerances_too(grad):
+    """Also where nothing else requires a gradient."""
+    field, z0 = small_field("perceptron of t").requires_grad_(False), torch.randn(2, 4, dtype=torch.float64)
+
+    def loss(t):
+        return nc.solve(field, z0, t, method="bosh3", rtol=1e-6, atol=1e-8).z[-1].sum()
+
+    t, direction = numbers([0.0, 0.3, 1.1]), numbers([0.3, -0.2, 1.0])
+    expected = through(loss, t) @ direction
+    with torch.set_grad_enabled(grad):
+        assert torch.allclose(torch.func.jvp(loss, (t,), (direction,))[1], expected)
+
+
 @pytest.mark.parametrize(("state", "time"), [(torch.float32, torch.float64), (torch.float32, torch.float32)], ids=str)
 @pytest.mark.parametrize("evolve", [None, ["scale", "mix.weight"]], ids=str)
 def test_other_precisions_keep_the_states_own(state, time, evolve):
