@@ -51,7 +51,7 @@ def joined(*rows: TimeRow) -> TimeRow:
     if known is None:
         return TimeRow(numbers)
     every = [t for row in rows for t in row.scalars]
-    return TimeRow(numbers, tuple([t if isinstance(t, Tensor) else _wide(t, t, known.device) for t in every]))
+    return TimeRow(numbers, tuple([t if isinstance(t, Tensor) else _wide(t, known.device) for t in every]))
 
 
 def time_row(
@@ -68,9 +68,12 @@ def time_row(
     if not any(map(differentiated, tensors)):
         return TimeRow(read(t))
     refuse_to_compile()
-    numbers, values = read(t), (t.unbind() if isinstance(t, Tensor) else t)
-    place = tensors[0].device if device is None else device
-    return TimeRow(numbers, tuple([_wide(value, x, place) for value, x in zip(values, numbers, strict=True)]))
+    numbers, place = read(t), tensors[0].device if device is None else device
+    values, own = (t.unbind(), t.detach().tolist()) if isinstance(t, Tensor) else (t, map(as_number, t))
+    # One that was read as another number, of an end that it lies at but for its rounding, has that value.
+    shifts = [number - x for number, x in zip(numbers, own, strict=True)]
+    every = [_wide(value, place) for value in values]
+    return TimeRow(numbers, tuple([t + shift if shift else t for t, shift in zip(every, shifts, strict=True)]))
 
 
 def refuse_to_compile() -> None:
@@ -89,13 +92,11 @@ def differentiated(tensor: Tensor) -> bool:
     return tracing() == "transform" and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _wide(value: Scalar, number: float, device: torch.device) -> Tensor:
-    """A time in the precision of numbers; one that was read as another number (of an end) has that value."""
-    if not isinstance(value, Tensor):
-        return torch.full((), number, dtype=torch.float64, device=device)
-    wide = value.reshape(()).to(device, torch.float64, non_blocking=True)
-    own = as_number(value)
-    return wide if own == number else wide + (number - own)
+def _wide(value: Scalar, device: torch.device) -> Tensor:
+    """A time as a scalar tensor in the precision of numbers."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def as_number(t: Scalar) -> float:

@@ -25,7 +25,8 @@ class ContinuousAdjoint:
     the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
-    Not for stochastic dynamics: the backward solve draws other random numbers.
+    Not for stochastic dynamics: the backward solve draws other random numbers. Times that require a gradient get that
+    of the continuous problem, too.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.

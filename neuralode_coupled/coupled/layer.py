@@ -45,8 +45,9 @@ class CoupledODE(nn.Module):
         steps: the number of activation steps; None with an adaptive method.
         t: the interval of time, as numbers or tensors. Gradients flow to a tensor that requires one (see `solve`). A
             parameter is one of the layer, ``t0`` or ``t1`` (``ends`` where one holds both), and so learned, moved and
-            stored with it; another tensor that requires a gradient is used as it is. Each forward pass reads the
-            numbers, for which the host waits where they are on a device. Such a layer is not compiled.
+            stored with it; another tensor that requires a gradient is used as it is (one that is computed from others
+            serves one backward pass, and is then set anew). Each forward pass reads the numbers, for which the host
+            waits where they are on a device. Such a layer is not compiled.
         method: the Runge-Kutta method, see `solve`.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
@@ -109,6 +110,13 @@ class CoupledODE(nn.Module):
     @t.setter
     def t(self, t: Times) -> None:
         self._choose(self.discretisation, t)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module. As ``t`` it is the interval, whose two times it holds."""
+        if name == "t" and param is not None:  # torch does not ask the property
+            self._choose(self.discretisation, param)
+        else:
+            super().register_parameter(name, param)
 
     def discretise(self, discretisation: Discretisation) -> None:
         """Choose other steps or tolerances.

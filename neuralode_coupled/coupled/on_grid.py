@@ -287,9 +287,8 @@ class GridProblem:
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
         grid = self._within(shared).grid
-        h = grid.length
-        slope = self._slopes(n, grid.start(n), h, inputs, shared, buffers)
-        y, _ = step(slope, y, h, self.scheme.method)
+        slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers)
+        y, _ = step(slope, y, grid.length, self.scheme.method)
         return y, ((y,) if n + 1 in self.save else ())
 
     def _increment(

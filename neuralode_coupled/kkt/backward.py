@@ -44,7 +44,7 @@ class Multipliers:
 
 def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
     """Solve the discrete optimality system (7a) to (7e) for the loss J, step by step by explicit vector-Jacobian
-    products.
+    products. The layer's times are numbers here, also where they are learned.
 
     The layer is left as it is (running statistics, gradients, random numbers). All steps' graphs are kept at once, as
     in `Backprop`: this is for understanding and checking, not for training.

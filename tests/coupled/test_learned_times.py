@@ -11,7 +11,7 @@ from torch import nn
 
 import neuralode_coupled as nc
 from tests.helpers import oracle
-from tests.helpers.problems import TimeDependent
+from tests.helpers.problems import TimeDependent, noisy_layer
 
 
 def layer(t, **options):
@@ -107,6 +107,9 @@ def test_times_become_numbers_again():
     with pytest.raises(ValueError, match="strictly increasing or decreasing"):
         made.t = (0.5, end(0.5))
     assert made.t == (0.2, 0.9)
+    made.t = nn.Parameter(torch.tensor([0.25, 0.5]))
+    assert [name for name, _ in made.named_parameters(recurse=False)] == ["ends"]
+    assert made.t == (0.25, 0.5)
 
 
 def test_an_interval_that_closes_is_refused_at_the_solve():
@@ -120,6 +123,15 @@ def test_an_interval_that_closes_is_refused_at_the_solve():
         made.t1.fill_(math.nan)
     with pytest.raises(ValueError, match="finite times"):
         made(Z0)
+
+
+def test_times_beyond_an_end_by_rounding_are_the_end():
+    made = layer((0.0, 0.1))
+    t = torch.tensor([0.05, 0.1], requires_grad=True)
+    assert t[1].item() > 0.1
+    z = made.trajectory(Z0, t)
+    assert torch.allclose(z[1], made(Z0), rtol=1e-14)
+    assert torch.autograd.grad(z.sum(), t)[0].abs().min() > 0
 
 
 def test_time_may_turn_around_unless_the_kernel_remembers():
@@ -169,6 +181,43 @@ def test_learned_times_are_not_compiled(both):
     expected = made(Z0)
     made.t = made.t
     assert torch.allclose(torch.compile(made, fullgraph=True, backend="eager")(Z0), expected, rtol=1e-13)
+
+
+def test_converted_layers_share_a_learned_time():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(4, 4)
+
+        def forward(self, z):
+            return z + torch.tanh(self.f(z))
+
+    model = nn.Sequential(Residual(), Residual())
+    nc.couple(model, ["0", "1"], t=(0.0, nn.Parameter(torch.tensor(1.5))), steps=2)
+    found = {id(module.t1) for module in model.modules() if isinstance(module, nc.CoupledODE)}
+    assert len(found) == 1
+    model(Z0.float()).sum().backward()
+    assert next(p for name, p in model.named_parameters() if name.endswith("t1")).grad.abs() > 0
+
+
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(2), nc.DiscreteAdjoint(keep_last=1)], ids=repr)
+def test_random_numbers_and_statistics_are_those_of_numbers(adjoint):
+    """The dynamics are looked at beforehand, which must leave no trace; and recomputed as ever."""
+    found = []
+    for learned, method in ((False, adjoint), (True, nc.Backprop()), (True, adjoint)):
+        made, z0 = noisy_layer(3, method, seed=5)
+        made.t = (0.0, end(1.0) if learned else 1.0)
+        torch.manual_seed(9)
+        z = made(z0)
+        after = torch.rand(())
+        gradients = oracle.gradients(z.square().sum(), dict(made.named_parameters()))
+        found.append((z.detach(), after, dict(made.named_buffers()), gradients))
+    (z, after, buffers, _), *others = found
+    for other in others:
+        assert torch.allclose(other[0], z, rtol=1e-12)
+        assert torch.equal(other[1], after)
+        assert all(torch.allclose(other[2][name].double(), buffer.double()) for name, buffer in buffers.items())
+    assert oracle.largest_error(others[1][3], others[0][3]) < 1e-10
 
 
 def test_functional_calls_put_other_times_in():
