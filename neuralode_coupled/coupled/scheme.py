@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from neuralode_coupled._times import Scalar, TimeRow, check_followed, time_like,
 from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
 from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps
 from neuralode_coupled.evolution.base import Propagate, Trajectory
-from neuralode_coupled.kernels import TimeKernel
+from neuralode_coupled.kernels import Connection, TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
 
 
@@ -115,12 +114,15 @@ class Scheme:
             if backwards:
                 return lambda operator, w0: self.at_fractions(operator, w0, c)
             return self.stages
-        connect = partial(kernel.connect, self.grid.steps, c, self.weight_grid.steps, device=device)
+
+        def connection(span: Scalar) -> Connection:
+            return kernel.connect(self.grid.steps, c, self.weight_grid.steps, span, device)
+
         if self.grid.ends:
             # A path of numbers, of which hardly two combinations are the same.
             path = torch.arange(self.weight_grid.steps + 1, dtype=torch.float64, device=device).cos()
-            self._check_kernel(kernel, "connect(..., span)", lambda span: connect(span=span)(path))
-        theta = connect(span=self.grid.whole)
+            self._check_kernel(kernel, "connect(..., span)", lambda span: connection(span)(path))
+        theta = connection(self.grid.whole)
         return lambda operator, w0: theta(self.path(operator, w0))
 
     def _check_kernel(self, kernel: TimeKernel, what: str, make: Callable[[Tensor], Tensor]) -> None:
@@ -184,9 +186,11 @@ class Scheme:
         if trajectory is not None:
             return self._reached(trajectory, w0, fractions)
         grid = self.weight_grid
-        places = [(n, f) for n in range(grid.steps) for f in fractions]
-        times = tuple([grid.time(n, f) for n, f in places])
-        path = self.at(operator, w0, TimeRow(times, self._tensors(places)))
+        places = [(n, fraction) for n in range(grid.steps) for fraction in fractions]
+        if grid.ends:
+            path = self._at_places(operator, w0, places)
+        else:
+            path = self.at(operator, w0, TimeRow(tuple([grid.time(*place) for place in places])))
         return path.unflatten(0, (grid.steps, len(fractions)))
 
     def _reached(self, trajectory: Trajectory, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
@@ -194,10 +198,14 @@ class Scheme:
         path = trajectory(w0, self._times(w0, fractions, last=False))
         return path.unflatten(0, (self.weight_grid.steps, len(fractions)))
 
-    def _tensors(self, places: list[tuple[int, float]]) -> State:
-        """Times of the weight grid as tensors, where its ends are."""
-        grid = self.weight_grid
-        return tuple([grid.ends[0] + (n + f) * grid.length for n, f in places]) if grid.ends else ()
+    def _at_places(self, operator: nn.Module, w0: Weight, places: list[tuple[int, float]]) -> WeightPath:
+        """w at fractions of steps on a grid whose ends move: grid points stay grid points."""
+        path, found, propagate = self.path(operator, w0).unbind(), [], closed_form_for_many_steps(operator, w0)
+        for n, fraction in places:
+            part = self._lengths(fraction * self.weight_grid.length)
+            whole = fraction in (0, 1)
+            found.append(path[n + int(fraction)] if whole else self._step(operator, propagate, path[n], n, part)[0])
+        return torch.stack(found)
 
     def at(self, operator: nn.Module, w0: Weight, times: TimeRow) -> WeightPath:
         """w at any times: from the last grid point before, one step of the length that remains."""

@@ -266,7 +266,7 @@ def by_tolerances(t, kernel=None, seed=0, adjoint=None, **options):
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "tsit5", "adaptive_heun"])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_by_tolerances_they_are_those_of_odeint_dto(method, sign):
-    options = {"method": method, "rtol": 1e-4, "atol": 1e-6}
+    options = {"method": method, "rtol": 1e-3, "atol": 1e-4}
     field, z0 = small_field("perceptron of t"), torch.randn(2, 4, dtype=torch.float64)
     t = sign * numbers([0.0, 0.3, 1.0])
 
@@ -289,7 +289,7 @@ KINDS = {"Dirac": None, "two samples": nc.SampleAndHold(2), "averaging": nc.Erla
 @pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=repr)
 def test_by_tight_tolerances_they_are_finite_differences(kind, adjoint):
     def loss(t):
-        found = by_tolerances(t, KINDS[kind], adjoint=adjoint, rtol=1e-10, atol=1e-12)
+        found = by_tolerances(t, KINDS[kind], adjoint=adjoint, method="dopri5", rtol=1e-9, atol=1e-11)
         return (found.z * torch.arange(1.0, 1 + found.z.numel()).reshape(found.z.shape)).sum()
 
     t = numbers([0.1, 0.3, 0.95])
@@ -300,7 +300,7 @@ def test_by_tight_tolerances_they_are_finite_differences(kind, adjoint):
 def test_by_tolerances_outputs_and_weights_move_with_their_times(kind):
     def loss(t):
         field = small_field("perceptron of t", KINDS[kind])
-        layer = nc.CoupledODE(nn.Identity(), t=t[:2], method="dopri5", rtol=1e-10, atol=1e-12, kernel=field.kernel)
+        layer = nc.CoupledODE(nn.Identity(), t=t[:2], method="dopri5", rtol=1e-9, atol=1e-11, kernel=field.kernel)
         layer.field = field
         z = layer.trajectory(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4), t[2:])
         scale = torch.arange(1.0, 1 + z.numel()).reshape(z.shape)
