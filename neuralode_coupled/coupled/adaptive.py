@@ -92,8 +92,10 @@ class Adaptive:
                 "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
         stats = Stats()
+        self._check_operators(field)
         if self.interval.tensors:
-            self._check_times(field, z0)
+            start, end = self.interval.tensors
+            Stages(field, 1).check_follows_time(z0, start + (end - start) / 3, self.ends[1] - self.ends[0])
         kernel = field.kernel
         if isinstance(kernel, SampleAndHold):
             return self._held(field, z0, wanted, kernel.samples, adjoint, stats), stats
@@ -103,16 +105,18 @@ class Adaptive:
         found = self._solve(system, (z0, *field.with_memory(w0)), wanted, adjoint, stats)
         return [state[0] for state in found], stats
 
-    def _check_times(self, field: CoupledField, z0: Tensor) -> None:
-        """Raise ValueError for an operator, or for dynamics, that makes a number of times that gradients flow to."""
-        (t0, t1), (start, end) = self.interval.tensors, self.ends
-        inside = t0 + (t1 - t0) / 3
+    def _check_operators(self, field: CoupledField) -> None:
+        """Raise ValueError for an operator that makes a number of the time, where gradients flow to the ends."""
+        if not self.interval.tensors:
+            return
+        (start, end), w0 = self.interval.tensors, field.evolving()
         for name in field.moving():
-            check_follows_time(field.operator(name), field.evolving()[name], inside, t1 - t0, integrated=True)
-        Stages(field, 1).check_follows_time(z0, inside, end - start)
+            inside = start + (end - start) / 3
+            check_follows_time(field.operator(name), w0[name], inside, end - start, integrated=True)
 
     def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
         """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
+        self._check_operators(field)
         kernel = field.kernel
         if in_force and isinstance(kernel, SampleAndHold):
             held = {name: torch.stack(rows) for name, rows in self._samples(field, kernel.samples).items()}

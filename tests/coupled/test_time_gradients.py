@@ -222,7 +222,7 @@ def test_forward_mode_sees_them_by_tolerances_too(grad):
     field, z0 = small_field("perceptron of t").requires_grad_(False), torch.randn(2, 4, dtype=torch.float64)
 
     def loss(t):
-        return nc.solve(field, z0, t, method="bosh3", rtol=1e-6, atol=1e-8).z[-1].sum()
+        return nc.solve(field, z0, t, method="bosh3", rtol=1e-4, atol=1e-6).z[-1].sum()
 
     t, direction = numbers([0.0, 0.3, 1.1]), numbers([0.3, -0.2, 1.0])
     expected = through(loss, t) @ direction
@@ -282,14 +282,14 @@ def test_by_tolerances_they_are_those_of_odeint_dto(method, sign):
         assert torch.allclose(found, through(theirs, t), rtol=1e-8, atol=1e-10)
 
 
-KINDS = {"Dirac": None, "two samples": nc.SampleAndHold(2), "averaging": nc.Erlang(2, 4.0)}
+KINDS = {"Dirac": None, "two samples": nc.SampleAndHold(2), "averaging": nc.Exponential(2.0)}
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.ContinuousAdjoint()], ids=repr)
 def test_by_tight_tolerances_they_are_finite_differences(kind, adjoint):
     def loss(t):
-        found = by_tolerances(t, KINDS[kind], adjoint=adjoint, method="dopri5", rtol=1e-9, atol=1e-11)
+        found = by_tolerances(t, KINDS[kind], adjoint=adjoint, method="dopri5", rtol=1e-8, atol=1e-10)
         return (found.z * torch.arange(1.0, 1 + found.z.numel()).reshape(found.z.shape)).sum()
 
     t = numbers([0.1, 0.3, 0.95])
@@ -300,7 +300,7 @@ def test_by_tight_tolerances_they_are_finite_differences(kind, adjoint):
 def test_by_tolerances_outputs_and_weights_move_with_their_times(kind):
     def loss(t):
         field = small_field("perceptron of t", KINDS[kind])
-        layer = nc.CoupledODE(nn.Identity(), t=t[:2], method="dopri5", rtol=1e-9, atol=1e-11, kernel=field.kernel)
+        layer = nc.CoupledODE(nn.Identity(), t=t[:2], method="dopri5", rtol=1e-8, atol=1e-10, kernel=field.kernel)
         layer.field = field
         z = layer.trajectory(torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(2, 4), t[2:])
         scale = torch.arange(1.0, 1 + z.numel()).reshape(z.shape)
@@ -428,6 +428,9 @@ def test_so_it_is_by_tolerances_and_for_weights_at_any_times():
     z0, t = torch.randn(2, 4, dtype=torch.float64), numbers([0.0, 0.8]).requires_grad_()
     with pytest.raises(ValueError, match=r"forward\(t, w\) of Own makes a number"):
         nc.solve(nc.CoupledField(nn.Linear(4, 4), Own(Map("forward"))).double(), z0, t, method="dopri5")
+    layer = nc.CoupledODE(nn.Linear(4, 4), Own(Map("forward")), t=(0.0, nn.Parameter(t[1])), method="dopri5").double()
+    with pytest.raises(ValueError, match=r"forward\(t, w\) of Own makes a number"):
+        layer.weight_trajectory([0.0, 0.4])
     with pytest.raises(ValueError, match=r"forward\(t, z\) of Unused makes a number"):
         nc.solve(nc.CoupledField(Unused("f"), nc.Static()).double(), z0, t, method="dopri5")
     field = nc.CoupledField(nn.Linear(4, 4), AtOnce(""), Fading("fractions")).double()
