@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-Times = Sequence[float] | Tensor
+Times = Sequence[float | Tensor] | Tensor
+"""Times in a row: numbers, scalar tensors, or a tensor of one axis."""
 
 _LONGEST = 100
 
@@ -74,15 +75,23 @@ def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
     Raises ValueError unless there are enough, all finite and strictly monotone.
     """
     try:
-        values = tuple([float(value) for value in (t.tolist() if isinstance(t, Tensor) else t)])
+        values = tuple([_number(value) for value in (t.detach().tolist() if isinstance(t, Tensor) else t)])
     except (TypeError, ValueError) as error:
         raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {shown(t)}") from error
+    except RuntimeError as error:  # there is no number to read
+        raise ValueError(
+            f"t must hold numbers that can be read, which torch.func.vmap and the meta device hide: {error}"
+        ) from error
     if not all(map(math.isfinite, values)):
         raise ValueError(f"t must hold finite times, got {list(values)}: give numbers in place of nan and inf")
     rising = [b > a for a, b in pairwise(values)]
     if len(values) < fewest or (any(rising) and not all(rising)) or len(set(values)) < len(values):
         raise ValueError(f"t must hold at least {fewest} strictly increasing or decreasing times, got {list(values)}")
     return values
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, ...]:

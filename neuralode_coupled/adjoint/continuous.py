@@ -29,8 +29,9 @@ class ContinuousAdjoint:
     the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
-    Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. One more
-    evaluation looks which tensors the dynamics reach besides their parameters.
+    Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. Times that
+    require a gradient get that of the continuous problem, too. One more evaluation looks which tensors the dynamics
+    reach besides their parameters.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
@@ -86,7 +87,7 @@ class ContinuousAdjoint:
     def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
         _check_one_dtype((*y, *(p for p in flow.params if p.requires_grad)))
         field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
-        t = torch.tensor([problem.time(n) for n in marks], dtype=torch.float64).to(y[0].device, _time_dtype(y[0]))
+        t = problem.times(marks, y[0])
         rtol, atol = problem.tolerances or (None, None)
         if torch.is_grad_enabled() and tracing() is None:
             field.observe(t[0], y)
@@ -151,10 +152,6 @@ def _check_one_dtype(tensors: State) -> None:
         )
 
 
-def _time_dtype(y: Tensor) -> torch.dtype:
-    return torch.float64 if y.dtype == torch.float64 else torch.float32
-
-
 class _VectorField(nn.Module):
     """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the
     midpoint of the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
@@ -190,7 +187,8 @@ class _VectorField(nn.Module):
             slope = self._slope(t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
-        if self.backward:
+        # Not where torchdiffeq asks for a slope alone, without a graph: for the gradient of a time.
+        if self.backward and torch.is_grad_enabled():
             self._check_closed(t, y, slope)
         return slope
 

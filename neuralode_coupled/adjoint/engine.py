@@ -31,7 +31,8 @@ from neuralode_coupled.adjoint.sweep import Tracer
 
 def unroll(plan: Plan, operands: Operands) -> list[State]:
     """The emitted states by a plain loop: autograd, if it is on, stores every step's graph."""
-    step = plan.step if torch.is_grad_enabled() or plan.forward is None else plan.forward
+    # What was recorded has no graph, and no tangents for forward-mode differentiation.
+    step = plan.step if torch.is_grad_enabled() or tracing() == "transform" else plan.forward or plan.step
     emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):

@@ -203,6 +203,11 @@ class Problem(Protocol):
         """The time of grid point ``n``."""
         ...
 
+    def times(self, points: Sequence[int], like: Tensor) -> Tensor:
+        """The times of grid points as torchdiffeq takes them for a state such as ``like``: (points,), float64 for a
+        float64 state, else float32. Differentiable where gradients are asked of the times."""
+        ...
+
 
 class GradientMethod(Protocol):
     """How gradients come back through a solve: one object with one method.

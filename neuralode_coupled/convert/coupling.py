@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from neuralode_coupled._checks import check_model, choice, some
+from neuralode_coupled._checks import Times, check_model, choice, some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
@@ -78,7 +78,7 @@ def couple(
     *,
     steps: int | None = None,
     method: str = "euler",
-    t: tuple[float, float] = (0.0, 1.0),
+    t: Times = (0.0, 1.0),
     weight_steps: int | None = None,
     weight_method: str | None = None,
     rtol: float | None = None,
@@ -106,7 +106,7 @@ def couple(
         kernel: K, copied for each target; `Dirac` by default.
         steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
-        t: the interval of time.
+        t: the interval of time, see `CoupledODE`; a parameter in it is one for all targets.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
         rtol: the relative tolerance of an adaptive method.

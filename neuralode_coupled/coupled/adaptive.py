@@ -6,17 +6,19 @@ memory, and for sample-and-hold the weights first, then the activations over eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from neuralode_coupled._times import TimeRow, joined, times_at
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
-from neuralode_coupled.evolution import check_finite
+from neuralode_coupled.evolution import check_finite, check_follows_time
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
@@ -28,16 +30,26 @@ class Adaptive:
     """A coupled solve by tolerances over an interval, of any field that fits.
 
     Args:
-        ends: the interval; time may run backwards.
+        interval: its first and last time; time may run backwards.
         method: an adaptive method.
         rtol: the relative tolerance.
         atol: the absolute tolerance.
     """
 
-    ends: tuple[float, float]
+    interval: TimeRow
     method: str
     rtol: float
     atol: float
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The first and the last time."""
+        return self.interval.numbers
+
+    @property
+    def last(self) -> TimeRow:
+        """The last time."""
+        return self.interval.pick(1)
 
     @property
     def scheme(self) -> Any:
@@ -67,10 +79,10 @@ class Adaptive:
 
     def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
         """Raise ValueError for a gradient method that cannot solve this."""
-        check(adjoint, AdaptiveProblem(self, Augmented(field, []), (), (self.ends[0],)))
+        check(adjoint, AdaptiveProblem(self, Augmented(field, []), (), self.interval.pick(0)))
 
     def states(
-        self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
+        self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         field.begin(z0)
@@ -80,6 +92,10 @@ class Adaptive:
                 "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
         stats = Stats()
+        self._check_operators(field)
+        if self.interval.tensors:
+            start, end = self.interval.tensors
+            Stages(field, 1).check_follows_time(z0, start + (end - start) / 3, self.ends[1] - self.ends[0])
         kernel = field.kernel
         if isinstance(kernel, SampleAndHold):
             return self._held(field, z0, wanted, kernel.samples, adjoint, stats), stats
@@ -89,13 +105,23 @@ class Adaptive:
         found = self._solve(system, (z0, *field.with_memory(w0)), wanted, adjoint, stats)
         return [state[0] for state in found], stats
 
-    def weights(self, field: CoupledField, times: list[float], in_force: bool = False) -> dict[str, WeightPath]:
+    def _check_operators(self, field: CoupledField) -> None:
+        """Raise ValueError for an operator that makes a number of the time, where gradients flow to the ends."""
+        if not self.interval.tensors:
+            return
+        (start, end), w0 = self.interval.tensors, field.evolving()
+        for name in field.moving():
+            inside = start + (end - start) / 3
+            check_follows_time(field.operator(name), w0[name], inside, end - start, integrated=True)
+
+    def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
         """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
+        self._check_operators(field)
         kernel = field.kernel
         if in_force and isinstance(kernel, SampleAndHold):
             held = {name: torch.stack(rows) for name, rows in self._samples(field, kernel.samples).items()}
-            edges, sign = self._edges(kernel.samples), self._direction
-            shares = [max(sum(sign * (t - edge) >= -1e-9 for edge in edges[:-1]) - 1, 0) for t in times]
+            edges, sign = self._edges(kernel.samples).numbers, self._direction
+            shares = [max(sum(sign * (t - edge) >= -1e-9 for edge in edges[:-1]) - 1, 0) for t in times.numbers]
             return {name: rows[shares] for name, rows in held.items()}
         return {name: torch.stack(rows) for name, rows in self._evolved(field, times, in_force).items()}
 
@@ -103,23 +129,26 @@ class Adaptive:
         self,
         field: CoupledField,
         z0: Tensor,
-        wanted: tuple[float, ...],
+        wanted: TimeRow,
         samples: int,
         adjoint: GradientMethod,
         stats: Stats,
     ) -> list[Tensor]:
         """One solve over each share of the interval that is needed."""
         theta, edges, sign = self._samples(field, samples), self._edges(samples), self._direction
-        moving = field.moving()
-        found, z = {edges[0]: z0}, z0
+        moving, at, ends = field.moving(), wanted.numbers, edges.numbers
+        found, z = {}, z0
         for k in range(samples):
-            inside = [t for t in wanted if sign * (t - edges[k]) > 0 and sign * (t - edges[k + 1]) <= 0]
-            times = (*inside, edges[k + 1])
+            # What lies at the start belongs to the first share: where it is another tensor, it moves by itself.
+            inside = [
+                j for j, t in enumerate(at) if sign * (t - ends[k + 1]) <= 0 and (k == 0 or sign * (t - ends[k]) > 0)
+            ]
             system = HeldWeights(field, {name: theta[name][k] for name in moving})
-            part = self._solve(system, (z,), times, adjoint, stats, edges[k])
-            found |= {t: state[0] for t, state in zip(times, part, strict=True)}
+            times = joined(wanted.pick(*inside), edges.pick(k + 1))
+            part = self._solve(system, (z,), times, adjoint, stats, edges.pick(k))
+            found |= {j: state[0] for j, state in zip(inside, part, strict=False)}
             z = part[-1][0]
-        return [found[t] for t in wanted]
+        return [found[j] for j in range(len(at))]
 
     @property
     def _direction(self) -> int:
@@ -127,20 +156,27 @@ class Adaptive:
         return 1 if self.ends[1] > self.ends[0] else -1
 
     def _samples(self, field: CoupledField, samples: int) -> dict[str, list[Tensor]]:
-        (start, end), gaps = self.ends, max(samples - 1, 1)
-        times = [start + k * (end - start) / gaps for k in range(samples)] if samples > 1 else [end]
+        times = self._shares(samples - 1) if samples > 1 else self.interval.pick(1)
         return self._evolved(field, times, in_force=False)
 
-    def _edges(self, samples: int) -> list[float]:
-        start, end = self.ends
-        return [*(start + k * (end - start) / samples for k in range(samples)), end]
+    def _edges(self, samples: int) -> TimeRow:
+        return self._shares(samples)
 
-    def _evolved(self, field: CoupledField, times: list[float], in_force: bool) -> dict[str, list[Tensor]]:
+    def _shares(self, count: int) -> TimeRow:
+        """The ends of equal shares of the interval."""
+
+        def shares(start: Any, end: Any) -> tuple[Any, ...]:
+            return (start, *(start + k * (end - start) / count for k in range(1, count)), end)
+
+        numbers, tensors = self.interval.numbers, self.interval.tensors
+        return TimeRow(shares(*numbers), shares(*tensors) if tensors else ())
+
+    def _evolved(self, field: CoupledField, times: TimeRow, in_force: bool) -> dict[str, list[Tensor]]:
         """w or theta of every evolving parameter at some times, by the same method and tolerances."""
         names, w0 = field.names, tuple(field.evolving().values())
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         system = WeightSide(field, names)
-        for found in self._solve(system, field.with_memory(w0), tuple(times), DiscreteAdjoint(), Stats()):
+        for found in self._solve(system, field.with_memory(w0), times, DiscreteAdjoint(), Stats()):
             # The field's state begins with z, which has no part in this.
             now = field.weights((w0[0], *found)).values() if in_force else found
             for name, weight in zip(names, now, strict=False):
@@ -153,24 +189,28 @@ class Adaptive:
         self,
         system: System,
         y0: State,
-        wanted: tuple[float, ...],
+        wanted: TimeRow,
         adjoint: GradientMethod,
         stats: Stats,
-        start: float | None = None,
+        start: TimeRow | None = None,
     ) -> list[State]:
         """The states at the times ``wanted``, in any order; the start may be one of them. Adds to ``stats``."""
-        start = self.ends[0] if start is None else start
+        start = self.interval.pick(0) if start is None else start
         if not y0:
-            return [y0 for _ in wanted]
+            return [y0 for _ in wanted.numbers]
         dtype = torch.float64 if y0[0].dtype == torch.float64 else torch.float32
-        # As the solver sees them: times that are one but for the rounding are one.
-        start, *at = torch.tensor([start, *wanted], dtype=dtype, device="cpu").tolist()
-        order = [start, *sorted(set(at) - {start}, reverse=self._direction < 0)]
+        # As the solver sees them: times that are one but for the rounding are one, unless each moves by itself.
+        every = joined(start, wanted)
+        numbers = torch.tensor(every.numbers, dtype=dtype, device="cpu").tolist()
+        keys = [(x, id(t) if every.tensors else 0) for x, t in zip(numbers, every.scalars, strict=True)]
+        places = {key: j for j, key in reversed([*enumerate(keys)])}
+        order = sorted(places.values(), key=lambda j: (self._direction * numbers[j], j))
         if len(order) == 1:
-            return [y0 for _ in wanted]
-        found, _ = adjoint.integrate(AdaptiveProblem(self, system, y0, tuple(order), stats))
-        states = dict(zip(order, found, strict=True))
-        return [states[time] for time in at]
+            return [y0 for _ in wanted.numbers]
+        times = TimeRow(tuple([numbers[j] for j in order]), every.pick(*order).tensors)
+        found, _ = adjoint.integrate(AdaptiveProblem(self, system, y0, times, stats))
+        states = {keys[j]: state for j, state in zip(order, found, strict=True)}
+        return [states[key] for key in keys[1:]]
 
 
 class AdaptiveProblem:
@@ -180,21 +220,23 @@ class AdaptiveProblem:
         solve: the method and its tolerances.
         system: the vector field.
         y0: the initial state.
-        times: where states are wanted, the start first.
+        row: the times where states are wanted, the start first.
         stats: where the cost is added to.
     """
 
-    def __init__(
-        self, solve: Adaptive, system: System, y0: State, times: tuple[float, ...], stats: Stats | None = None
-    ) -> None:
+    def __init__(self, solve: Adaptive, system: System, y0: State, row: TimeRow, stats: Stats | None = None) -> None:
         self.method, self.tolerances = solve.method, (solve.rtol, solve.atol)
-        self.system, self.y0, self.times = system, y0, times
+        self.system, self.y0, self.row = system, y0, row
         self.stats = Stats() if stats is None else stats
-        self.save = tuple(range(len(times)))
+        self.save = tuple(range(len(row.numbers)))
 
     def time(self, n: int) -> float:
         """The n-th time."""
-        return self.times[n]
+        return self.row.numbers[n]
+
+    def times(self, points: Sequence[int], like: Tensor) -> Tensor:
+        """See `Problem`."""
+        return times_at(self.row.pick(*points).scalars, like)
 
     def refusal(self, form: Form) -> str | None:
         """See `Problem`."""
@@ -212,12 +254,11 @@ class AdaptiveProblem:
 
     def discrete(self) -> tuple[Plan, Operands]:
         """The accepted steps."""
-        system, like = self.system, self.y0[0]
+        system = self.system
         rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        t = torch.tensor(self.times, dtype=dtype, device=like.device)
+        t = self.times(self.save, self.y0[0])
         dynamics = Dynamics(system, is_tuple=True, params=system.params, overlooked=Stages.overlooked)
-        times = t, t.tolist()
+        times = t, t.detach().tolist()
         try:
             solve = AdaptiveSolve(dynamics, system, True, self.y0, *times, self.method, rtol, atol, AdaptiveOptions())
             return solve.discrete(self.stats)
@@ -237,5 +278,10 @@ class AdaptiveProblem:
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
         """The system as one flow over all times."""
-        plan, y0, flows = self.system.flow(self.y0, len(self.times) - 1)
+        if len(set(self.row.numbers)) < len(self.row.numbers):
+            raise ValueError(
+                f"ContinuousAdjoint takes each time once, got {list(self.row.numbers)}, of which two are equal, with "
+                "a gradient each: leave one of them out, or use DiscreteAdjoint()"
+            )
+        plan, y0, flows = self.system.flow(self.y0, len(self.row.numbers) - 1)
         return replace(plan, stats=self.stats), y0, flows

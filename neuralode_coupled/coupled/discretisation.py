@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neuralode_coupled._checks import choice, positive, whole
+from neuralode_coupled._times import TimeRow
 from neuralode_coupled.coupled.adaptive import Adaptive
 from neuralode_coupled.coupled.on_grid import OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
@@ -63,19 +64,21 @@ class Discretisation:
         if self.weight_method is not None:
             tableau(self.weight_method)
 
-    def on(self, field: CoupledField, ends: tuple[float, float]) -> OnGrid | Adaptive:
-        """The solve of a field from the first to the last time.
+    def on(self, field: CoupledField, interval: TimeRow) -> OnGrid | Adaptive:
+        """The solve of a field from the first to the last time, two of them.
 
         Raises ValueError for a kernel or a per-step module that does not fit.
         """
         if self.steps is None:
             rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
-            solve = Adaptive(ends, self.method, rtol, atol)
+            solve = Adaptive(interval, self.method, rtol, atol)
         else:
             fine = field.kernel.weight_steps(self.steps) if self.weight_steps is None else self.weight_steps
             method = tableau(self.method)
             weight_method = method if self.weight_method is None else tableau(self.weight_method)
-            solve = OnGrid(Scheme(Grid(*ends, self.steps), method, Grid(*ends, fine), weight_method))
+            (t0, t1), ends = interval.numbers, interval.tensors
+            grid, weight_grid = Grid(t0, t1, self.steps, ends), Grid(t0, t1, fine, ends)
+            solve = OnGrid(Scheme(grid, method, weight_grid, weight_method))
         solve.check(field)
         return solve
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import Times, check_model, times, times_within
+from neuralode_coupled._checks import Times, check_model, times_within
+from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
@@ -40,7 +43,11 @@ class CoupledODE(nn.Module):
         evolution: q; `Static` by default. See `CoupledField` for mappings and callables.
         kernel: K; `Dirac` by default.
         steps: the number of activation steps; None with an adaptive method.
-        t: the interval of time.
+        t: the interval of time, as numbers or tensors. Gradients flow to a tensor that requires one (see `solve`). A
+            parameter is one of the layer, ``t0`` or ``t1`` (``ends`` where one holds both), and so learned, moved and
+            stored with it; another tensor that requires a gradient is used as it is (one that is computed from others
+            serves one backward pass, and is then set anew). Each forward pass reads the numbers, for which the host
+            waits where they are on a device. Such a layer is not compiled.
         method: the Runge-Kutta method, see `solve`.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
@@ -74,7 +81,7 @@ class CoupledODE(nn.Module):
         kernel: TimeKernel | None = None,
         *,
         steps: int | None = None,
-        t: tuple[float, float] = (0.0, 1.0),
+        t: Times = (0.0, 1.0),
         method: str = "euler",
         weight_steps: int | None = None,
         weight_method: str | None = None,
@@ -88,31 +95,74 @@ class CoupledODE(nn.Module):
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
         check_gradient_method(self.adjoint)
         self.stats: Stats | None = None
-        self._choose(Discretisation(steps, method, weight_steps, weight_method, rtol, atol), times(t))
+        self._given: dict[str, Any] = {}
+        self._choose(Discretisation(steps, method, weight_steps, weight_method, rtol, atol), t)
 
     @property
     def t(self) -> tuple[float, ...]:
-        """The interval of time. Setting it checks the layer again."""
-        return self._t
+        """The interval of time, as numbers. Setting it checks the layer again.
+
+        ``layer.t = layer.t`` makes numbers of times that are tensors.
+        """
+        t = self._times()
+        return self._numbers or tuple([as_number(time) for time in (t.unbind() if isinstance(t, Tensor) else t)])
 
     @t.setter
     def t(self, t: Times) -> None:
-        self._choose(self.discretisation, times(t))
+        self._choose(self.discretisation, t)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module. As ``t`` it is the interval, whose two times it holds."""
+        if name == "t" and param is not None:  # torch does not ask the property
+            self._choose(self.discretisation, param)
+        else:
+            super().register_parameter(name, param)
 
     def discretise(self, discretisation: Discretisation) -> None:
         """Choose other steps or tolerances.
 
         Raises ValueError, and leaves the layer as it is, if the field or the gradient method does not fit them.
         """
-        self._choose(discretisation, self._t)
+        self._choose(discretisation, self._times())
 
-    def _choose(self, discretisation: Discretisation, t: tuple[float, ...]) -> None:
+    def _choose(self, discretisation: Discretisation, t: Times) -> None:
         """A layer that cannot be solved fails where it is made or changed, and stays what it was."""
-        chosen = discretisation.on(self.field, (t[0], t[-1]))
+        t = tuple(t) if isinstance(t, Iterator) else t
+        with torch.no_grad():
+            row = time_row(t)
+        # By numbers: what is made of tensors has a graph, and could not be copied with the layer.
+        chosen = discretisation.on(self.field, row.pick(0, -1))
         chosen.check_adjoint(self.field, self.adjoint)
         self._on: OnGrid | Adaptive = chosen
-        self._t, self.discretisation = t, discretisation
+        self.discretisation = discretisation
+        self._keep(t, row.numbers)
         self._checked_kernel = (self.field.kernel,)  # in a tuple, or it would be a submodule of this layer too
+
+    def _keep(self, t: Times, numbers: tuple[float, ...]) -> None:
+        """Keep the times: as numbers, or where one of them is learned or requires a gradient as they were given."""
+        for name in self._time_names():
+            delattr(self, name)
+        row = {"ends": t} if isinstance(t, Tensor) else {f"t{i}": time for i, time in enumerate(t)}
+        learned = {name: time for name, time in row.items() if isinstance(time, nn.Parameter)}
+        for name, time in learned.items():
+            self.register_parameter(name, time)
+        moving = any(isinstance(time, Tensor) and (time.requires_grad or name in learned) for name, time in row.items())
+        # A parameter by its name alone: it is looked up at every use, and may then be another.
+        self._given = {name: None if name in learned else time for name, time in row.items()} if moving else {}
+        self._numbers = () if moving else numbers
+
+    def moving_times(self) -> list[Tensor]:
+        """The times that are tensors: learned, or of a gradient."""
+        return [time for time in self._times() if isinstance(time, Tensor)] if not self._numbers else []
+
+    def _time_names(self) -> list[str]:
+        """The names of the times that are parameters."""
+        return [name for name, time in self._given.items() if time is None]
+
+    def _times(self) -> Times:
+        """The times as they are now."""
+        row = [getattr(self, name) if time is None else time for name, time in self._given.items()]
+        return self._numbers or (row[0] if "ends" in self._given else row)
 
     def extra_repr(self) -> str:
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
@@ -120,23 +170,26 @@ class CoupledODE(nn.Module):
 
     def forward(self, z0: Activation) -> Activation:
         """z(t1), of the shape of z0. Raises ValueError where torch exports an adaptive layer, which has no grid."""
-        return self._solve(z0, self.t[-1:])[0]
+        solve = self._solve_in_force()
+        return self._solve(solve, z0, solve.last)[0]
 
     def trajectory(self, z0: Activation, t: Times) -> Trajectory:
         """z at the given times of the layer's interval: (len(t), *shape of z0).
 
-        They may run either way. Raises TypeError for what are no times, ValueError for times outside of the interval
-        or out of order.
+        They may run either way. Gradients flow to those that are tensors and require one, as in `solve`. Raises
+        TypeError for what are no times, ValueError for times outside of the interval or out of order.
         """
-        return torch.stack(self._solve(z0, times_within(t, self.t, "layer")))
+        solve = self._solve_in_force()
+        return torch.stack(self._solve(solve, z0, self._within(solve, t)))
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight).
 
-        Raises TypeError for what are no times, ValueError for times outside of the interval or out of order, and on the
-        CPU for weights that are not finite.
+        Gradients flow to times that are tensors and require one. Raises TypeError for what are no times, ValueError
+        for times outside of the interval or out of order, and on the CPU for weights that are not finite.
         """
-        return self._solve_in_force().weights(self.field, list(times_within(t, self.t, "layer")))
+        solve = self._solve_in_force()
+        return solve.weights(self.field, self._within(solve, t))
 
     def regularization(
         self, w0: float = 1.0, p: float = 1.0, *, kinetic: float = 0.0, displacement: float = 0.0
@@ -153,7 +206,7 @@ class CoupledODE(nn.Module):
             displacement: the weight of how far they get.
 
         Returns:
-            A scalar, differentiable in w0 and p.
+            A scalar, differentiable in w0 and p, and in times that require a gradient.
 
         Raises:
             ValueError: if a weight is negative, infinite or not a number, for a term on the path of an adaptive layer,
@@ -162,7 +215,7 @@ class CoupledODE(nn.Module):
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
             if not isinstance(weight, int | float | Tensor) or not 0 <= weight < math.inf:
                 raise ValueError(f"{name} must be zero or a positive finite number, got {name}={weight!r}")
-        total = torch.zeros((), device=next(self.parameters(), torch.zeros(())).device)
+        total = torch.zeros((), device=self.field.device)
         for weight, tensors in ((w0, self.field.evolving().values()), (p, self.field.evolution.parameters())):
             for tensor in tensors:
                 total = total + weight / 2 * tensor.abs().square().sum()
@@ -171,7 +224,8 @@ class CoupledODE(nn.Module):
         scheme = self.scheme
         for name, weight in self.field.evolving().items():
             path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
-            total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(scheme.weight_grid.h)
+            h = length_like(scheme.weight_grid.length, path)
+            total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(h)
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
         return total
 
@@ -179,15 +233,15 @@ class CoupledODE(nn.Module):
         """The layer as it is now in plain PyTorch: a residual block of fixed weights for each step, no ODE in it.
 
         After training theta does not depend on the data. The result computes what the layer computes (in its present
-        train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient. See
-        `nc.bake` for whole models.
+        train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient, and its
+        times are numbers. See `nc.bake` for whole models.
 
         Raises:
             ValueError: if the evolving weights are not finite, or for an adaptive layer, which has no grid to bake.
         """
-        scheme = self.scheme
-        like = next(self.parameters(), torch.zeros(()))
+        like = next(self.field.parameters(), torch.zeros(()))
         with torch.no_grad():
+            scheme = self.scheme
             theta = GridProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
         return baked(self.field, scheme, theta)
 
@@ -205,11 +259,17 @@ class CoupledODE(nn.Module):
         """How the layer is solved; checked again where its kernel has been exchanged."""
         if self._checked_kernel[0] is not self.field.kernel:
             self.discretise(self.discretisation)
-        return self._on
+        if self._numbers:
+            return self._on
+        return self.discretisation.on(self.field, time_row(self._times(), self.field.device).pick(0, -1))
 
-    def _solve(self, z0: Tensor, wanted: tuple[float, ...]) -> list[Tensor]:
+    def _within(self, solve: OnGrid | Adaptive, t: Times) -> TimeRow:
+        """Times of the interval of a solve."""
+        return time_row(t, self.field.device, partial(times_within, ends=solve.ends, whose="layer"))
+
+    def _solve(self, solve: OnGrid | Adaptive, z0: Tensor, wanted: TimeRow) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
-        z, self.stats = self._solve_in_force().states(self.field, z0, wanted, self.adjoint)
+        z, self.stats = solve.states(self.field, z0, wanted, self.adjoint)
         return z
 
 

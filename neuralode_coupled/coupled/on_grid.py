@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._times import Scalar, TimeRow, times_at
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import Backprop, Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
 from neuralode_coupled.adjoint.plan import StepFunction, require
 from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_flow
 from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
-from neuralode_coupled.coupled.scheme import Scheme
+from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.coupled.stages import Stages
-from neuralode_coupled.evolution import NonFiniteWeights, check_finite, finite_path, named
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite, check_follows_time, finite_path, named
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.runge_kutta import increment, step
@@ -37,6 +38,11 @@ class OnGrid:
         """The first and the last time."""
         return self.scheme.grid.t0, self.scheme.grid.t1
 
+    @property
+    def last(self) -> TimeRow:
+        """The last time."""
+        return TimeRow((self.scheme.grid.t1,), self.scheme.grid.ends[1:])
+
     def check(self, field: CoupledField) -> None:
         """Raise ValueError for a field whose per-step modules or whose kernel do not fit the grids."""
         scheme, steps = self.scheme, self.scheme.grid.steps
@@ -55,32 +61,66 @@ class OnGrid:
         check(adjoint, GridProblem(field, self.scheme, None, ()))
 
     def states(
-        self, field: CoupledField, z0: Activation, wanted: tuple[float, ...], adjoint: GradientMethod
+        self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
-        brackets = [grid.bracket(time) for time in wanted]
-        save: set[int] = set()
-        for low, high, _ in brackets:
-            save |= {low, high}
+        places = [_Place.of(grid, time, t) for time, t in zip(wanted.numbers, wanted.scalars, strict=True)]
+        save = {n for place in places for n in (place.base, place.low, place.high)}
         problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)))
+        problem.check_times()
         saved, stats = adjoint.integrate(problem)
         stats.accepted = grid.steps
-        found = dict(zip(problem.save, saved, strict=True))
-        z = [
-            found[low][0] if low == high else torch.lerp(found[low][0], found[high][0], fraction)
-            for low, high, fraction in brackets
-        ]
-        return z, stats
+        found = {n: state[0] for n, state in zip(problem.save, saved, strict=True)}
+        return [place.state(found) for place in places], stats
 
-    def weights(self, field: CoupledField, times: list[float], in_force: bool = False) -> dict[str, WeightPath]:
+    def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
         """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
-        found = {}
+        found, grid = {}, self.scheme.weight_grid
         for name, w0 in field.evolving().items():
+            operator = field.operator(name)
+            if times.tensors or grid.ends:
+                check_follows_time(operator, w0, grid.start(0, grid.steps / 3), grid.whole)
             path = partial(self.scheme.in_force, kernel=field.kernel) if in_force else self.scheme.at
-            found[name] = finite_path(name, "requested time", path, field.operator(name), w0=w0, times=times)
+            found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
         return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where on the grid an output lies: ``z[base] + fraction (z[high] - z[low])``.
+
+    Attributes:
+        base, low, high: grid points.
+        fraction: of the way from low to high; differentiable where the time or the grid moves.
+    """
+
+    base: int
+    low: int
+    high: int
+    fraction: Scalar
+
+    @staticmethod
+    def of(grid: Grid, number: float, t: Scalar) -> _Place:
+        """The place of a time, given as a number and as what is differentiated."""
+        low, high, fraction = grid.bracket(number)
+        still = not isinstance(t, Tensor) and not grid.ends
+        if still or any(t is end for end in grid.ends):  # the ends are grid points wherever they are
+            return _Place(low, low, high, fraction)
+        fraction = (t - grid.start(0)) / grid.length - low
+        if low < high or not isinstance(fraction, Tensor):
+            return _Place(low, low, high, fraction)
+        # z has a corner there: its derivative is the mean of both sides, as central differences have it.
+        around = max(low - 1, 0), min(low + 1, grid.steps)
+        return _Place(low, *around, (fraction - fraction.detach()) / (around[1] - around[0]))
+
+    def state(self, z: dict[int, Tensor]) -> Tensor:
+        """The output, from the states at the grid points."""
+        if isinstance(self.fraction, Tensor):
+            change = z[self.high] - z[self.low]
+            return z[self.base] + self.fraction.to(change.device, change.dtype) * change
+        return z[self.low] if self.low == self.high else torch.lerp(z[self.low], z[self.high], self.fraction)
 
 
 class GridProblem:
@@ -96,14 +136,30 @@ class GridProblem:
     tolerances: tuple[float, float] | None = None
 
     def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor | None, save: tuple[int, ...]) -> None:
-        self.field, self.scheme, self.save = field, scheme, save
         self.z0 = torch.empty(0) if z0 is None else z0
+        # The ends of the grid, where gradients flow to them: in front of what all steps share.
+        self.ends = tuple([end.to(self.z0.device) for end in scheme.grid.ends])
+        self.field, self.scheme, self.save = field, scheme.moved(self.ends) if self.ends else scheme, save
         self.method = scheme.method.name
         self.stages = Stages(field, scheme.grid.steps)
 
     def time(self, n: int) -> float:
         """The time of grid point ``n``."""
         return self.scheme.grid.time(n)
+
+    def times(self, points: Sequence[int], like: Tensor) -> Tensor:
+        """See `Problem`."""
+        return times_at([self.scheme.grid.start(n) for n in points], like)
+
+    def check_times(self) -> None:
+        """Raise ValueError for an operator, or for dynamics, that makes numbers of times that gradients flow to."""
+        if not self.ends:
+            return
+        grid, w0 = self.scheme.weight_grid, self.field.evolving()
+        inside = self.ends[0] + (self.ends[1] - self.ends[0]) / 3
+        for name in self.stages.moving:
+            check_follows_time(self.field.operator(name), w0[name], inside, grid.whole)
+        self.stages.check_follows_time(self.z0, inside, grid.span)
 
     def refusal(self, form: Form) -> str | None:
         """See `Problem`."""
@@ -118,7 +174,7 @@ class GridProblem:
         own = self.stages.own
         by_step = self._by_step(self.stage_weights())
         inputs = tuple([(*theta, *row) for theta, row in zip(by_step, own, strict=True)])
-        return self._plan(self._step), Operands((self.z0,), inputs, self.stages.shared)
+        return self._plan(self._step), Operands((self.z0,), inputs, (*self.ends, *self.stages.shared))
 
     def advancing(self) -> tuple[Plan, Operands]:
         """The solve as Runge-Kutta steps in each of which the weights advance too.
@@ -127,15 +183,16 @@ class GridProblem:
         """
         require(self, "advancing")
         own = OwnWeights(self.field, self.scheme)
-        constant = len(self.stages.shared)
+        always = (*self.ends, *self.stages.shared)
+        constant = len(always)
 
         def advance(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-            theta, after = own.advance(n, y[1:], shared[constant:])
+            theta, after = own.advance(self._within(shared), n, y[1:], shared[constant:])
             (z,), _ = self._step(n, y[:1], (*theta, *inputs), shared[:constant], buffers)
             y = (z, *after)
             return y, ((y,) if n + 1 in self.save else ())
 
-        shared = (*self.stages.shared, *own.shared)
+        shared = (*always, *own.shared)
         return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared)
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
@@ -144,7 +201,7 @@ class GridProblem:
         With ``own_weights`` each makes its weights.
         """
         ways = [partial(self._increment, backwards) for backwards in (False, True)]
-        shared, rows = self.stages.shared, self.stages.own
+        shared, rows = (*self.ends, *self.stages.shared), self.stages.own
         if own_weights:
             require(self, "reversible, own weights")
             own = OwnWeights(self.field, self.scheme, backwards=True)
@@ -153,7 +210,7 @@ class GridProblem:
             def with_weights(
                 backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
             ) -> tuple[State, tuple[State, ...]]:
-                theta, _ = own.advance(n, (), shared[constant:], backwards)
+                theta, _ = own.advance(self._within(shared), n, (), shared[constant:], backwards)
                 return self._increment(backwards, n, y, (*theta, *inputs), shared[:constant], buffers)
 
             ways = [partial(with_weights, backwards) for backwards in (False, True)]
@@ -223,29 +280,33 @@ class GridProblem:
             overlooked=self.stages.overlooked,
         )
 
+    def _within(self, shared: State) -> Scheme:
+        """The discretisation between the ends that a step is handed, where gradients flow to them."""
+        return self.scheme.moved(shared[: len(self.ends)]) if self.ends else self.scheme
+
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
-        grid = self.scheme.grid
-        slope = self._slopes(n, grid.time(n), grid.h, inputs, shared, buffers)
-        y, _ = step(slope, y, grid.h, self.scheme.method)
+        grid = self._within(shared).grid
+        slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers)
+        y, _ = step(slope, y, grid.length, self.scheme.method)
         return y, ((y,) if n + 1 in self.save else ())
 
     def _increment(
         self, backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
     ) -> tuple[State, tuple[State, ...]]:
         """The increment of the method over step ``n``, from its start, or ``backwards`` from its end."""
-        grid = self.scheme.grid
-        start, h = (grid.time(n + 1), -grid.h) if backwards else (grid.time(n), grid.h)
+        grid = self._within(shared).grid
+        start, h = (grid.start(n + 1), -grid.length) if backwards else (grid.start(n), grid.length)
         slope = self._slopes(n, start, h, inputs, shared, buffers)
         return increment(slope, y, h, self.scheme.method), ()
 
     def _slopes(
-        self, n: int, start: float, h: float, inputs: State, shared: State, buffers: State
+        self, n: int, start: Scalar, h: Scalar, inputs: State, shared: State, buffers: State
     ) -> Callable[[int, State], State]:
         """f at the stages of a step of length ``h`` from ``start``."""
         stages, moving, c = self.stages, self.stages.moving, self.scheme.method.c
         theta = [weights.unbind() for weights in inputs[: len(moving)]]
-        tensors = stages.named(shared, inputs[len(moving) :], buffers)
+        tensors = stages.named(shared[len(self.ends) :], inputs[len(moving) :], buffers)
 
         def slope(i: int, stage: State) -> State:
             for name, rows in zip(moving, theta, strict=True):

@@ -51,7 +51,7 @@ class OwnWeights:
     """
 
     def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
-        self._scheme, w0 = scheme, field.evolving(field.moving())
+        w0 = field.evolving(field.moving())
         self._operators = {name: field.operator(name) for name in field.moving()}
         every = {name: all_at_once(q) for name, q in self._operators.items()}
         self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}
@@ -70,27 +70,30 @@ class OwnWeights:
         self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
         self.carried: State = tuple(w0[name] for name in self._carried)
 
-    def advance(self, n: int, carried: State, shared: State, backwards: bool = False) -> tuple[State, State]:
+    def advance(
+        self, scheme: Scheme, n: int, carried: State, shared: State, backwards: bool = False
+    ) -> tuple[State, State]:
         """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end.
 
-        All from the tensors handed in: by the time of a recomputation the modules may hold others.
+        ``scheme`` is the one that this was made for, between the ends that the step is handed. All from the tensors
+        handed in: by the time of a recomputation the modules may hold others.
         """
         if not self._operators:
             return (), ()
         direct, parameters = shared[: len(self._at_once)], shared[len(self._at_once) :]
         if self._held is None:
-            return self._advance(n, carried, direct, backwards)
+            return self._advance(scheme, n, carried, direct, backwards)
         tensors = {name: parameters[i] for name, i in self._places}
-        return call(self._held, tensors, (lambda: self._advance(n, carried, direct, backwards),), self._owner)
+        return call(self._held, tensors, (lambda: self._advance(scheme, n, carried, direct, backwards),), self._owner)
 
-    def _advance(self, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
+    def _advance(self, scheme: Scheme, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
         theta, after = {}, []
         with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
             for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):
-                elapsed = (self._fractions[name, backwards] + n) * self._scheme.weight_grid.h
+                elapsed = (self._fractions[name, backwards] + n) * scheme.weight_grid.length
                 theta[name] = named(name, trajectory, w, elapsed)
             for name, w in zip(self._carried, carried, strict=True):
-                w_next, theta[name] = named(name, self._scheme.stages_from, self._operators[name], w, n)
+                w_next, theta[name] = named(name, scheme.stages_from, self._operators[name], w, n)
                 after.append(w_next)
         for name, weights in theta.items():
             check_finite(weights[None], name, "step", n)

@@ -28,10 +28,10 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     force at t_n, see `PerStep.resample`. With the trained number of steps and method the copy computes what the model
     does, bit for bit.
 
-    Parameters are the model's own: training the copy trains the model. Buffers are the copy's own. The running
-    statistics of BatchNorm are those of the trained steps, which are not those of the states on the new grid;
-    ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them anew, without gradients and without touching the
-    model's.
+    Parameters (and times that require a gradient) are the model's own: training the copy trains the model. Buffers are
+    the copy's own. The running statistics of BatchNorm are those of the trained steps, which are not those of the
+    states on the new grid; ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them anew, without gradients
+    and without touching the model's.
 
     Args:
         model: a `CoupledODE`, or a module that contains some.
@@ -49,8 +49,9 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     """
     check_model(model)
     whole("steps", steps)
-    changed = sharing_parameters(model)
-    layers = [module for module in changed.modules() if isinstance(module, CoupledODE)]
+    times = [time for layer in _layers(model) for time in layer.moving_times()]
+    changed = sharing_parameters(model, times)
+    layers = _layers(changed)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no coupled layers, whose steps could be changed: give a CoupledODE, or a "
@@ -59,6 +60,10 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     for layer in layers:
         _change(layer, steps, method)
     return changed
+
+
+def _layers(model: nn.Module) -> list[CoupledODE]:
+    return [module for module in model.modules() if isinstance(module, CoupledODE)]
 
 
 def _change(layer: CoupledODE, steps: int, method: str | None) -> None:

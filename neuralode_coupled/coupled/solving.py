@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from neuralode_coupled._checks import Times, times, times_within
+from neuralode_coupled._checks import Times, times_within
+from neuralode_coupled._times import time_row
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
@@ -20,7 +23,7 @@ class Solution:
 
     Attributes:
         z: the activations: at the requested times, (len(t), *shape of z0), or at the end alone, of the shape of z0.
-        t: the times that ``z`` belongs to.
+        t: the times that ``z`` belongs to, as numbers.
         stats: what the solve cost; backward passes add to ``stats.recomputed``.
     """
 
@@ -39,11 +42,12 @@ class Solution:
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
-        Raises TypeError for what are no times, ValueError for times out of order or outside of the solve's interval,
-        and on the CPU for weights that are not finite.
+        Differentiable in these times and in those of the solve, where they are tensors that require a gradient. Raises
+        TypeError for what are no times, ValueError for times out of order or outside of the solve's interval, and on
+        the CPU for weights that are not finite.
         """
-        wanted = times_within(t, self._solve.ends, "solve")
-        return self._solve.weights(self._field, list(wanted), in_force=True)
+        read = partial(times_within, ends=self._solve.ends, whose="solve")
+        return self._solve.weights(self._field, time_row(t, self._field.device, read), in_force=True)
 
 
 def solve(
@@ -69,6 +73,9 @@ def solve(
         z0: the initial activations, any shape with a batch axis; their dtype and device must be the weights'.
         t: strictly monotone times, the first being that of z0; ``Solution.z`` then has one entry a time, with linear
             interpolation between grid points as in torchdiffeq. None: from 0 to 1, and only the end is returned.
+            Gradients flow to every time that is a tensor and requires one: through the grid, the weights on it and the
+            interpolation; by tolerances as in `odeint_dto`, with the lengths of the steps held fixed. At a grid point
+            between the ends, where the interpolation has a corner, the derivative is the mean of both sides.
         steps: the number of equal steps from the first to the last time; None with an adaptive method.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
             ``"heun3"``; or adaptive: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``,
@@ -88,16 +95,18 @@ def solve(
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
             out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that change
             the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that
-            cannot go on, or, on the CPU, a state that is not finite.
+            cannot go on, or, on the CPU, a state that is not finite. For a time that requires a gradient: where
+            dynamics, an operator or a kernel makes a number of it, or inside of ``torch.compile``.
     """
-    at = (0.0, 1.0) if t is None else times(t)
-    wanted = at[-1:] if t is None else at
+    at = time_row((0.0, 1.0) if t is None else t, field.device)
+    ends = at.pick(0, -1)
+    wanted = at.pick(-1) if t is None else at
     adjoint = DiscreteAdjoint() if adjoint is None else adjoint
     check_gradient_method(adjoint)
-    chosen = Discretisation(steps, method, weight_steps, weight_method, rtol, atol).on(field, (at[0], at[-1]))
+    chosen = Discretisation(steps, method, weight_steps, weight_method, rtol, atol).on(field, ends)
     z, stats = chosen.states(field, z0, wanted, adjoint)
-    _check_finite(z, wanted)
-    return Solution(z[0] if t is None else torch.stack(z), wanted, stats, field, chosen)
+    _check_finite(z, wanted.numbers)
+    return Solution(z[0] if t is None else torch.stack(z), wanted.numbers, stats, field, chosen)
 
 
 def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, alone
+from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._types import State
 from neuralode_coupled.field import CoupledField, check_slope
 
@@ -87,12 +88,9 @@ class Stages:
         """The tensors of one step by their names."""
         return dict(zip(self._names, (*shared, *own, *buffers), strict=True))
 
-    def time(self, t: float, z: Tensor) -> Tensor | None:
+    def time(self, t: Scalar, z: Tensor) -> Tensor | None:
         """A time as f takes it, on the device and of the dtype of z; None where f takes none."""
-        if not self.field.takes_time:
-            return None
-        # Filled on the device: copying a number there would make the host wait.
-        return torch.full((), t, dtype=z.dtype, device=z.device)
+        return time_like(t, z) if self.field.takes_time else None
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
@@ -108,6 +106,24 @@ class Stages:
             ) from error
         # Under autocast f may return another precision; the state keeps its own.
         return check_slope(dz, z).to(z.dtype)
+
+    def check_follows_time(self, z: Tensor, t: Tensor, span: float) -> None:
+        """Raise ValueError for dynamics that make a number of the time, where a time requires a gradient.
+
+        Args:
+            z: an activation.
+            t: a time of the solve, a scalar tensor.
+            span: how long the solve is.
+        """
+        if not self.field.takes_time:
+            return
+        z, shared, own = z.detach(), *[tuple([x.detach() for x in row]) for row in (self.shared, self.own[0])]
+
+        def f(t: Tensor) -> Tensor:
+            buffers = tuple([buffer.detach().clone() for buffer in self.buffers[0]])
+            return self.evaluate(t, z, self.named(shared, own, buffers), first=True)
+
+        check_followed(self.field.dynamics, "forward(t, z)", f, time_like(t, z), span)
 
     @staticmethod
     def overlooked(leaf: Tensor, where: str) -> Exception:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._times import Scalar, check_followed, length_like, time_like
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Weight, WeightPath
 
-Propagate = Callable[[Tensor, float], Tensor]
+Propagate = Callable[[Tensor, Scalar], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
 Advance = Callable[[Tensor], Tensor]
 P = ParamSpec("P")
@@ -30,11 +32,16 @@ class EvolutionOperator(nn.Module):
     same optional methods (None says, as leaving them out does, that there is none):
 
     * ``propagate(w, dt) -> w(t + dt)`` solves the operator's own equation; a solve then takes no numerical steps.
+      ``dt`` is a number; where a time of the solve requires a gradient, it is a scalar tensor of the dtype and device
+      of ``w``.
     * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, where ``propagate`` is a flow
       with the semigroup property.
     * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, where much of ``propagate`` depends
       on ``dt`` alone: a solve makes one for each length of step that it has, and calls it at every step. ``like`` is a
       weight of the shape, dtype and device of ``w``.
+
+    Where a time requires a gradient, what these make must be differentiable in their times: an operator that makes
+    numbers of them (``math.exp(float(dt))``) raises a ValueError at the solve, for the gradient would be lost.
 
     An operator refuses a weight that it cannot evolve with a ValueError from ``bind``; the field puts the parameter's
     name in front.
@@ -57,17 +64,43 @@ def closed_form(operator: nn.Module) -> Propagate | None:
     return cast("Propagate | None", getattr(operator, "propagate", None))
 
 
-def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate | None:
-    """`closed_form` for one solve: what depends on the length of a step alone is made once for each length."""
-    propagate = closed_form(operator)
-    propagator = cast("Callable[[float, Tensor], Advance] | None", getattr(operator, "propagator", None))
-    if propagate is None or propagator is None:
-        return propagate
-    known: dict[float, Advance] = {}
+def check_follows_time(operator: nn.Module, w: Weight, t: Scalar, span: Scalar, integrated: bool = False) -> None:
+    """Raise ValueError for an operator that makes numbers of its times, one of which requires a gradient.
 
-    def through_known(w: Tensor, dt: float) -> Tensor:
+    Args:
+        operator: the operator.
+        w: a weight that it evolves.
+        t: a time of a solve.
+        span: how long it is.
+        integrated: whether a closed form is not made use of.
+    """
+    held = w.detach()
+    trajectory, propagate = (None, None) if integrated else (all_at_once(operator), closed_form(operator))
+    at, scale = time_like(t, w).detach(), time_like(span, w).detach()
+    if trajectory is not None:
+        check_followed(operator, "trajectory(w0, times)", partial(trajectory, held), scale.reshape(1), scale)
+    elif propagate is not None:
+        check_followed(operator, "propagate(w, dt)", partial(propagate, held), scale, scale)
+    else:
+        check_followed(operator, "forward(t, w)", lambda t: operator(t, held), at, scale)
+
+
+def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate | None:
+    """`closed_form` for one solve: what depends on the length of a step alone is made once for each length.
+
+    A length that is a tensor is known again as that very tensor. Operators are given it in the weight's dtype.
+    """
+    propagate = closed_form(operator)
+    propagator = cast("Callable[[Scalar, Tensor], Advance] | None", getattr(operator, "propagator", None))
+    if propagate is None:
+        return None
+    if propagator is None:
+        return lambda w, dt: propagate(w, length_like(dt, w))
+    known: dict[Scalar, Advance] = {}
+
+    def through_known(w: Tensor, dt: Scalar) -> Tensor:
         if dt not in known:
-            known[dt] = propagator(dt, like)
+            known[dt] = propagator(length_like(dt, like), like)
         return known[dt](w)
 
     return through_known
@@ -174,7 +207,7 @@ class Static(EvolutionOperator):
         """dw/dt = 0, of the shape of ``w``."""
         return torch.zeros_like(w)
 
-    def propagate(self, w: Weight, dt: float) -> Weight:
+    def propagate(self, w: Weight, dt: Scalar) -> Weight:
         """``w`` itself."""
         return w
 

@@ -8,6 +8,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 from neuralode_coupled.evolution.exponential import exponential
@@ -94,9 +95,9 @@ class LinearEvolution(EvolutionOperator):
         left, right = self._factors()
         return (left @ (right.mT @ w.flatten(1))).reshape(w.shape)
 
-    def propagate(self, w: Weight, dt: float) -> Weight:
-        """``exp(A dt) w``."""
-        return self.trajectory(w, torch.full((1,), float(dt), dtype=w.dtype, device=w.device))[0]
+    def propagate(self, w: Weight, dt: Scalar) -> Weight:
+        """``exp(A dt) w``; differentiable in a ``dt`` that is a scalar tensor."""
+        return self.trajectory(w, time_vector([dt], w))[0]
 
     def trajectory(self, w0: Weight, times: Tensor) -> WeightPath:
         """``exp(A t) w0`` at all times: (len(times), *shape of w0)."""

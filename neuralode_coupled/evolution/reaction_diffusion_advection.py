@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._files import takes_scalars
+from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
 from neuralode_coupled.evolution.spectral import Spectrum
@@ -137,12 +138,13 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return w if self.sigma is None else self.sigma(w)
 
     @property
-    def propagate(self) -> Callable[[Tensor, float], Tensor] | None:
-        """``propagate(w, dt)``: Eq. 9 over a time ``dt``. None in the ODE form, which a solver integrates."""
+    def propagate(self) -> Callable[[Tensor, Scalar], Tensor] | None:
+        """``propagate(w, dt)``: Eq. 9 over a time ``dt``, differentiable in one that is a tensor. None in the ODE form,
+        which a solver integrates."""
         return None if self.form == "ode" else self._propagate
 
     @property
-    def propagator(self) -> Callable[[float, Tensor], Callable[[Tensor], Tensor]] | None:
+    def propagator(self) -> Callable[[Scalar, Tensor], Callable[[Tensor], Tensor]] | None:
         """``propagator(dt, like)``: ``propagate`` for one ``dt``, its matrix built once. None in the ODE form."""
         return None if self.form == "ode" else self._propagator
 
@@ -152,11 +154,11 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         which alone reaches every time at once."""
         return None if self.form == "ode" or self.sigma is not None else self._trajectory
 
-    def _propagate(self, w: Weight, dt: float) -> Weight:
+    def _propagate(self, w: Weight, dt: Scalar) -> Weight:
         return self._propagator(dt, w)(w)
 
-    def _propagator(self, dt: float, like: Weight) -> Callable[[Weight], Weight]:
-        flow = self._flow(torch.full((1,), float(dt), dtype=like.dtype, device=like.device))
+    def _propagator(self, dt: Scalar, like: Weight) -> Callable[[Weight], Weight]:
+        flow = self._flow(time_vector([dt], like))
 
         def advance(w: Weight) -> Weight:
             w = flow(w)[0]

@@ -80,6 +80,11 @@ class CoupledField(nn.Module):
         self._aliases = _aliases(dynamics)
         self.evolution = nn.ModuleDict({_key(name): op for name, op in _assign(evolution, self.evolving()).items()})
 
+    @property
+    def device(self) -> torch.device | None:
+        """That of the first parameter; None where there is none."""
+        return next((parameter.device for parameter in self.parameters()), None)
+
     def operator(self, name: str) -> nn.Module:
         """The evolution operator of one evolving parameter. Raises KeyError if no parameter of that name evolves."""
         return self.evolution[_key(name)]

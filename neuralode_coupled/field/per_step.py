@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from neuralode_coupled._checks import whole
 
@@ -67,6 +67,6 @@ def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:
             yield (f"{name}." if name else ""), module
 
 
-def sharing_parameters(module: Module) -> Module:
-    """A copy of a module with the very parameters of the original, and buffers of its own."""
-    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+def sharing_parameters(module: Module, tensors: Iterable[Tensor] = ()) -> Module:
+    """A copy of a module with the very parameters of the original, and other tensors of it, and buffers of its own."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *tensors)})

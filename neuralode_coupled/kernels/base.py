@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuralode_coupled._times import Scalar
 from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
 
 Connection = Callable[[WeightPath], StageWeights]
@@ -18,6 +19,10 @@ class TimeKernel(nn.Module):
 
     A subclass writes `kappa` and `kappa_at`; `DensityKernel` has both for a K given as a probability density. One with
     memory writes `memory_derivative` and `theta` too, and `initial_memory` if that is not w0.
+
+    Spans are numbers. Where a time of the solve requires a gradient they are scalar tensors (float64), and so are the
+    fractions of `kappa_at`; a kernel that depends on them must be differentiable in them. One that makes numbers of
+    them raises a ValueError at the solve, for the gradient would be lost.
 
     Attributes:
         memory: how many extra states a weight needs in the augmented vector field (0: theta is w itself), or None where
@@ -32,14 +37,15 @@ class TimeKernel(nn.Module):
         """The number of steps of the weight grid, where the user chose none."""
         return steps
 
-    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: float = 1.0) -> StageWeights:
+    def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: Scalar = 1.0) -> StageWeights:
         """``theta = kappa @ w``: the stage weights of ``steps`` activation steps with stage times ``c``.
 
         Args:
             path: w at ``M + 1`` equidistant times over the whole interval, ends included.
             steps: the number N of activation steps.
             c: the stage times of the Runge-Kutta method as fractions of a step.
-            span: the interval's length, in the units of t; negative where time runs backwards.
+            span: the interval's length, in the units of t; negative where time runs backwards. A scalar tensor is
+                differentiated.
 
         Returns:
             theta of shape (N, stages, *weight), or (N, 1, *weight) where all stages of a step share it.
@@ -51,7 +57,7 @@ class TimeKernel(nn.Module):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Connection:
         """`stage_weights` for two grids, as a function of the path alone.
@@ -61,12 +67,12 @@ class TimeKernel(nn.Module):
         rows = self._checked(steps, c, weight_steps, span, device)
         return lambda path: torch.tensordot(rows.to(path), path, dims=1)
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
         """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
         self._checked(steps, c, weight_steps, span, None)
 
     def _checked(
-        self, steps: int, c: tuple[float, ...], weight_steps: int, span: float, device: torch.device | None
+        self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar, device: torch.device | None
     ) -> Tensor:
         """kappa, of the shape that it has to have."""
         rows = self.kappa(steps, c, weight_steps, span, device)
@@ -84,7 +90,7 @@ class TimeKernel(nn.Module):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
         """The kernel as a matrix of shape (N, stages, M + 1), or (N, 1, M + 1) where all stages of a step share a row.
@@ -94,7 +100,7 @@ class TimeKernel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
 
     def kappa_at(
-        self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
     ) -> Float[Tensor, "time nodes"]:
         """The rows of kappa for any times, given as fractions of the interval: (len(fractions), M + 1)."""
         raise NotImplementedError(f"{type(self).__name__} must define kappa_at(fractions, weight_steps, span)")

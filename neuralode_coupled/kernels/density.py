@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuralode_coupled._checks import choice, whole
+from neuralode_coupled._times import Scalar, as_number
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.kernels.base import TimeKernel
 from neuralode_coupled.kernels.consistency import check_consistent
@@ -53,35 +54,36 @@ class DensityKernel(TimeKernel):
         """``int_0^s F``, elementwise, for ages ``s >= 0`` (float64)."""
         raise NotImplementedError(f"{type(self).__name__} must define cumulative_integral(s)")
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
         """Any grids will do, but time has to run forwards, and the methods have to belong together: see above."""
-        if span < 0:
+        length = as_number(span)
+        if length < 0:
             raise ValueError(
-                f"{self} remembers the past, and t runs backwards (from the first to the last time is {span:g}): "
+                f"{self} remembers the past, and t runs backwards (from the first to the last time is {length:g}): "
                 "let t increase, or use Dirac(), SampleAndHold(...) or MatrixKernel(...)"
             )
         # Those of the package have tests of their own.
-        if not type(self).__module__.startswith(__name__.partition(".")[0] + ".") and span not in self._consistent:
-            check_consistent(self, span)
-            self._consistent.add(span)
+        if not type(self).__module__.startswith(__name__.partition(".")[0] + ".") and length not in self._consistent:
+            check_consistent(self, length)
+            self._consistent.add(length)
 
     def kappa(
         self,
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
-        """See the base class; float64, and differentiable in learnable parameters."""
+        """See the base class; float64, and differentiable in learnable parameters and times."""
         n = torch.arange(steps, dtype=torch.float64, device=device)
         fractions = torch.stack([(n + fraction) / steps for fraction in c], dim=-1)
         return self.kappa_at(fractions.flatten(), weight_steps, span).unflatten(0, (steps, len(c)))
 
     def kappa_at(
-        self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
     ) -> Float[Tensor, "time nodes"]:
-        """See the base class; float64, and differentiable in learnable parameters."""
+        """See the base class; float64, and differentiable in learnable parameters and times."""
         self.check(1, (), weight_steps, span)
         elapsed = fractions.to(torch.float64)[:, None] * span
         h = span / weight_steps

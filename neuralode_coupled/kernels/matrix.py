@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from neuralode_coupled._times import Scalar
 from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 
 
@@ -57,7 +58,7 @@ class MatrixKernel(TimeKernel):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Connection:
         """``theta = matrix @ w``: all stages of a step share it."""
@@ -65,7 +66,7 @@ class MatrixKernel(TimeKernel):
         rows = self._rows()
         return lambda path: torch.tensordot(rows.to(path), path, dims=1).unsqueeze(1)
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
         """The grids have to be those of the matrix: see the base class."""
         rows, columns = self.matrix.shape
         if (rows, columns) != (steps, weight_steps + 1):
@@ -80,7 +81,7 @@ class MatrixKernel(TimeKernel):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
         """The matrix, with its row for every stage of a step. See the base class."""
@@ -88,7 +89,7 @@ class MatrixKernel(TimeKernel):
         return self._rows().to(device)[:, None].expand(-1, len(c), -1)
 
     def kappa_at(
-        self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
     ) -> Float[Tensor, "time nodes"]:
         """The row of the step that each time belongs to. See the base class."""
         rows = self._rows().to(fractions.device)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from neuralode_coupled._checks import whole
+from neuralode_coupled._times import Scalar
 from neuralode_coupled._types import StageWeights, WeightPath
 from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 
@@ -22,13 +23,13 @@ class SelectingKernel(TimeKernel):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
         """A one where a point is picked, see the base class."""
         return _one_hot(torch.tensor(self._selected(steps, c, weight_steps), device=device), weight_steps)
 
-    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: float = 1.0) -> None:
+    def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
         """Without the matrix, because every solve asks."""
         self._selected(steps, c, weight_steps)
 
@@ -51,7 +52,7 @@ class Dirac(SelectingKernel):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Connection:
         """Pick w at every stage time."""
@@ -112,7 +113,7 @@ class SampleAndHold(SelectingKernel):
         steps: int,
         c: tuple[float, ...],
         weight_steps: int,
-        span: float = 1.0,
+        span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Connection:
         """Pick the samples and hold each over its steps: all stages of a step share it."""
@@ -120,7 +121,7 @@ class SampleAndHold(SelectingKernel):
         return lambda path: self.sampled(path).repeat_interleave(held, dim=0).unsqueeze(1)
 
     def kappa_at(
-        self, fractions: Float[Tensor, " time"], weight_steps: int, span: float = 1.0
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
     ) -> Float[Tensor, "time nodes"]:
         """The sample that is held at each time, see the base class."""
         nodes = torch.tensor(self._nodes(weight_steps), device=fractions.device)

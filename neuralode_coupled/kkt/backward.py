@@ -34,14 +34,17 @@ class Multipliers:
     static: Tensors
 
     def gradients(self) -> Tensors:
-        """dJ of z0 (``"z0"``) and of every parameter by its name in the layer; without the regulariser R."""
+        """dJ of z0 (``"z0"``) and of every parameter by its name in the layer; without the regulariser R.
+
+        The times of the layer are numbers here: (7) has no multiplier for them, and learned ones are left out.
+        """
         w0 = {FIELD + name: -beta[0] for name, beta in self.beta.items()}
         return {"z0": -self.alpha[0], **w0, **self.p, **self.static}
 
 
 def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
     """Solve the discrete optimality system (7a) to (7e) for the loss J, step by step by explicit vector-Jacobian
-    products.
+    products. The layer's times are numbers here, also where they are learned.
 
     The layer is left as it is (running statistics, gradients, random numbers). All steps' graphs are kept at once, as
     in `Backprop`: this is for understanding and checking, not for training.

@@ -43,8 +43,9 @@ class Check:
     In the table each group has a line of slopes along a random direction, and a line of errors relative to autograd.
 
     Attributes:
-        groups: the comparison for ``"z0"``, ``"w0"``, ``"p"`` (of the evolution, and of a learnable kernel) and
-            ``"static"`` (everything else), where the layer has such tensors.
+        groups: the comparison for ``"z0"``, ``"w0"``, ``"p"`` (of the evolution, and of a learnable kernel),
+            ``"static"`` (everything else in the dynamics) and ``"t"`` (learned times), where the layer has such
+            tensors.
         tolerance: the relative error that rounding may make in this precision.
         reason: why the continuous adjoint is not defined; empty where it is.
     """
@@ -196,8 +197,9 @@ def _groups(layer: CoupledODE) -> dict[str, list[str]]:
     return {
         "z0": ["z0"],
         "w0": [name for name in names if name in evolving],
-        "p": [name for name in names if not name.startswith(FIELD)],
+        "p": [name for name in names if name.startswith("field.") and not name.startswith(FIELD)],
         "static": [name for name in names if name.startswith(FIELD) and name not in evolving],
+        "t": [name for name in names if not name.startswith("field.")],
     }
 
 

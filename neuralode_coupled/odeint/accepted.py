@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._times import differentiated
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
@@ -72,7 +73,7 @@ class AdaptiveSolve:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
                 random numbers where a gradient is asked for.
         """
-        method, graph = embedded(self.method), torch.is_grad_enabled()
+        method, graph = embedded(self.method), torch.is_grad_enabled() or tracing() == "transform"
         watched, real = _Watched(self.dynamics, (*self.y0, self.t), graph), self.y0[0].dtype.to_real()
         steps: list[Step] = []
         outputs: list[State] = []
@@ -134,7 +135,7 @@ class AdaptiveSolve:
         """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
         columns = ([step.start for step in steps], [step.length for step in steps], [step.end for step in steps])
         inputs: tuple[State, ...] = ((),) * len(steps)
-        if self.t.requires_grad:
+        if differentiated(self.t):
             t = self.t.to(torch.promote_types(self.options.dtype, self.y0[0].dtype.to_real()))
             starts, lengths, ends = (torch.tensor(column, dtype=t.dtype, device=t.device) for column in columns)
             first = next((n for n, step in enumerate(steps) if step.cut), len(steps))

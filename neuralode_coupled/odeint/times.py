@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from neuralode_coupled._times import Scalar, differentiated
 from neuralode_coupled._types import State
-
-Scalar = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -93,4 +92,4 @@ def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:
         return value
     near = value.detach()
     beside = torch.nextafter(near, torch.full_like(near, side * torch.inf))
-    return value + (beside - near) if value.requires_grad else beside
+    return value + (beside - near) if differentiated(value) else beside

@@ -62,7 +62,8 @@ def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor]
             continue
         scale = dt * weight
         if isinstance(scale, Tensor):
-            parts = [part + scale * k for part, k in zip(parts, slope, strict=True)]
+            # A part without axes does not decide over the dtype beside another scalar: it keeps its own all the same.
+            parts = [part + (scale * k).to(part.dtype) for part, k in zip(parts, slope, strict=True)]
             continue
         for i, k in enumerate(slope):
             # A scaled addition is one pass over memory and keeps nothing for its backward.

@@ -813,3 +813,27 @@ def test_layers_that_begin_on_meta(size, form, begin, assign):
     z0 = torch.randn(1, 2, 9, 9)
     assert torch.equal(layer(z0), source(z0))
     torch.testing.assert_close(layer.double()(z0.double()), source.double()(z0.double()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 3), (2, 2, 9, 8)], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        nc.Static,
+        nc.ReactionDiffusionAdvection,
+        lambda: nc.ReactionDiffusionAdvection(activation="tanh"),
+        lambda: LinearEvolution("channels", rank=2),
+        lambda: LinearEvolution("pixels", per="filter"),
+    ],
+)
+def test_closed_forms_are_differentiable_in_time(make, shape):
+    """By matrices and by the FFT, at zero too, as a step and at all times at once."""
+    w = torch.randn(shape, dtype=torch.float64)
+    operator = oracle.randomize(make().bind(w))
+    for dt in (0.0, 0.3, -0.2):
+        length = torch.tensor(dt, dtype=torch.float64, requires_grad=True)
+        assert torch.allclose(operator.propagate(w, length), operator.propagate(w, dt))
+        assert torch.autograd.gradcheck(lambda dt: operator.propagate(w, dt) + 0 * dt, (length,))
+    if operator.trajectory is not None:
+        times = torch.tensor([0.0, 0.3, -0.2], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda t: operator.trajectory(w, t) + 0 * t.sum(), (times,))

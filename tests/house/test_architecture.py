@@ -13,7 +13,7 @@ import neuralode_coupled as nc
 
 NAME, FOLDER = nc.__name__, Path(nc.__file__).parent
 ROOMS = [
-    *("_types", "_checks", "_torch", "_extras", "_files", "_substitution"),
+    *("_types", "_checks", "_torch", "_times", "_extras", "_files", "_substitution"),
     *("runge_kutta", "kernels", "evolution", "field", "adjoint", "odeint", "coupled", "convert", "kkt", "models"),
     *("figures", "__init__", "transport", "train", "cli", "__main__"),
 ]

@@ -13,6 +13,7 @@ from torch import nn
 import neuralode_coupled as nc
 from neuralode_coupled import kernels
 from neuralode_coupled.runge_kutta import METHODS, tableau
+from tests.helpers.problems import KERNELS
 
 STAGES = st.sampled_from([tableau(name).c for name in METHODS])
 
@@ -135,3 +136,29 @@ def test_grids_that_a_kernel_cannot_connect_name_the_fix(kernel, options, messag
 def test_at_least_one_sample():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         nc.SampleAndHold(0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_kernels_are_differentiable_in_the_interval(name, steps):
+    kernel, c = KERNELS[name](steps).double(), (0.0, 0.3, 1.0)
+    weight_steps = 6 * steps if isinstance(kernel, nc.Dirac) else kernel.weight_steps(steps)
+    c = (0.0, 0.5) if isinstance(kernel, nc.Dirac) else c
+    path = torch.randn(weight_steps + 1, 2, dtype=torch.float64)
+    span = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(kernel.stage_weights(path, steps, c, span), kernel.stage_weights(path, steps, c, 1.3))
+
+    def theta(span):
+        return kernel.stage_weights(path, steps, c, span) + 0 * span
+
+    assert torch.autograd.gradcheck(theta, (span,))
+
+
+@pytest.mark.parametrize("name", ["exponential", "exponential, learnable", "Erlang, learnable", "box, learnable"])
+def test_kernels_are_differentiable_in_any_times(name):
+    kernel = KERNELS[name](3).double()
+    fractions = torch.tensor([0.0, 0.21, 0.5, 0.9, 1.0], dtype=torch.float64, requires_grad=True)
+    span = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    inside = fractions.detach()[1:-1].requires_grad_()
+    assert torch.autograd.gradcheck(lambda t, span: kernel.kappa_at(t, 4, span), (inside, span))
+    assert torch.autograd.grad(kernel.kappa_at(fractions, 4, span).sum(), fractions)[0].isfinite().all()

@@ -1,0 +1,168 @@
+"""The times of a solve: as numbers, which decide, and as scalar tensors where gradients flow to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from neuralode_coupled._checks import Times, times
+from neuralode_coupled._torch import tracing
+from neuralode_coupled._types import State
+
+Scalar = float | Tensor
+"""A time or a length of time: a number, or a scalar tensor that gradients flow to."""
+
+_FOLLOWING: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Which functions of which modules have been seen to be differentiable in time."""
+
+
+@dataclass(frozen=True)
+class TimeRow:
+    """Times in a row.
+
+    Attributes:
+        numbers: the times.
+        tensors: the same as scalar tensors, float64 on one device, where a gradient is asked of any; else nothing.
+    """
+
+    numbers: tuple[float, ...]
+    tensors: State = ()
+
+    @property
+    def scalars(self) -> Sequence[Scalar]:
+        """The tensors where there are any, else the numbers."""
+        return self.tensors or self.numbers
+
+    def pick(self, *places: int) -> TimeRow:
+        """Some of the times, by their places in the row."""
+        tensors = tuple([self.tensors[i] for i in places]) if self.tensors else ()
+        return TimeRow(tuple([self.numbers[i] for i in places]), tensors)
+
+
+def joined(*rows: TimeRow) -> TimeRow:
+    """Rows behind one another."""
+    numbers = tuple([x for row in rows for x in row.numbers])
+    known = next((row.tensors[0] for row in rows if row.tensors), None)
+    if known is None:
+        return TimeRow(numbers)
+    every = [t for row in rows for t in row.scalars]
+    return TimeRow(numbers, tuple([t if isinstance(t, Tensor) else _wide(t, known.device) for t in every]))
+
+
+def time_row(
+    t: Times, device: torch.device | None = None, read: Callable[[Times], tuple[float, ...]] = times
+) -> TimeRow:
+    """Times, checked by what reads their numbers; with tensors, on a device, where one of them carries a gradient.
+
+    Raises TypeError or ValueError as ``read`` does, and ValueError inside of ``torch.compile``, which cannot read
+    numbers off tensors.
+    """
+    t = tuple(t) if isinstance(t, Iterator) else t
+    values = [t] if isinstance(t, Tensor) else t if isinstance(t, list | tuple) else ()
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not any(map(differentiated, tensors)):
+        return TimeRow(read(t))
+    refuse_to_compile()
+    numbers, place = read(t), tensors[0].device if device is None else device
+    values, own = (t.unbind(), t.detach().tolist()) if isinstance(t, Tensor) else (t, map(as_number, t))
+    # One that was read as another number, of an end that it lies at but for its rounding, has that value.
+    shifts = [number - x for number, x in zip(numbers, own, strict=True)]
+    every = [_wide(value, place) for value in values]
+    return TimeRow(numbers, tuple([t + shift if shift else t for t, shift in zip(every, shifts, strict=True)]))
+
+
+def refuse_to_compile() -> None:
+    """Raise the ValueError for times that are tensors inside of ``torch.compile``."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "torch.compile and torch.export take times that are numbers, got a tensor, whose gradient would be lost: "
+            "leave the layer uncompiled, or fix its times by layer.t = layer.t"
+        )
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a gradient is asked of a tensor, or, in forward-mode differentiation, a tangent passed on."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return tracing() == "transform" and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _wide(value: Scalar, device: torch.device) -> Tensor:
+    """A time as a scalar tensor in the precision of numbers."""
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def as_number(t: Scalar) -> float:
+    """A time as a number."""
+    return t.detach().item() if isinstance(t, Tensor) else t
+
+
+def length_like(t: Scalar, like: Tensor) -> Scalar:
+    """A length of time beside ``like``: the number, or a scalar tensor of its dtype, on its device."""
+    return t.to(like.device, like.dtype) if isinstance(t, Tensor) else t
+
+
+def time_like(t: Scalar, like: Tensor) -> Tensor:
+    """A time as f and q take it beside a floating-point ``like``: a scalar tensor of its dtype, on its device."""
+    if isinstance(t, Tensor):
+        return t.reshape(()).to(like.device, like.dtype)
+    # Filled on the device: copying a number there would make the host wait.
+    return torch.full((), t, dtype=like.dtype, device=like.device)
+
+
+def times_at(times: Sequence[Scalar], like: Tensor) -> Tensor:
+    """Times as torchdiffeq takes them for a state such as ``like``: of its dtype, but at least float32."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu") for t in times]
+    return torch.stack(wide).to(like.device, dtype)
+
+
+def time_vector(times: Sequence[Scalar], like: Tensor) -> Tensor:
+    """Times as a vector of the dtype of ``like``, on its device; numbers are filled there."""
+    return torch.stack([time_like(t, like) for t in times])
+
+
+def check_followed(
+    module: nn.Module, what: str, make: Callable[[Tensor], Tensor], t: Tensor, scale: float | Tensor
+) -> None:
+    """Raise the ValueError for a function of time that reads numbers off the times: no gradient would reach them.
+
+    It is one whose value changes with the time, though its graph does not lead there. What does not change does not
+    depend on the time; what jumps has no derivative there. Random numbers are drawn alike every time.
+
+    Args:
+        module: whose function it is; one that has been seen to follow the time is not looked at again.
+        what: the function, for the message and to know it again.
+        make: the function, of a tensor like ``t``.
+        t: times, or lengths of time.
+        scale: how long a solve is.
+    """
+    if what in _FOLLOWING.get(module, ()) or tracing():
+        return
+    leaf = t.detach().clone().requires_grad_()
+    devices = [t.device] if t.device.type == "cuda" else []
+
+    def run(at: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=devices):
+            return make(at)
+
+    with torch.enable_grad():
+        found = run(leaf)
+        if found.requires_grad and torch.autograd.grad(found.sum(), leaf, allow_unused=True)[0] is not None:
+            _FOLLOWING.setdefault(module, set()).add(what)
+            return
+    with torch.no_grad():
+        after, before = [run(t.detach() + shift * scale) for shift in (1e-3, -1e-3)]
+        if not ((after != found) & (before != found)).any():
+            return
+    raise ValueError(
+        f"{what} of {type(module).__name__} makes a number of a time that requires a gradient, which would be lost: "
+        "compute with the tensor, as by torch.cos(t) in place of math.cos(float(t)), or detach the times"
+    )
