@@ -34,6 +34,7 @@ __all__ = [
     "arguments",
     "caches_parametrizations",
     "drops_out",
+    "has_hooks",
     "keeps_graph",
     "recomputed_later",
     "saved_tensors_are_hooked",
@@ -64,6 +65,11 @@ def tracing() -> Literal["transform", "compile"] | None:
 def saved_tensors_are_hooked() -> bool:
     """Whether somebody gets to see the tensors that autograd saves."""
     return _top_saved_tensors_default_hooks(True) is not None
+
+
+def has_hooks(tensor: Tensor) -> bool:
+    """Whether somebody changes, or looks at, the gradient that arrives at a tensor."""
+    return bool(tensor._backward_hooks)
 
 
 def keeps_graph() -> bool:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "project", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+for name, examples in (("project", 12), ("thorough", 200)):
+    settings.register_profile(
+        name, deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    )
 settings.load_profile("project")
 
 

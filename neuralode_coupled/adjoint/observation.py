@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from neuralode_coupled._torch import has_hooks
+
 _LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
 """The node of a leaf: it has the tensor as its ``variable``."""
 
@@ -85,8 +87,14 @@ def replaced(tensors: Sequence[Tensor], by: Sequence[Tensor]) -> AbstractContext
     return Replaced(dict(zip(map(id, tensors), by, strict=True))) if tensors else nullcontext()
 
 
-def dependent(tensors: Sequence[Tensor]) -> bool:
-    """Whether some of the tensors may be functions of others."""
+def need_replacing(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients cannot be asked for at the tensors themselves, step by step.
+
+    Some may be functions of others, along which autograd would pass gradients on twice; and a hook would change every
+    step's share, and the whole once more.
+    """
+    if any(map(has_hooks, tensors)):
+        return True
     return len(tensors) > 1 and any(tensor.grad_fn is not None for tensor in tensors)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import dependent, replaced
+from neuralode_coupled.adjoint.observation import need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.repeatable import check_repeated
 from neuralode_coupled.adjoint.replay import Replay
@@ -68,10 +68,10 @@ class Tracer:
         everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
         self.first = asked[0] if asked else plan.count
-        # Gradients of captured tensors are asked for at those very tensors, unless one may be a function of another:
-        # what flows to it through that one is autograd's to add.
+        # Gradients of captured tensors are asked for at those very tensors where they can be: no mode has to stand
+        # around the steps.
         captured, self._replaced = operands.captured, ()
-        if dependent(captured):
+        if need_replacing(captured):
             self._replaced, captured = captured, tuple(map(leaf, captured, self._needed.captured))
         self._captured = captured
 

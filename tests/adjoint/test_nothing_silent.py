@@ -291,7 +291,7 @@ def test_an_empty_batch(method):
 @pytest.mark.parametrize("method", ["midpoint", "dopri5", "adaptive_heun"])
 @pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints=1)], ids=str)
 def test_operations_in_place_behind_a_layer(method, adjoint):
-    grid = {"steps": 4} if method == "midpoint" else {"steps": None, "rtol": 1e-4, "atol": 1e-6}
+    grid = {"steps": 4} if method == "midpoint" else {"steps": None, "rtol": 1e-2, "atol": 1e-3}
     z0, results = torch.randn(4, 3, **FLOAT64), []
     for inplace in (True, False):
         made = layer(smooth, adjoint, method=method, **grid)

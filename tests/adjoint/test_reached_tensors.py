@@ -409,3 +409,19 @@ def test_layers_too(name, dynamics, kind, kernel, method, frozen):
     if not reversible:  # which is another discrete map than the method's
         assert oracle.largest_error(*results) < (3e-2 if name == "continuous" else 1e-8)
     assert results[0]["root"].norm() > 1e-3
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_on_a_tensor_sees_its_gradient_once(kind, solve):
+    results, heard = [], []
+    for solver in (nc.odeint_dto, odeint):
+        torch.manual_seed(0)
+        root = torch.randn(3, 3, **FLOAT64, requires_grad=True)
+        w = KINDS[kind](root)
+        w.register_hook(lambda grad: heard.append(1) or 3 * grad)
+        z = solver(lambda t, y, w=w: torch.tanh(y @ w), torch.ones(2, 3, **FLOAT64), T, **SOLVES[solve])
+        results.append({"root": torch.autograd.grad(z.square().sum(), root)[0]})
+        if solver is nc.odeint_dto:
+            assert len(heard) == 1
+    assert oracle.largest_error(*results) < 1e-8

@@ -108,23 +108,25 @@ def test_what_cannot_be_compiled_says_so(adjoint, message):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.ContinuousAdjoint()], ids=str)
-@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(2)], ids=str)
-@pytest.mark.parametrize("whole", [False, True], ids=["the end", "a trajectory"])
+@pytest.mark.parametrize(
+    ("adjoint", "kernel", "whole"),
+    [
+        (nc.DiscreteAdjoint(), nc.Dirac(), False),
+        (nc.DiscreteAdjoint(), nc.SampleAndHold(2), True),
+        (nc.Backprop(), nc.Dirac(), True),
+        (nc.ContinuousAdjoint(), nc.SampleAndHold(2), False),
+    ],
+    ids=str,
+)
 def test_adaptive_layers_under_compile_keep_their_gradients(adjoint, kernel, whole):
     """torch.compile breaks its graph at them. Everything trains: what stands before, the layer, what stands behind."""
     results = []
     for compiled in (True, False):
         torch._dynamo.reset()
         torch.manual_seed(0)
+        branch, tolerances = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), {"rtol": 0.1, "atol": 0.1}
         made = nc.CoupledODE(
-            nn.Sequential(nn.Linear(4, 4), nn.Tanh()),
-            nc.ReactionDiffusionAdvection(),
-            kernel,
-            method="dopri5",
-            rtol=1e-5,
-            atol=1e-7,
-            adjoint=adjoint,
+            branch, nc.ReactionDiffusionAdvection(), kernel, method="adaptive_heun", adjoint=adjoint, **tolerances
         )
         model = nn.ModuleList([nn.Linear(4, 4), oracle.randomize(made), nn.Linear(4, 2)]).double()
 
@@ -133,7 +135,7 @@ def test_adaptive_layers_under_compile_keep_their_gradients(adjoint, kernel, who
             z = layer.trajectory(before(x), [0.0, 0.3, 1.0]) if whole else layer(before(x))
             return behind(z)
 
-        run = torch.compile(forward, backend="aot_eager") if compiled else forward
+        run = torch.compile(forward, backend="eager") if compiled else forward
         loss = run(torch.ones(3, 4, dtype=torch.float64)).square().sum()
         results.append(oracle.gradients(loss, dict(model.named_parameters())))
     assert oracle.largest_error(*results) < 1e-9

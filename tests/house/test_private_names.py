@@ -160,3 +160,14 @@ def test_tensors_that_were_written_into():
     assert _torch.written(torch.ones(2).mul_(2))
     with torch.inference_mode():
         assert _torch.written(torch.ones(2))
+
+
+def test_hooks_on_tensors_are_seen():
+    """`has_hooks`: a hook on a tensor that steps reach by themselves would run once a step. Without
+    ``Tensor._backward_hooks`` always replace such tensors."""
+    tensor = torch.ones(2, requires_grad=True)
+    assert not _torch.has_hooks(tensor)
+    handle = tensor.register_hook(lambda grad: 2 * grad)
+    assert _torch.has_hooks(tensor)
+    handle.remove()
+    assert not _torch.has_hooks(tensor)
