@@ -36,22 +36,51 @@ def call(
     `alone` with the module and its ``owner``, by default the module itself. Raises `DynamicsError` for a module
     that assigns one of the tensors anew: nobody would see that.
     """
-    after = dict(tensors)  # functional_call writes into it what it finds in the end
-    # The ties are resolved already; letting functional_call look for them again takes time at every evaluation.
     if torch.compiler.is_compiling():
         if caches_parametrizations():
             raise DynamicsError("parametrize.cached() keeps weights that a compiled layer evolves: leave it out")
-        return functional_call(module, after, arguments, tie_weights=False)
-    owner = module if owner is None else owner
-    with alone(module, owner), uncached():
-        result = functional_call(module, after, arguments, tie_weights=False)
-    if not all(map(operator.is_, after.values(), tensors.values())):
-        name = next(name for name, tensor in tensors.items() if after[name] is not tensor)
+        # The ties are resolved already.
+        return functional_call(module, dict(tensors), arguments, tie_weights=False)
+    with alone(module) if owner is None else alone(module, owner), uncached():
+        members = _members(module, tuple(tensors))
+        own = [holder[key] for holder, key in members]
+        try:
+            for (holder, key), tensor in zip(members, tensors.values(), strict=True):
+                holder[key] = tensor
+            result = module(*arguments)
+            found = [holder.get(key) for holder, key in members]
+        finally:
+            for (holder, key), tensor in zip(members, own, strict=True):
+                holder[key] = tensor
+    if not all(map(operator.is_, found, tensors.values())):
+        name = next(name for name, tensor in zip(tensors, found, strict=True) if tensors[name] is not tensor)
         raise DynamicsError(
             f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
             f"self.{name.rpartition('.')[2]}.copy_(...)"
         )
     return result
+
+
+def _members(module: nn.Module, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+    """Where the module holds its parameters and buffers of these names.
+
+    Looked for once: doing so at every evaluation, as ``torch.func.functional_call`` does, takes as long as a small
+    product. `alone` ``anew``, at the beginning of a solve, looks again.
+    """
+    known = _MEMBERS.setdefault(module, {})
+    found = known.get(names)
+    if found is None:
+        found = known[names] = [_member(module, name) for name in names]
+    return found
+
+
+def _member(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    path, _, key = name.rpartition(".")
+    part = module.get_submodule(path)
+    for holder in (part._parameters, part._buffers):
+        if key in holder:
+            return holder, key
+    raise KeyError(name)
 
 
 def uncached() -> AbstractContextManager:
@@ -93,7 +122,13 @@ def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Calla
     if tracing():
         return run()
     before = versions(state)
-    result = run()
+    observer = _THREAD.observer
+    if observer is None:
+        result = run()
+    else:
+        _THREAD.observer = None
+        with observer:
+            result = run()
     if versions(state) != before:
         raise DynamicsError(
             f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
@@ -148,11 +183,13 @@ class _Thread(local):
     """What a thread is doing.
 
     Attributes:
+        observer: what is to stand around the next evaluation of dynamics; see `observing`.
         owners: the modules that run with other tensors at present.
         serves: the thread that waits for this one, 0 for none: autograd computes on threads of its own.
     """
 
     def __init__(self) -> None:
+        self.observer: AbstractContextManager | None = None
         self.owners: list[nn.Module] = []
         self.serves = 0
 
@@ -198,6 +235,7 @@ class _Locks:
 # Kept outside of the modules, which can be copied and pickled, as locks cannot.
 _OF_PART: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
 _OF_ROOT: WeakKeyDictionary[nn.Module, tuple[_Lock, ...]] = WeakKeyDictionary()
+_MEMBERS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[tuple[dict[str, Any], str]]]] = WeakKeyDictionary()
 _MAKING = Lock()
 
 
@@ -210,6 +248,10 @@ def alone(*roots: nn.Module, anew: bool = False) -> AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
+    if len(roots) == 1 and not anew:
+        locks = _OF_ROOT.get(roots[0])
+        if locks is not None and len(locks) == 1:
+            return locks[0]
     found = [_locks(root, anew) for root in dict.fromkeys(roots)]
     if len(found) == 1 and len(found[0]) == 1:
         return found[0][0]
@@ -223,7 +265,28 @@ def _locks(root: nn.Module, anew: bool) -> tuple[_Lock, ...]:
         with _MAKING:
             locks = tuple({_OF_PART.setdefault(part, own): None for part in root.modules()})
             _OF_ROOT[root] = locks
+            _MEMBERS.pop(root, None)
     return locks
+
+
+@contextmanager
+def observing(observer: AbstractContextManager) -> Iterator[None]:
+    """Let the observer stand around the first evaluation of dynamics that comes, and around nothing else: it hears of
+    every use of a tensor, which takes time."""
+    before, _THREAD.observer = _THREAD.observer, observer
+    try:
+        yield
+    finally:
+        _THREAD.observer = before
+
+
+def observed(run: Callable[[], Result]) -> Result:
+    """``run()`` with such an observer around it too, before it comes to the dynamics."""
+    observer = _THREAD.observer
+    if observer is None:
+        return run()
+    with observer:
+        return run()
 
 
 class running:

@@ -41,15 +41,18 @@ class Observer(TorchFunctionMode):
         self._look(args, self.found)
         if kwargs:
             self._look(kwargs.values(), self.found)
-        result = func(*args, **(kwargs or {}))
+            result = func(*args, **kwargs)
+        else:
+            result = func(*args)
         # An operation in place can make its first argument require a gradient.
-        self._look((result, args[0]) if args else (result,), [])
+        self._look((result, *args[:1]), [])
         return result
 
     def _look(self, values: Iterable[Any], into: list[Tensor]) -> None:
         for value in values:
             if isinstance(value, Tensor):
-                self.used = self.used or value is self._watched
+                if value is self._watched:
+                    self.used = True
                 if value.requires_grad and id(value) not in self._seen:
                     self._seen[id(value)] = value
                     into.append(value)
@@ -98,11 +101,22 @@ def need_replacing(tensors: Sequence[Tensor]) -> bool:
     return len(tensors) > 1 and any(tensor.grad_fn is not None for tensor in tensors)
 
 
-def foreign(ends: Iterable[GradientEdge | None], known: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors."""
-    ids = set(map(id, known))
-    stops = {(tensor.grad_fn, tensor.output_nr) for tensor in known if tensor.grad_fn is not None}
-    queue: list[Any] = [end.node for end in ends if end is not None and tuple(end[:2]) not in stops]
+Places = set[tuple[Any, int]]
+"""Where tensors stand in a graph: their node, and which of its outputs they are."""
+
+
+def places_in_graph(tensors: Iterable[Tensor]) -> Places:
+    """Those of the tensors that are no leaves."""
+    return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
+
+
+def foreign(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], stops: Places | None = None) -> list[Tensor]:
+    """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors.
+
+    ``stops`` are `places_in_graph` of these, where that is known as well.
+    """
+    stops = places_in_graph(known) if stops is None else stops
+    queue: list[Any] = [end.node for end in ends if end is not None and (end.node, end.output_nr) not in stops]
     seen, leaves = {None, *queue}, []
     while queue:
         node = queue.pop()
@@ -110,7 +124,9 @@ def foreign(ends: Iterable[GradientEdge | None], known: Sequence[Tensor]) -> lis
             leaves.append(node.variable)
             continue
         for edge in node.next_functions:
-            if edge[0] not in seen and (not stops or edge not in stops):
-                seen.add(edge[0])
-                queue.append(edge[0])
+            following = edge[0]
+            if following not in seen and not (stops and edge in stops):
+                seen.add(following)
+                queue.append(following)
+    ids = set(map(id, known))
     return [leaf for leaf in leaves if id(leaf) not in ids]

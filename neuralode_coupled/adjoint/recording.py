@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from neuralode_coupled._substitution import observing
 from neuralode_coupled._torch import saved_tensors_are_hooked
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.observation import Observer
@@ -70,8 +71,15 @@ class Recording:
     def _first(self, run: Callable[[], Result], random: list) -> Result:
         if self.plan.overlooked is None or self.plan.observed:
             return self._with_graph_if_needed(run, random)
-        with Observer(self.operands.flatten()) as observer:
-            result = self._with_graph_if_needed(run, random)
+        observer = Observer(self.operands.flatten())
+
+        def observed() -> Result:
+            with observing(observer):
+                return run()
+
+        result = self._with_graph_if_needed(observed, random)
+        if not observer.found:
+            return result
         self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
         return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from neuralode_coupled._torch import add_many, add_many_
-from neuralode_coupled.adjoint.observation import foreign
+from neuralode_coupled.adjoint.observation import Places, foreign
 
 Gradients = list[Tensor | None]
 
@@ -23,16 +23,22 @@ class StepGraph:
         wanted: which of all these gradients are asked for.
         cuts: where in the row the inputs and the shared tensors begin.
         ends: where gradients enter, see `edges`.
+        stops: where the captured tensors stand in a graph outside.
     """
 
     def __init__(
-        self, leaves: list[Tensor], wanted: list[bool], cuts: tuple[int, int], ends: list[GradientEdge | None]
+        self,
+        leaves: list[Tensor],
+        wanted: list[bool],
+        cuts: tuple[int, int],
+        ends: list[GradientEdge | None],
+        stops: Places,
     ) -> None:
-        self._leaves, self._wanted, self._cuts, self._ends = leaves, wanted, cuts, ends
+        self._leaves, self._wanted, self._cuts, self._ends, self._stops = leaves, wanted, cuts, ends, stops
 
     def foreign(self) -> list[Tensor]:
         """The leaves with a gradient that the step depends on besides."""
-        return foreign(self._ends, self._leaves)
+        return foreign(self._ends, self._leaves, self._stops)
 
     def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
         """The gradients at state, inputs and shared tensors (and behind them the captured ones) from those at the ends.
@@ -50,11 +56,6 @@ class StepGraph:
 
 Graphs = dict[int, StepGraph | None]
 """The graphs of some steps by their numbers, None where one is not made yet or used up."""
-
-
-def leaf(tensor: Tensor, wanted: bool) -> Tensor:
-    """What stands for a tensor in the graph of a step."""
-    return tensor.detach().requires_grad_(wanted)
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import need_replacing, replaced
+from neuralode_coupled.adjoint.observation import need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.repeatable import check_repeated
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, Schedule
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, edges, leaf
+from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, edges
 from neuralode_coupled.adjoint.stores import Store
 
 
@@ -72,8 +72,11 @@ class Tracer:
         # around the steps.
         captured, self._replaced = operands.captured, ()
         if need_replacing(captured):
-            self._replaced, captured = captured, tuple(map(leaf, captured, self._needed.captured))
-        self._captured = captured
+            self._replaced, captured = (
+                captured,
+                tuple([t.detach().requires_grad_(w) for t, w in zip(captured, self._needed.captured, strict=True)]),
+            )
+        self._captured, self._stops = captured, places_in_graph(captured)
 
     def step(
         self, n: int, y: State, buffers: State, wanted_y: list[bool] | None = None
@@ -86,14 +89,14 @@ class Tracer:
         inputs, shared = operands.inputs[n], operands.shared
         asked = wanted_y or (needed.y0 if n == 0 else [n > self.first] * len(y))
         wanted: Any = [*asked, *needed.inputs[n], *needed.shared]
-        row = list(map(leaf, (*y, *inputs, *shared), wanted))
+        row = [t.detach().requires_grad_(w) for t, w in zip((*y, *inputs, *shared), wanted, strict=True)]
         start, ahead = len(y), len(y) + len(inputs)
         with torch.enable_grad(), replaced(self._replaced, self._captured):
             y_next, emitted = self._plan.step(
                 n, tuple(row[:start]), tuple(row[start:ahead]), tuple(row[ahead:]), buffers
             )
         ends = edges([*y_next, *chain.from_iterable(emitted)])
-        graph = StepGraph([*row, *self._captured], [*wanted, *needed.captured], (start, ahead), ends)
+        graph = StepGraph([*row, *self._captured], [*wanted, *needed.captured], (start, ahead), ends, self._stops)
         return graph, y_next, emitted
 
     def again(

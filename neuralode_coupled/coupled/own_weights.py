@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuralode_coupled._substitution import Held, alone, call, places_of
+from neuralode_coupled._substitution import Held, alone, call, observed, places_of
 from neuralode_coupled._types import State
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import all_at_once, check_finite, named
@@ -84,7 +84,11 @@ class OwnWeights:
         if self._held is None:
             return self._advance(scheme, n, carried, direct, backwards)
         tensors = {name: parameters[i] for name, i in self._places}
-        return call(self._held, tensors, (lambda: self._advance(scheme, n, carried, direct, backwards),), self._owner)
+
+        def advance() -> tuple[State, State]:
+            return observed(lambda: self._advance(scheme, n, carried, direct, backwards))
+
+        return call(self._held, tensors, (advance,), self._owner)
 
     def _advance(self, scheme: Scheme, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
         theta, after = {}, []

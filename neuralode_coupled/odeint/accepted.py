@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._substitution import observing
 from neuralode_coupled._times import differentiated
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
@@ -177,8 +178,8 @@ class _Watched:
     def __call__(self, t: Tensor, y: State) -> State:
         if self._generators:
             return self._evaluate(t, y)
-        with nullcontext() if tracing() else Observer(self._known, watched=t) as observer:
-            slope = self._first(t, y)
+        observer = None if tracing() else Observer(self._known, watched=t)
+        slope = self._first(t, y, observer)
         if observer is not None:
             self.found = tuple(observer.found) if self._observed else ()
             self.wanted, self.uses_time = self.wanted or len(self.found) > 0, observer.used
@@ -186,14 +187,18 @@ class _Watched:
         self._random = states(self._generators)
         return slope
 
-    def _first(self, t: Tensor, y: State) -> State:
+    def _first(self, t: Tensor, y: State, observer: Observer | None) -> State:
+        def evaluated() -> State:
+            with nullcontext() if observer is None else observing(observer):
+                return self._evaluate(t, y)
+
         try:
-            return self._evaluate(t, y)
+            return evaluated()
         except (RuntimeError, ValueError) as error:
             if not needs_graph(error):
                 raise
         self.own_graph = True
-        return self._evaluate(t, y)
+        return evaluated()
 
     def _evaluate(self, t: Tensor, y: State) -> State:
         if not self.own_graph:

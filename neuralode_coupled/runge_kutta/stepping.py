@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from neuralode_coupled._torch import tracing, written
+from neuralode_coupled._torch import written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.tableaus import Tableau
 
@@ -49,9 +49,9 @@ def _evaluate(
 
 def lasting(slope: State) -> State:
     """A slope that stays what it is while others are evaluated: f may write all of them into one tensor."""
-    if tracing():
+    if torch.compiler.is_compiling() or not any(map(written, slope)):
         return slope
-    return tuple([part.clone() if written(part) else part for part in slope])
+    return tuple([part.clone() for part in slope])
 
 
 def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
