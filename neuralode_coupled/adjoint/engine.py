@@ -199,7 +199,7 @@ class _Forward:
         recording, tracer = self._recording, self._tracer
         if tracer is None or n not in self._last or n < tracer.first:
             return recording.step(n, y)
-        graph, y, out = recording.recorded(n, y, lambda: tracer.step(n, y, recording.plan.buffers[n]))
+        graph, y, out = recording.recorded(n, y, lambda: tracer.step(n, y, recording.plan.buffers[n]), True)
         # One that depends on tensors that it was not handed is made, and looked at, in the backward pass.
         self._last[n] = None if recording.plan.overlooked is not None and graph.foreign() else graph
         return tuple([part.detach() for part in y]), out

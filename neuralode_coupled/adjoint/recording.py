@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -59,42 +59,33 @@ class Recording:
 
         return self.recorded(n, y, run)
 
-    def recorded(self, n: int, y: State, run: Callable[[], Result]) -> Result:
-        """Step ``n`` as ``run`` makes it."""
+    def recorded(self, n: int, y: State, run: Callable[[], Result], traced: bool = False) -> Result:
+        """Step ``n`` as ``run`` makes it; ``traced`` says whether it makes a graph."""
         self.plan.begin(n, y)
         random = self.replay.before(n)
-        result = run() if n > 0 else self._first(run, random)
+        result = run() if n > 0 else self._first(run, random, traced)
         self.replay.after(random)
         self.plan.passed(n)
         return result
 
-    def _first(self, run: Callable[[], Result], random: list) -> Result:
-        if self.plan.overlooked is None or self.plan.observed:
-            return self._with_graph_if_needed(run, random)
+    def _first(self, run: Callable[[], Result], random: list, traced: bool) -> Result:
         observer = Observer(self.operands.flatten())
-
-        def observed() -> Result:
-            with observing(observer):
-                return run()
-
-        result = self._with_graph_if_needed(observed, random)
-        if not observer.found:
-            return result
-        self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
-        return result
-
-    def _with_graph_if_needed(self, run: Callable[[], Result], random: list) -> Result:
+        look = self.plan.overlooked is not None and not self.plan.observed
         try:
-            return run()
+            # Where there is a graph, what f is given requires a gradient too: the observer has to see it made.
+            with (observer if traced else observing(observer)) if look else nullcontext():
+                result = run()
         except (RuntimeError, ValueError) as error:
             if not needs_graph(error):
                 raise
-        self.replay.undo(random)
-        forward = self.plan.forward
-        self.plan = replace(
-            self.plan, step=with_graph(self.plan.step), forward=None if forward is None else with_graph(forward)
-        )
-        return run()
+            self.replay.undo(random)
+            forward, step = self.plan.forward, with_graph(self.plan.step)
+            self.plan = replace(self.plan, step=step, forward=None if forward is None else with_graph(forward))
+            with observer if look else nullcontext():
+                result = run()
+        if observer.found:
+            self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
+        return result
 
 
 def needs_graph(error: Exception) -> bool:

@@ -188,17 +188,15 @@ class _Watched:
         return slope
 
     def _first(self, t: Tensor, y: State, observer: Observer | None) -> State:
-        def evaluated() -> State:
+        try:
             with nullcontext() if observer is None else observing(observer):
                 return self._evaluate(t, y)
-
-        try:
-            return evaluated()
         except (RuntimeError, ValueError) as error:
             if not needs_graph(error):
                 raise
         self.own_graph = True
-        return evaluated()
+        with observer or nullcontext():  # which has to see the input being made
+            return self._evaluate(t, y)
 
     def _evaluate(self, t: Tensor, y: State) -> State:
         if not self.own_graph:

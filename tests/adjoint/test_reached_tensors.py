@@ -14,6 +14,7 @@ from torch import nn
 from torchdiffeq import odeint
 
 import neuralode_coupled as nc
+from neuralode_coupled.adjoint import observation
 from tests.helpers import oracle
 
 FLOAT64 = {"dtype": torch.float64}
@@ -425,3 +426,35 @@ def test_a_hook_on_a_tensor_sees_its_gradient_once(kind, solve):
         if solver is nc.odeint_dto:
             assert len(heard) == 1
     assert oracle.largest_error(*results) < 1e-8
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
+@pytest.mark.parametrize("method", ["midpoint", "dopri5"])
+def test_nothing_else_becomes_an_operand(adjoint, method, monkeypatch):
+    """What is made in a solve, and what it is given anyway, is not taken for a tensor that f reaches by itself."""
+    if method == "dopri5" and (isinstance(adjoint, nc.ReversibleAdjoint) or adjoint == ADJOINTS["own weights"]):
+        return
+    found = []
+    look = observation.Observer._look
+    monkeypatch.setattr(
+        observation.Observer,
+        "_look",
+        lambda self, values, into: (look(self, values, into), found.append(self.found))[0],
+    )
+    for f in (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()), OwnSlope()):
+        grid = {} if method == "dopri5" else {"steps": 3}
+        layer = nc.CoupledODE(f, nc.ReactionDiffusionAdvection(), method=method, adjoint=adjoint, **grid).double()
+        layer(torch.randn(4, 3, **FLOAT64, requires_grad=True)).sum().backward()
+    assert found
+    assert not any(found)
+
+
+class OwnSlope(nn.Module):
+    """Dynamics that differentiate their input."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 1)
+
+    def forward(self, z):
+        return torch.autograd.grad(torch.tanh(self.net(z)).sum(), z, create_graph=True)[0]
