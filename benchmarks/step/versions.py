@@ -126,7 +126,7 @@ def observation(rounds: int) -> None:
         originals = recording.Recording._first, generators.others
 
         def unwatched(step: Step = watched, originals: Any = originals) -> None:
-            recording.Recording._first = lambda self, run, random: run()
+            recording.Recording._first = lambda self, run, random, traced: run()
             generators.others = list
             try:
                 step()

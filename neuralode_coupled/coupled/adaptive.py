@@ -198,11 +198,13 @@ class Adaptive:
         start = self.interval.pick(0) if start is None else start
         if not y0:
             return [y0 for _ in wanted.numbers]
-        dtype = torch.float64 if y0[0].dtype == torch.float64 else torch.float32
-        # As the solver sees them: times that are one but for the rounding are one, unless each moves by itself.
-        every = joined(start, wanted)
-        numbers = torch.tensor(every.numbers, dtype=dtype, device="cpu").tolist()
-        keys = [(x, id(t) if every.tensors else 0) for x, t in zip(numbers, every.scalars, strict=True)]
+        # Times that are one but for a rounding of the interval are one, unless each moves by itself.
+        every, digits = joined(start, wanted), 12 if y0[0].dtype == torch.float64 else 7
+        numbers, (t0, t1) = every.numbers, self.ends
+        keys = [
+            (round((x - t0) / (t1 - t0), digits), id(t) if every.tensors else 0)
+            for x, t in zip(numbers, every.scalars, strict=True)
+        ]
         places = {key: j for j, key in reversed([*enumerate(keys)])}
         order = sorted(places.values(), key=lambda j: (self._direction * numbers[j], j))
         if len(order) == 1:
@@ -256,7 +258,8 @@ class AdaptiveProblem:
         """The accepted steps."""
         system = self.system
         rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
-        t = self.times(self.save, self.y0[0])
+        # In float64 whatever the state is: far from 0 times that differ would be one in another dtype.
+        t = self.times(self.save, self.y0[0].new_empty((), dtype=torch.float64))
         dynamics = Dynamics(system, is_tuple=True, params=system.params, overlooked=Stages.overlooked)
         times = t, t.detach().tolist()
         try:

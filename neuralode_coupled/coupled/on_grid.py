@@ -20,6 +20,7 @@ from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite, check_follows_time, finite_path, named
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import SampleAndHold
+from neuralode_coupled.odeint.times import too_short, unresolved
 from neuralode_coupled.runge_kutta import increment, step
 
 
@@ -66,6 +67,8 @@ class OnGrid:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
+        if field.takes_time:
+            _check_resolved(grid, z0.dtype)
         places = [_Place.of(grid, time, t) for time, t in zip(wanted.numbers, wanted.scalars, strict=True)]
         save = {n for place in places for n in (place.base, place.low, place.high)}
         problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)))
@@ -121,6 +124,15 @@ class _Place:
             change = z[self.high] - z[self.low]
             return z[self.base] + self.fraction.to(change.device, change.dtype) * change
         return z[self.low] if self.low == self.high else torch.lerp(z[self.low], z[self.high], self.fraction)
+
+
+def _check_resolved(grid: Grid, dtype: torch.dtype) -> None:
+    """Raise the ValueError for steps that f, which sees the time as a number of a dtype, could not tell apart."""
+    if abs(grid.h) <= torch.finfo(dtype).eps * max(abs(grid.t0), abs(grid.t1)):
+        points = [grid.time(n) for n in range(grid.steps + 1)]
+        n = unresolved(points[:-1], points[1:], dtype)
+        if n is not None:
+            raise too_short(points[n], points[n + 1], dtype)
 
 
 class GridProblem:

@@ -75,8 +75,8 @@ def unresolved(start: Sequence[float], end: Sequence[float], dtype: torch.dtype)
 def too_short(start: float, end: float, dtype: torch.dtype) -> ValueError:
     """The error for such a step, where func uses its time."""
     return ValueError(
-        f"the step from t = {start!r} to {end!r} is shorter than {dtype} resolves, in which func sees the time: give "
-        "times near 0, take longer steps, or give y0 in float64"
+        f"the step from t = {start!r} to {end!r} is shorter than {dtype} resolves, in which f sees the time: give "
+        "times near 0, take longer steps, or solve in float64"
     )
 
 

@@ -241,3 +241,26 @@ def test_a_state_that_is_not_finite_is_named(field, z0, adjoint):
         nc.solve(field, z0, [0.0, 1.0], steps=2, adjoint=adjoint)
     with pytest.raises(ValueError, match=r"the state is not finite at t = 1"):
         nc.solve(field, z0, steps=2, adjoint=adjoint)
+
+
+@pytest.mark.parametrize("options", [{"steps": 4}, {"method": "dopri5"}], ids=str)
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop()], ids=str)
+def test_times_below_the_resolution_of_the_state(options, adjoint):
+    """Where f takes the time it is an error; elsewhere nothing is lost."""
+
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, t, z):
+            return self.linear(z) * (t - 1e8)
+
+    z0, far = torch.ones(2, 3), [1e8, 1e8 + 1.0]
+    with pytest.raises(ValueError, match=r"step from t = 100000000\.0 to .* is shorter than torch\.float32 resolves"):
+        nc.solve(nc.CoupledField(Timed(), nc.Static()), z0, far, adjoint=adjoint, **options)
+    field = nc.CoupledField(Timed(), nc.Static()).double()
+    assert nc.solve(field, z0.double(), far, adjoint=adjoint, **options).z.isfinite().all()
+    field = nc.CoupledField(nn.Linear(3, 3), nc.Static())
+    here = nc.solve(field, z0, [0.0, 1.0], adjoint=adjoint, **options).z
+    torch.testing.assert_close(nc.solve(field, z0, far, adjoint=adjoint, **options).z, here, rtol=1e-4, atol=1e-4)
