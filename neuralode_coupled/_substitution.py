@@ -29,12 +29,17 @@ class DynamicsError(ValueError):
 
 
 def call(
-    module: nn.Module, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...], owner: nn.Module | None = None
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    arguments: tuple[Any, ...],
+    owner: nn.Module | None = None,
+    begun: bool = False,
 ) -> Any:
     """``module(*arguments)`` with the given tensors, by their `places`.
 
-    `alone` with the module and its ``owner``, by default the module itself. Raises `DynamicsError` for a module
-    that assigns one of the tensors anew: nobody would see that.
+    `alone` with the module and its ``owner``, by default the module itself. ``begun`` says that its parts are those of
+    the last time `alone` was asked for it ``anew``. Raises `DynamicsError` for a module that assigns one of the tensors
+    anew: nobody would see that.
     """
     if torch.compiler.is_compiling():
         if caches_parametrizations():
@@ -42,7 +47,7 @@ def call(
         # The ties are resolved already.
         return functional_call(module, dict(tensors), arguments, tie_weights=False)
     with alone(module) if owner is None else alone(module, owner), uncached():
-        members = _members(module, tuple(tensors))
+        members = _members(module, tuple(tensors)) if begun else [_member(module, name) for name in tensors]
         own = [holder[key] for holder, key in members]
         try:
             for (holder, key), tensor in zip(members, tensors.values(), strict=True):

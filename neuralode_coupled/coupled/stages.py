@@ -97,7 +97,7 @@ class Stages:
         if z.requires_grad and not torch.is_grad_enabled():
             z = z.detach()  # f may ask whether there is a graph, and have marked z so itself, at an earlier evaluation
         try:
-            dz = self.field.evaluate(t, z, tensors, bool(self.moving))
+            dz = self.field.evaluate(t, z, tensors, bool(self.moving), begun=True)
         except (RuntimeError, ValueError, IndexError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise

@@ -47,7 +47,7 @@ class System(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
-        return check_slope(self.field.evaluate(t, z, theta), z).to(z.dtype)
+        return check_slope(self.field.evaluate(t, z, theta, begun=True), z).to(z.dtype)
 
     def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
         """The system as a flow for continuous adjoints."""

@@ -120,7 +120,7 @@ class CoupledField(nn.Module):
         self.evolving(moving)
         if tracing() == "compile":
             return
-        with alone(self.dynamics):
+        with alone(self.dynamics, anew=True):
             self._aliases = _aliases(self.dynamics)
         if not unrolled or moving:
             check_no_sample_gradients(
@@ -216,16 +216,22 @@ class CoupledField(nn.Module):
         return check_evolved(operator(t, w), w, operator)
 
     def evaluate(
-        self, t: Tensor | None, z: Tensor, tensors: Mapping[str, Tensor], moving: bool | None = None
+        self,
+        t: Tensor | None,
+        z: Tensor,
+        tensors: Mapping[str, Tensor],
+        moving: bool | None = None,
+        begun: bool = False,
     ) -> Tensor:
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers.
 
-        ``moving`` says whether any weight's theta is not w0; by default it is looked up.
+        ``moving`` says whether any weight's theta is not w0; by default it is looked up. ``begun`` says that `begin`
+        has looked at the dynamics as they are.
         """
         arguments = (t, z) if self.takes_time else (z,)
         if self._aliases:
             tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
-        run = partial(call, self.dynamics, tensors, arguments)
+        run = partial(call, self.dynamics, tensors, arguments, begun=begun)
         if torch.is_grad_enabled() and not tracing() and (bool(self.moving()) if moving is None else moving):
             run = partial(_without_hooks, run)
         if tracing() == "compile":

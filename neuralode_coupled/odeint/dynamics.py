@@ -79,7 +79,7 @@ class Dynamics:
                 return run()
         tensors = {name: shared[i] for name, i in self._parameters}
         tensors |= {name: buffers[i] for name, i in self._buffer_names}
-        return call(self.module, tensors, (run,))
+        return call(self.module, tensors, (run,), begun=True)
 
     def in_forward(self, shared: State, device: torch.device) -> State:
         """What to evaluate the forward pass with: the modules' own tensors, where it has no graph."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 
 import pytest
@@ -516,3 +517,21 @@ def test_a_backward_pass_on_another_thread_does_not_wait_for_who_waits_for_it():
     made = layer(Outer(), nc.DiscreteAdjoint())
     with torch.no_grad():
         assert made(activations().detach()).isfinite().all()
+
+
+def test_parts_may_be_replaced_between_solves():
+    """The next solve has the new ones: nothing is remembered of where the old ones kept their weights."""
+    made, z0 = layer(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), activations().detach()
+    t, state = torch.tensor([0.0, 1.0], dtype=torch.float64), made.field.initial_state(z0)
+    ways = [
+        lambda made: made(z0),
+        lambda made: odeint(made.field, made.field.initial_state(z0), t, method="rk4")[0][-1],
+        lambda made: made.field(t[0], state)[0],
+        lambda made: nc.odeint_dto(lambda t, z: made.field.dynamics(z), z0, t, method="rk4")[-1],
+    ]
+    for solved in ways:
+        with torch.no_grad():
+            before = solved(made)
+            made.field.dynamics[0] = nn.Linear(4, 4).double()
+            assert torch.equal(solved(made), solved(copy.deepcopy(made)))
+            assert solved is ways[2] or not torch.allclose(solved(made), before)
