@@ -13,7 +13,7 @@ from neuralode_coupled._checks import positive
 from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
-from neuralode_coupled.adjoint.observation import Observer, foreign, replaced
+from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import needs_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
@@ -218,17 +218,17 @@ class _VectorField(nn.Module):
         return tuple([part.detach() for part in slope])
 
     def _check_closed(self, t: Tensor, y: State, slope: State) -> None:
-        """Raise the flow's error for a tensor that the backward solve does not know. One that the slope has made itself
-        is another one at every evaluation."""
+        """Raise the flow's error for a tensor that the backward solve does not know."""
         known = (t, *y, *self.flow.params, *self.captured)
-        suspects = foreign(edges(slope), known)
-        if suspects:
+
+        def again() -> list[Tensor]:
             buffers = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
             with replaced(self._reached, self.captured):
-                lasting = set(map(id, foreign(edges(self._slope(t, y, buffers)), known)))
-            for suspect in suspects:
-                if id(suspect) in lasting:
-                    raise self.flow.overlooked(suspect, f"at t = {float(t):g}")
+                return foreign(edges(self._slope(t, y, buffers)), known)
+
+        leaf = lasting(foreign(edges(slope), known), again)
+        if leaf is not None:
+            raise self.flow.overlooked(leaf, f"at t = {float(t):g}")
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from neuralode_coupled._torch import keeps_graph, versions
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import foreign, replaced
+from neuralode_coupled.adjoint.observation import foreign, lasting, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.schedules import Schedule
@@ -150,11 +150,9 @@ def differentiate_unrolled(
 
     ends = unrolled_again()
     if plan.overlooked is not None:
-        suspects = foreign(ends, views)
-        lasting = set(map(id, foreign(unrolled_again(), views))) if suspects else set()
-        for suspect in suspects:
-            if id(suspect) in lasting:
-                raise plan.overlooked(suspect, "in one of the steps")
+        leaf = lasting(foreign(ends, views), lambda: foreign(unrolled_again(), views))
+        if leaf is not None:
+            raise plan.overlooked(leaf, "in one of the steps")
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     found = iter(vjp(ends, grads, wanted, create_graph=True))
     return [next(found) if need else None for need in needed]

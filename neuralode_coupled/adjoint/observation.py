@@ -7,7 +7,7 @@ trace in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -130,3 +130,14 @@ def foreign(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], stops:
                 queue.append(following)
     ids = set(map(id, known))
     return [leaf for leaf in leaves if id(leaf) not in ids]
+
+
+def lasting(suspects: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Tensor | None:
+    """The first suspect that a second run, ``again``, finds too; None if there is none.
+
+    A tensor that a function makes itself is another one whenever it runs.
+    """
+    if not suspects:
+        return None
+    found = set(map(id, again()))
+    return next((suspect for suspect in suspects if id(suspect) in found), None)

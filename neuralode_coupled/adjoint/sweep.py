@@ -7,9 +7,10 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import need_replacing, places_in_graph, replaced
+from neuralode_coupled.adjoint.observation import lasting, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.repeatable import check_repeated
 from neuralode_coupled.adjoint.replay import Replay
@@ -107,14 +108,15 @@ class Tracer:
         Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step has made
         itself is another one whenever it runs.
         """
+
+        def again() -> list[Tensor]:
+            return self._repeated(n, y, replay, wanted_y)[0].foreign()
+
         traced = self._repeated(n, y, replay, wanted_y)
         if self._plan.overlooked is not None:
-            suspects = traced[0].foreign()
-            if suspects:
-                lasting = set(map(id, self._repeated(n, y, replay, wanted_y)[0].foreign()))
-                for suspect in suspects:
-                    if id(suspect) in lasting:
-                        raise self._plan.overlooked(suspect, f"in step {n // self._plan.parts}")
+            leaf = lasting(traced[0].foreign(), again)
+            if leaf is not None:
+                raise self._plan.overlooked(leaf, f"in step {n // self._plan.parts}")
         return traced
 
     def _repeated(

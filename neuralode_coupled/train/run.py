@@ -136,9 +136,10 @@ def prepare(
         lock = _lock_what_is_there(experiment, folder, resume, failing) if first else None
         done = finished_epochs(folder, classifier) if resume else 0
         data.prepare_data()
-        if not first:
-            warnings.simplefilter("ignore", UserWarning)  # of the images: the first process says so
-        data.setup()
+        with warnings.catch_warnings():
+            if not first:
+                warnings.simplefilter("ignore", UserWarning)  # of the images: the first process says so
+            data.setup()
         if first:
             lock = _claim(experiment, folder, data, done, lock, failing)
         log_epochs(trainer, folder, done, report)
