@@ -20,6 +20,7 @@ from torch import (  # the additions of many tensors at once, which optimisers u
 from torch._C import _are_functorch_transforms_active  # what torch.autograd.Function itself asks
 from torch._C._autograd import (
     _get_current_graph_task_keep_graph,  # retain_graph of the backward pass under way
+    _get_sequence_nr,  # the number that this thread's next node of a graph gets
     _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
 )
 from torch.autograd import forward_ad
@@ -29,14 +30,18 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 __all__ = [
     "LIBRARY_METHODS",
+    "UnknownError",
     "add_many",
     "add_many_",
     "arguments",
     "caches_parametrizations",
     "drops_out",
+    "graph_clock",
     "has_hooks",
     "keeps_graph",
+    "made_since",
     "recomputed_later",
+    "saved_by",
     "saved_tensors_are_hooked",
     "tracing",
     "versions",
@@ -67,6 +72,36 @@ def saved_tensors_are_hooked() -> bool:
     return _top_saved_tensors_default_hooks(True) is not None
 
 
+class UnknownError(Exception):
+    """Nobody can tell what a graph holds."""
+
+
+def saved_by(node: Any) -> list[Tensor]:
+    """The tensors that a node of a graph holds for its backward.
+
+    They are looked at, not unpacked: that would call hooks, and `torch.utils.checkpoint` computes in its hooks. Raises
+    `UnknownError` for what hooks have packed, and for operations written in C++.
+    """
+    kind = type(node)
+    if kind.__name__ == "CppFunction":
+        raise UnknownError
+    if kind not in _RAW:
+        _RAW[kind] = tuple([name for name in dir(kind) if name.startswith("_raw_saved_")])
+    found: list[Tensor] = []
+    for name in _RAW[kind]:
+        saved = getattr(node, name)
+        for one in saved if isinstance(saved, tuple) else (saved,):
+            if one.unpack_hook is not None:
+                raise UnknownError
+            if isinstance(one.data, Tensor):
+                found.append(one.data)
+    return found
+
+
+_RAW: dict[type, tuple[str, ...]] = {}
+"""Where nodes of a kind keep what they save."""
+
+
 def has_hooks(tensor: Tensor) -> bool:
     """Whether somebody changes, or looks at, the gradient that arrives at a tensor."""
     return bool(tensor._backward_hooks)
@@ -75,6 +110,16 @@ def has_hooks(tensor: Tensor) -> bool:
 def keeps_graph() -> bool:
     """Whether the backward pass that is under way may be followed by another one (``retain_graph=True``)."""
     return _get_current_graph_task_keep_graph()
+
+
+def graph_clock() -> int:
+    """A number that grows with every node that this thread adds to graphs."""
+    return _get_sequence_nr()
+
+
+def made_since(tensor: Tensor, clock: int) -> bool:
+    """Whether an operation of this thread has made a tensor with a graph since the clock showed this."""
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= clock
 
 
 def recomputed_later() -> bool:

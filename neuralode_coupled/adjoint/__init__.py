@@ -1,5 +1,6 @@
 """How gradients come back through a solve."""
 
+from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.continuous import ContinuousAdjoint
 from neuralode_coupled.adjoint.listeners import Listener, listener, listening
 from neuralode_coupled.adjoint.methods import Backprop, DiscreteAdjoint
@@ -24,6 +25,7 @@ __all__ = [
     "Form",
     "GradientMethod",
     "Listener",
+    "Memory",
     "Operands",
     "Plan",
     "Problem",

@@ -15,7 +15,7 @@ from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
 from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
-from neuralode_coupled.adjoint.recording import needs_graph, without_graph
+from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
@@ -202,7 +202,7 @@ class _VectorField(nn.Module):
             try:
                 self._slope(t, start, scratch)
             except (RuntimeError, ValueError) as error:
-                if not needs_graph(error):
+                if not asks_for_graph(error):
                     raise
                 self.own_graph = True
                 self._slope(t, start, tuple([buffer.clone() for buffer in self.plan.buffers[self.n]]))

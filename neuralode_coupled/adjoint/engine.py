@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from neuralode_coupled._torch import tracing, versions
+from neuralode_coupled._torch import saved_tensors_are_hooked, tracing, versions
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.budget import Memory
+from neuralode_coupled.adjoint.keeper import Keeper
 from neuralode_coupled.adjoint.node import Checkpointed, Solve
 from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
 from neuralode_coupled.adjoint.products import Keep, selective_contexts
 from neuralode_coupled.adjoint.recording import Recording, without_graph
-from neuralode_coupled.adjoint.schedules import schedule
-from neuralode_coupled.adjoint.step_graph import Graphs
-from neuralode_coupled.adjoint.stores import Storage, Store, store
-from neuralode_coupled.adjoint.sweep import Tracer
+from neuralode_coupled.adjoint.schedules import Schedule, schedule
+from neuralode_coupled.adjoint.stores import Store, store
 
 
 def unroll(plan: Plan, operands: Operands) -> list[State]:
@@ -53,35 +53,27 @@ def tell_on_return(plan: Plan, n: int, y: State) -> None:
         leading.register_hook(lambda gradient: plan.returned(n))
 
 
-def checkpointed(
-    plan: Plan,
-    operands: Operands,
-    checkpoints: int | None = None,
-    storage: Storage = "device",
-    keep: Keep | None = None,
-    keep_last: int = 0,
-) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state (but for the last ``keep_last``
-    steps, and inside of ``torch.compile`` what ``keep`` names)."""
+def checkpointed(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None = None) -> list[State]:
+    """The emitted states, differentiable by recomputing each step from a stored state (but for those whose graphs are
+    kept, and inside of ``torch.compile`` what ``keep`` names)."""
     if torch.compiler.is_compiling():
-        return _compiled(plan, operands, checkpoints, storage, keep, keep_last)
+        return _compiled(plan, operands, memory, keep)
     if unrolled():
         return unroll(plan, operands)
     if keep is not None:
         raise ValueError(f"keep={keep!r} has an effect inside of torch.compile alone: leave it out, or compile")
-    forward = _Forward(plan, operands, checkpoints, storage, keep_last)
-    return arranged(forward.run(), len(operands.y0))
+    return arranged(_Forward(plan, operands, memory).run(), len(operands.y0))
 
 
-def stacked(plan: Plan, operands: Operands, checkpoints: int | None, parts: int) -> State:
+def stacked(plan: Plan, operands: Operands, memory: Memory, parts: int) -> State:
     """The initial and the emitted states, stacked, of the first ``parts`` tensors of a state: (1 + emitted, *part).
 
     One output of one node, which a module that keeps it does not keep alive.
     """
     if torch.compiler.is_compiling() or unrolled():
-        states = [operands.y0, *checkpointed(plan, operands, checkpoints)]
+        states = [operands.y0, *checkpointed(plan, operands, memory)]
         return tuple([torch.stack([state[i] for state in states]) for i in range(parts)])
-    return tuple(_Forward(plan, operands, checkpoints, stacked=parts).run())
+    return tuple(_Forward(plan, operands, memory, stacked=parts).run())
 
 
 def unrolled() -> bool:
@@ -93,24 +85,22 @@ def unrolled() -> bool:
     return not torch.is_grad_enabled() or tracing() == "transform"
 
 
-def _compiled(
-    plan: Plan, operands: Operands, checkpoints: int | None, storage: Storage, keep: Keep | None, keep_last: int
-) -> list[State]:
+def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None) -> list[State]:
     """The same for ``torch.compile``, which knows activation checkpointing: it recomputes each step from its state,
     with the random numbers of the forward pass, inside of its own backward graph."""
     if unrolled() or not any(tensor.requires_grad for tensor in operands.flatten()):
         return unroll(plan, operands)
-    if checkpoints is not None or storage != "device":
+    if memory.checkpoints not in (None, "auto") or memory.storage != "device":
         raise ValueError(
-            f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={checkpoints}, storage={storage!r}: "
-            "leave them out, or do not compile the layer"
+            f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={memory.checkpoints}, "
+            f"storage={memory.storage!r}: leave them out, or do not compile the layer"
         )
     contexts = selective_contexts(keep)
     emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        if n < plan.count - keep_last:
+        if n < plan.count - memory.keep_last:
             y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
         else:
             y, out = plan.step(*arguments)
@@ -124,29 +114,32 @@ class _Forward:
     Args:
         plan: the steps.
         operands: their tensors.
-        checkpoints, storage, keep_last: see `DiscreteAdjoint`.
+        memory: what may be kept.
         stacked: see `Solve`.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        operands: Operands,
-        checkpoints: int | None,
-        storage: Storage = "device",
-        keep_last: int = 0,
-        stacked: int | None = None,
-    ) -> None:
-        self._recording, self._stacked = Recording(plan, operands), stacked
-        self._storage: Storage = storage
-        self._last: Graphs = dict.fromkeys(range(max(plan.count - keep_last * plan.parts, 0), plan.count))
-        self._recomputed = plan.count - len(self._last)
-        self._schedule = schedule(self._recomputed // plan.parts, checkpoints, plan.parts)
-        self._kept: Store | None = None
-        self._tracer: Tracer | None = None
+    def __init__(self, plan: Plan, operands: Operands, memory: Memory, stacked: int | None = None) -> None:
+        self._recording, self._memory, self._stacked = Recording(plan, operands), memory, stacked
+        # What somebody's hooks have packed cannot be counted, nor does torch notice any more that it is overwritten.
+        hooked = saved_tensors_are_hooked()
+        last = 0 if hooked else min(memory.keep_last * plan.parts, plan.count)
+        self._auto = memory.auto
+        self._bytes = 0 if hooked or plan.observed else memory.graphs
+        self._schedule = self._scheduled(0 if self._auto else last)
+        self._wanted = set(self._schedule.stored)
+        self._keepable = (0, plan.count) if self._auto else (plan.count - last, plan.count)
+        self._store: Store | None = None
+        self._keeper: Keeper | None = None
         self._end: State | None = None
         self._stored: list[Tensor] = []  # for autograd to keep
         self._graph = any(self._recording.wanted)
+
+    def _scheduled(self, kept: int) -> Schedule:
+        """How states are stored and steps repeated beside those whose graphs are kept."""
+        plan, checkpoints = self._recording.plan, self._memory.checkpoints
+        count = (plan.count - kept) // plan.parts
+        chosen = schedule(count, None if checkpoints == "auto" else checkpoints, plan.parts)
+        return chosen.behind(kept) if self._auto else chosen
 
     def run(self) -> list[Tensor]:
         """The outputs, as a node of autograd's graph if anybody wants a gradient."""
@@ -164,50 +157,65 @@ class _Forward:
         """The emitted states, flat and without a graph."""
         recording, emitted = self._recording, []
         self._prepare()
-        y, wanted = recording.y0, set(self._schedule.stored[1:])
+        y = recording.y0
         for n in range(recording.plan.count):
-            if self._graph and n in wanted:
-                self._stored.extend(y) if self._kept is None else self._kept.put(n, y)
-            y, out = self._step(n, y)
+            before, keeper = y, self._keeper
+            keeps = keeper is not None and keeper.first <= n < keeper.end
+            y, out = keeper.step(n, y) if keeper is not None and keeps else recording.step(n, y)
             if n == 0:
                 self._see_first()
+            self._put(n, before)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
             for state in out:
                 emitted.extend([part.detach() for part in state])
-        if len(self._schedule.stored) == 1 and not self._last and not recording.plan.observed:
+        if self._auto:
+            self._schedule = self._scheduled(self._behind)
+        if len(self._schedule.stored) == 1 and self._keeper is None and not recording.plan.observed:
             self._end = y
         return emitted
 
-    def _prepare(self) -> None:
-        """Make what the states and graphs are kept by."""
-        recording, count = self._recording, len(self._schedule.stored)
-        if self._graph:
-            few = count * recording.plan.parts < self._recomputed
-            self._kept = store(self._storage, count, recording.y0, few)
-            if self._last:
-                needed = recording.operands.restore(recording.wanted)
-                self._tracer = Tracer(recording.plan, recording.operands, needed)
+    @property
+    def _behind(self) -> int:
+        """The steps whose graphs are kept in front of all others, and those before them that nobody asks about."""
+        kept = self._recording.plan.kept
+        return self._keeper.end if self._keeper is not None else kept[-1].end if kept else 0
+
+    def _prepare(self, late: bool = False) -> None:
+        """Make what the states and graphs are kept by; ``late``: the first step is done, and has shown the need."""
+        plan, count = self._recording.plan, len(self._schedule.stored)
+        if not self._graph:
+            return
+        self._store = store(self._memory.storage, count, self._recording.y0, count * plan.parts < self._schedule.steps)
+        first, last = self._keepable
+        if self._auto and self._bytes > 0 and not late:
+            self._keeper = Keeper(self._recording, first, last, self._bytes)
+        elif not self._auto and first < last:
+            self._keeper = Keeper(self._recording, max(first, int(late)), last, None)
 
     def _see_first(self) -> None:
         """The first step has shown what gradients flow to."""
         graph = any(self._recording.wanted)
-        if graph and (self._tracer is not None or not self._graph):
+        if graph and not self._graph:
             self._graph = graph
-            self._prepare()
+            self._prepare(late=True)
 
-    def _step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
-        recording, tracer = self._recording, self._tracer
-        if tracer is None or n not in self._last or n < tracer.first:
-            return recording.step(n, y)
-        graph, y, out = recording.recorded(n, y, lambda: tracer.step(n, y, recording.plan.buffers[n]), True)
-        # One that depends on tensors that it was not handed is made, and looked at, in the backward pass.
-        self._last[n] = None if recording.plan.overlooked is not None and graph.foreign() else graph
-        return tuple([part.detach() for part in y]), out
+    def _put(self, n: int, y: State) -> None:
+        """Store the state before step ``n``, if the backward pass is to start from it."""
+        parts = self._recording.plan.parts
+        wanted = n >= self._behind and n % parts == 0 if self._auto else n in self._wanted
+        if self._graph and n > 0 and wanted:
+            self._stored.extend(y) if self._store is None else self._store.put(n, y)
 
     def _solve(self) -> Solve:
         """What the backward pass needs."""
-        recording, end = self._recording, self._end
+        recording, end, keeper = self._recording, self._end, self._keeper
         structure = recording.operands.restore([None] * len(recording.wanted))
         ends = None if end is None else (end, versions(end))
-        plan, replay = recording.plan, recording.replay
-        return Solve(plan, structure, self._schedule, replay, self._kept, self._last, ends, self._stacked)
+        plan, kept = recording.plan, list(recording.plan.kept) if keeper is None else keeper.kept
+        for part in kept:
+            part.versions = versions(part.buffers)
+        held = sum(part.size for part in kept)
+        plan.stats.kept += sum(part.end - part.first for part in kept) // plan.parts
+        plan.stats.kept_bytes += held
+        stores = self._store, kept, ends, self._stacked, held
+        return Solve(plan, structure, self._schedule, recording.replay, *stores)

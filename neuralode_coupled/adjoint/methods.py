@@ -7,10 +7,11 @@ from typing import get_args
 
 from neuralode_coupled._checks import choice, is_whole
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints, Memory, check_checkpoints, check_memory
 from neuralode_coupled.adjoint.engine import checkpointed, unroll
 from neuralode_coupled.adjoint.plan import Problem, Stats, Weights, require, with_start
 from neuralode_coupled.adjoint.products import Keep, check_keep
-from neuralode_coupled.adjoint.stores import Storage, check_checkpoints
+from neuralode_coupled.adjoint.stores import Storage
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ class DiscreteAdjoint:
         OSError: at the solve, if the disk has no room for the states.
     """
 
-    checkpoints: int | None = None
+    checkpoints: Checkpoints = "auto"
     storage: Storage = "device"
     keep: Keep | None = None
     weights: Weights = "stored"
     keep_last: int = 0
+    memory: float = MEMORY
 
     def __post_init__(self) -> None:
         check_checkpoints(self.checkpoints)
+        check_memory(self.memory)
         choice("storage", self.storage, get_args(Storage))
         check_keep(self.keep, self.storage)
         _check_keep_last(self.keep_last)
@@ -95,8 +98,9 @@ class DiscreteAdjoint:
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
-        plan, operands = problem.discrete() if self.weights == "stored" else problem.advancing()
-        emitted = checkpointed(plan, operands, self.checkpoints, self.storage, self.keep, self.keep_last)
+        memory = Memory(self.checkpoints, self.storage, self.keep_last, self.memory)
+        plan, operands = problem.discrete(memory) if self.weights == "stored" else problem.advancing()
+        emitted = checkpointed(plan, operands, memory, self.keep)
         return with_start(problem, operands, emitted), plan.stats
 
 

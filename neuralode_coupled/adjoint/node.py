@@ -16,9 +16,10 @@ from neuralode_coupled.adjoint.observation import foreign, lasting, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.schedules import Schedule
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, add, edges, vjp
+from neuralode_coupled.adjoint.step_graph import Gradients, Kept, add, edges, vjp
 from neuralode_coupled.adjoint.stores import Store
-from neuralode_coupled.adjoint.sweep import Stored, Sweep, Tracer
+from neuralode_coupled.adjoint.sweep import Stored, Sweep
+from neuralode_coupled.adjoint.tracer import Tracer
 
 
 @dataclass
@@ -30,21 +31,23 @@ class Solve:
         structure: how the flat tensors are arranged.
         schedule: which states are stored.
         replay: the world of each step.
-        kept: what keeps the stored states; None where autograd does.
-        last: the graphs of the last steps.
+        store: what keeps the stored states; None where autograd does.
+        kept: the graphs that are there already.
         end: the final state and its versions, until a backward pass has compared it.
         stacked: of how many tensors of the state y0 and the emitted ones are stacked to one output; None: the emitted
             states are outputs one by one.
+        held_bytes: what the kept graphs hold.
     """
 
     plan: Plan
     structure: Operands
     schedule: Schedule
     replay: Replay
-    kept: Store | None
-    last: Graphs
+    store: Store | None
+    kept: list[Kept]
     end: tuple[State, list[int]] | None
     stacked: int | None = None
+    held_bytes: int = 0
 
     @property
     def outputs(self) -> int:
@@ -67,17 +70,18 @@ class Solve:
     def backward(self, flat: list[Tensor], saved: Sequence[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
         """The gradients at the flat tensors, from the stored states and what arrives at the emitted ones."""
         operands = self.structure.restore(flat)
-        inside = 0 if self.kept is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
+        inside = 0 if self.store is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
         between = arranged(saved[:inside], len(operands.y0))
-        states = Stored(operands.y0, self.schedule.stored, between, self.kept)
+        states = Stored(operands.y0, self.schedule.stored, between, self.store)
         tracer = Tracer(self.plan, operands, self.structure.restore(needed))
         sweep = Sweep(self.plan, operands, tracer, self.replay, self._final())
-        sweep.refill(self.schedule, self.kept)
-        return sweep.run(self.schedule, states, grads, self.last)
+        sweep.refill(self.schedule, self.store)
+        return sweep.run(self.schedule, states, grads, self.kept)
 
     def differentiable(self, flat: list[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
         """The same with a graph (``create_graph=True``), from the unrolled solve."""
-        self.last.update(dict.fromkeys(self.last))  # the whole graph is made: these are not used
+        for part in self.kept:
+            part.graph = None  # the whole graph is made: these are not used
         operands = self.structure.restore(flat)
         return differentiate_unrolled(self.plan, self._again, operands, grads, needed)
 
@@ -115,6 +119,7 @@ class Checkpointed(torch.autograd.Function):
         ctx.mark_non_differentiable(*stored)
         ctx.save_for_backward(*flat, *stored)
         ctx.set_materialize_grads(False)
+        ctx.held_bytes = ctx.solve.held_bytes
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

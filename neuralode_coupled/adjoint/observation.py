@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from neuralode_coupled._torch import has_hooks
+from neuralode_coupled._torch import graph_clock, has_hooks, made_since
 
 _LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
 """The node of a leaf: it has the tensor as its ``variable``."""
@@ -32,15 +32,21 @@ class Observer(TorchFunctionMode):
 
     def __init__(self, known: Iterable[Tensor], watched: Tensor | None = None) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self._found: list[Tensor] = []
         self.used, self._watched = False, watched
+        self._clock = graph_clock()
         # Kept until the end, so that the identity of a temporary is not given to another tensor.
         self._seen: dict[int, Tensor] = {id(tensor): tensor for tensor in known}
 
+    @property
+    def found(self) -> list[Tensor]:
+        """The tensors; without those that no mode sees being made, as by an `autograd.Function`."""
+        return [tensor for tensor in self._found if not made_since(tensor, self._clock)]
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._look(args, self.found)
+        self._look(args, self._found)
         if kwargs:
-            self._look(kwargs.values(), self.found)
+            self._look(kwargs.values(), self._found)
             result = func(*args, **kwargs)
         else:
             result = func(*args)
@@ -110,14 +116,24 @@ def places_in_graph(tensors: Iterable[Tensor]) -> Places:
     return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
-def foreign(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], stops: Places | None = None) -> list[Tensor]:
+def foreign(
+    ends: Iterable[GradientEdge | None],
+    known: Iterable[Tensor],
+    stops: Places | None = None,
+    seen: set[Any] | None = None,
+) -> list[Tensor]:
     """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors.
 
-    ``stops`` are `places_in_graph` of these, where that is known as well.
+    ``stops`` are `places_in_graph` of these, where that is known as well. ``seen`` are nodes that are left out; those
+    that are found are added.
     """
     stops = places_in_graph(known) if stops is None else stops
+    seen = set() if seen is None else seen
+    seen.add(None)
     queue: list[Any] = [end.node for end in ends if end is not None and (end.node, end.output_nr) not in stops]
-    seen, leaves = {None, *queue}, []
+    queue = [node for node in queue if node not in seen]
+    seen.update(queue)
+    leaves: list[Tensor] = []
     while queue:
         node = queue.pop()
         if type(node) is _LEAF:

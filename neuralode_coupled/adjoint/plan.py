@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.listeners import Listener
+from neuralode_coupled.adjoint.step_graph import Kept
 
 
 @dataclass
@@ -22,12 +24,16 @@ class Stats:
         recomputed: evaluations repeated by backward passes so far.
         accepted: steps taken.
         rejected: steps tried and thrown away by an adaptive method.
+        kept: steps whose graph was kept from the forward pass to the backward pass.
+        kept_bytes: what these graphs hold besides operands and states, as far as it can be counted.
     """
 
     evaluations: int = 0
     recomputed: int = 0
     accepted: int = 0
     rejected: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Plan:
         observed: whether the tensors that the first step reaches by itself are among the operands already.
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
             pass to the backward pass. Between its parts the state may have more tensors than y0.
+        kept: the graphs of the first steps, where making the plan has made them already.
         count: the number of steps.
     """
 
@@ -103,6 +110,7 @@ class Plan:
     overlooked: Overlooked | None = None
     observed: bool = False
     parts: int = 1
+    kept: tuple[Kept, ...] = ()
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -175,8 +183,12 @@ class Problem(Protocol):
         """Why the solve cannot be given in this form, for an error; None if it can."""
         ...
 
-    def discrete(self) -> tuple[Plan, Operands]:
-        """The solve as steps, each of which emits its end where that is wanted."""
+    def discrete(self, memory: Memory | None = None) -> tuple[Plan, Operands]:
+        """The solve as steps, each of which emits its end where that is wanted.
+
+        Where the steps must be taken to be known (an adaptive method), their graphs are kept as far as ``memory``
+        allows, by default none.
+        """
         ...
 
     def advancing(self) -> tuple[Plan, Operands]:

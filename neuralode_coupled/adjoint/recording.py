@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TypeVar
 
@@ -59,38 +59,43 @@ class Recording:
 
         return self.recorded(n, y, run)
 
-    def recorded(self, n: int, y: State, run: Callable[[], Result], traced: bool = False) -> Result:
-        """Step ``n`` as ``run`` makes it; ``traced`` says whether it makes a graph."""
+    def recorded(self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = ()) -> Result:
+        """Step ``n`` as ``run`` makes it; with its graph where ``leaves`` are given, which it is computed on."""
         self.plan.begin(n, y)
         random = self.replay.before(n)
-        result = run() if n > 0 else self._first(run, random, traced)
+        result = self._observed(run, random, leaves) if n == 0 else self._run(run, random)
         self.replay.after(random)
         self.plan.passed(n)
         return result
 
-    def _first(self, run: Callable[[], Result], random: list, traced: bool) -> Result:
-        observer = Observer(self.operands.flatten())
-        look = self.plan.overlooked is not None and not self.plan.observed
+    def _run(self, run: Callable[[], Result], random: list, look: AbstractContextManager | None = None) -> Result:
         try:
-            # Where there is a graph, what f is given requires a gradient too: the observer has to see it made.
-            with (observer if traced else observing(observer)) if look else nullcontext():
-                result = run()
+            return run()
         except (RuntimeError, ValueError) as error:
-            if not needs_graph(error):
+            if not asks_for_graph(error):
                 raise
-            self.replay.undo(random)
-            forward, step = self.plan.forward, with_graph(self.plan.step)
-            self.plan = replace(self.plan, step=step, forward=None if forward is None else with_graph(forward))
-            with observer if look else nullcontext():
-                result = run()
+        self.replay.undo(random)
+        forward, step = self.plan.forward, with_graph(self.plan.step)
+        self.plan = replace(self.plan, step=step, forward=None if forward is None else with_graph(forward))
+        # Where there is a graph, what f is given requires a gradient too: an observer has to see it made.
+        with look or nullcontext():
+            return run()
+
+    def _observed(self, run: Callable[[], Result], random: list, leaves: Sequence[Tensor]) -> Result:
+        """The first step, which shows what gradients flow to besides the operands."""
+        if self.plan.overlooked is None or self.plan.observed:
+            return self._run(run, random)
+        observer = Observer((*self.operands.flatten(), *leaves))
+        with observing(observer):
+            result = self._run(run, random, observer)
         if observer.found:
             self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
         return result
 
 
-def needs_graph(error: Exception) -> bool:
-    """Whether dynamics failed because they differentiate their input themselves, and there was no graph."""
-    return not torch.is_grad_enabled() and "does not require grad" in str(error)
+def asks_for_graph(error: Exception) -> bool:
+    """Whether dynamics failed because they differentiate their input themselves, which requires no gradient."""
+    return "does not require grad" in str(error)
 
 
 def with_graph(step: StepFunction) -> StepFunction:

@@ -18,7 +18,7 @@ from neuralode_coupled.adjoint.recording import Recording, without_graph
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add
 from neuralode_coupled.adjoint.stores import DeviceStore
-from neuralode_coupled.adjoint.sweep import Tracer
+from neuralode_coupled.adjoint.tracer import Tracer
 
 Increment = Callable[[int, State], State]
 """``increment(n, source)`` of step n, there from v or back from y."""

@@ -39,12 +39,32 @@ class Schedule:
     """A forward pass and a backward pass over a number of steps.
 
     Attributes:
-        stored: the indices of the states that the forward pass stores, the first being 0.
+        stored: the indices of the states that the forward pass stores, 0 first.
         program: what the backward pass does, in order.
     """
 
     stored: tuple[int, ...]
     program: tuple[Load | Advance | Reverse, ...]
+
+    @property
+    def top(self) -> int:
+        """One more than the last step that the backward pass repeats."""
+        return next((action.n + 1 for action in self.program if isinstance(action, Reverse)), 0)
+
+    def behind(self, steps: int) -> Schedule:
+        """The same behind other steps; the very first state is stored in any case."""
+        if steps == 0:
+            return self
+        if not self.program:
+            return Schedule((0,), ())
+        return Schedule(
+            (0, *(n + steps for n in self.stored)), tuple([_moved(action, steps) for action in self.program])
+        )
+
+    @property
+    def steps(self) -> int:
+        """How many steps the backward pass goes through by repeating them."""
+        return sum(isinstance(action, Reverse) for action in self.program)
 
     @property
     def recomputed(self) -> int:
@@ -53,6 +73,16 @@ class Schedule:
             1 if isinstance(a, Reverse) else a.end - a.first if isinstance(a, Advance) else 0 for a in self.program
         )
         return sum(sizes)
+
+
+def _moved(action: Load | Advance | Reverse, steps: int) -> Load | Advance | Reverse:
+    match action:
+        case Load(n, last):
+            return Load(n + steps, last)
+        case Advance(first, end, store):
+            return Advance(first + steps, end + steps, store)
+        case Reverse(n):
+            return Reverse(n + steps)
 
 
 @lru_cache(maxsize=64)

@@ -1,44 +1,35 @@
-"""The graph of one step: fresh leaves, the edges at its end, its vector-Jacobian product, and sums of gradients."""
+"""The graph of steps: the edges at its end, its vector-Jacobian product, and sums of gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from neuralode_coupled._torch import add_many, add_many_
-from neuralode_coupled.adjoint.observation import Places, foreign
+from neuralode_coupled._torch import add_many, add_many_, versions
+from neuralode_coupled._types import State
 
 Gradients = list[Tensor | None]
 
 
 class StepGraph:
-    """One step's graph, for one vector-Jacobian product.
+    """The graph of one step, or of several in a row, for one vector-Jacobian product.
 
     Args:
-        leaves: what the step was computed on, in a row: the state, its inputs, the shared and the captured tensors.
+        leaves: what was computed on, in a row: the state, the steps' inputs, the shared and the captured tensors.
         wanted: which of all these gradients are asked for.
         cuts: where in the row the inputs and the shared tensors begin.
-        ends: where gradients enter, see `edges`.
-        stops: where the captured tensors stand in a graph outside.
+        ends: where gradients enter, see `edges`: at the next state, then at what the steps emit.
     """
 
     def __init__(
-        self,
-        leaves: list[Tensor],
-        wanted: list[bool],
-        cuts: tuple[int, int],
-        ends: list[GradientEdge | None],
-        stops: Places,
+        self, leaves: list[Tensor], wanted: list[bool], cuts: tuple[int, int], ends: list[GradientEdge | None]
     ) -> None:
-        self._leaves, self._wanted, self._cuts, self._ends, self._stops = leaves, wanted, cuts, ends, stops
-
-    def foreign(self) -> list[Tensor]:
-        """The leaves with a gradient that the step depends on besides."""
-        return foreign(self._ends, self._leaves, self._stops)
+        self._leaves, self._wanted, self._cuts, self._ends = leaves, wanted, cuts, ends
 
     def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
         """The gradients at state, inputs and shared tensors (and behind them the captured ones) from those at the ends.
@@ -54,8 +45,30 @@ class StepGraph:
         return row[:inputs], row[inputs:shared], row[shared:]
 
 
-Graphs = dict[int, StepGraph | None]
-"""The graphs of some steps by their numbers, None where one is not made yet or used up."""
+@dataclass(eq=False)
+class Kept:
+    """Steps in a row whose graph is there from the forward pass on.
+
+    Attributes:
+        first, end: the steps, the last one excluded.
+        graph: their graph; None where it is used up.
+        size: the bytes that it holds, as far as they can be counted.
+        buffers: those that the steps may modify, and that the graph may hold.
+        versions: theirs after the forward pass.
+    """
+
+    first: int
+    end: int
+    graph: StepGraph | None
+    size: int = 0
+    buffers: State = ()
+    versions: list[int] = field(default_factory=list)
+
+    def take(self) -> StepGraph | None:
+        """The graph, for its only use; None if buffers have changed since the forward pass: then the steps are made
+        again, with copies."""
+        graph, self.graph = self.graph, None
+        return graph if versions(self.buffers) == self.versions else None
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:

@@ -10,21 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from neuralode_coupled._checks import is_whole
 from neuralode_coupled._torch import versions
 from neuralode_coupled._types import State
 
 Storage = Literal["device", "cpu", "disk"]
-
-
-def check_checkpoints(checkpoints: int | None) -> None:
-    """Raise TypeError or ValueError for what is no number of states."""
-    if checkpoints is not None and not is_whole(checkpoints):
-        raise TypeError(f"checkpoints must be a whole number or None (every step's state), got {checkpoints!r}")
-    if checkpoints is not None and checkpoints < 1:
-        raise ValueError(
-            f"checkpoints must be at least 1 (the initial state) or None (every step's), got {checkpoints}"
-        )
 
 
 class DeviceStore:

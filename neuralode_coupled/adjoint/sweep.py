@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any
-
-import torch
-from torch import Tensor
+from itertools import chain, islice
 
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import lasting, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.repeatable import check_repeated
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, Schedule
-from neuralode_coupled.adjoint.step_graph import Gradients, Graphs, StepGraph, Sum, edges
+from neuralode_coupled.adjoint.step_graph import Gradients, Kept, StepGraph, Sum
 from neuralode_coupled.adjoint.stores import Store
+from neuralode_coupled.adjoint.tracer import Traced, Tracer
 
 
 class Stored:
@@ -51,82 +47,6 @@ class Stored:
         return n not in self._made
 
 
-class Tracer:
-    """Steps with their graphs.
-
-    Args:
-        plan: the steps.
-        operands: their tensors.
-        needed: the operands' structure with a bool at every leaf.
-
-    Attributes:
-        first: the first step that anybody asked a gradient of; below it there is nothing to do.
-    """
-
-    def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
-        self._plan, self._operands = plan, operands
-        self._needed: Any = needed
-        everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
-        asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
-        self.first = asked[0] if asked else plan.count
-        # Gradients of captured tensors are asked for at those very tensors where they can be: no mode has to stand
-        # around the steps.
-        captured, self._replaced = operands.captured, ()
-        if need_replacing(captured):
-            self._replaced, captured = (
-                captured,
-                tuple([t.detach().requires_grad_(w) for t, w in zip(captured, self._needed.captured, strict=True)]),
-            )
-        self._captured, self._stops = captured, places_in_graph(captured)
-
-    def step(
-        self, n: int, y: State, buffers: State, wanted_y: list[bool] | None = None
-    ) -> tuple[StepGraph, State, tuple[State, ...]]:
-        """Step ``n``: its graph, the next state, and what the step emits.
-
-        ``wanted_y`` says which gradients of y are asked for, by default what the first step asked decides.
-        """
-        operands, needed = self._operands, self._needed
-        inputs, shared = operands.inputs[n], operands.shared
-        asked = wanted_y or (needed.y0 if n == 0 else [n > self.first] * len(y))
-        wanted: Any = [*asked, *needed.inputs[n], *needed.shared]
-        row = [t.detach().requires_grad_(w) for t, w in zip((*y, *inputs, *shared), wanted, strict=True)]
-        start, ahead = len(y), len(y) + len(inputs)
-        with torch.enable_grad(), replaced(self._replaced, self._captured):
-            y_next, emitted = self._plan.step(
-                n, tuple(row[:start]), tuple(row[start:ahead]), tuple(row[ahead:]), buffers
-            )
-        ends = edges([*y_next, *chain.from_iterable(emitted)])
-        graph = StepGraph([*row, *self._captured], [*wanted, *needed.captured], (start, ahead), ends, self._stops)
-        return graph, y_next, emitted
-
-    def again(
-        self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None = None
-    ) -> tuple[StepGraph, State, tuple[State, ...]]:
-        """Step ``n`` once more, in the world of the forward pass.
-
-        Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step has made
-        itself is another one whenever it runs.
-        """
-
-        def again() -> list[Tensor]:
-            return self._repeated(n, y, replay, wanted_y)[0].foreign()
-
-        traced = self._repeated(n, y, replay, wanted_y)
-        if self._plan.overlooked is not None:
-            leaf = lasting(traced[0].foreign(), again)
-            if leaf is not None:
-                raise self._plan.overlooked(leaf, f"in step {n // self._plan.parts}")
-        return traced
-
-    def _repeated(
-        self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None
-    ) -> tuple[StepGraph, State, tuple[State, ...]]:
-        buffers, world = replay.again(n)
-        with world:
-            return self.step(n, y, buffers, wanted_y)
-
-
 class Sweep:
     """One backward pass over the steps.
 
@@ -146,15 +66,17 @@ class Sweep:
         self._shared = Sum(len(operands.shared) + len(operands.captured))
         self._end, self._compared = end, False
 
-    def run(self, chosen: Schedule, states: Stored, grads: Gradients, last: Graphs) -> Gradients:
+    def run(self, chosen: Schedule, states: Stored, grads: Gradients, kept: list[Kept]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from those at the emitted states, flat.
 
-        Uses up the graphs of the last steps.
+        Uses up the kept graphs: those of the last steps first, those of the first steps in the end.
         """
         self._arriving = _by_step(self._plan, len(self._operands.y0), grads)
-        self._through_last(chosen, states, last)
-        first, y, original = self._tracer.first, states.get(0, last=False), False
-        for action in chosen.program if first < self._plan.count - len(last) else ():
+        first, top = self._tracer.first, chosen.top
+        late, early = [part for part in kept if part.first >= top], [part for part in kept if part.first < top]
+        self._through_kept(self._without_gaps(max(top, first), late), chosen.stored[-1] if top > 0 else 0, states)
+        y, original = states.get(0, last=False), False
+        for action in chosen.program if first < top else ():
             match action:
                 case Load(n, final):
                     y, original = states.get(n, final), states.original(n)
@@ -163,12 +85,19 @@ class Sweep:
                         states.put(start, y)
                     y, original = self._advance(start, end, y), False
                 case Reverse(n) if n >= first:
-                    if self._arrives(n):
-                        self._through(n, self._trace(n, y)[0])
+                    if self._arrives(n, n + 1):
+                        self._through(n, n + 1, self._trace(n, y)[0])
                     self._end = y if original else None
                 case Reverse(_):
                     break
+        self._through_kept(early, 0, states)
         return [*self._alpha, *chain.from_iterable(self._inputs), *self._shared.total]
+
+    def _without_gaps(self, begin: int, kept: list[Kept]) -> list[Kept]:
+        """The same, with the steps from ``begin`` to the last that are not there."""
+        covered = {n: part for part in kept for n in range(part.first, part.end)}
+        steps = range(begin, self._plan.count)
+        return list(dict.fromkeys(covered.get(n) or Kept(n, n + 1, None) for n in steps))
 
     def refill(self, chosen: Schedule, kept: Store | None) -> None:
         """Store again what an earlier backward pass over the same graph has used up."""
@@ -179,18 +108,32 @@ class Sweep:
             y, before = self._advance(before, n, y), n
             kept.put(n, y)
 
-    def _through_last(self, chosen: Schedule, states: Stored, last: Graphs) -> None:
-        """Go back through the steps whose graphs were kept; make those that an earlier backward pass has used up."""
-        steps = [n for n in last if n >= self._tracer.first]
-        if any(last[n] is None for n in steps):
-            start, begin = chosen.stored[-1], steps[0]
-            y = self._advance(start, begin, states.get(start, last=False))
-            for n in range(begin, self._plan.count):
-                last[n], y, _ = self._trace(n, y)
-        for n in reversed(steps):
-            graph, last[n] = last[n], None  # also one that nothing arrives at: it would stay as long as the output
-            if graph is not None and self._arrives(n):
-                self._through(n, graph)
+    def _through_kept(self, row: list[Kept], start: int, states: Stored) -> None:
+        """Go back through steps whose graphs were kept; make those that an earlier backward pass has used up.
+
+        Args:
+            row: the steps, without gaps.
+            start: the state to make them from.
+            states: the stored ones.
+        """
+        graphs = [part.take() for part in row]  # also where nothing arrives: it would stay as long as the output
+        if None in graphs and self._arrives(row[0].first, self._plan.count):
+            y = self._advance(start, row[0].first, states.get(start, last=False))
+            for i, part in enumerate(row):
+                graphs[i], y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+        for part in reversed(row):
+            graph = graphs.pop()
+            if graph is None or not self._arrives(part.first, part.end):
+                continue
+            try:
+                self._through(part.first, part.end, graph)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                # It holds buffers that the steps update themselves: recomputed steps have copies.
+                y = self._advance(start, part.first, states.get(start, last=False))
+                again, _, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+                self._through(part.first, part.end, again)
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):
@@ -199,21 +142,25 @@ class Sweep:
                 y, _ = self._plan.step(n, y, self._operands.inputs[n], self._operands.shared, buffers)
         return y
 
-    def _trace(self, n: int, y: State) -> tuple[StepGraph, State, tuple[State, ...]]:
+    def _trace(self, n: int, y: State) -> Traced:
         traced = self._tracer.again(n, y, self._replay)
         if self._end is not None and not self._compared:
             check_repeated(tuple(part.detach() for part in traced[1]), self._end, n // self._plan.parts)
             self._compared = True
         return traced
 
-    def _arrives(self, n: int) -> bool:
-        """Whether there is anything to take back through step ``n``."""
-        return any(part is not None for part in (*self._alpha, *self._arriving[n]))
+    def _arrives(self, first: int, end: int) -> bool:
+        """Whether there is anything to take back through steps."""
+        return any(part is not None for part in chain(self._alpha, *self._arriving[first:end]))
 
-    def _through(self, n: int, graph: StepGraph) -> None:
-        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors."""
-        self._plan.returned(n)
-        self._alpha, self._inputs[n], shared = graph.differentiate([*self._alpha, *self._arriving[n]])
+    def _through(self, first: int, end: int, graph: StepGraph) -> None:
+        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors. Or of several steps."""
+        arriving = chain.from_iterable(self._arriving[first:end])
+        self._alpha, inputs, shared = graph.differentiate([*self._alpha, *arriving])
+        self._plan.returned(first)
+        found = iter(inputs)
+        for n in range(first, end):
+            self._inputs[n] = list(islice(found, len(self._inputs[n])))
         self._shared.add(shared)
 
 

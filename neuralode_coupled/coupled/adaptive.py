@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neuralode_coupled._times import TimeRow, joined, times_at
 from neuralode_coupled._types import Activation, State, WeightPath
-from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Operands, Plan, Stats, check
+from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Memory, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite, check_follows_time
@@ -254,7 +254,7 @@ class AdaptiveProblem:
             "fixed-grid method, or use DiscreteAdjoint(), Backprop() or ContinuousAdjoint()"
         )
 
-    def discrete(self) -> tuple[Plan, Operands]:
+    def discrete(self, memory: Memory | None = None) -> tuple[Plan, Operands]:
         """The accepted steps."""
         system = self.system
         rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
@@ -264,7 +264,7 @@ class AdaptiveProblem:
         times = t, t.detach().tolist()
         try:
             solve = AdaptiveSolve(dynamics, system, True, self.y0, *times, self.method, rtol, atol, AdaptiveOptions())
-            return solve.discrete(self.stats)
+            return solve.discrete(self.stats, memory)
         except ValueError as error:
             system.explain(error)
             raise

@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from neuralode_coupled._times import Scalar, TimeRow, times_at
 from neuralode_coupled._types import Activation, State, WeightPath
-from neuralode_coupled.adjoint import Backprop, Flow, Form, GradientMethod, Operands, Plan, Stats, check, listener
+from neuralode_coupled.adjoint import (
+    Backprop,
+    Flow,
+    Form,
+    GradientMethod,
+    Memory,
+    Operands,
+    Plan,
+    Stats,
+    check,
+    listener,
+)
 from neuralode_coupled.adjoint.plan import StepFunction, require
 from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_flow
 from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
@@ -181,7 +192,7 @@ class GridProblem:
             return own_weights_refusal(self.field, self.scheme, backwards=form != "advancing")
         return None
 
-    def discrete(self) -> tuple[Plan, Operands]:
+    def discrete(self, memory: Memory | None = None) -> tuple[Plan, Operands]:
         """The solve as Runge-Kutta steps. Each step's inputs are its stage weights, then its own parameters."""
         own = self.stages.own
         by_step = self._by_step(self.stage_weights())

@@ -19,21 +19,21 @@ from neuralode_coupled._times import differentiated
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, states
 from neuralode_coupled.adjoint.observation import Observer
-from neuralode_coupled.adjoint.recording import needs_graph, with_graph, without_graph
+from neuralode_coupled.adjoint.recording import asks_for_graph, with_graph, without_graph
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.times import Grid, Scalar, rows, time_tensor, too_short, unresolved
+from neuralode_coupled.odeint.growing import Growing
+from neuralode_coupled.odeint.repeated import AcceptedSteps
+from neuralode_coupled.odeint.times import Grid, rows, too_short, unresolved
 from neuralode_coupled.runge_kutta import (
     AdaptiveOptions,
     Callbacks,
-    Embedded,
     Problem,
     Step,
     accepted_steps,
-    combine,
     embedded,
-    lasting,
 )
 from neuralode_coupled.runge_kutta.adaptive import Callback, Slope, Tolerances
 
@@ -65,30 +65,36 @@ class AdaptiveSolve:
     atol: Tolerances
     options: AdaptiveOptions
 
-    def discrete(self, stats: Stats) -> tuple[Plan, Operands]:
+    def discrete(self, stats: Stats, memory: Memory | None = None) -> tuple[Plan, Operands]:
         """The accepted steps; the forward pass through them is a reading of what was recorded.
 
-        Where nobody asks for a gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
+        The graphs of the first ones are kept as far as ``memory`` allows, by default none. Where nobody asks for a
+        gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
 
         Raises:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
                 random numbers where a gradient is asked for.
         """
         method, graph = embedded(self.method), torch.is_grad_enabled() or tracing() == "transform"
-        watched, real = _Watched(self.dynamics, (*self.y0, self.t), graph), self.y0[0].dtype.to_real()
+        growing = Growing(self.dynamics, self.y0, method, memory or Memory(), graph and not differentiated(self.t))
+        watched = _Watched(self.dynamics, (*self.y0, self.t), graph, growing)
         steps: list[Step] = []
         outputs: list[State] = []
 
         def take(accepted: Iterator[Step]) -> None:
-            for step in accepted:  # by then the first evaluation has shown what needs a gradient
-                if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
-                    raise too_short(step.start, step.end, real)
-                if watched.wanted:
+            while True:
+                with torch.set_grad_enabled(growing.open):
+                    step = next(accepted, None)
+                if step is None:
+                    return
+                self._check_resolved(watched, step)
+                growing.add(step)
+                if watched.wanted:  # by then the first evaluation has shown whether
                     steps.append(step.kept(not method.reuses))
                 else:
                     outputs.extend(step.outputs)
 
-        self._run(watched, take, stats)
+        self._run(watched, growing, take, stats)
         if not steps:
             return self._whole(outputs, stats)
         watched.check()
@@ -96,10 +102,18 @@ class AdaptiveSolve:
         for step in steps:
             shares.append(list(range(found, found + len(step.outputs))))
             found += len(step.outputs)
-        again = AcceptedSteps(self.dynamics, self._grid(steps, shares), method, [step.jump for step in steps])
+        jumps = [step.jump for step in steps]
+        again = AcceptedSteps(self.dynamics, self._grid(steps, shares), method, jumps, growing.fits)
         plan, operands = again.discrete(self.y0, steps, stats)
         step = with_graph(plan.step) if watched.own_graph else plan.step
-        return replace(plan, step=step), replace(operands, captured=(*operands.captured, *watched.found))
+        operands = replace(operands, captured=(*operands.captured, *watched.found))
+        return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts)), operands
+
+    def _check_resolved(self, watched: _Watched, step: Step) -> None:
+        """Raise the ValueError for a time that func uses and does not see move."""
+        real = self.y0[0].dtype.to_real()
+        if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
+            raise too_short(step.start, step.end, real)
 
     def _whole(self, outputs: list[State], stats: Stats) -> tuple[Plan, Operands]:
         """The solve as one step without a graph, of which the outputs alone are kept."""
@@ -110,15 +124,14 @@ class AdaptiveSolve:
         plan = Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats)
         return plan, Operands(tuple(part.detach() for part in self.y0), ((),), ())
 
-    def _run(self, f: Slope, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
-        """Let ``take`` have the accepted steps, without a graph."""
-        y0 = tuple(part.detach() for part in self.y0)
-        # Detached where autocast would otherwise cache casts made here and hand them, without a graph, to others.
-        shared = tuple(tensor.detach() for tensor in self.dynamics.shared)
-        method = embedded(self.method)
-        problem = Problem(f, y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
-        with without_graph(y0[0].device):
-            shared = self.dynamics.in_forward(shared, y0[0].device)
+    def _run(self, f: Slope, growing: Growing, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
+        """Let ``take`` have the accepted steps, with a graph where it asks for one."""
+        method, device = embedded(self.method), self.y0[0].device
+        problem = Problem(f, growing.y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
+        with without_graph(device):
+            # Others than the modules' own where autocast would otherwise cache casts made here and hand them, without
+            # a graph, to others.
+            shared = growing.shared if growing.open else self.dynamics.in_forward(growing.shared, device)
             self.dynamics.within(shared, self.dynamics.buffers, lambda: take(accepted_steps(problem, stats)))
 
     def _callbacks(self) -> Callbacks:
@@ -126,9 +139,14 @@ class AdaptiveSolve:
 
         def of(name: str) -> Callback | None:
             callback = getattr(self.func, name, None)
-            if callback is None or self.is_tuple:
-                return callback
-            return lambda t, y, dt: callback(t, y[0], dt)
+            if callback is None:
+                return None
+
+            def told(t: Tensor, y: State, dt: Tensor) -> None:
+                parts = tuple([part.detach() for part in y])
+                callback(t, parts if self.is_tuple else parts[0], dt)
+
+            return told
 
         return Callbacks(of("callback_step"), of("callback_accept_step"), of("callback_reject_step"))
 
@@ -157,6 +175,7 @@ class _Watched:
         dynamics: the right-hand side.
         others: the other tensors that gradients may flow to.
         graph: whether gradients flow at all.
+        growing: is shown the first evaluation, and says which others are to have a graph.
 
     Attributes:
         found: the tensors that it was seen to reach by itself.
@@ -165,8 +184,9 @@ class _Watched:
         wanted: whether any of all these tensors requires a gradient.
     """
 
-    def __init__(self, dynamics: Dynamics, others: State, graph: bool) -> None:
-        self._dynamics, self._known = dynamics, (*others, *dynamics.shared, *dynamics.captured)
+    def __init__(self, dynamics: Dynamics, others: State, graph: bool, growing: Growing) -> None:
+        self._dynamics, self._growing = dynamics, growing
+        self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared)
         self._observed = graph and dynamics.overlooked is not None
         # torch.compile differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
@@ -177,33 +197,32 @@ class _Watched:
 
     def __call__(self, t: Tensor, y: State) -> State:
         if self._generators:
-            return self._evaluate(t, y)
+            with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
+                return self._evaluate(t, y)
         observer = None if tracing() else Observer(self._known, watched=t)
-        slope = self._first(t, y, observer)
+        with nullcontext() if observer is None else observing(observer):
+            slope = self._evaluate(t, y, observer)
         if observer is not None:
             self.found = tuple(observer.found) if self._observed else ()
             self.wanted, self.uses_time = self.wanted or len(self.found) > 0, observer.used
+        self._growing.measure(slope, self.found)
         self._generators = [*of_torch(y[0].device), *others()]
         self._random = states(self._generators)
         return slope
 
-    def _first(self, t: Tensor, y: State, observer: Observer | None) -> State:
-        try:
-            with nullcontext() if observer is None else observing(observer):
-                return self._evaluate(t, y)
-        except (RuntimeError, ValueError) as error:
-            if not needs_graph(error):
-                raise
-        self.own_graph = True
-        with observer or nullcontext():  # which has to see the input being made
-            return self._evaluate(t, y)
-
-    def _evaluate(self, t: Tensor, y: State) -> State:
+    def _evaluate(self, t: Tensor, y: State, observer: Observer | None = None) -> State:
         if not self.own_graph:
-            return self._dynamics(t, y)
-        with torch.enable_grad():
-            slope = self._dynamics(t, tuple(part.detach().requires_grad_() for part in y))
-        return tuple(part.detach() for part in slope)
+            try:
+                return self._dynamics(t, y)
+            except (RuntimeError, ValueError) as error:
+                if not asks_for_graph(error):
+                    raise
+            self.own_graph = True
+        graph = torch.is_grad_enabled()
+        leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
+        with torch.enable_grad(), observer or nullcontext():  # which has to see the input being made
+            slope = self._dynamics(t, leaves)
+        return slope if graph else tuple([part.detach() for part in slope])
 
     def check(self) -> None:
         """Raise the ValueError for dynamics that draw random numbers again and again."""
@@ -212,124 +231,3 @@ class _Watched:
                 "func draws random numbers at its evaluations, which neither error control nor an exact gradient of an "
                 "adaptive method allows (is dropout in train mode?): use a fixed-grid method, or func.eval()"
             )
-
-
-TOGETHER = 4
-"""How many evaluations of an accepted step, at most, have a graph at the same time (one more where it has outputs)."""
-
-
-class AcceptedSteps:
-    """Repeats the accepted steps with their lengths held fixed.
-
-    A step of many stages is several of the engine's, one behind the other: the state between them is y with the slopes
-    so far.
-
-    Args:
-        dynamics: the right-hand side.
-        grid: the accepted steps.
-        method: the coefficients.
-        jumps: whether each step ends at a discontinuity.
-    """
-
-    def __init__(self, dynamics: Dynamics, grid: Grid, method: Embedded, jumps: list[bool]) -> None:
-        self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
-        self._side = 1 if grid.length[0] > 0 else -1
-        stages = method.method.stages
-        self._parts = -(-stages // TOGETHER)
-        self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
-        self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
-
-    def discrete(self, y0: State, taken: list[Step], stats: Stats) -> tuple[Plan, Operands]:
-        """The steps that the forward pass has ``taken``, from y0."""
-        steps, parts = len(taken), self._parts
-        start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
-        before = start
-        for n, step in enumerate(taken):
-            self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
-            # The solve's very last state is only ever seen through the outputs.
-            y = taken[n + 1].y if n + 1 < steps else tuple(torch.empty_like(part) for part in y0)
-            before = (*y, *step.last)
-            self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
-        count = steps * parts
-        # Running statistics are the forward pass's to update.
-        scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)
-        plan = Plan(
-            self._part,
-            emits=tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
-            buffers=(scratch,) * count,
-            module=self.dynamics.module,
-            evaluations=tuple(self._evaluations(n, part) for n in range(steps) for part in range(parts)),
-            stats=stats,
-            forward=self._read,
-            overlooked=self.dynamics.overlooked,
-            observed=True,
-            parts=parts,
-        )
-        self._plan = plan
-        inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
-        return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
-
-    def _evaluations(self, n: int, part: int) -> int:
-        """How many evaluations one part of step ``n`` makes."""
-        count = self._bounds[part + 1] - self._bounds[part]
-        if part == 0 and n > 0 and not self.method.reuses:
-            count -= 1  # the first slope is carried
-        if part == self._parts - 1:
-            count += len(self.grid.outputs[n]) > 0 if self.method.reuses else self.jumps[n]
-        return count
-
-    def _emit(self, y: State) -> State:
-        """A state to return: what the discrete map carries besides is not, but has its place."""
-        return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
-
-    def _read(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        """What the forward pass has found already."""
-        return self._recorded.pop(m)
-
-    def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        if self._recorded.pop(m, None) is not None:
-            # Not read but run, with its graph, in the forward pass.
-            self._plan.stats.evaluations += self._plan.evaluations[m]
-        n, part = divmod(m, self._parts)
-        return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
-
-    def _advance(self, n: int, part: int, state: State, inputs: State) -> tuple[State, tuple[State, ...]]:
-        """The slopes of one part of step ``n``; with the last, the state at the step's end."""
-        t0, dt, t1, _ = self.grid.step(n, inputs)
-        width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
-        y, *slopes = (state[i : i + width] for i in range(0, len(state), width))
-        if part == 0 and not self.method.reuses and n == 0:
-            slopes = []  # nothing is carried to the start
-        for i in range(len(slopes), self._bounds[part + 1]):
-            stage = combine(y, slopes, self.method.method.a[i], dt)
-            slopes.append(self._slope(n, i, stage, (t0, dt, t1)))
-        if part < self._parts - 1:
-            return (*y, *(tensor for slope in slopes for tensor in slope)), ()
-        return self._end(n, y, slopes, inputs)
-
-    def _width(self, state: State) -> int:
-        """How many tensors y has in the state at a step's start."""
-        return len(state) if self.method.reuses else len(state) // 2
-
-    def _slope(self, n: int, i: int, stage: State, times: tuple[Scalar, Scalar, Scalar]) -> State:
-        t0, dt, t1 = times
-        c = self.method.method.c[i]
-        t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
-        return lasting(self.dynamics(time_tensor(t, stage[0], side), stage))
-
-    def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
-        """The state at the end of step ``n``, and its outputs, by all slopes."""
-        t0, dt, t1, outputs = self.grid.step(n, inputs)
-        y_next = combine(y, slopes, self.method.method.b, dt)
-        if self.method.reuses and len(outputs) > 0:
-            slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
-        emitted = tuple(self._emit(self.method.within(y, slopes, dt, (t - t0) / dt)) for t in outputs)
-        if self.method.reuses:
-            return y_next, emitted
-        # Behind a jump the carried slope is that of the other side.
-        last = self.dynamics(time_tensor(t1, y_next[0], self._side), y_next) if self.jumps[n] else slopes[-1]
-        return (*y_next, *last), emitted
-
-    def _before(self, n: int) -> int:
-        """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
-        return 0 if n == 0 else self._side if self.jumps[n - 1] else -self._side

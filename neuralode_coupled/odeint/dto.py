@@ -13,8 +13,8 @@ from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Stats
+from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints, Memory, check_checkpoints, check_memory
 from neuralode_coupled.adjoint.engine import stacked
-from neuralode_coupled.adjoint.stores import check_checkpoints
 from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import (
     ATOL,
@@ -45,7 +45,8 @@ def odeint_dto(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: None = None,
-    checkpoints: int | None = None,
+    checkpoints: Checkpoints = "auto",
+    memory: float = MEMORY,
     params: Iterable[Tensor] | None = None,
 ) -> Any:
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
@@ -112,6 +113,8 @@ def odeint_dto(
     if event_fn is not None:
         raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
     check_checkpoints(checkpoints)
+    check_memory(memory)
+    kept = Memory(checkpoints, graphs=memory)
     state, times = check_state(y0), check_times(t)
     name = check_method(method, rtol, atol, options)
     is_tuple = isinstance(y0, tuple)
@@ -122,7 +125,7 @@ def odeint_dto(
     if len(times) == 1:
         outputs = tuple([part[None] for part in state])
     elif name in METHODS:
-        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, checkpoints)
+        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, kept)
     else:
         solve = AdaptiveSolve(
             dynamics,
@@ -136,7 +139,7 @@ def odeint_dto(
             absolute,
             adaptive_options(chosen, is_tuple),
         )
-        outputs = _adaptive(solve, checkpoints)
+        outputs = _adaptive(solve, kept)
     if tracing() != "transform":
         check_finite(outputs, times)
     return outputs if is_tuple else outputs[0]
@@ -177,20 +180,20 @@ def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
     return lambda t, y, dt: callback(t, y if is_tuple else y[0], dt)
 
 
-def _fixed(steps: FixedSteps, y0: State, checkpoints: int | None) -> State:
+def _fixed(steps: FixedSteps, y0: State, memory: Memory) -> State:
     plan, operands = steps.discrete(y0)
     # Where the user's params are all, and need no gradient, there is no graph, whatever func holds besides.
     wanted = plan.overlooked is not None or any(x.requires_grad for x in operands.flatten())
     graph = torch.is_grad_enabled() and (wanted or tracing() == "transform")
     with torch.set_grad_enabled(graph):
-        return stacked(plan, operands, checkpoints, len(y0))
+        return stacked(plan, operands, memory, len(y0))
 
 
-def _adaptive(solve: AdaptiveSolve, checkpoints: int | None) -> State:
+def _adaptive(solve: AdaptiveSolve, memory: Memory) -> State:
     if tracing() == "transform":
         raise ValueError(
             "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
             f"differentiation hide: choose one of {', '.join(METHODS)}"
         )
-    plan, operands = solve.discrete(Stats())
-    return stacked(plan, operands, checkpoints, len(solve.y0))
+    plan, operands = solve.discrete(Stats(), memory)
+    return stacked(plan, operands, memory, len(solve.y0))

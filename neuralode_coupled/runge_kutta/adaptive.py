@@ -159,6 +159,7 @@ class Step:
         cut: whether it ends at one of the times that are prescribed.
         jump: whether that is one where f jumps. ``last`` is then the slope behind it.
         outputs: the states at the times of ``t`` that lie within it, or at its end.
+        next_y: the state at its end.
     """
 
     start: float
@@ -170,10 +171,11 @@ class Step:
     cut: bool
     jump: bool
     outputs: list[State]
+    next_y: State
 
     def kept(self, carries: bool) -> Step:
         """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state."""
-        return replace(self, first=(), last=self.last if carries else ())
+        return replace(self, first=(), last=self.last if carries else (), next_y=())
 
 
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
@@ -229,7 +231,7 @@ def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[S
             wanted = range(done, bisect_right(ode.times, end, lo=done))
             outputs = ode.within(y, slopes, (at, length, end), wanted, y_next)
             counts.accepted += 1
-            yield Step(*ode.signed(at, length, end), y, slope, last, cut, jump, outputs)
+            yield Step(*ode.signed(at, length, end), y, slope, last, cut, jump, outputs, y_next)
             at, y, slope, failed, done = end, y_next, last, 0, wanted.stop
             tried = 0 if wanted else tried
             if cut:

@@ -126,7 +126,7 @@ def function_evaluations(model: nn.Module) -> tuple[int, int]:
 def _compiles(adjoint: nc.GradientMethod) -> bool:
     """Whether `torch.compile` takes a layer with it."""
     if isinstance(adjoint, nc.DiscreteAdjoint):
-        return adjoint.checkpoints is None and adjoint.storage == "device"
+        return adjoint.checkpoints in (None, "auto") and adjoint.storage == "device"
     return isinstance(adjoint, nc.Backprop)
 
 

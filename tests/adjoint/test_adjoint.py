@@ -230,7 +230,7 @@ def test_gradient_hooks_fire_once():
     """On parameters and on modules, once a backward pass and once an evaluation, as without recomputation. (Forward
     hooks run again with the recomputation, as under torch.utils.checkpoint: what they do may be part of f.)"""
     dynamics = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=3)
+    layer = nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=3, adjoint=nc.DiscreteAdjoint(None))
     fired = {"tensor": 0, "accumulated": 0, "module": 0, "forward": 0}
 
     def count(name):
@@ -250,7 +250,7 @@ def test_gradient_hooks_fire_once():
 def test_frozen_parameters_get_nothing_and_cost_no_backward_step():
     """With only the last step's normalisation trainable, one step is recomputed."""
     dynamics = nn.Sequential(nn.Linear(4, 4), nc.PerStep(nn.LayerNorm(4), 5))
-    layer = nc.CoupledODE(dynamics, steps=5)
+    layer = nc.CoupledODE(dynamics, steps=5, adjoint=nc.DiscreteAdjoint(None))
     layer.requires_grad_(False)
     dynamics[1].copies[4].requires_grad_(True)
     layer(torch.randn(2, 4)).square().sum().backward()
@@ -279,14 +279,15 @@ def test_parameters_changed_between_forward_and_backward_are_noticed():
 
 
 def test_evaluations_are_counted():
-    layer = nc.CoupledODE(nn.Linear(4, 4), steps=5, method="rk4")
+    layer = nc.CoupledODE(nn.Linear(4, 4), steps=5, method="rk4", adjoint=nc.DiscreteAdjoint(None))
     z = layer(torch.randn(2, 4))
     assert (layer.stats.evaluations, layer.stats.recomputed, layer.stats.accepted) == (20, 0, 5)
     z.sum().backward()
     assert layer.stats.recomputed == 20
-    layer.adjoint = nc.Backprop()
-    layer(torch.randn(2, 4)).sum().backward()
-    assert layer.stats.recomputed == 0
+    for adjoint in (nc.Backprop(), nc.DiscreteAdjoint()):
+        layer.adjoint = adjoint
+        layer(torch.randn(2, 4)).sum().backward()
+        assert layer.stats.recomputed == 0
 
 
 def test_the_discrete_adjoint_stores_one_state_a_step():
@@ -303,7 +304,7 @@ def test_the_discrete_adjoint_stores_one_state_a_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"checkpoints": 0}, r"at least 1 \(the initial state\) or None .* got 0"),
+        ({"checkpoints": 0}, r"at least 1 \(the initial state\), 'auto' or None .* got 0"),
         ({"storage": "tape"}, "unknown storage 'tape': choose one of device, cpu, disk"),
     ],
 )

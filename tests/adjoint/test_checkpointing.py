@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.adjoint import Memory, Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, schedule
 from neuralode_coupled.adjoint.stores import DeviceStore
@@ -29,7 +29,7 @@ from tests.helpers.problems import noisy_layer
 def test_gradients_do_not_depend_on_what_is_stored_or_where(steps, checkpoints, storage, seed):
     """The same numbers, to the last bit, as with every state stored."""
     found = []
-    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, storage)):
+    for adjoint in (nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(checkpoints, storage)):
         layer, z0 = noisy_layer(steps, adjoint, seed)
         loss = (layer.trajectory(z0, [0.0, 1.0]) ** 2).sum()
         random_state = torch.get_rng_state()
@@ -99,7 +99,7 @@ def test_the_end_of_a_recomputed_step_is_not_held_while_its_gradient_is_taken(ch
 
     plan = Plan(step, (0, 0, 0, 1), ((),) * 4, nn.Module(), (1,) * 4, Stats())
     y0, w = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    ((end,),) = checkpointed(plan, Operands((y0,), ((),) * 4, (w,)), checkpoints)
+    ((end,),) = checkpointed(plan, Operands((y0,), ((),) * 4, (w,)), Memory(checkpoints))
     Seen.given, Seen.held = [], []
     end.sum().backward()
     assert Seen.held == [False] * 4
@@ -130,7 +130,7 @@ def test_files_go_with_the_graph_and_after_an_error(tmp_path, monkeypatch):
             return self.scale * z
 
     dynamics = Breaks()
-    layer = nc.CoupledODE(dynamics, steps=6, adjoint=nc.DiscreteAdjoint(storage="disk"))
+    layer = nc.CoupledODE(dynamics, steps=6, adjoint=nc.DiscreteAdjoint(None, storage="disk"))
     z = layer(torch.randn(2, 4))
     assert len(list(tmp_path.glob("*/*.pt"))) == 5  # the initial state is the caller's
     with pytest.raises(RuntimeError, match="broken"):
@@ -154,7 +154,7 @@ def test_a_full_disk_is_noticed_before_the_solve(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"checkpoints": 0}, ValueError, r"at least 1 \(the initial state\) or None .* got 0"),
+        ({"checkpoints": 0}, ValueError, r"at least 1 \(the initial state\), 'auto' or None .* got 0"),
         ({"checkpoints": 2.0}, TypeError, r"a whole number or None .* got 2\.0"),
         ({"storage": "tape"}, ValueError, "unknown storage 'tape': choose one of device, cpu, disk"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.adjoint import Memory, Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
 from tests.helpers import oracle
 from tests.helpers.problems import coupled_problems, gradients, noisy_layer
@@ -35,9 +35,9 @@ def test_the_gradient_is_that_of_unrolled_autograd(problem, checkpoints, last):
     st.integers(1, 9), CHECKPOINTS, st.sampled_from(STORAGES), st.integers(1, 10), st.integers(0, 2**20), st.booleans()
 )
 def test_random_numbers_statistics_and_updates_are_replayed(steps, checkpoints, storage, last, seed, twice):
-    """The same numbers, to the last bit, as with everything recomputed; from a second and a third backward too."""
+    """The same numbers as with everything recomputed, but for the order of sums; from later backward passes too."""
     found, left = [], []
-    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints, storage, keep_last=last)):
+    for adjoint in (nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(checkpoints, storage, keep_last=last)):
         layer, z0 = noisy_layer(steps, adjoint, seed)
         loss = (layer.trajectory(z0, [0.0, 1.0] if twice else [1.0]) ** 2).sum()
         random_state = torch.get_rng_state()
@@ -47,7 +47,8 @@ def test_random_numbers_statistics_and_updates_are_replayed(steps, checkpoints, 
         assert torch.equal(random_state, torch.get_rng_state())
         left.append(list(layer.buffers()))
     for by_tensor in zip(*found, strict=True):
-        assert all(grad is by_tensor[0] or torch.equal(grad, by_tensor[0]) for grad in by_tensor)
+        for grad in by_tensor:
+            torch.testing.assert_close(grad, by_tensor[0], rtol=1e-11, atol=1e-11)
     assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
 
 
@@ -150,7 +151,7 @@ def test_graphs_that_nothing_is_asked_of_go_too():
 
     y0 = torch.randn(3, requires_grad=True)
     plan = Plan(step, (1,) * 4, ((),) * 4, nn.Identity(), (1,) * 4, Stats())
-    states = checkpointed(plan, Operands((y0,), ((),) * 4, ()), keep_last=2)
+    states = checkpointed(plan, Operands((y0,), ((),) * 4, ()), Memory(keep_last=2))
     assert len(Marked.alive) == 2
     states[0][0].sum().backward()
     gc.collect()
@@ -206,7 +207,7 @@ def test_the_last_accepted_steps_of_an_adaptive_layer(method, last):
     dynamics = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     layer = nc.CoupledODE(dynamics, nc.LinearEvolution(), method=method, rtol=1e-4, atol=1e-4).double()
     z0 = torch.randn(3, 2, dtype=torch.float64)
-    exact = gradients(layer, z0, nc.DiscreteAdjoint())
+    exact = gradients(layer, z0, nc.DiscreteAdjoint(None))
     everything = layer.stats
     found = gradients(layer, z0, nc.DiscreteAdjoint(keep_last=last))
     assert oracle.largest_error(found, exact) < 1e-12

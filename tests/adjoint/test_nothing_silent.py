@@ -20,13 +20,13 @@ from tests.helpers import oracle
 FLOAT64 = {"dtype": torch.float64}
 T = torch.tensor([0.0, 0.4, 1.0], **FLOAT64)
 RECOMPUTING = [
-    nc.DiscreteAdjoint(),
+    nc.DiscreteAdjoint(None),
     nc.DiscreteAdjoint(checkpoints=1),
     nc.DiscreteAdjoint(checkpoints=2, storage="cpu"),
     nc.DiscreteAdjoint(keep_last=1),
-    nc.DiscreteAdjoint(weights="recomputed"),
+    nc.DiscreteAdjoint(None, weights="recomputed"),
 ]
-ADJOINTS = [*RECOMPUTING, nc.ReversibleAdjoint()]
+ADJOINTS = [*RECOMPUTING, nc.DiscreteAdjoint(), nc.ReversibleAdjoint()]
 
 
 def smooth() -> nn.Module:
@@ -155,7 +155,11 @@ def test_rounding_is_no_difference():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(8), nc.ReversibleAdjoint(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "adjoint",
+    [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(8), nc.ReversibleAdjoint(1.0)],
+    ids=str,
+)
 def test_gradients_of_16_bits_are_rounded_once(dtype, adjoint):
     """However many steps add to them. The field hardly moves, so that nothing else rounds."""
     steps = 640

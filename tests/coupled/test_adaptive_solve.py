@@ -157,7 +157,13 @@ def test_what_it_costs_is_counted(kernel):
     layer = nc.CoupledODE(
         smooth(), nc.ReactionDiffusionAdvection(), KERNELS[kernel](), method="dopri5", rtol=1e-3, atol=1e-3
     )
-    layer(torch.randn(2, 3)).sum().backward()
+    z0 = torch.randn(2, 3)
+    layer(z0).sum().backward()
+    assert (layer.stats.kept, layer.stats.recomputed) == (layer.stats.accepted, 0)
+    assert layer.stats.kept_bytes > 0
+    layer.adjoint = nc.DiscreteAdjoint(None, memory=0)
+    layer(z0).sum().backward()
+    assert layer.stats.kept == layer.stats.kept_bytes == 0
     assert layer.stats.accepted >= (3 if kernel == "three samples" else 1)
     assert layer.stats.evaluations >= 6 * layer.stats.accepted
     # Of the six stages of a step three are evaluated once more, so that no more than four have a graph at a time.

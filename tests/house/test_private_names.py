@@ -57,6 +57,30 @@ def test_compilation_is_seen():
     assert compiled(torch.zeros(1)).item() == 1
 
 
+def test_what_a_graph_holds_can_be_looked_at():
+    """`saved_by`: how many bytes graphs take that a solve keeps. Without ``_raw_saved_*`` of nodes, or ``data`` and
+    ``unpack_hook`` of what these give: keep no graphs (raise `UnknownError`) rather than unpack, which calls hooks."""
+    x = torch.randn(3, 4, requires_grad=True)
+    end = x.tanh()
+    (saved,) = _torch.saved_by(end.grad_fn)
+    assert saved.data_ptr() == end.data_ptr()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: 0, lambda packed: 1 / 0):
+        end = x.tanh()
+    with pytest.raises(_torch.UnknownError):
+        _torch.saved_by(end.grad_fn)
+
+
+def test_nodes_are_numbered():
+    """`graph_clock`, `made_since`: what an `autograd.Function` makes in a solve is not taken for a tensor from outside.
+    Without the numbers of nodes ask whether a tensor depends on the leaves of the solve."""
+    x = torch.randn(2, requires_grad=True)
+    before = x.tanh()
+    clock = _torch.graph_clock()
+    assert not _torch.made_since(before, clock)
+    assert not _torch.made_since(x, clock)
+    assert _torch.made_since(x.tanh(), clock)
+
+
 def test_changes_in_place_are_counted():
     """`versions`: inputs that f overwrites, and states that the caller does.
 

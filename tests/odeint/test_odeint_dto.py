@@ -242,10 +242,12 @@ def test_adaptive_methods_meet_their_tolerance(method, name, tolerance):
     assert error < {"fehlberg2": 200, "bosh3": 100}.get(method, 5) * tolerance
 
 
-@pytest.mark.parametrize(("method", "twice"), [("rk4", 0), ("dopri5", 3), ("adaptive_heun", 0)])
-def test_function_evaluations(method, twice):
-    """Forward as many as torchdiffeq's; backward one more of each accepted step, at its stages, and of a step with many
-    stages the earlier half once again."""
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun"])
+@pytest.mark.parametrize("memory", [0, 2**20])
+@pytest.mark.parametrize("checkpoints", ["auto", None])
+def test_function_evaluations(method, memory, checkpoints):
+    """Forward as many as torchdiffeq's; backward none where graphs are kept, or one more of each accepted step, at its
+    stages, and where a whole step's graph does not fit of a step with many stages the earlier half once again."""
     counts, accepted = [], []
 
     def func(t, y):
@@ -256,14 +258,16 @@ def test_function_evaluations(method, twice):
         func.callback_accept_step = lambda t, y, dt: accepted.append(t)
     y0 = torch.ones(2, **FLOAT64, requires_grad=True)
     arguments = {"method": method, **({} if method == "rk4" else {"rtol": 1e-4, "atol": 1e-4})}
-    for solver in (torchdiffeq.odeint, odeint_dto):
+    for solver, more in ((torchdiffeq.odeint, {}), (odeint_dto, {"memory": memory, "checkpoints": checkpoints})):
         counts.append(0)
         accepted.clear()
-        out = solver(func, y0, THIRDS, **arguments)
+        out = solver(func, y0, THIRDS, **arguments, **more)
     assert counts[0] == counts[1]
     counts.append(0)
     out.sum().backward()
-    assert 0 < counts[2] <= counts[1] + twice * len(accepted)
+    kept = checkpoints == "auto" and memory > 0
+    twice = 3 if method == "dopri5" and memory == 0 else 0
+    assert counts[2] == 0 if kept else 0 < counts[2] <= counts[1] + twice * len(accepted)
 
 
 class Counted(torch.autograd.Function):
@@ -289,11 +293,12 @@ class Counted(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-@pytest.mark.parametrize("checkpoints", [None, 2])
+@pytest.mark.parametrize("checkpoints", ["auto", None, 2])
 def test_graphs_of_few_evaluations_exist_at_a_time(method, checkpoints):
-    """Four, and one more where a step with outputs takes the slope at its end; however many stages the method has."""
+    """Where memory is short: four, and one more where a step with outputs takes the slope at its end; however many
+    stages the method has."""
     y0 = torch.ones(3, **FLOAT64, requires_grad=True)
-    arguments = {"method": method, "rtol": 1e-5, "atol": 1e-5, "checkpoints": checkpoints}
+    arguments = {"method": method, "rtol": 1e-5, "atol": 1e-5, "checkpoints": checkpoints, "memory": 0}
     out = odeint_dto(lambda t, y: -Counted.of(y) * t, y0, torch.tensor([0.0, 2.0], **FLOAT64), **arguments)
     Counted.waiting = Counted.most = 0
     out[-1].sum().backward()
@@ -620,7 +625,7 @@ BAD_TYPES = [
     ((slope, torch.ones(2, dtype=torch.int64), UP, {}), r"y0 must have a floating or complex dtype, got torch\.int64"),
     ((slope, [ONE], UP, {}), r"y0 must be a tensor or a tuple of tensors, got a list"),
     ((slope, (ONE, ONE.double()), UP, {}), r"one dtype, got torch\.float32, torch\.float64"),
-    ((slope, ONE, UP, {"checkpoints": 2.5}), r"checkpoints must be a whole number or None .* got 2\.5"),
+    ((slope, ONE, UP, {"checkpoints": 2.5}), r"checkpoints must be 'auto', a whole number or None .* got 2\.5"),
     ((slope, ONE, UP, {"params": ONE}), r"params must be a sequence of tensors, .* got one tensor"),
     ((slope, ONE, UP, {"params": ("weight",)}), r"params must be a sequence of tensors, .* got \['str'\]"),
     ((3, ONE, UP, {}), r"func must be callable as func\(t, y\), got 3"),

@@ -1,0 +1,83 @@
+"""How many bytes the graphs of a solve may take, and how many one takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from neuralode_coupled._checks import is_whole
+from neuralode_coupled._torch import UnknownError, saved_by
+from neuralode_coupled.adjoint.observation import Places
+from neuralode_coupled.adjoint.stores import Storage
+
+Checkpoints = int | Literal["auto"] | None
+"""How many states a discrete adjoint stores, see `DiscreteAdjoint`."""
+
+MEMORY = 32 * 2**20
+"""The bytes that the kept graphs of one solve may take unless it is told otherwise: the same on every machine, so that
+all processes of a distributed run choose alike."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a discrete adjoint may keep between the passes, see `DiscreteAdjoint`; ``graphs`` is its ``memory``."""
+
+    checkpoints: Checkpoints = None
+    storage: Storage = "device"
+    keep_last: int = 0
+    graphs: float = MEMORY
+
+    @property
+    def auto(self) -> bool:
+        """Whether graphs are kept as far as they fit."""
+        return self.checkpoints == "auto" and self.keep_last == 0
+
+
+def check_memory(memory: float) -> None:
+    """Raise TypeError or ValueError for what is no number of bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, int | float):
+        raise TypeError(f"memory must be a number of bytes, for kept graphs, got {memory!r}")
+    if not 0 <= memory < math.inf:
+        raise ValueError(f"memory must be a finite number of bytes of at least 0, for kept graphs, got {memory!r}")
+
+
+def check_checkpoints(checkpoints: Checkpoints) -> None:
+    """Raise TypeError or ValueError for what is no number of states."""
+    if checkpoints is None or checkpoints == "auto":
+        return
+    if not is_whole(checkpoints):
+        raise TypeError(f"checkpoints must be 'auto', a whole number or None (every step's state), got {checkpoints!r}")
+    if checkpoints < 1:
+        raise ValueError(
+            f"checkpoints must be at least 1 (the initial state), 'auto' or None (every step's), got {checkpoints}"
+        )
+
+
+def held_bytes(ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], stops: Places) -> int | None:
+    """The bytes of the distinct storages that a graph, given by its ends, holds for its backward.
+
+    ``besides`` are tensors whose storages do not count, ``stops`` places where the graph goes on outside. None if
+    nobody can tell.
+    """
+    sizes: dict[Any, int] = {}
+    queue: list[Any] = [end.node for end in ends if end is not None and (end.node, end.output_nr) not in stops]
+    seen = {None, *queue}
+    try:
+        while queue:
+            node = queue.pop()
+            for storage in map(Tensor.untyped_storage, saved_by(node)):
+                sizes[storage.data_ptr()] = storage.nbytes()
+            sizes[node] = getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
+            for edge in node.next_functions:
+                if edge[0] not in seen and not (stops and edge in stops):
+                    seen.add(edge[0])
+                    queue.append(edge[0])
+        free = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    except (UnknownError, RuntimeError):  # the second: a tensor that has no storage of its own, such as a sparse one
+        return None
+    return sum(size for key, size in sizes.items() if key not in free)

@@ -1,0 +1,77 @@
+"""Which steps' graphs a forward pass keeps: from the first on, as many as fit into a number of bytes, or the last."""
+
+from __future__ import annotations
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.recording import Recording
+from neuralode_coupled.adjoint.step_graph import Kept
+from neuralode_coupled.adjoint.tracer import Span, Tracer
+
+
+class Keeper:
+    """Makes steps with their graph, and keeps it for the backward pass.
+
+    Steps in a row are one graph. They have one each where gradients of 16 bits are to be summed in float32 over the
+    steps, and where somebody listens how far the backward pass is.
+
+    Args:
+        recording: the forward pass.
+        first, end: the steps that may be kept, the last one excluded.
+        memory: the bytes that their graphs may take; None for no bound.
+
+    Attributes:
+        kept: the graphs.
+        first, end: the steps that are kept, and may be.
+    """
+
+    def __init__(self, recording: Recording, first: int, end: int, memory: float | None) -> None:
+        self._recording, self._memory, self._size = recording, memory, 0
+        self._tracer = self._make_tracer()
+        self.first, self.end = max(first, self._tracer.first), end
+        self.kept: list[Kept] = []
+        self._span: Span | None = None
+        operands, plan = recording.operands, recording.plan
+        summed = (*operands.shared, *operands.captured)
+        self._one_by_one = plan.listener is not None or any(x.requires_grad and x.itemsize == 2 for x in summed)
+
+    def _make_tracer(self) -> Tracer:
+        recording = self._recording
+        return Tracer(recording.plan, recording.operands, recording.operands.restore(recording.wanted))
+
+    def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
+        """Step ``n``: the next state, and what it emits; without their graph."""
+        if self._span is None:
+            self._span = self._tracer.begin(n, y)
+        span, plan = self._span, self._recording.plan
+
+        def run() -> tuple[State, tuple[State, ...]]:
+            span.tracer.plan = self._recording.plan  # the first attempt at the first step may have exchanged it
+            return span.step(plan.buffers[n])
+
+        found, emitted = self._recording.recorded(n, y, run, span.leaves)
+        keep = n > self.first or self._learn(span)
+        # A step that depends on tensors that it was not handed is made, and looked at, in the backward pass.
+        if not keep or span.foreign():
+            span.back()
+            self.end = n
+        if self._one_by_one or n + 1 >= self.end:
+            if span.end > span.first:
+                steps = range(span.first, span.end)
+                buffers = {id(buffer): buffer for n in steps for buffer in plan.buffers[n]}
+                graph, size = span.graph(), self._size * len(steps)
+                self.kept.append(Kept(span.first, span.end, graph, size, tuple(buffers.values())))
+            self._span = None
+        return tuple([part.detach() for part in found]), emitted
+
+    def _learn(self, span: Span) -> bool:
+        """How many steps fit, and which tensors they capture, from the first one; False if it is not to be kept."""
+        if len(self._recording.operands.captured) > len(span.tracer.operands.captured):
+            self._tracer = span.tracer = self._make_tracer()
+            if self._tracer.replaces:
+                return False  # it was made with the tensors themselves
+        size = span.held_bytes()
+        if self._memory is not None:
+            fitting = 0 if size is None else self._memory // size if size > 0 else self.end
+            self.end = min(self.end, self.first + int(fitting))
+        self._size = size or 0
+        return self.end > self.first

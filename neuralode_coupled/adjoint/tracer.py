@@ -1,0 +1,169 @@
+"""Steps with their graphs: one by one, or several in a row as one graph that grows."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.budget import held_bytes
+from neuralode_coupled.adjoint.observation import foreign, lasting, need_replacing, places_in_graph, replaced
+from neuralode_coupled.adjoint.plan import Operands, Plan
+from neuralode_coupled.adjoint.replay import Replay
+from neuralode_coupled.adjoint.step_graph import StepGraph, edges
+
+Traced = tuple[StepGraph, State, tuple[State, ...]]
+"""A step's graph, the next state, and what the step emits."""
+
+
+class Tracer:
+    """Steps with their graphs.
+
+    Args:
+        plan: the steps.
+        operands: their tensors.
+        needed: the operands' structure with a bool at every leaf.
+
+    Attributes:
+        first: the first step that anybody asked a gradient of; below it there is nothing to do.
+        captured: what gradients of captured tensors are asked for at.
+        stops: where these stand in a graph outside.
+    """
+
+    def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
+        self.plan, self.operands = plan, operands
+        self.needed: Any = needed
+        everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
+        asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
+        self.first = asked[0] if asked else plan.count
+        # Gradients of captured tensors are asked for at those very tensors where they can be: no mode has to stand
+        # around the steps.
+        captured, self._replaced = operands.captured, ()
+        if need_replacing(captured):
+            self._replaced, captured = captured, tuple(_leaves(captured, self.needed.captured))
+        self.captured, self.stops = captured, places_in_graph(captured)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether others stand in for the captured tensors while a step runs."""
+        return len(self._replaced) > 0
+
+    def begin(self, n: int, y: State, wanted_y: list[bool] | None = None) -> Span:
+        """A graph that begins with step ``n``.
+
+        ``wanted_y`` says which gradients of y are asked for, by default what the first step asked decides.
+        """
+        return Span(self, n, y, wanted_y or (self.needed.y0 if n == 0 else [n > self.first] * len(y)))
+
+    def run(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        """Step ``n`` with a graph."""
+        with torch.enable_grad(), replaced(self._replaced, self.captured):
+            return self.plan.step(n, y, inputs, shared, buffers)
+
+    def again(self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None = None) -> Traced:
+        """Step ``n`` once more, in the world of the forward pass.
+
+        Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step has made
+        itself is another one whenever it runs.
+        """
+        return self.span_again(n, n + 1, y, replay, wanted_y)
+
+    def span_again(self, first: int, end: int, y: State, replay: Replay, wanted_y: list[bool] | None = None) -> Traced:
+        """The same of several steps in a row, as one graph."""
+        span, emitted = self.begin(first, y, wanted_y), []
+        for n in range(first, end):
+            before = y
+            y, more = span.step_again(replay)
+            emitted.extend(more)
+            leaf = lasting(span.foreign(), lambda n=n, y=before: self._alone(n, y, replay))
+            if leaf is not None and self.plan.overlooked is not None:
+                raise self.plan.overlooked(leaf, f"in step {n // self.plan.parts}")
+        return span.graph(), y, tuple(emitted)
+
+    def _alone(self, n: int, y: State, replay: Replay) -> list[Tensor]:
+        """The foreign tensors of step ``n``, run once more."""
+        span = self.begin(n, y)
+        span.step_again(replay)
+        return span.foreign()
+
+
+class Span:
+    """Steps in a row, as one graph that grows step by step from fresh leaves.
+
+    Args:
+        tracer: what is traced.
+        first: the first step.
+        y: the state at its start.
+        wanted_y: which gradients of y are asked for.
+
+    Attributes:
+        tracer: what is traced; another one may take over once the first step has shown which tensors it captures.
+        first, end: the steps so far, the last one excluded.
+    """
+
+    def __init__(self, tracer: Tracer, first: int, y: State, wanted_y: list[bool]) -> None:
+        self.tracer, self.first, self.end = tracer, first, first
+        self._wanted: tuple[list[bool], list[bool], list[bool]] = (wanted_y, [], list(tracer.needed.shared))
+        self._start = self._y = tuple(_leaves(y, wanted_y))
+        self._shared = tuple(_leaves(tracer.operands.shared, tracer.needed.shared))
+        self._inputs: list[Tensor] = []
+        self._emitted: list[Tensor] = []
+        self._seen: set[Any] = set()
+        self._before: tuple[State, int, int] = self._y, 0, 0
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What the steps so far were computed on: state, inputs, shared and captured tensors."""
+        return [*self._start, *self._inputs, *self._shared, *self.tracer.captured]
+
+    def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
+        """One more step: the next state and what it emits, with their graph."""
+        n, needed = self.end, self.tracer.needed.inputs[self.end]
+        inputs = _leaves(self.tracer.operands.inputs[n], needed)
+        y, emitted = self.tracer.run(n, self._y, tuple(inputs), self._shared, buffers)
+        self._before = self._y, len(self._inputs), len(self._emitted)
+        self._y = y
+        self._inputs.extend(inputs)
+        self._wanted[1].extend(needed)
+        self._emitted.extend(chain.from_iterable(emitted))
+        self.end += 1
+        return self._y, emitted
+
+    def step_again(self, replay: Replay) -> tuple[State, tuple[State, ...]]:
+        """The same in the world of the forward pass."""
+        buffers, world = replay.again(self.end)
+        with world:
+            return self.step(buffers)
+
+    def foreign(self) -> list[Tensor]:
+        """The leaves with a gradient that the last step depends on and was not handed, if they are looked for."""
+        if self.tracer.plan.overlooked is None:
+            return []
+        _, _, count = self._before
+        ends = edges([*self._y, *self._emitted[count:]])
+        return foreign(ends, self.leaves, self.tracer.stops, self._seen)
+
+    def back(self) -> None:
+        """Take the last step out again."""
+        self._y, inputs, emitted = self._before
+        del self._inputs[inputs:], self._wanted[1][inputs:], self._emitted[emitted:]
+        self.end -= 1
+
+    def held_bytes(self) -> int | None:
+        """What the graph holds besides operands and states; None if nobody can tell."""
+        states = [*self._y, *self._emitted]
+        return held_bytes(edges(states), [*states, *self.leaves], self.tracer.stops)
+
+    def graph(self) -> StepGraph:
+        """The graph of all steps so far, for one vector-Jacobian product."""
+        wanted_y, wanted_inputs, wanted_shared = self._wanted
+        wanted = [*wanted_y, *wanted_inputs, *wanted_shared, *self.tracer.needed.captured]
+        cuts = len(wanted_y), len(wanted_y) + len(wanted_inputs)
+        return StepGraph(self.leaves, wanted, cuts, edges([*self._y, *self._emitted]))
+
+
+def _leaves(tensors: State, wanted: Any) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]

@@ -1,0 +1,105 @@
+"""The graph of the steps that an adaptive method accepts, from the first on, while it fits into a number of bytes."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.budget import Memory, held_bytes
+from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph
+from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges
+from neuralode_coupled.odeint.dynamics import Dynamics
+from neuralode_coupled.runge_kutta import Embedded, Step
+
+
+class Growing:
+    """What the accepted steps leave of their graph.
+
+    The first evaluation has one in any case, by which its size is known.
+
+    Args:
+        dynamics: the right-hand side.
+        y0: the initial state.
+        method: the coefficients.
+        memory: what may be kept.
+        graph: whether anybody wants gradients of these tensors.
+
+    Attributes:
+        y0, shared: the leaves that the steps are computed on.
+        open: whether the next evaluations are to have a graph.
+        fits: whether the graph of one step does, as far as the first evaluation tells.
+        steps: how many steps are kept.
+    """
+
+    def __init__(self, dynamics: Dynamics, y0: State, method: Embedded, memory: Memory, graph: bool) -> None:
+        self._dynamics, self._method, self._memory = dynamics, method, memory
+        flat = (*y0, *dynamics.shared, *dynamics.captured)
+        self.open = graph and not tracing() and any(x.requires_grad for x in flat)
+        self.y0, self.shared = self._leaves(y0), self._leaves(dynamics.shared)
+        self._captured: State = dynamics.captured
+        self._stops: Places = set()
+        # In 16 bits a sum over many steps would lose most of them, and of what hooks pack nobody knows the size.
+        summed = (*dynamics.shared, *dynamics.captured)
+        narrow = any(x.requires_grad and x.itemsize == 2 for x in summed)
+        self._keeps = memory.auto and not narrow and not saved_tensors_are_hooked()
+        self.fits, self.steps = False, 0
+        self._size, self._room = 0, 0
+        self._emitted: list[Tensor] = []
+        self._end: State = ()
+        self._seen: set[Any] = set()
+
+    def _leaves(self, tensors: State) -> State:
+        return tuple([x.detach().requires_grad_(self.open and x.requires_grad) for x in tensors])
+
+    def measure(self, slope: State, found: State) -> None:
+        """The first evaluation: its graph, and the tensors that it was seen to capture."""
+        if not self.open:
+            return
+        self._captured = (*self._captured, *found)
+        self._stops = places_in_graph(self._captured)
+        size = self._held(slope)
+        self.fits = size is not None and size * self._method.slopes <= self._memory.graphs
+        self.open = self._keeps and self.fits and not need_replacing(self._captured)
+
+    def add(self, step: Step) -> None:
+        """An accepted step."""
+        if not self.open:
+            return
+        emitted = list(chain.from_iterable(step.outputs))
+        end = step.next_y if self._method.reuses else (*step.next_y, *step.last)
+        tensors = [*end, *step.last, *emitted]
+        if self.steps == 0:
+            size = self._held(tensors)
+            self._room = 0 if size is None else self._memory.graphs // max(size, 1)
+            self._size = size or 0
+        overlooked = self._dynamics.overlooked is not None
+        if self._room < 1 or (overlooked and foreign(edges(tensors), self._known, self._stops, self._seen)):
+            self.open = False  # this step is made, and looked at, in the backward pass
+            return
+        self._end, self.steps = end, self.steps + 1
+        self._emitted += emitted
+        self.open = self.steps < self._room
+
+    def _held(self, ends: Any) -> int | None:
+        return held_bytes(edges(ends), [*ends, *self._known], self._stops)
+
+    @property
+    def _known(self) -> list[Tensor]:
+        return [*self.y0, *self.shared, *self._captured]
+
+    def kept(self, start: State, parts: int) -> tuple[Kept, ...]:
+        """The graph of the steps so far, which begin with the state ``start`` and have ``parts`` each."""
+        if self.steps == 0:
+            return ()
+        carried = start[len(self.y0) :]
+        leaves = [*self.y0, *carried, *self.shared, *self._captured]
+        wanted = [leaf.requires_grad for leaf in leaves]
+        # What is emitted has its place beside the state, and nothing beside it.
+        rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
+        ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
+        graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends))
+        return (Kept(0, self.steps * parts, graph, self.steps * self._size, self._dynamics.buffers),)

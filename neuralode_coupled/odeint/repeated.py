@@ -1,0 +1,134 @@
+"""The steps that an adaptive method has accepted, repeated with their lengths held fixed."""
+
+from __future__ import annotations
+
+import torch
+
+from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import Operands, Plan, Stats
+from neuralode_coupled.odeint.dynamics import Dynamics
+from neuralode_coupled.odeint.times import Grid, Scalar, time_tensor
+from neuralode_coupled.runge_kutta import Embedded, Step, combine, lasting
+
+TOGETHER = 4
+"""How many evaluations of an accepted step, at most, have a graph at the same time (one more where it has outputs)."""
+
+
+class AcceptedSteps:
+    """Repeats the accepted steps with their lengths held fixed.
+
+    A step of many stages is several of the engine's, one behind the other: the state between them is y with the slopes
+    so far.
+
+    Args:
+        dynamics: the right-hand side.
+        grid: the accepted steps.
+        method: the coefficients.
+        jumps: whether each step ends at a discontinuity.
+        whole: whether the graph of a whole step may be there at a time.
+    """
+
+    def __init__(
+        self, dynamics: Dynamics, grid: Grid, method: Embedded, jumps: list[bool], whole: bool = False
+    ) -> None:
+        self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
+        self._side = 1 if grid.length[0] > 0 else -1
+        stages = method.method.stages
+        self._parts = 1 if whole else -(-stages // TOGETHER)
+        self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
+        self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
+
+    def discrete(self, y0: State, taken: list[Step], stats: Stats) -> tuple[Plan, Operands]:
+        """The steps that the forward pass has ``taken``, from y0."""
+        steps, parts = len(taken), self._parts
+        start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
+        before = start
+        for n, step in enumerate(taken):
+            self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
+            # The solve's very last state is only ever seen through the outputs.
+            y = taken[n + 1].y if n + 1 < steps else tuple(torch.empty_like(part) for part in y0)
+            before = (*y, *step.last)
+            self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
+        count = steps * parts
+        # Running statistics are the forward pass's to update.
+        scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)
+        plan = Plan(
+            self._part,
+            emits=tuple(emits * (part == parts - 1) for emits in self.grid.emits for part in range(parts)),
+            buffers=(scratch,) * count,
+            module=self.dynamics.module,
+            evaluations=tuple(self._evaluations(n, part) for n in range(steps) for part in range(parts)),
+            stats=stats,
+            forward=self._read,
+            overlooked=self.dynamics.overlooked,
+            observed=True,
+            parts=parts,
+        )
+        self._plan = plan
+        inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
+        return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
+
+    def _evaluations(self, n: int, part: int) -> int:
+        """How many evaluations one part of step ``n`` makes."""
+        count = self._bounds[part + 1] - self._bounds[part]
+        if part == 0 and n > 0 and not self.method.reuses:
+            count -= 1  # the first slope is carried
+        if part == self._parts - 1:
+            count += len(self.grid.outputs[n]) > 0 if self.method.reuses else self.jumps[n]
+        return count
+
+    def _emit(self, y: State) -> State:
+        """A state to return: what the discrete map carries besides is not, but has its place."""
+        return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
+
+    def _read(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        """What the forward pass has found already."""
+        return self._recorded.pop(m)
+
+    def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
+        if self._recorded.pop(m, None) is not None:
+            # Not read but run, with its graph, in the forward pass.
+            self._plan.stats.evaluations += self._plan.evaluations[m]
+        n, part = divmod(m, self._parts)
+        return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
+
+    def _advance(self, n: int, part: int, state: State, inputs: State) -> tuple[State, tuple[State, ...]]:
+        """The slopes of one part of step ``n``; with the last, the state at the step's end."""
+        t0, dt, t1, _ = self.grid.step(n, inputs)
+        width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
+        y, *slopes = (state[i : i + width] for i in range(0, len(state), width))
+        if part == 0 and not self.method.reuses and n == 0:
+            slopes = []  # nothing is carried to the start
+        for i in range(len(slopes), self._bounds[part + 1]):
+            stage = combine(y, slopes, self.method.method.a[i], dt)
+            slopes.append(self._slope(n, i, stage, (t0, dt, t1)))
+        if part < self._parts - 1:
+            return (*y, *(tensor for slope in slopes for tensor in slope)), ()
+        return self._end(n, y, slopes, inputs)
+
+    def _width(self, state: State) -> int:
+        """How many tensors y has in the state at a step's start."""
+        return len(state) if self.method.reuses else len(state) // 2
+
+    def _slope(self, n: int, i: int, stage: State, times: tuple[Scalar, Scalar, Scalar]) -> State:
+        t0, dt, t1 = times
+        c = self.method.method.c[i]
+        t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
+        return lasting(self.dynamics(time_tensor(t, stage[0], side), stage))
+
+    def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
+        """The state at the end of step ``n``, and its outputs, by all slopes."""
+        t0, dt, t1, outputs = self.grid.step(n, inputs)
+        y_next = combine(y, slopes, self.method.method.b, dt)
+        if self.method.reuses and len(outputs) > 0:
+            slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
+        emitted = tuple(self._emit(self.method.within(y, slopes, dt, (t - t0) / dt)) for t in outputs)
+        if self.method.reuses:
+            return y_next, emitted
+        # Behind a jump the carried slope is that of the other side.
+        last = self.dynamics(time_tensor(t1, y_next[0], self._side), y_next) if self.jumps[n] else slopes[-1]
+        return (*y_next, *last), emitted
+
+    def _before(self, n: int) -> int:
+        """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
+        return 0 if n == 0 else self._side if self.jumps[n - 1] else -self._side
