@@ -83,7 +83,7 @@ class AdaptiveSolve:
 
         def take(accepted: Iterator[Step]) -> None:
             while True:
-                with torch.set_grad_enabled(growing.open):
+                with growing.stepping():
                     step = next(accepted, None)
                 if step is None:
                     return
@@ -186,7 +186,7 @@ class _Watched:
 
     def __init__(self, dynamics: Dynamics, others: State, graph: bool, growing: Growing) -> None:
         self._dynamics, self._growing = dynamics, growing
-        self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared)
+        self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared, *growing.captured)
         self._observed = graph and dynamics.overlooked is not None
         # torch.compile differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))

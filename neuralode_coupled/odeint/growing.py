@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import Memory, held_bytes
-from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph
+from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
@@ -30,6 +33,7 @@ class Growing:
 
     Attributes:
         y0, shared: the leaves that the steps are computed on.
+        captured: what gradients of captured tensors are asked for at.
         open: whether the next evaluations are to have a graph.
         fits: whether the graph of one step does, as far as the first evaluation tells.
         steps: how many steps are kept.
@@ -40,7 +44,9 @@ class Growing:
         flat = (*y0, *dynamics.shared, *dynamics.captured)
         self.open = graph and not tracing() and any(x.requires_grad for x in flat)
         self.y0, self.shared = self._leaves(y0), self._leaves(dynamics.shared)
-        self._captured: State = dynamics.captured
+        # As in `Tracer`: gradients are asked for at the captured tensors themselves where they can be.
+        self._replaced = dynamics.captured if self.open and need_replacing(dynamics.captured) else ()
+        self.captured: State = self._leaves(self._replaced) or dynamics.captured
         self._stops: Places = set()
         # In 16 bits a sum over many steps would lose most of them, and of what hooks pack nobody knows the size.
         summed = (*dynamics.shared, *dynamics.captured)
@@ -55,15 +61,22 @@ class Growing:
     def _leaves(self, tensors: State) -> State:
         return tuple([x.detach().requires_grad_(self.open and x.requires_grad) for x in tensors])
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around the next step."""
+        with torch.set_grad_enabled(self.open), replaced(self._replaced if self.open else (), self.captured):
+            yield
+
     def measure(self, slope: State, found: State) -> None:
         """The first evaluation: its graph, and the tensors that it was seen to capture."""
         if not self.open:
             return
-        self._captured = (*self._captured, *found)
-        self._stops = places_in_graph(self._captured)
+        self.captured = (*self.captured, *found)
+        self._stops = places_in_graph(self.captured)
         size = self._held(slope)
         self.fits = size is not None and size * self._method.slopes <= self._memory.graphs
-        self.open = self._keeps and self.fits and not need_replacing(self._captured)
+        late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))
+        self.open = self._keeps and self.fits and not late
 
     def add(self, step: Step) -> None:
         """An accepted step."""
@@ -89,14 +102,14 @@ class Growing:
 
     @property
     def _known(self) -> list[Tensor]:
-        return [*self.y0, *self.shared, *self._captured]
+        return [*self.y0, *self.shared, *self.captured]
 
     def kept(self, start: State, parts: int) -> tuple[Kept, ...]:
         """The graph of the steps so far, which begin with the state ``start`` and have ``parts`` each."""
         if self.steps == 0:
             return ()
         carried = start[len(self.y0) :]
-        leaves = [*self.y0, *carried, *self.shared, *self._captured]
+        leaves = [*self.y0, *carried, *self.shared, *self.captured]
         wanted = [leaf.requires_grad for leaf in leaves]
         # What is emitted has its place beside the state, and nothing beside it.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
