@@ -3,11 +3,12 @@
     python -m tests.helpers.processes train ...
 
 A module of its own, because every process of a run starts this program again; where `tests.helpers.forks` has made it,
-the second process is a fork as well. What it does is chosen by environment variables: ``PLAIN`` (nothing but the
-command line), ``RECORD`` (a folder, for the first gradients of every process and its weights after each epoch, and for
-whether it still belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``, or a signal as
-``SIGKILL`` to this process, or as ``SIGTERM-all`` to all of the run) and ``BRANCH`` (a parameter is used by one process
-alone at every step).
+the second process is a fork as well. What it does is chosen by environment variables: ``PLAIN`` (the model and the
+images are the experiment's own), ``RECORD`` (a folder, for the first gradients of every process and its weights after
+each epoch, and for whether it still belonged to a process group when it ended), ``FAIL`` (``how,rank,step``: ``raise``,
+or a signal as ``SIGKILL`` to this process, or as ``SIGTERM-all`` to all of the run), ``LATE`` (SIGKILL in this epoch,
+after its row is written and before its checkpoint is) and ``BRANCH`` (a parameter is used by one process alone at every
+step).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import nn
 import neuralode_coupled as nc
 from neuralode_coupled import cli
 from neuralode_coupled.train import building, data, processes, run  # noqa: F401  (each fork would import it)
+from neuralode_coupled.train import trainer as trainers
 
 
 def rank() -> int:
@@ -97,6 +99,15 @@ class Fail(pl.Callback):
             (os.killpg if every else os.kill)(0 if every else os.getpid(), signal.Signals[name])
 
 
+class Late(trainers.EpochLog):
+    """Ends the process after an epoch's row is written."""
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if trainer.current_epoch + 1 == int(os.environ["LATE"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Waiting(subprocess.Popen):
     """The second process: a fork that waits for the environment which Lightning gives it, and begins where this did."""
 
@@ -140,17 +151,17 @@ def forked() -> None:
 
 def main() -> None:
     """The command line with these changes."""
-    if "PLAIN" in os.environ:
-        cli.main()
-        return
     if "RECORD" in os.environ:
         atexit.register(note_group)  # before all others, so that it runs after them
     chosen = [made() for made, name in ((Record, "RECORD"), (Fail, "FAIL")) if name in os.environ]
     trainer = pl.Trainer
     pl.Trainer = lambda callbacks, **options: trainer(callbacks=[*chosen, *callbacks], **options)
-    building.build_model = build_model
     processes._PATIENCE = 2.0  # one that waits in an exchange does not hear of it before it is killed
-    data.augment = lambda pixels, flip: pixels  # the processes draw their own random numbers
+    if "LATE" in os.environ:
+        trainers.EpochLog = Late
+    if "PLAIN" not in os.environ:
+        building.build_model = build_model
+        data.augment = lambda pixels, flip: pixels  # the processes draw their own random numbers
     cli.main()
 
 

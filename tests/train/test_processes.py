@@ -25,7 +25,6 @@ from neuralode_coupled.train import Experiment, RunFolder, building, data
 from neuralode_coupled.train.processes import FolderNotShared, ProcessLost, agree, together, tolerate_unused_parameters
 from neuralode_coupled.train.run import prepare
 from tests.helpers import processes
-from tests.helpers.forks import Forks
 from tests.helpers.images import image_folder
 
 ROOT = Path(__file__).parents[2]
@@ -51,12 +50,6 @@ def run_anew(out: Path, *options: str, **environment: object) -> subprocess.Comp
         timeout=300,
         start_new_session=True,  # a process group that the tests are not in
     )
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with Forks("tests.helpers.processes") as made:
-        yield made
 
 
 @pytest.fixture
