@@ -1,4 +1,7 @@
-"""Several processes that train one model: equal to one, and together in the end. Real ones, over gloo."""
+"""Several processes that train one model: equal to one, and together in the end. Real ones, over gloo.
+
+Those of one run are started as a user starts them; the others are forks that have their imports done.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,13 @@ ONE = [*OPTIONS, "--batch-size", "16"]
 TWO = [*OPTIONS, "--batch-size", "8", "--devices", "2", "--strategy", "ddp"]
 
 
-def run(out: Path, *options: str, **environment: object) -> subprocess.CompletedProcess[str]:
+# An address that needs no name server, which a machine without a network waits for.
+ADDRESS = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+
+
+def run_anew(out: Path, *options: str, **environment: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tests.helpers.processes", "train", "--out", str(out), *options]
-    # An address that needs no name server, which a machine without a network waits for.
-    chosen = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    chosen |= {name: str(value) for name, value in environment.items()}
+    chosen = {"OMP_NUM_THREADS": "1"} | ADDRESS | {name: str(value) for name, value in environment.items()}
     return subprocess.run(
         command,
         env=os.environ | chosen,
@@ -45,6 +50,16 @@ def run(out: Path, *options: str, **environment: object) -> subprocess.Completed
         timeout=300,
         start_new_session=True,  # a process group that the tests are not in
     )
+
+
+@pytest.fixture
+def run(forks):
+    """As `run_anew`, without the imports."""
+
+    def run(out: Path, *options: str, **environment: object) -> subprocess.CompletedProcess[str]:
+        return forks.start("train", "--out", str(out), *options, **ADDRESS, **environment).communicate(timeout=300)
+
+    return run
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -60,7 +75,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def two(tmp_path_factory) -> Path:
     """A folder with a run of two processes in ``run``, and what each of them records."""
     folder = tmp_path_factory.mktemp("two")
-    done = run(folder / "run", *TWO, RECORD=folder)
+    done = run_anew(folder / "run", *TWO, RECORD=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2/2") == done.stdout.count("see ") == 1
     return folder
@@ -95,7 +110,7 @@ def test_finished_processes_leave_their_group_while_the_interpreter_lives(two):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on_from_there(two, tmp_path):
+def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on_from_there(two, run, tmp_path):
     out = tmp_path / "run"
     killed = run(out, *TWO, FAIL="SIGKILL,1,6")  # in the second epoch, of four steps
     assert killed.returncode in (cli.FAILED, -signal.SIGKILL)
@@ -112,7 +127,7 @@ def test_a_killed_process_ends_the_run_in_one_line_and_the_run_goes_on_from_ther
 
 
 @pytest.mark.slow
-def test_an_error_in_one_process_ends_all_and_unused_parameters_keep_nobody_waiting(tmp_path):
+def test_an_error_in_one_process_ends_all_and_unused_parameters_keep_nobody_waiting(run, tmp_path):
     """Seven steps with a parameter that one process uses at a time, then an error in the second process."""
     out = tmp_path / "run"
     done = run(out, *TWO, BRANCH=1, FAIL="raise,1,7")
@@ -126,7 +141,7 @@ def test_an_error_in_one_process_ends_all_and_unused_parameters_keep_nobody_wait
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM,0,6", "SIGTERM-all,0,6", "SIGINT-all,1,6"])
 def test_processes_that_are_asked_to_end_do_so_in_one_line_and_leave_what_a_killed_one_leaves(
-    two, tmp_path, how, monkeypatch
+    two, run, tmp_path, how, monkeypatch
 ):
     """The first epoch, bit by bit, and a run that can be continued after it; that one is, is shown above."""
     out = tmp_path / "run"
@@ -148,28 +163,18 @@ def test_processes_that_are_asked_to_end_do_so_in_one_line_and_leave_what_a_kill
 
 
 @pytest.mark.slow
-def test_two_machines_train_one_model(tmp_path):
+def test_two_machines_train_one_model(forks, tmp_path):
     """Each runs the command; here both are this one. With BatchNorm, whose statistics are process 0's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "neuralode_coupled.cli", "train", "--variant", "baseline", *OPTIONS]
-    command += ["--epochs", "1", "--nodes", "2", "--batch-size", "8", "--strategy", "ddp"]
-    command += ["--out", str(tmp_path / "run")]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    both = [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"NODE_RANK": str(node)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for node in (0, 1)
-    ]
-    (said, errors), (other, more_errors) = (process.communicate(timeout=300) for process in both)
-    assert [process.returncode for process in both] == [0, 0], errors + more_errors
+    command = ["train", "--variant", "baseline", *OPTIONS, "--epochs", "1", "--nodes", "2", "--batch-size", "8"]
+    command += ["--strategy", "ddp", "--out", str(tmp_path / "run")]
+    common = ADDRESS | {"PLAIN": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [forks.start(*command, **common, NODE_RANK=node) for node in (0, 1)]
+    first, second = (process.communicate(timeout=300) for process in both)
+    assert [first.returncode, second.returncode] == [0, 0], first.stderr + second.stderr
+    said, other = first.stdout, second.stdout
     assert said.count("epoch 1/1") == 1
     assert other == ""
     # 64 images, 2 machines, 8 a batch: 4 steps an epoch.

@@ -6,8 +6,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -135,45 +133,17 @@ def test_a_finished_run_is_not_repeated(small, tmp_path):
     assert folder.last.stat().st_mtime_ns == saved
 
 
-KILLED = """
-import os, signal, sys
-import pytorch_lightning as pl
-from neuralode_coupled import cli
-from neuralode_coupled.train import trainer as made
-
-class Kill(pl.Callback):
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-class Late(made.EpochLog):
-    # After the row is written, before the checkpoint is.
-    def on_train_epoch_end(self, trainer, module):
-        super().on_train_epoch_end(trainer, module)
-        if trainer.current_epoch + 1 == {epoch}:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-made.EpochLog = Late
-trainer = pl.Trainer
-pl.Trainer = lambda callbacks, **options: trainer(callbacks=[Kill(), *callbacks], **options)
-cli.main()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("step", "epoch", "done"), [(15, 0, 2), (0, 2, 1)], ids=["in the third epoch", "between row and checkpoint"]
+    ("killing", "done"),
+    [({"FAIL": "SIGKILL,0,15"}, 2), ({"LATE": 2}, 1)],
+    ids=["in the third epoch", "between row and checkpoint"],
 )
-def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, finished, tmp_path, step, epoch, done):
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_ends(small, finished, forks, tmp_path, killing, done):
     unbroken, killed = finished[0], RunFolder(tmp_path / "killed")
     options = ["train", "--variant", small.variant, "--data", "folder", "--data-root", small.data_root, "--epochs", "4"]
     options += ["--batch-size", "8", "--accelerator", "cpu", "--threads", "1", "--out", str(killed.path)]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED.format(step=step, epoch=epoch), *options],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    process = forks.start(*options, PLAIN=1, **killing).communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert killed.result() is None
     assert finished_epochs(killed) == done

@@ -106,15 +106,6 @@ def test_a_process_is_stopped_when_its_time_is_up():
     assert campaign.Processes().launch(["--help"], 0.01) is None
 
 
-def test_what_runs_side_by_side_say_has_their_names(tmp_path, capfd):
-    folder = tmp_path / "a-run"
-    arguments = ["train", "--data", "digits", "--limit", "20", "--batch-size", "10", "--epochs", "1", "--no-progress"]
-    assert campaign.Processes(named=True).launch([*arguments, "--out", str(folder)], None) == 0
-    lines = capfd.readouterr().out.splitlines()
-    assert any(line.startswith("a-run: epoch 1/1: train loss") for line in lines)
-    assert all(line.startswith("a-run: ") for line in lines)
-
-
 def variant_of(arguments: list[str]) -> str:
     return arguments[arguments.index("--variant") + 1]
 
@@ -209,7 +200,8 @@ def test_fewer_runs_at_once_than_one_are_refused(capsys, count):
     assert f"at least 1, got '{count}'" in capsys.readouterr().err
 
 
-def test_a_small_run_from_the_command_line(images, tmp_path):
+def test_a_small_run_from_the_command_line(images, tmp_path, capfd):
+    """Two runs side by side, what they say with their names before it."""
     arguments = [
         "--data",
         "folder",
@@ -233,6 +225,12 @@ def test_a_small_run_from_the_command_line(images, tmp_path):
     assert len(content["epochs"]) == 1
     assert {"train/loss", "test/accuracy", "seconds", "memory"} <= content["epochs"][0].keys()
     assert str(tmp_path) not in path.read_text()
+    lines = capfd.readouterr().out.splitlines()
+    lines = [line for line in lines if not re.match(r"\[[12]/2\] ", line)]  # of the campaign itself
+    names = ["resnet4-baseline-seed3: ", "resnet4-baseline-seed4: "]
+    for name in names:
+        assert any(line.startswith(f"{name}epoch 1/1: train loss") for line in lines)
+    assert all(line.startswith(tuple(names)) for line in lines)
 
 
 @pytest.mark.parametrize(
