@@ -23,7 +23,7 @@ from torch._C._autograd import (
     _get_sequence_nr,  # the number that this thread's next node of a graph gets
     _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
 )
-from torch.autograd import forward_ad
+from torch.autograd import Variable, forward_ad
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
@@ -41,6 +41,7 @@ __all__ = [
     "keeps_graph",
     "made_since",
     "recomputed_later",
+    "run_backward",
     "saved_by",
     "saved_tensors_are_hooked",
     "tracing",
@@ -110,6 +111,11 @@ def has_hooks(tensor: Tensor) -> bool:
 def keeps_graph() -> bool:
     """Whether the backward pass that is under way may be followed by another one (``retain_graph=True``)."""
     return _get_current_graph_task_keep_graph()
+
+
+def run_backward(ends: tuple[Any, ...], grads: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """`torch.autograd.grad` with ``allow_unused``, inside of a backward pass, without checks of what autograd gave."""
+    return Variable._execution_engine.run_backward(ends, grads, False, False, leaves, True, accumulate_grad=False)
 
 
 def graph_clock() -> int:

@@ -29,7 +29,13 @@ class Generator:
     same: Callable[[Any, Any], bool]
 
 
-_TORCH = Generator(torch.get_rng_state, torch.set_rng_state, torch.equal)
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two states of a torch generator, which are bytes on the host, are one; several times faster than
+    `torch.equal`."""
+    return ctypes.string_at(a.data_ptr(), len(a)) == ctypes.string_at(b.data_ptr(), len(b))
+
+
+_TORCH = Generator(torch.get_rng_state, torch.set_rng_state, _same)
 
 
 def _python() -> Generator:
@@ -59,7 +65,7 @@ def _of_device(device: torch.device) -> Generator:
     def write(state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
 
-    return Generator(lambda: torch.cuda.get_rng_state(device), write, torch.equal)
+    return Generator(lambda: torch.cuda.get_rng_state(device), write, _same)
 
 
 def of_torch(device: torch.device) -> list[Generator]:

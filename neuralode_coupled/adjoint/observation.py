@@ -144,6 +144,8 @@ def foreign(
             if following not in seen and not (stops and edge in stops):
                 seen.add(following)
                 queue.append(following)
+    if not leaves:
+        return leaves
     ids = set(map(id, known))
     return [leaf for leaf in leaves if id(leaf) not in ids]
 

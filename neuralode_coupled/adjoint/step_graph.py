@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from neuralode_coupled._torch import add_many, add_many_, versions
+from neuralode_coupled._torch import add_many, add_many_, run_backward, versions
 from neuralode_coupled._types import State
 
 Gradients = list[Tensor | None]
@@ -87,6 +87,8 @@ def vjp(
     if not pairs or not leaves:
         return [None] * len(leaves)
     heads, weights = zip(*pairs, strict=True)
+    if not create_graph:
+        return list(run_backward(heads, weights, tuple(leaves)))
     return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
 
 

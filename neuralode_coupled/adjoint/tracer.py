@@ -45,6 +45,7 @@ class Tracer:
         if need_replacing(captured):
             self._replaced, captured = captured, tuple(_leaves(captured, self.needed.captured))
         self.captured, self.stops = captured, places_in_graph(captured)
+        self.shared = tuple(_leaves(operands.shared, self.needed.shared))
 
     @property
     def replaces(self) -> bool:
@@ -108,7 +109,7 @@ class Span:
         self.tracer, self.first, self.end = tracer, first, first
         self._wanted: tuple[list[bool], list[bool], list[bool]] = (wanted_y, [], list(tracer.needed.shared))
         self._start = self._y = tuple(_leaves(y, wanted_y))
-        self._shared = tuple(_leaves(tracer.operands.shared, tracer.needed.shared))
+        self._shared = tracer.shared
         self._inputs: list[Tensor] = []
         self._emitted: list[Tensor] = []
         self._seen: set[Any] = set()
