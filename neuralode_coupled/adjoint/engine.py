@@ -24,7 +24,7 @@ from neuralode_coupled.adjoint.keeper import Keeper
 from neuralode_coupled.adjoint.node import Checkpointed, Solve
 from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
 from neuralode_coupled.adjoint.products import Keep, selective_contexts
-from neuralode_coupled.adjoint.recording import Recording, without_graph
+from neuralode_coupled.adjoint.recording import Recording, uncached_casts, without_graph
 from neuralode_coupled.adjoint.schedules import Schedule, schedule
 from neuralode_coupled.adjoint.stores import Store, store
 
@@ -35,12 +35,13 @@ def unroll(plan: Plan, operands: Operands) -> list[State]:
     step = plan.step if torch.is_grad_enabled() or tracing() == "transform" else plan.forward or plan.step
     emitted: list[State] = []
     y = operands.y0
-    for n in range(plan.count):
-        plan.begin(n, y)
-        y, out = step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        emitted.extend(out)
-        plan.passed(n)
-        tell_on_return(plan, n, y)
+    with uncached_casts(y[0].device):
+        for n in range(plan.count):
+            plan.begin(n, y)
+            y, out = step(n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+            emitted.extend(out)
+            plan.passed(n)
+            tell_on_return(plan, n, y)
     return emitted
 
 

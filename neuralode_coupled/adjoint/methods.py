@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,15 +19,18 @@ from neuralode_coupled.adjoint.stores import Storage
 class Backprop:
     """Autograd through the unrolled solve.
 
-    Cost: one backward pass, and with an adaptive method one more forward pass: the steps are chosen without a graph,
-    and then unrolled. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for solves
-    whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
+    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for
+    solves whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
         """See `GradientMethod`."""
-        plan, operands = problem.discrete()
-        return with_start(problem, operands, unroll(plan, operands)), plan.stats
+        everything = Memory("auto", graphs=sys.maxsize)
+        plan, operands = problem.discrete(everything)
+        # An adaptive method has kept the graph of the steps as it chose them, unless they do what nobody can follow.
+        made = len(plan.kept) > 0 and plan.kept[-1].end == plan.count
+        emitted = checkpointed(plan, operands, everything) if made else unroll(plan, operands)
+        return with_start(problem, operands, emitted), plan.stats
 
 
 @dataclass(frozen=True)

@@ -130,20 +130,18 @@ def foreign(
     stops = places_in_graph(known) if stops is None else stops
     seen = set() if seen is None else seen
     seen.add(None)
-    queue: list[Any] = [end.node for end in ends if end is not None and (end.node, end.output_nr) not in stops]
-    queue = [node for node in queue if node not in seen]
-    seen.update(queue)
+    edges: Iterable[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
+    queue: list[Any] = []
     leaves: list[Tensor] = []
-    while queue:
-        node = queue.pop()
-        if type(node) is _LEAF:
-            leaves.append(node.variable)
-            continue
-        for edge in node.next_functions:
-            following = edge[0]
-            if following not in seen and not (stops and edge in stops):
-                seen.add(following)
-                queue.append(following)
+    while True:  # a walk takes as long as a small operation for each node: as little as can be stands in it
+        for edge in edges:
+            node = edge[0]
+            if node not in seen and not (stops and edge in stops):
+                seen.add(node)
+                leaves.append(node.variable) if type(node) is _LEAF else queue.append(node)
+        if not queue:
+            break
+        edges = queue.pop().next_functions
     if not leaves:
         return leaves
     ids = set(map(id, known))

@@ -127,12 +127,21 @@ def without_graph(device: torch.device) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        stack.enter_context(uncached_casts(device))
         if saved_tensors_are_hooked():
             stack.enter_context(saved_tensors_hooks(_same, _same))
         yield
+
+
+def uncached_casts(device: torch.device) -> AbstractContextManager:
+    """Around steps: autocast casts a weight anew for each evaluation.
+
+    Through its cache all evaluations share one cast, at which autograd sums their gradients in 16 bits: the more steps,
+    the more is lost.
+    """
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
 
 
 def _same(tensor: Tensor) -> Tensor:

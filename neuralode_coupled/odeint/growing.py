@@ -73,8 +73,11 @@ class Growing:
             return
         self.captured = (*self.captured, *found)
         self._stops = places_in_graph(self.captured)
-        size = self._held(slope)
-        self.fits = size is not None and size * self._method.slopes <= self._memory.graphs
+        # The sums of slopes hold nothing: a step's graph is that of its evaluations, each of a state of its own.
+        size = held_bytes(edges(slope), [*slope, *self.shared, *self.captured], self._stops)
+        self._size = (size or 0) * self._method.slopes
+        self._room = 0 if size is None else self._memory.graphs // max(self._size, 1)
+        self.fits = self._room >= 1
         late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))
         self.open = self._keeps and self.fits and not late
 
@@ -85,20 +88,13 @@ class Growing:
         emitted = list(chain.from_iterable(step.outputs))
         end = step.next_y if self._method.reuses else (*step.next_y, *step.last)
         tensors = [*end, *step.last, *emitted]
-        if self.steps == 0:
-            size = self._held(tensors)
-            self._room = 0 if size is None else self._memory.graphs // max(size, 1)
-            self._size = size or 0
         overlooked = self._dynamics.overlooked is not None
-        if self._room < 1 or (overlooked and foreign(edges(tensors), self._known, self._stops, self._seen)):
+        if overlooked and foreign(edges(tensors), self._known, self._stops, self._seen):
             self.open = False  # this step is made, and looked at, in the backward pass
             return
         self._end, self.steps = end, self.steps + 1
         self._emitted += emitted
         self.open = self.steps < self._room
-
-    def _held(self, ends: Any) -> int | None:
-        return held_bytes(edges(ends), [*ends, *self._known], self._stops)
 
     @property
     def _known(self) -> list[Tensor]:

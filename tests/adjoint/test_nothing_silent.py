@@ -154,6 +154,23 @@ def test_rounding_is_no_difference():
 # sums of many steps
 
 
+def test_autocast_does_not_sum_a_weights_gradient_in_16_bits():
+    """Its cache would: all steps then share one cast of a weight, and the error grows with their number."""
+    errors = {}
+    for steps in (4, 160):
+        exact = None
+        for cast, adjoint in [(False, nc.Backprop()), *((True, a) for a in (nc.Backprop(), nc.DiscreteAdjoint()))]:
+            torch.manual_seed(0)
+            dynamics = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 8))
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                end = nc.CoupledODE(dynamics, steps=steps, adjoint=adjoint)(torch.randn(16, 8))
+            end.float().square().mean().backward()
+            found = dynamics[0].weight.grad
+            exact = found if exact is None else exact
+            errors[steps, cast, str(adjoint)] = float((found - exact).norm() / exact.norm())
+    assert 0 < max(errors.values()) < 5e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "adjoint",
