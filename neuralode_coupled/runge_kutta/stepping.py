@@ -62,7 +62,7 @@ def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor]
     terms = [(dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0]
     # Without a graph all but the first addition write into its result: large states then need no new memory for each.
     # A transform may have given y fewer axes than the slopes.
-    in_place = not torch.is_grad_enabled() and not tracing()
+    in_place = len(terms) > 1 and not torch.is_grad_enabled() and not tracing()
     return tuple([_added(part, terms, i, in_place) for i, part in enumerate(y)])
 
 
@@ -77,6 +77,6 @@ def _added(part: Tensor, terms: list[tuple[Any, State]], i: int, in_place: bool)
             part = part + (scale * slope[i]).to(part.dtype)
         else:
             # A scaled addition is one pass over memory and keeps nothing for its backward.
-            part = torch.add(part, slope[i], alpha=scale)
+            part = part.add(slope[i], alpha=scale)
             own = in_place
     return part
