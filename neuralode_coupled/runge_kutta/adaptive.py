@@ -80,7 +80,7 @@ class AdaptiveOptions:
     norm: Norm = mixed_norm
 
     def __post_init__(self) -> None:
-        if isinstance(self.controller, type) or not hasattr(self.controller, "begin"):
+        if isinstance(self.controller, type) or not callable(getattr(self.controller, "begin", None)):
             raise ValueError(f"controller must be one such as nc.PIController(), an instance, got {self.controller!r}")
         if self.first_step is not None and not 0.0 < self.first_step < math.inf:
             raise ValueError(f"first_step must be positive, in either direction of time, got {self.first_step!r}")

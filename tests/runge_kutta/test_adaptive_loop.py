@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -720,6 +721,16 @@ UP, ONE = torch.linspace(0.0, 1.0, 3), torch.ones(2)
         ({"options": {"controller": nc.PIController}}, ValueError, r"controller .*an instance, got <class"),
         ({"options": {"controller": "PI"}}, ValueError, r"controller must be one such as .* got 'PI'"),
         (
+            {"options": {"controller": 0.9}},
+            ValueError,
+            r"controller must be one such as nc\.PIController\(\), .* got 0\.9",
+        ),
+        (
+            {"options": {"controller": SimpleNamespace(begin=5)}},
+            ValueError,
+            r"controller must be one such as .*begin=5",
+        ),
+        (
             {"options": {"controller": nc.PIController(), "safety": 0.8}},
             ValueError,
             r"'safety' is the default controller's: set it in 'controller'",
@@ -769,6 +780,56 @@ def test_solves_that_cannot_go_on(slope, options, message, sign, gradients):
     with pytest.raises(ValueError, match=message) as caught:
         odeint_dto(lambda t, y: sign * slope(t, y), y0, 2.5 * sign * UP, options=options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("first_step", [None, 0.1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("norm", [mixed_norm, lambda y: y[:1].abs().max()])
+def test_a_first_slope_that_is_not_finite_is_told_with_its_time(backwards, first_step, bad, norm):
+    """Also where the norm does not look at it, and without evaluations that would tell nothing more."""
+    func = Heard(lambda t, y: torch.stack([-y[0], bad * y[1]]))
+    t, options = torch.tensor([1.5, 2.5]), {"first_step": first_step, "norm": norm}
+    start = 2.5 if backwards else 1.5
+    with pytest.raises(ValueError, match=rf"^func returned a derivative that is not finite near t = {start}$"):
+        odeint_dto(func, ONE, t.flip(0) if backwards else t, options=options)
+    assert func.times[0] == start
+    assert len(func.times) <= 9
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_step_that_underflows_tells_after_how_many_rejections_and_what_to_try(method, backwards):
+    """Behind a pole at t = 1."""
+    sign = -1.0 if backwards else 1.0
+    func = Heard(lambda t, y: sign * y**2)
+    with pytest.raises(ValueError, match="the step size underflows at t = ") as caught:
+        odeint_dto(func, ONE.double(), sign * torch.tensor([0.0, 2.0]), method=method, rtol=1e-6, atol=1e-6)
+    row = list(itertools.takewhile(lambda name: name != "accept", (told[0] for told in reversed(func.told))))
+    assert f"t = {sign:g}: {row.count('reject')} steps in a row were rejected" in str(caught.value)
+    assert row.count("reject") >= 1
+    for advice in ("stiff", "loosen rtol and atol", "float64", "'jump_t'", "'min_step'"):
+        assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+def test_a_stiff_problem_says_where_it_ran_out_of_steps(method):
+    """Stability holds the steps below some 3e-4, whatever the tolerances."""
+    options = {"max_num_steps": 50}
+    func = Heard(lambda t, y: -1e4 * (y - torch.cos(t)))
+    with pytest.raises(ValueError, match=r"max_num_steps exceeded at t = 0\.0\d+: .* loosen rtol and atol$"):
+        odeint_dto(func, ONE, UP, method=method, rtol=1e-3, atol=1e-3, options=options)
+    assert func.count("step") == 50
+
+
+@pytest.mark.parametrize("first", [1e30, 1e-30])
+def test_slopes_beside_which_norms_overflow_have_a_first_step(first):
+    """Their quotients are infinite, 0 or none: the solve neither divides by 0 nor takes a length that is no number."""
+    y0, t = torch.tensor([first, 1.0]), torch.tensor([0.0, 1e-3])
+    found = odeint_dto(lambda t, y: -y, y0, t, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1], y0 * math.exp(-1e-3))
+    with pytest.raises(ValueError, match=r"step size underflows at t = 0: 0 steps in a row"):
+        odeint_dto(lambda t, y: 1e35 + 0 * y, torch.ones(2), t, rtol=0.0, atol=1e-30)
 
 
 def test_steps_are_counted_between_outputs():
