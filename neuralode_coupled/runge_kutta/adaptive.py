@@ -1,7 +1,7 @@
 """An ODE solved to tolerances: the steps that an adaptive method accepts, by torchdiffeq's rules (0.2.5).
 
-The numbers that decide are Python's. One of them is read from the device for each step that is tried, its error ratio,
-which also tells whether the step overflowed.
+The numbers that decide are Python's. They are read from the device once for each step that is tried, as its error
+ratio, which also tells whether the step overflowed, and twice for the length of the first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ Callback = Callable[[Tensor, State, Tensor], object]
 
 Tolerances = tuple[float | Tensor, ...]
 """One tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
-
 
 HOST = ("cpu",)
 """The devices that numbers are copied to without anybody waiting."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import weakref
@@ -397,6 +398,21 @@ def test_norms_of_tuples():
     y0, t = (torch.ones(2, 2, **FLOAT64), torch.zeros(2, 2, **FLOAT64)), torch.linspace(0.0, 2.0, 4, **FLOAT64)
     for options in ({}, {"norm": lambda y: y[0].abs().max() + y[1].abs().mean()}):
         assert_alike(slope, y0, t, method="bosh3", rtol=1e-3, atol=1e-4, options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_the_default_norm_is_the_one_that_is_exported(dtype):
+    """Though its roots are taken of numbers: handed in as somebody's own it makes the same steps."""
+    y0 = (torch.ones(2, 3, dtype=dtype), torch.zeros(0, dtype=dtype), 1e-3 * torch.ones((), dtype=dtype))
+    t, told = torch.tensor([0.0, 1.0], **FLOAT64), []
+    for options in ({}, {"norm": functools.partial(mixed_norm)}):
+        func = Heard(lambda t, y: (torch.sin(4 * y[0]), y[1], -100 * y[2]), is_tuple=True)
+        odeint_dto(func, y0, t, rtol=1e-4, atol=1e-6, options=options)
+        told.append([heard[:3] for heard in func.told])
+    assert len(told[0]) > 10
+    assert [name for name, *_ in told[0]] == [name for name, *_ in told[1]]
+    for one, two in zip(*told, strict=True):
+        assert one[1:] == pytest.approx(two[1:], rel=1e-9)
 
 
 # Where it does better
