@@ -119,21 +119,24 @@ def check_surroundings(module: nn.Module) -> None:
                     )
 
 
-def untouched(module: Callable[..., Result], state: Sequence[Tensor], run: Callable[[], Result]) -> Result:
-    """``run()``, or the `DynamicsError` that a user should see if it overwrites the state, which the solve needs again.
+def untouched(
+    module: Callable[..., Any], state: Sequence[Tensor], run: Callable[..., Result], *arguments: Any
+) -> Result:
+    """``run(*arguments)``, or the `DynamicsError` that a user should see if it overwrites the
+    state, which the solve needs again.
 
     With inference tensors nothing is noticed: they do not count their changes.
     """
     if tracing():
-        return run()
+        return run(*arguments)
     before = versions(state)
     observer = _THREAD.observer
     if observer is None:
-        result = run()
+        result = run(*arguments)
     else:
         _THREAD.observer = None
         with observer:
-            result = run()
+            result = run(*arguments)
     if versions(state) != before:
         raise DynamicsError(
             f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
@@ -167,21 +170,37 @@ class Held(nn.Module):
         return run()
 
 
-def places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every place where the module holds a parameter or buffer, by a name: tied tensors have several places.
+def holdings(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
+    """Every place where the module holds a parameter or buffer, by a name, and whether it is one for parameters: tied
+    tensors have several places.
 
     A module that is there twice has its places once. Replaced twice, they would in the end be given back what they were
     replaced by, for good (``functional_call`` with the names of ``named_parameters(remove_duplicate=False)`` does so).
     """
-    for prefix, part in module.named_modules():
-        yield from part.named_parameters(prefix, recurse=False, remove_duplicate=False)
-        yield from part.named_buffers(prefix, recurse=False, remove_duplicate=False)
+    found = []
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    found.append((prefix + name, tensor, held is part._parameters))
+    return found
+
+
+def places(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Those, whatever they are for."""
+    return [(name, tensor) for name, tensor, _ in holdings(module)]
 
 
 def places_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
     """Every place of one of the tensors, with the tensor's index."""
+    return indexed(places(module), tensors)
+
+
+def indexed(found: Iterable[tuple[str, Tensor]], tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
+    """`places_of` among places that are known."""
     index = {id(tensor): i for i, tensor in enumerate(tensors)}
-    return [(name, index[id(tensor)]) for name, tensor in places(module) if id(tensor) in index]
+    return [(name, index[id(tensor)]) for name, tensor in found if id(tensor) in index]
 
 
 class _Thread(local):

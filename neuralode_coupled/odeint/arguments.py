@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -252,7 +253,8 @@ def check_grid(points: Any, times: list[float]) -> Tensor:
 def check_finite(outputs: State, times: list[float]) -> None:
     """Raise the ValueError for a state that is not finite; on the CPU, where looking does not make anybody wait."""
     for part in (output.detach() for output in outputs):
-        if part.device.type != "cpu" or torch.isfinite(part).all():
+        # What is not finite survives in the sum, which takes a tenth of the time; so does a sum that overflows.
+        if part.device.type != "cpu" or cmath.isfinite(part.sum().item()) or torch.isfinite(part).all():
             continue
         bad = [j for j, row in enumerate(part) if not torch.isfinite(row).all()]
         raise ValueError(

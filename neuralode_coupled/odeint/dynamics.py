@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._substitution import Held, alone, call, check_surroundings, places_of, uncached, untouched
+from neuralode_coupled._substitution import (
+    Held,
+    alone,
+    call,
+    check_surroundings,
+    holdings,
+    indexed,
+    uncached,
+    untouched,
+)
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Overlooked
 from neuralode_coupled.adjoint.reachable import captured
@@ -60,17 +69,20 @@ class Dynamics:
 
     def _sort(self, tensors: list[Tensor], params: Iterable[Tensor] | None) -> None:
         """Find the tensors, and their places in the modules: once, not at every evaluation."""
-        members = [*self.module.parameters(), *(b for b in self.module.buffers() if b.requires_grad)]
-        own = set(map(id, members))
+        found = holdings(self.module)
+        parameters = [tensor for _, tensor, is_parameter in found if is_parameter]
+        buffers = [tensor for _, tensor, is_parameter in found if not is_parameter]
+        own = {id(tensor): tensor for tensor in (*parameters, *(b for b in buffers if b.requires_grad))}
+        members = list(own.values())
         asked = [*members, *tensors] if params is None else _checked_params(params)
         # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
         frozen = [] if params is not None else [p for p in members if not p.requires_grad]
         wanted = list({id(p): p for p in asked if p.requires_grad}.values())
         self.shared: State = (*(p for p in wanted if id(p) in own), *frozen)
         self.captured: State = tuple(p for p in wanted if id(p) not in own)
-        self.buffers: State = tuple(b for b in self.module.buffers() if id(b) not in own)
-        self._parameters = places_of(self.module, self.shared) if self.shared else []
-        self._buffer_names = places_of(self.module, self.buffers) if self.buffers else []
+        self.buffers: State = tuple({id(b): b for b in buffers if id(b) not in own}.values())
+        every = [(name, tensor) for name, tensor, _ in found]
+        self._parameters, self._buffer_names = indexed(every, self.shared), indexed(every, self.buffers)
 
     def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
         """``run()`` with the given tensors in place of the modules' own."""
@@ -91,7 +103,7 @@ class Dynamics:
         if y[0].requires_grad and not torch.is_grad_enabled():
             # func may ask whether there is a graph, and have marked the state so itself, at an earlier evaluation.
             y = tuple([part.detach() for part in y])
-        slope = untouched(self._func, y, lambda: self._func(t, y if self._is_tuple else y[0]))
+        slope = untouched(self._func, y, self._func, t, y if self._is_tuple else y[0])
         return self._checked(slope, y)
 
     def _checked(self, slope: Any, y: State) -> State:

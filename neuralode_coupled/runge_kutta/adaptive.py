@@ -1,7 +1,7 @@
 """An ODE solved to tolerances: the steps that an adaptive method accepts, by torchdiffeq's rules (0.2.5).
 
-The numbers that decide are Python's. One of them is read from the device for each step that is tried, its error ratio,
-which also tells whether the step overflowed.
+The numbers that decide are Python's. They are read from the device once for each step that is tried, as its error
+ratio, which also tells whether the step overflowed, and twice for the length of the first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +22,7 @@ from torch import Tensor
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
 from neuralode_coupled.runge_kutta.embedded_pairs import Embedded
+from neuralode_coupled.runge_kutta.rounding import beside, rounding
 from neuralode_coupled.runge_kutta.stepping import combine, lasting
 
 Slope = Callable[[Tensor, State], State]
@@ -34,6 +36,9 @@ Callback = Callable[[Tensor, State, Tensor], object]
 
 Tolerances = tuple[float | Tensor, ...]
 """One tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
+
+HOST = ("cpu",)
+"""The devices that numbers are copied to without anybody waiting."""
 
 
 def mixed_norm(state: State) -> Tensor:
@@ -74,7 +79,7 @@ class AdaptiveOptions:
     norm: Norm = mixed_norm
 
     def __post_init__(self) -> None:
-        if isinstance(self.controller, type) or not hasattr(self.controller, "begin"):
+        if isinstance(self.controller, type) or not callable(getattr(self.controller, "begin", None)):
             raise ValueError(f"controller must be one such as nc.PIController(), an instance, got {self.controller!r}")
         if self.first_step is not None and not 0.0 < self.first_step < math.inf:
             raise ValueError(f"first_step must be positive, in either direction of time, got {self.first_step!r}")
@@ -249,6 +254,7 @@ class _Ode:
 
     def __init__(self, problem: Problem, counts: Counts) -> None:
         self._problem, self._method, self._counts = problem, problem.method, counts
+        self._norm = problem.options.norm
         like = problem.y0[0]
         self._real, self._device = like.dtype.to_real(), like.device
         self._dtype = problem.dtype
@@ -256,15 +262,18 @@ class _Ode:
         times = self._t.tolist()
         self.sign = -1 if times[-1] < times[0] else 1
         self.times = [self.sign * t for t in times]
-        # Operations round numbers to a state's dtype by themselves, but to those of 16 bits only in the end.
-        wide = self._real.itemsize >= 4
-        self.round, self._round_to_state = _rounding(self._dtype), _rounding(torch.float64 if wide else self._real)
+        self.round = rounding(self._dtype)
         self.min_step, self.max_step = self.round(problem.options.min_step), self.round(problem.options.max_step)
         # The times of a step's evaluations behind the first: inner ones, and those at its end.
+        self._rounded = rounding(self._real)
         fractions = [*problem.method.method.c[1:], *[1.0] * problem.method.reuses]
-        self._at_end = [c == 1.0 for c in fractions]
-        self._inner = torch.tensor([c for c in fractions if c != 1.0], dtype=self._real, device=self._device)
-        self._before = torch.full((), -self.sign * math.inf, dtype=self._real, device=self._device)
+        self._fractions = [(self._rounded(c), c == 1.0) for c in fractions]
+        self._roots = [math.sqrt(max(part.numel(), 1)) for part in problem.y0]
+        # As tensors, a number is added to the relative tolerance's share by the operation that makes that.
+        self._atol = [
+            atol if isinstance(atol, Tensor) else torch.full((), atol, dtype=self._real, device=self._device)
+            for atol in problem.atol
+        ]
 
     def signed(self, at: float, length: float, end: float) -> tuple[float, float, float]:
         """The times of a step as the user has them."""
@@ -292,60 +301,73 @@ class _Ode:
 
     def slope(self, at: float, y: State, side: int = 0) -> State:
         """f, or with ``side`` 1 at the next time."""
-        t = torch.full((), self.sign * at, dtype=self._real, device=self._device)
-        return self._f(t if side == 0 else torch.nextafter(t, -self._before), y)
+        t = self._rounded(self.sign * at)
+        return self._f(t if side == 0 else beside(t, self.sign * math.inf, self._real), y)
 
     def attempt(self, y: State, first: State, at: float, length: float, end: float) -> tuple[State, list[State], float]:
         """One step: the state at its end, its slopes, and its error in units of the tolerances."""
         method, slopes, dt = self._method.method, [first], self.sign * length
         times = self._stage_times(*self.signed(at, length, end))
-        for row in method.a[1:]:
-            slopes.append(self._f(next(times), combine(y, slopes, row, dt)))
+        for row, t in zip(method.a[1:], times, strict=False):
+            slopes.append(self._f(t, combine(y, slopes, row, dt)))
         y_next = combine(y, slopes, method.b, dt)
         if self._method.reuses:
-            slopes.append(self._f(next(times), y_next))
-        return y_next, slopes, self._ratio(y, y_next, slopes, dt)
+            slopes.append(self._f(times[-1], y_next))
+        with _no_graph():
+            return y_next, slopes, self._ratio(y, y_next, slopes, dt)
 
-    def _f(self, t: Tensor, y: State) -> State:
+    def _f(self, t: float, y: State) -> State:
         self._counts.evaluations += 1
-        return lasting(self._problem.f(t, y))
+        # Filled on the device, as copying a number there would make the host wait; on the CPU this takes less time too.
+        time = torch.full((), t, dtype=self._real, device=self._device)
+        return lasting(self._problem.f(time, y))
 
-    def _stage_times(self, start: float, length: float, end: float) -> Iterator[Tensor]:
-        """The times of the evaluations behind the first, filled on the device; those at the end are just before it, in
-        case that f jumps there."""
-        start, length = self._round_to_state(start), self._round_to_state(length)
-        inner = iter(self._inner.mul(length).add_(start).unbind())
-        ends = torch.full((sum(self._at_end),), end, dtype=self._real, device=self._device)
-        before = iter(torch.nextafter(ends, self._before).unbind())
-        return (next(before) if at_end else next(inner) for at_end in self._at_end)
+    def _stage_times(self, start: float, length: float, end: float) -> list[float]:
+        """The times of the evaluations behind the first, rounded as operations of the state's dtype would do it; those
+        at the end are just before it, in case that f jumps there."""
+        rounded = self._rounded
+        start, length = rounded(start), rounded(length)
+        before = beside(rounded(end), -self.sign * math.inf, self._real)
+        return [before if at_end else rounded(start + rounded(c * length)) for c, at_end in self._fractions]
 
-    @torch.no_grad()
     def _ratio(self, y: State, y_next: State, slopes: list[State], dt: float) -> float:
         """The norm of the estimated error in units of the tolerances; nan if the state at the end is not finite."""
-        nothing = tuple(0 * part for part in y_next)  # nan where a part is not finite
+        nothing = tuple([part - part for part in y_next])  # nan where a part is not finite
         error = combine(nothing, slopes, self._method.error, dt)
         sizes = [torch.maximum(a.abs(), b.abs()) for a, b in zip(y, y_next, strict=True)]
-        ratio = self._norm(error, self._scales(sizes))
-        if self._problem.options.norm is not mixed_norm:
-            ratio = sum((torch.linalg.vector_norm(part) for part in nothing), ratio)  # norms may leave parts out
-        return float(ratio)
+        measures = self._measures(error, self._scales(sizes))
+        if self._norm is mixed_norm:
+            return self._size(_read(measures))
+        return sum(_read([*measures, *map(torch.linalg.vector_norm, nothing)]))  # norms may leave parts out
 
     def _scales(self, sizes: Sequence[Tensor]) -> State:
         """What errors are measured by, for parts of these absolute values."""
-        rows = zip(sizes, self._problem.rtol, self._problem.atol, strict=True)
-        return tuple(size * rtol + atol for size, rtol, atol in rows)
+        rows = zip(sizes, self._problem.rtol, self._atol, strict=True)
+        return tuple(
+            [
+                size * rtol + atol if isinstance(rtol, Tensor) else torch.add(atol, size, alpha=rtol)
+                for size, rtol, atol in rows
+            ]
+        )
 
-    def _norm(self, state: State, scales: State) -> Tensor:
-        norm = self._problem.options.norm
-        size = norm(tuple(a / b for a, b in zip(state, scales, strict=True)))
-        if norm is mixed_norm:
-            return size
+    def _measures(self, state: State, scales: State) -> list[Tensor]:
+        """What tells the norm of a state in units of the scales, once it is read from the device: see `_size`."""
+        scaled = tuple([a / b for a, b in zip(state, scales, strict=True)])
+        if self._norm is mixed_norm:
+            return [torch.linalg.vector_norm(part) for part in scaled]
+        size = self._norm(scaled)
         if not isinstance(size, Tensor) or size.numel() != 1:
             got = f"the shape {tuple(size.shape)}" if isinstance(size, Tensor) else type(size).__name__
             raise ValueError(f"norm must return a tensor of one number, got {got}")
-        return size.abs()
+        return [size.abs().reshape(())]
 
-    @torch.no_grad()
+    def _size(self, measures: Sequence[float]) -> float:
+        """The norm by what `_measures` measured: the largest root mean square, nan if one is, or what the user's is."""
+        if self._norm is not mixed_norm:
+            return measures[0]
+        means = [measure / root for measure, root in zip(measures, self._roots, strict=True)]
+        return math.nan if any(map(math.isnan, means)) else max(means)
+
     def first_length(self, y: State, slope: State) -> float:
         """A length for the first step, by the slopes at its start and a little further on.
 
@@ -354,19 +376,24 @@ class _Ode:
         Raises:
             ValueError: if the state or its slope is not finite.
         """
-        scales = self._scales([part.abs() for part in y])
-        size, steepness = self._norm(y, scales), self._norm(slope, scales)
-        h = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness)
-        moved = tuple(a + self.sign * h * k for a, k in zip(y, slope, strict=True))
-        time = torch.full((), self.sign * self.times[0], dtype=self._dtype, device=self._device) + self.sign * h
-        bent = tuple(b - a for a, b in zip(slope, self._f(time.to(self._real), moved), strict=True))
-        bend = self._norm(bent, scales) / h
-        most = torch.where(bend > steepness, bend, steepness)
-        straight = (steepness <= 1e-15) & (bend <= 1e-15)
-        further = torch.where(straight, (1e-3 * h).clamp(min=1e-6), (0.01 / most) ** (1 / self._method.method.order))
-        length = float(torch.minimum(100 * h, further))
+        at, order = self.times[0], self._method.method.order
+        with _no_graph():
+            scales = self._scales([part.abs() for part in y])
+            measures = _read([*self._measures(y, scales), *self._measures(slope, scales)])
+            half = len(measures) // 2
+            size, steepness = self._size(measures[:half]), self._size(measures[half:])
+            h = 1e-6 if size < 1e-5 or steepness < 1e-5 else 0.01 * size / steepness
+            if not 0.0 < h < math.inf:
+                self.check(y, slope, at)
+                return self.round(h)
+            further = self.slope(self.round(at + h), combine(y, [slope], (1.0,), self.sign * h))
+            bent = tuple([b - a for a, b in zip(slope, further, strict=True)])
+            bend = self._size(_read(self._measures(bent, scales))) / h
+        most = bend if bend > steepness else steepness
+        straight = steepness <= 1e-15 and bend <= 1e-15
+        length = min(max(1e-3 * h, 1e-6) if straight else (0.01 / most) ** (1 / order), 100 * h)
         if not math.isfinite(length):
-            self.check(y, slope, self.times[0])
+            self.check(y, slope, at)
         return self.round(length)
 
     def within(
@@ -374,15 +401,24 @@ class _Ode:
     ) -> list[State]:
         """The states at the wanted ones of all times, which lie in a step of that start, length and end."""
         at, length, end = times
-        if len(wanted) > 1:
-            start, _, stop = self.signed(at, length, end)
-            x = (self._t[wanted[0] : wanted[-1] + 1] - start) / self.round(stop - start)
-            return self._method.among(y, slopes, self.sign * length, x, self._powers)
         fractions = [self.round(self.round(self.times[j] - at) / self.round(end - at)) for j in wanted]
+        if len(wanted) > 1:
+            return self._method.among(y, slopes, self._weights(fractions, self.sign * length, wanted, times))
         return [y_next if x == 1.0 else self._method.within(y, slopes, self.sign * length, x) for x in fractions]
 
+    def _weights(
+        self, fractions: list[float], dt: float, wanted: Sequence[int], times: tuple[float, float, float]
+    ) -> Tensor:
+        """What `Embedded.among` takes, for the wanted times, which are at these fractions of the step."""
+        if self._device.type in HOST:
+            weights = self._method.many_weights(fractions, dt)
+            return torch.tensor(weights, dtype=self._real, device=self._device)
+        start, _, end = self.signed(*times)
+        x = (self._t[wanted[0] : wanted[-1] + 1] - start) / self.round(end - start)
+        return self._method.weights_on_device(x, dt, self._powers)
+
     @cached_property
-    def _powers(self) -> Tensor:
+    def _powers(self) -> State:
         return self._method.powers(self._t)
 
     def check(self, y: State, slope: State, at: float) -> None:
@@ -408,11 +444,13 @@ def _finite(state: State) -> bool:
     return all(bool(part.isfinite().all()) for part in state)
 
 
-def _rounding(dtype: torch.dtype) -> Callable[[float], float]:
-    """How a number is rounded to a dtype."""
-    if dtype == torch.float64:
-        return lambda x: x
-    return lambda x: torch.tensor(x, dtype=dtype, device="cpu").item()
+def _read(numbers: list[Tensor]) -> list[float]:
+    """Scalars, read from the device at once."""
+    return [numbers[0].item()] if len(numbers) == 1 else torch.stack(numbers).tolist()
+
+
+def _no_graph() -> AbstractContextManager:
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def _prescribed(options: AdaptiveOptions, ode: _Ode) -> deque[tuple[float, bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -67,6 +68,10 @@ class Embedded:
             dt: the step's length, a number or a scalar tensor, negative where time runs backwards.
             x: the fraction, a number or a scalar tensor.
         """
+        return combine(y, slopes, self.weights(x), dt)
+
+    def weights(self, x: float | Tensor) -> list[float | Tensor]:
+        """Those of all slopes in the state at the fraction x of a step, relative to the step; of some they are 0.0."""
         at_end, at_middle, at_first, at_last = _basis(x)
         weights: list[float | Tensor] = [
             end * at_end + middle * at_middle if end or middle else 0.0
@@ -74,45 +79,67 @@ class Embedded:
         ]
         weights[0] = weights[0] + at_first
         weights[-1] = weights[-1] + at_last
-        return combine(y, slopes, weights, dt)
+        return weights
 
-    def among(self, y: State, slopes: Sequence[State], dt: float, x: Tensor, powers: Tensor) -> list[State]:
+    def among(self, y: State, slopes: Sequence[State], weights: Tensor) -> list[State]:
         """`within` at many fractions at once.
 
         Args:
             y: the state at the step's start, a tuple of tensors.
             slopes: all slopes of the step, states like y.
-            dt: the step's length, negative where time runs backwards.
-            x: (times,), the fractions, real, on the state's device.
-            powers: what `powers` gives, of the dtype and on the device of x.
+            weights: (times, slopes), those of the slopes times the step's length, real, on the state's device.
         """
-        exponents = torch.arange(1, len(powers) + 1, dtype=x.dtype, device=x.device)
-        weights = dt * ((x[:, None] ** exponents)[:, :, None] * powers).sum(1)
         rows: list[tuple[Tensor, ...]] = []
         for i, part in enumerate(y):
-            columns = weights.to(part.dtype).view(len(x), -1, *[1] * part.ndim).unbind(1)
+            columns = weights.to(part.dtype).view(*weights.shape, *[1] * part.ndim).unbind(1)
             # Not a product of matrices: those may be taken in a lower precision than the state's.
             moved = torch.addcmul(part, columns[0], slopes[0][i])
-            for column, slope in zip(columns[1:], slopes[1:], strict=True):
-                moved.addcmul_(column, slope[i])
+            for j in self._inner:
+                moved.addcmul_(columns[j], slopes[j][i])
             rows.append(moved.unbind())
         return list(zip(*rows, strict=True))
 
-    def powers(self, like: Tensor) -> Tensor:
-        """(4, slopes): the weights of the slopes by the powers 1 to 4 of the fraction, of the dtype and device of
+    @cached_property
+    def _inner(self) -> list[int]:
+        """Which slopes behind the first states within a step are made of."""
+        return [j for j, weight in enumerate(self.weights(0.3)) if j > 0 and weight != 0.0]
+
+    def many_weights(self, x: Sequence[float], dt: float) -> list[list[float]]:
+        """`weights` at many fractions, times the step's length."""
+        powers = [(dt * one, dt * two, dt * three, dt * four) for one, two, three, four in self._by_slope]
+        return [[u * (one + u * (two + u * (three + u * four))) for one, two, three, four in powers] for u in x]
+
+    def weights_on_device(self, x: Tensor, dt: float, powers: State) -> Tensor:
+        """(times, slopes): the same for fractions that are a tensor, (times,), by `powers` of its dtype on its device.
+
+        Making such a tensor of numbers would make the host wait.
+        """
+        column, (one, two, three, four) = x[:, None], powers
+        cubic = torch.addcmul(two, column, torch.addcmul(three, column, four))
+        return torch.addcmul(one, column, cubic).mul_(dt * column)
+
+    def powers(self, like: Tensor) -> State:
+        """The weights of the slopes by the powers 1 to 4 of the fraction, each (slopes,), of the dtype and device of
         ``like``."""
+        return torch.tensor(self._by_slope, dtype=like.dtype, device=like.device).unbind(1)
+
+    @cached_property
+    def _by_slope(self) -> list[tuple[float, float, float, float]]:
+        """The weight of each slope by the powers 1 to 4 of the fraction."""
         last = self.slopes - 1
         rows = [
             (float(j == 0), float(j == last), end, middle)
             for j, (end, middle) in enumerate(zip_longest(self.method.b, self.middle, fillvalue=0.0))
         ]
-        by_power = (
-            [first for first, _, _, _ in rows],
-            [final - 4 * first - 5 * end + 16 * middle for first, final, end, middle in rows],
-            [5 * first - 3 * final + 14 * end - 32 * middle for first, final, end, middle in rows],
-            [2 * (final - first) - 8 * end + 16 * middle for first, final, end, middle in rows],
-        )
-        return torch.tensor(by_power, dtype=like.dtype, device=like.device)
+        return [
+            (
+                first,
+                final - 4 * first - 5 * end + 16 * middle,
+                5 * first - 3 * final + 14 * end - 32 * middle,
+                2 * (final - first) - 8 * end + 16 * middle,
+            )
+            for first, final, end, middle in rows
+        ]
 
 
 def _basis(x: Any) -> tuple[Any, Any, Any, Any]:

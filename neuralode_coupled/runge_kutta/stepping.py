@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuralode_coupled._torch import written
+from neuralode_coupled._torch import tracing, written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.tableaus import Tableau
 
@@ -49,23 +50,33 @@ def _evaluate(
 
 def lasting(slope: State) -> State:
     """A slope that stays what it is while others are evaluated: f may write all of them into one tensor."""
-    if torch.compiler.is_compiling() or not any(map(written, slope)):
-        return slope
-    return tuple([part.clone() for part in slope])
+    if not torch.compiler.is_compiling():
+        for part in slope:
+            if written(part):
+                return tuple([part.clone() for part in slope])
+    return slope
 
 
 def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
     """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
-    parts = list(y)
-    for weight, slope in zip(weights, slopes, strict=True):
-        if not isinstance(weight, Tensor) and weight == 0.0:
-            continue
-        scale = dt * weight
-        if isinstance(scale, Tensor):
+    terms = [(dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0]
+    # Without a graph all but the first addition write into its result: large states then need no new memory for each.
+    # A transform may have given y fewer axes than the slopes.
+    in_place = len(terms) > 1 and not torch.is_grad_enabled() and not tracing()
+    return tuple([_added(part, terms, i, in_place) for i, part in enumerate(y)])
+
+
+def _added(part: Tensor, terms: list[tuple[Any, State]], i: int, in_place: bool) -> Tensor:
+    """Part ``i`` of y with the terms (scale, slope) added."""
+    own = False
+    for scale, slope in terms:
+        if own:
+            part.add_(slope[i], alpha=scale)
+        elif isinstance(scale, Tensor):
             # A part without axes does not decide over the dtype beside another scalar: it keeps its own all the same.
-            parts = [part + (scale * k).to(part.dtype) for part, k in zip(parts, slope, strict=True)]
-            continue
-        for i, k in enumerate(slope):
+            part = part + (scale * slope[i]).to(part.dtype)
+        else:
             # A scaled addition is one pass over memory and keeps nothing for its backward.
-            parts[i] = torch.add(parts[i], k, alpha=scale)
-    return tuple(parts)
+            part = part.add(slope[i], alpha=scale)
+            own = in_place
+    return part

@@ -97,6 +97,17 @@ def test_steps_without_a_limit_to_their_number_are_taken():
     assert torch.equal(solved(max_num_steps=1e6), solved(max_num_steps=INF))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.complex64])
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_large_states_are_finite_though_their_sum_is_not(method, dtype):
+    large = torch.full((4,), torch.finfo(dtype).max / 2, dtype=dtype)
+    options = {"first_step": 0.5} if method == "dopri5" else {}
+    found = nc.odeint_dto(lambda t, y: 0 * y, large, SPAN, method=method, options=options)
+    assert torch.equal(found, large.expand(2, 4))
+    with pytest.raises(ValueError, match=r"the state is not finite at t = 1: func or the solve overflows"):
+        nc.odeint_dto(lambda t, y: 4 * y, large, SPAN, method="euler")
+
+
 @pytest.mark.parametrize(
     ("points", "message"),
     [
