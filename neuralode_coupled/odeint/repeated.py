@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
@@ -122,12 +126,23 @@ class AcceptedSteps:
         y_next = combine(y, slopes, self.method.method.b, dt)
         if self.method.reuses and len(outputs) > 0:
             slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
-        emitted = tuple(self._emit(self.method.within(y, slopes, dt, (t - t0) / dt)) for t in outputs)
+        emitted = tuple(map(self._emit, self._within(y, slopes, (t0, dt), outputs)))
         if self.method.reuses:
             return y_next, emitted
         # Behind a jump the carried slope is that of the other side.
         last = self.dynamics(time_tensor(t1, y_next[0], self._side), y_next) if self.jumps[n] else slopes[-1]
         return (*y_next, *last), emitted
+
+    def _within(
+        self, y: State, slopes: list[State], times: tuple[Scalar, Scalar], outputs: Sequence[Scalar]
+    ) -> list[State]:
+        """The states at output times within a step of that start and length."""
+        t0, dt = times
+        fractions: list[Any] = [(t - t0) / dt for t in outputs]
+        if len(outputs) < 2 or isinstance(dt, Tensor) or y[0].device.type != "cpu":
+            return [self.method.within(y, slopes, dt, x) for x in fractions]
+        weights = self.method.many_weights(fractions, dt)
+        return self.method.among(y, slopes, torch.tensor(weights, dtype=y[0].dtype.to_real(), device=y[0].device))
 
     def _before(self, n: int) -> int:
         """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
