@@ -217,10 +217,14 @@ CASES: dict[str, Case] = {
     "(b) dopri5, forward": pair("b", 0.36, TOLERANCES, kind=inference),
     "coupled field, rk4, 20 steps": Case(partial(coupled_field, True), partial(coupled_field, False), 0.33),
     "block, dopri5, checkpointed": Case(
-        partial(big, nc.odeint_dto, checkpoints=None), partial(big, torchdiffeq.odeint), 0.60, 1
+        partial(big, nc.odeint_dto, checkpoints=None, memory=2**26), partial(big, torchdiffeq.odeint), 0.60, 1
     ),
-    "block, dopri5, graph kept": Case(partial(big, nc.odeint_dto), partial(big, torchdiffeq.odeint), 0.45, 1),
-    "block, dopri5, graph kept, against torchdyn": Case(partial(big, nc.odeint_dto), by_torchdyn, 0.80, 1),
+    "block, dopri5, graph kept": Case(
+        partial(big, nc.odeint_dto, memory=2**28), partial(big, torchdiffeq.odeint), 0.45, 1
+    ),
+    "block, dopri5, graph kept, against torchdyn": Case(
+        partial(big, nc.odeint_dto, memory=2**28), by_torchdyn, 0.80, 1
+    ),
     "block, euler, 5 steps, recomputed, against by hand": Case(
         partial(block_step, True, nc.DiscreteAdjoint(None)), partial(block_step, False), 1.39, 1
     ),

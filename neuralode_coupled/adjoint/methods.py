@@ -37,9 +37,12 @@ class Backprop:
 class DiscreteAdjoint:
     """Discretise-then-optimise (DTO) with checkpointing: the paper's choice, after ANODE (arXiv:1902.10298).
 
-    Cost: one more forward pass with ``checkpoints=None`` (each step is recomputed once); with fewer states more
-    steps are recomputed, the fewest possible. Memory: the stored states and one step's graph, O(L) + O(N_t). Exact
-    for the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
+    By default the graphs of the first steps are kept, as far as they fit into ``memory`` bytes, and the others are
+    recomputed from stored states: small states cost what `Backprop` costs, large ones one more forward pass. Memory:
+    ``memory`` bytes, the stored states and one step's graph, O(L) + O(N_t). With ``checkpoints=None`` each step is
+    recomputed once; with fewer states more steps are, the fewest possible. A kept graph serves one backward pass, and
+    none is kept under somebody's hooks on saved tensors, or where an operation of C++ hides what it holds. Exact for
+    the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
     the forward pass are reproduced; a second backward (``retain_graph=True``) and a double backward
     (``create_graph=True``, which stores the unrolled graph) are exact too. With an adaptive method the discrete map is
     that of the accepted steps; while they are chosen, every accepted state is on the device. With fewer checkpoints
@@ -62,17 +65,21 @@ class DiscreteAdjoint:
     `Backprop`. A second backward makes the graphs again. Forward hooks fire once for these steps.
 
     Args:
-        checkpoints: how many states to store, the initial one included: None for every step's, ``m`` for Revolve's
-            schedule with m states, 1 for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
+        checkpoints: ``"auto"`` to keep graphs as far as they fit into ``memory``. Or how many states to store, the
+            initial one included, and no graphs: None for every step's, ``m`` for Revolve's schedule with m states, 1
+            for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
         storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
         keep: ``"products"`` for compiled layers, or None to recompute everything.
         weights: ``"stored"`` or ``"recomputed"``.
-        keep_last: of how many steps, the last ones, the graph is kept.
+        keep_last: of how many steps, the last ones, the graph is kept, whatever its size; ``"auto"`` then means None.
+        memory: the bytes that kept graphs may take in each solve, counted by the sizes of what the first step's holds
+            besides operands and states. An adaptive step whose graph is larger is gone back through in parts.
 
     Raises:
-        TypeError, ValueError: for checkpoints below 1, keep_last below 0, an unknown storage, keep or weights, or keep
-            with another storage than the device; for recomputed weights with another kernel or grid than above, or an
-            adaptive method; at the solve for checkpoints or a storage inside of ``torch.compile``, for keep outside.
+        TypeError, ValueError: for checkpoints below 1, memory that is negative or not finite, keep_last below 0, an
+            unknown storage, keep or weights, or keep with another storage than the device; for recomputed weights with
+            another kernel or grid than above, or an adaptive method; at the solve for checkpoints or a storage inside
+            of ``torch.compile``, for keep outside.
         OSError: at the solve, if the disk has no room for the states.
     """
 

@@ -52,12 +52,13 @@ def odeint_dto(
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
 
     A drop-in for ``torchdiffeq.odeint``: the same arguments and (to rounding) values and gradients, but the backward
-    pass recomputes each step from a stored state instead of keeping the graph of all. Unlike ``odeint_adjoint`` it
-    solves no second ODE, so the gradient has no error of its own.
+    pass recomputes steps from stored states where the graph of all would be more than ``memory`` bytes. Unlike
+    ``odeint_adjoint`` it solves no second ODE, so the gradient has no error of its own.
 
-    Cost: one more evaluation of each accepted step in the backward pass, and of the earlier parts of an adaptive step
-    of more than four stages another. Memory: one state a step (or ``checkpoints`` states) and the graph of one step, or
-    part of a step, besides the outputs. Gradients of any order (those above the first store the unrolled
+    Cost: one more evaluation, in the backward pass, of each accepted step whose graph was not kept, and another of the
+    earlier parts of an adaptive step of more than four stages whose graph does not fit into ``memory``. Memory: that,
+    one state for each other step (or ``checkpoints`` states) and the graph of one step, or part of a step, besides the
+    outputs. Gradients of any order (those above the first store the unrolled
     graph); ``torch.func`` transforms with the fixed-grid methods.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
@@ -89,8 +90,10 @@ def odeint_dto(
         method: its name.
         options: those of the method, see above.
         event_fn: not supported.
-        checkpoints: how many states to keep for the backward pass: None for every step's, ``m`` for the recomputation
-            schedule with the fewest steps, 1 for y0 alone.
+        checkpoints: ``"auto"`` to keep the graphs of as many steps as fit into ``memory``. Or how many states to keep
+            for the backward pass, and no graphs: None for every step's, ``m`` for the recomputation schedule with the
+            fewest steps, 1 for y0 alone.
+        memory: the bytes that graphs may take between the passes, see `DiscreteAdjoint`.
         params: the tensors that gradients flow to besides y0 and t. None: all that func uses. These are the parameters
             of func, or of the modules that a plain callable's closure, globals and attributes hold, the buffers and
             the tensors there that require gradients, and what else the first evaluation of each solve is seen to use;
@@ -105,10 +108,10 @@ def odeint_dto(
             returning another structure or dtype.
         ValueError: for unknown methods and options, values of options that are out of range, tolerances that are
             negative or not finite, do not fit y0 or stand beside a fixed grid, times (of t, of options, of a
-            constructed grid) that are not finite or out of order, ``checkpoints`` below 1, ``event_fn``, func returning
-            other shapes, a step size that underflows, a state that is not finite (on a fixed grid it is looked for on
-            the CPU only, where that costs no waiting), random numbers drawn by func in an adaptive solve with
-            gradients, or an adaptive solve inside of ``torch.func`` transforms.
+            constructed grid) that are not finite or out of order, ``checkpoints`` below 1, ``memory`` that is negative
+            or not finite, ``event_fn``, func returning other shapes, a step size that underflows, a state that is not
+            finite (on a fixed grid it is looked for on the CPU only, where that costs no waiting), random numbers drawn
+            by func in an adaptive solve with gradients, or an adaptive solve inside of ``torch.func`` transforms.
     """
     if event_fn is not None:
         raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
