@@ -1,0 +1,300 @@
+"""Graphs that are kept within a number of bytes: the gradients of unrolled autograd, and nothing left over."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from typing import ClassVar
+
+import pytest
+import torch
+import torchdiffeq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchdiffeq._impl.odeint import SOLVERS
+
+import neuralode_coupled as nc
+from neuralode_coupled.adjoint.budget import held_bytes
+from neuralode_coupled.adjoint.step_graph import edges
+from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
+from tests.helpers import oracle
+from tests.helpers.problems import DYNAMICS, KERNELS, coupled_problems, gradients, noisy_layer
+
+FLOAT64 = {"dtype": torch.float64}
+MEMORY = st.sampled_from([0, 300, 2_000, 20_000, 2**25])
+"""Nothing, some steps of a small problem, all."""
+T = torch.tensor([0.0, 0.3, 1.0], **FLOAT64)
+
+
+def smooth() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+# odeint_dto
+
+
+class Field(nn.Module):
+    """States of several shapes that drive one another, real or complex; a parameter used twice, and one frozen."""
+
+    def __init__(self, shapes, dtype, is_tuple):
+        super().__init__()
+        self.is_tuple = is_tuple
+        self.drive = nn.ParameterList([torch.randn(shape, dtype=dtype) for shape in shapes])
+        self.gate = nn.Parameter(torch.randn((), dtype=dtype))
+        self.frozen = nn.Parameter(torch.randn((), dtype=dtype), requires_grad=False)
+
+    def forward(self, t, y):
+        state = y if self.is_tuple else (y,)
+        total = sum(part.mean() for part in state)
+        slopes = tuple(
+            torch.sin(part * self.gate + t * drive) * self.gate + torch.cos(2 * t) * total * self.frozen
+            for part, drive in zip(state, self.drive, strict=True)
+        )
+        return slopes if self.is_tuple else slopes[0]
+
+
+@st.composite
+def problems(draw):
+    """A field, its state, and times in either direction."""
+    torch.manual_seed(draw(st.integers(0, 2**20)))
+    dtype = draw(st.sampled_from([torch.float64, torch.float64, torch.complex128, torch.float32]))
+    is_tuple = draw(st.booleans())
+    shapes = [(2, 3), (), (4,)] if is_tuple else [(2, 3)]
+    t = torch.rand(draw(st.integers(2, 5)), dtype=dtype.to_real()).add_(0.1).cumsum(0) * 0.4
+    t = t.flip(0) if draw(st.booleans()) else t
+    return Field(shapes, dtype, is_tuple), tuple(0.5 * torch.randn(shape, dtype=dtype) for shape in shapes), t
+
+
+@st.composite
+def options(draw, method, t):
+    """Options of the method; an adaptive one has steps of one length, for one grid whatever rounding does."""
+    inner = (t[0] + (t[-1] - t[0]) * torch.tensor([0.31, 0.77])).to(t.dtype)
+    if method in METHODS:
+        kinds = [{}, {"step_size": 0.11}, {"step_size": 0.2, "interp": "cubic"}, {"step_size": 0.15, "perturb": True}]
+        return draw(st.sampled_from(kinds))
+    held = {"first_step": 0.15, "min_step": 0.15, "max_step": 0.15}
+    return held | draw(st.sampled_from([{}, {"step_t": inner}, {"jump_t": inner}]))
+
+
+def solved(solver, func, y0, t, asked, **arguments):
+    """Gradients of a functional of the solution in y0, t and the parameters."""
+    y0 = tuple(part.detach().requires_grad_(asked[0]) for part in y0)
+    t = t.detach().clone().requires_grad_(asked[1])
+    out = solver(func, y0 if func.is_tuple else y0[0], t, **arguments)
+    out = out if func.is_tuple else (out,)
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((part.abs().square() * torch.rand(part.shape, generator=generator)).sum() for part in out)
+    leaves = {str(i): tensor for i, tensor in enumerate((*y0, t)) if tensor.requires_grad}
+    leaves |= {name: p for name, p in func.named_parameters() if p.requires_grad}
+    return oracle.gradients(loss, leaves)
+
+
+@given(
+    st.data(),
+    problems(),
+    st.sampled_from([*METHODS, *ADAPTIVE]),
+    MEMORY,
+    st.sampled_from(["auto", "auto", None, 2]),
+    st.sampled_from(["found", "given"]),
+    st.tuples(st.booleans(), st.booleans()),
+)
+@settings(max_examples=40)
+def test_solves_are_unrolled_autograd(data, problem, method, memory, checkpoints, params, asked):
+    func, y0, t = problem
+    arguments = {"method": method, "options": data.draw(options(method, t))}
+    more = {} if params == "found" else {"params": tuple(func.parameters())}
+    found = solved(odeint_dto, func, y0, t, asked, **arguments, checkpoints=checkpoints, memory=memory, **more)
+    if method in SOLVERS:
+        exact = solved(torchdiffeq.odeint, func, y0, t, asked, **arguments)
+    else:  # nobody else has them: everything recomputed
+        exact = solved(odeint_dto, func, y0, t, asked, **arguments, checkpoints=None)
+    assert oracle.largest_error(found, exact) < (1e-5 if t.dtype == torch.float32 else 1e-12)
+
+
+@given(problems(), st.sampled_from([*METHODS, *ADAPTIVE]), MEMORY, st.booleans())
+def test_some_parameters_alone(problem, method, memory, all_memory):
+    """What is left out gets nothing, and what is asked for all of its gradient."""
+    func, y0, t = problem
+    step = {"step_size": 0.2} if method in METHODS else {"first_step": 0.2, "min_step": 0.2, "max_step": 0.2}
+    found = []
+    for checkpoints in ("auto", None):
+        y = tuple(part.clone().requires_grad_() for part in y0)
+        more = {"checkpoints": checkpoints, "params": (func.gate,), "memory": 2**25 if all_memory else memory}
+        out = odeint_dto(func, y if func.is_tuple else y[0], t, method=method, options=step, **more)
+        loss = sum(part.abs().square().sum() for part in (out if func.is_tuple else (out,)))
+        loss.backward()
+        assert all(drive.grad is None for drive in func.drive)
+        found.append({"gate": func.gate.grad, "y": y[0].grad})
+        func.gate.grad = None
+    assert oracle.largest_error(*found) < (1e-5 if t.dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("memory", [0, 2000, 2**25])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun", "dopri8"])
+def test_tensors_that_only_the_first_evaluation_shows(method, memory):
+    """Leaves and functions of others, one and several, with a hook."""
+    net, exact = smooth().double(), []
+    held = {"first_step": 0.1, "min_step": 0.1, "max_step": 0.1}
+    for count in (1, 2):
+        for solver, more in ((odeint_dto, {"memory": memory}), (torchdiffeq.odeint, {})):
+            torch.manual_seed(1)
+            sources = [torch.randn(3, **FLOAT64, requires_grad=True) for _ in range(count)]
+            context = [torch.tanh(source) for source in sources]
+            context[0].register_hook(lambda grad: 2 * grad)
+            y0 = torch.ones(2, 3, **FLOAT64)
+            out = solver(
+                lambda t, y, context=context: net(y) + sum(context),
+                y0,
+                T,
+                method=method,
+                options={"step_size": 0.1} if method == "rk4" else held,
+                **more,
+            )
+            exact.append(torch.autograd.grad(out.square().sum(), [*sources, *net.parameters()]))
+        for ours, theirs in zip(exact[-2], exact[-1], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-11)
+
+
+def test_a_tensor_that_the_first_step_shows_moves_where_gradients_begin():
+    """A later step's own copy is all that seems to be asked for, until the first step uses a tensor by itself."""
+    context = torch.full((3,), 0.3, **FLOAT64, requires_grad=True)
+
+    class Reaching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.own = nn.Linear(3, 3), nc.PerStep(nn.BatchNorm1d(3), 5)
+
+        def forward(self, z):
+            return torch.tanh(self.own(self.net(z))) + context * z
+
+    layer = nc.CoupledODE(Reaching(), steps=5).double().requires_grad_(False)
+    own = list(layer.field.dynamics.own.parameters())[2 * 3].requires_grad_()
+    z0 = torch.randn(4, 3, **FLOAT64)
+    adjoints = [nc.DiscreteAdjoint(memory=memory) for memory in (0, 400, 2**25)]
+    adjoints += [nc.DiscreteAdjoint(keep_last=k) for k in (1, 2, 4, 5)]
+    for adjoint in (nc.Backprop(), *adjoints, nc.DiscreteAdjoint(2, keep_last=2), nc.DiscreteAdjoint(storage="cpu")):
+        layer.adjoint = adjoint
+        found = torch.autograd.grad(layer(z0).square().sum(), (context, own))
+        if adjoint == nc.Backprop():
+            exact = found
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, exact, strict=True)), adjoint
+
+
+# layers
+
+
+@given(coupled_problems(), MEMORY, st.sampled_from(["stored", "recomputed"]))
+def test_layers_are_unrolled_autograd(problem, memory, weights):
+    layer, z0 = problem
+    exact = gradients(layer, z0, nc.Backprop())
+    if weights == "recomputed" and not isinstance(layer.field.kernel, nc.Dirac):
+        return
+    found = gradients(layer, z0, nc.DiscreteAdjoint(memory=memory, weights=weights))
+    assert oracle.largest_error(found, exact) < 1e-12
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(st.integers(1, 4), MEMORY)
+@settings(max_examples=4)
+def test_with_every_kernel(kernel, steps, memory):
+    layer = nc.CoupledODE(nn.Linear(4, 4), nc.LinearEvolution(), KERNELS[kernel](steps), steps=steps, method="midpoint")
+    oracle.randomize(layer).double()
+    z0 = torch.randn(2, 4, **FLOAT64)
+    exact = gradients(layer, z0, nc.Backprop())
+    assert oracle.largest_error(gradients(layer, z0, nc.DiscreteAdjoint(memory=memory)), exact) < 1e-12
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@given(st.sampled_from([nc.Dirac, lambda: nc.SampleAndHold(2), nc.kernels.Exponential]), MEMORY)
+@settings(max_examples=4)
+def test_adaptive_layers(method, kernel, memory):
+    torch.manual_seed(0)
+    kernel = kernel(3.0) if kernel is nc.kernels.Exponential else kernel()
+    layer = nc.CoupledODE(smooth(), nc.LinearEvolution(), kernel, method=method, rtol=1e-4, atol=1e-4).double()
+    oracle.randomize(layer)
+    z0 = torch.randn(3, 3, **FLOAT64)
+    exact = gradients(layer, z0, nc.Backprop())
+    assert oracle.largest_error(gradients(layer, z0, nc.DiscreteAdjoint(memory=memory)), exact) < 1e-12
+
+
+@given(st.integers(1, 6), MEMORY, st.sampled_from(["device", "cpu", "disk"]), st.integers(0, 2**20), st.booleans())
+def test_random_numbers_statistics_and_updates(steps, memory, storage, seed, twice):
+    """The same numbers as with everything recomputed; from later backward passes too."""
+    found, left = [], []
+    for adjoint in (nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(memory=memory, storage=storage)):
+        layer, z0 = noisy_layer(steps, adjoint, seed)
+        loss = (layer.trajectory(z0, [0.0, 1.0] if twice else [1.0]) ** 2).sum()
+        random_state = torch.get_rng_state()
+        tensors = [z0, *layer.parameters()]
+        for _ in range(3):
+            found.append(torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True))
+        assert torch.equal(random_state, torch.get_rng_state())
+        left.append(list(layer.buffers()))
+    for by_tensor in zip(*found, strict=True):
+        for grad in by_tensor:
+            torch.testing.assert_close(grad, by_tensor[0], rtol=1e-11, atol=1e-11)
+    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
+
+
+class Updating(nn.Module):
+    """Uses a buffer and updates it, before or after the use."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.net, self.before = smooth(), before
+        self.register_buffer("scale", torch.full((3,), 0.9))
+
+    def update(self):
+        with torch.no_grad():
+            self.scale.mul_(1.1)
+
+    def forward(self, z):
+        if self.before:
+            self.update()
+        dz = self.net(z) * self.scale
+        if not self.before:
+            self.update()
+        return dz
+
+
+@given(st.booleans(), MEMORY, st.integers(1, 5))
+def test_buffers_that_are_used_and_updated(before, memory, steps):
+    """Unrolled autograd refuses: against a loop in which each evaluation has a buffer of its own."""
+    layer = nc.CoupledODE(Updating(before), steps=steps, adjoint=nc.DiscreteAdjoint(memory=memory)).double()
+    z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    z, scale = z0, layer.field.dynamics.scale.clone()
+    for _ in range(steps):
+        scale = 1.1 * scale if before else scale
+        z = z + layer.field.dynamics.net(z) * scale / steps
+        scale = scale if before else 1.1 * scale
+    names = {"z0": z0, **dict(layer.named_parameters())}
+    exact = oracle.gradients(z.square().sum(), names)
+    if not before:  # f overwrites, in one evaluation, what its backward needs
+        with pytest.raises(RuntimeError, match="inplace operation"):
+            layer(z0).sum().backward()
+        return
+    loss = layer(z0).square().sum()
+    assert torch.allclose(layer.field.dynamics.scale, scale)
+    for again in (True, False):
+        found = torch.autograd.grad(loss, list(names.values()), retain_graph=again)
+        assert oracle.largest_error(dict(zip(names, found, strict=True)), exact) < 1e-12
+
+
+@pytest.mark.parametrize("memory", [0, 3000, 2**25])
+@pytest.mark.parametrize("weights", ["stored", "recomputed"])
+def test_autocast(memory, weights):
+    layer = nc.CoupledODE(smooth(), nc.ReactionDiffusionAdvection(), steps=4)
+    oracle.randomize(layer)
+    z0 = torch.randn(8, 3, requires_grad=True)
+    found, names = [], {"z0": z0, **dict(layer.named_parameters())}
+    for adjoint in (nc.DiscreteAdjoint(None, weights=weights), nc.DiscreteAdjoint(weights=weights, memory=memory)):
+        layer.adjoint = adjoint
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(z0).square().sum()
+        found.append(oracle.gradients(loss, names))
+    assert oracle.largest_error(*found) < 1e-5
