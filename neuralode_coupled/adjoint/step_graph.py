@@ -129,15 +129,14 @@ class Sum:
         added: Any = terms
         ours: list[int] = []
         theirs: list[int] = []
+        new: list[int] = []
         for i, term in enumerate(terms):
             if term is None:
                 continue
             if sums[i] is not None:
                 (ours if self._owned[i] else theirs).append(i)
-            elif term.dtype.itemsize == 2:
-                sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True
             else:
-                sums[i] = term
+                new.append(i)
         if ours:
             add_many_([sums[i] for i in ours], [added[i] for i in ours])
         if theirs:
@@ -145,3 +144,9 @@ class Sum:
             fresh = add_many([sums[i] for i in theirs], [added[i] for i in theirs])
             for i, tensor in zip(theirs, fresh, strict=True):
                 sums[i], self._owned[i] = tensor, True
+        for i in new:  # when nothing can fail any more, after which all terms would be added anew
+            term = added[i]
+            if term.dtype.itemsize == 2:
+                sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True
+            else:
+                sums[i] = term
