@@ -31,10 +31,11 @@ class Stored:
         if kept is None:
             self._states |= dict(zip(stored[1:], between, strict=True))
 
-    def put(self, n: int, state: State) -> None:
-        """Store the state before step ``n``."""
+    def put(self, n: int, state: State, original: bool) -> None:
+        """Store the state before step ``n``, which is the forward pass's own or not."""
         self._states[n] = state
-        self._made.add(n)
+        if not original:
+            self._made.add(n)
 
     def get(self, n: int, last: bool) -> State:
         """The state before step ``n``, for the last time if ``last``."""
@@ -82,7 +83,7 @@ class Sweep:
                     y, original = states.get(n, final), states.original(n)
                 case Advance(start, end, keep):
                     if keep:
-                        states.put(start, y)
+                        states.put(start, y, original)
                     y, original = self._advance(start, end, y), False
                 case Reverse(n) if n >= first:
                     if self._arrives(n, n + 1):
