@@ -216,7 +216,7 @@ class _Forward:
         ends = None if end is None else (end, versions(end))
         plan, kept = recording.plan, list(recording.plan.kept) if keeper is None else keeper.kept
         for part in kept:
-            part.versions = versions(part.buffers)
+            part.versions, part.end_versions = versions(part.buffers), versions(part.end_state)
         held = sum(part.size for part in kept)
         plan.stats.kept += sum(part.end - part.first for part in kept) // plan.parts
         plan.stats.kept_bytes += held

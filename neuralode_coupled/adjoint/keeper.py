@@ -51,17 +51,21 @@ class Keeper:
         found, emitted = self._recording.recorded(n, y, run, span.leaves)
         keep = n > self.first or self._learn(span)
         # A step that depends on tensors that it was not handed is made, and looked at, in the backward pass.
+        end, parts = y, tuple([part.detach() for part in found])
         if not keep or span.foreign():
             span.back()
             self.end = n
+        else:
+            end = parts
         if self._one_by_one or n + 1 >= self.end:
             if span.end > span.first:
                 steps = range(span.first, span.end)
                 buffers = {id(buffer): buffer for n in steps for buffer in plan.buffers[n]}
                 graph, size = span.graph(), self._size * len(steps)
-                self.kept.append(Kept(span.first, span.end, graph, size, tuple(buffers.values())))
+                kept = Kept(span.first, span.end, graph, size, tuple(buffers.values()), end_state=end)
+                self.kept.append(kept)
             self._span = None
-        return tuple([part.detach() for part in found]), emitted
+        return parts, emitted
 
     def _learn(self, span: Span) -> bool:
         """How many steps fit, and which tensors they capture, from the first one; False if it is not to be kept."""

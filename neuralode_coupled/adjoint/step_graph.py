@@ -55,6 +55,8 @@ class Kept:
         size: the bytes that it holds, as far as they can be counted.
         buffers: those that the steps may modify, and that the graph may hold.
         versions: theirs after the forward pass.
+        end_state: what the steps have ended at, without a graph; made again, they must end there too.
+        end_versions: its versions then.
     """
 
     first: int
@@ -63,12 +65,18 @@ class Kept:
     size: int = 0
     buffers: State = ()
     versions: list[int] = field(default_factory=list)
+    end_state: State = ()
+    end_versions: list[int] = field(default_factory=list)
 
     def take(self) -> StepGraph | None:
         """The graph, for its only use; None if buffers have changed since the forward pass: then the steps are made
         again, with copies."""
         graph, self.graph = self.graph, None
         return graph if versions(self.buffers) == self.versions else None
+
+    def reached(self) -> State:
+        """The state that the steps have ended at; nothing if it has been changed in place since."""
+        return self.end_state if versions(self.end_state) == self.end_versions else ()
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:

@@ -121,7 +121,7 @@ class Sweep:
         if None in graphs and self._arrives(row[0].first, self._plan.count):
             y = self._advance(start, row[0].first, states.get(start, last=False))
             for i, part in enumerate(row):
-                graphs[i], y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+                graphs[i], y = self._made_again(part, y)
         for part in reversed(row):
             graph = graphs.pop()
             if graph is None or not self._arrives(part.first, part.end):
@@ -133,8 +133,15 @@ class Sweep:
                     raise
                 # It holds buffers that the steps update themselves: recomputed steps have copies.
                 y = self._advance(start, part.first, states.get(start, last=False))
-                again, _, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
-                self._through(part.first, part.end, again)
+                self._through(part.first, part.end, self._made_again(part, y)[0])
+
+    def _made_again(self, part: Kept, y: State) -> tuple[StepGraph, State]:
+        """The graph of kept steps once more, and where they end: where they ended in the forward pass."""
+        graph, y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+        before = part.reached()
+        if before:
+            check_repeated(tuple([x.detach() for x in y]), before, (part.end - 1) // self._plan.parts)
+        return graph, y
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):

@@ -102,4 +102,6 @@ class Growing:
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
         graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends))
-        return (Kept(0, self.steps * parts, graph, self.steps * self._size, self._dynamics.buffers),)
+        reached = tuple([part.detach() for part in self._end])
+        size = self.steps * self._size
+        return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

@@ -38,6 +38,10 @@ def smooth() -> nn.Module:
 # odeint_dto
 
 
+def bounded(z):
+    return z / (1 + z.abs().square())
+
+
 class Field(nn.Module):
     """States of several shapes that drive one another, real or complex; a parameter used twice, and one frozen."""
 
@@ -52,7 +56,7 @@ class Field(nn.Module):
         state = y if self.is_tuple else (y,)
         total = sum(part.mean() for part in state)
         slopes = tuple(
-            torch.sin(part * self.gate + t * drive) * self.gate + torch.cos(2 * t) * total * self.frozen
+            bounded(part * self.gate + t * drive) * self.gate + torch.cos(2 * t) * bounded(total) * self.frozen
             for part, drive in zip(state, self.drive, strict=True)
         )
         return slopes if self.is_tuple else slopes[0]
@@ -109,11 +113,12 @@ def test_solves_are_unrolled_autograd(data, problem, method, memory, checkpoints
     arguments = {"method": method, "options": data.draw(options(method, t))}
     more = {} if params == "found" else {"params": tuple(func.parameters())}
     found = solved(odeint_dto, func, y0, t, asked, **arguments, checkpoints=checkpoints, memory=memory, **more)
-    if method in SOLVERS:
+    single, short = t.dtype == torch.float32, asked[1] and method in ADAPTIVE  # differences of times in short steps
+    if method in SOLVERS and not (single and short):
         exact = solved(torchdiffeq.odeint, func, y0, t, asked, **arguments)
-    else:  # nobody else has them: everything recomputed
+    else:  # everything recomputed
         exact = solved(odeint_dto, func, y0, t, asked, **arguments, checkpoints=None)
-    assert oracle.largest_error(found, exact) < (1e-5 if t.dtype == torch.float32 else 1e-12)
+    assert oracle.largest_error(found, exact) < (1e-5 if single else 1e-9 if short else 1e-12)
 
 
 @given(problems(), st.sampled_from([*METHODS, *ADAPTIVE]), MEMORY, st.booleans())
@@ -298,3 +303,203 @@ def test_autocast(memory, weights):
             loss = layer(z0).square().sum()
         found.append(oracle.gradients(loss, names))
     assert oracle.largest_error(*found) < 1e-5
+
+
+# lives
+
+
+class Marked(torch.autograd.Function):
+    """The identity, with something in its graph that can be watched."""
+
+    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.mark = nn.Identity()
+        if z.requires_grad:
+            Marked.alive.add(ctx.mark)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Through(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, z):
+        return self.net(Marked.apply(z))
+
+
+SOLVES = {
+    "layer": {"steps": 6},
+    "two stages": {"steps": 6, "method": "midpoint"},
+    "dopri5": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4},
+    "adaptive_heun": {"method": "adaptive_heun", "rtol": 1e-3, "atol": 1e-3},
+}
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 2**25])
+@pytest.mark.parametrize("solve", SOLVES)
+def test_the_graphs_go_with_the_first_backward_pass_or_with_the_output(solve, memory):
+    layer = nc.CoupledODE(Through(), adjoint=nc.DiscreteAdjoint(memory=memory), **SOLVES[solve]).double()
+    z0 = torch.randn(3, **FLOAT64, requires_grad=True)
+    gc.disable()  # nothing waits for a collection of circles
+    try:
+        end = layer(z0)
+        kept = len(Marked.alive)
+        assert (kept > 0) == (layer.stats.kept > 0) == (memory > 0)
+        del end
+        assert len(Marked.alive) == 0
+        for create_graph in (False, True):
+            loss = layer(z0).sum()
+            assert len(Marked.alive) == kept
+            torch.autograd.grad(loss, z0, retain_graph=True, create_graph=create_graph)
+            gc.collect()  # a graph of second order is a circle of autograd's own
+            assert len(Marked.alive) == 0
+            del loss
+        with torch.no_grad():
+            layer(z0)
+        layer.requires_grad_(False)(z0.detach())
+        assert len(Marked.alive) == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+def test_a_second_pass_makes_them_again(solve):
+    """Plain, of second order, batched, and through some of the outputs."""
+    found = []
+    for adjoint in (nc.Backprop(), *(nc.DiscreteAdjoint(memory=memory) for memory in (0, 1000, 2**25))):
+        torch.manual_seed(0)
+        layer = nc.CoupledODE(smooth(), nc.LinearEvolution(), adjoint=adjoint, **SOLVES[solve]).double()
+        oracle.randomize(layer)
+        z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+        z = layer.trajectory(z0, [0.0, 0.4, 1.0])
+        wanted = [z0, *layer.parameters()]
+        rows = torch.randn(3, *z.shape, **FLOAT64)
+        results = [
+            *torch.autograd.grad(z[1].square().sum(), wanted, retain_graph=True),
+            *torch.autograd.grad(z, wanted, rows, is_grads_batched=True, retain_graph=True),
+            *torch.autograd.grad(z[2].pow(3).sum(), wanted, retain_graph=True),
+        ]
+        slopes = torch.autograd.grad(z.pow(3).sum(), wanted, create_graph=True)
+        results += torch.autograd.grad(sum(s.square().sum() for s in slopes), wanted, retain_graph=True)
+        results += torch.autograd.grad(z.square().sum(), wanted)
+        again = layer.trajectory(z0, [0.0, 0.4, 1.0])
+        results += torch.autograd.grad(again, wanted, rows, is_grads_batched=True)  # of a graph that was kept
+        again = layer.trajectory(z0, [0.0, 0.4, 1.0])
+        slopes = torch.autograd.grad(again.pow(3).sum(), wanted, create_graph=True)
+        results += torch.autograd.grad(sum(s.square().sum() for s in slopes), wanted)
+        found.append({str(i): grad for i, grad in enumerate(results)})
+    for one in found[1:]:
+        assert oracle.largest_error(one, found[0]) < 1e-11
+
+
+@given(st.sampled_from(sorted(SOLVES)), MEMORY, st.sampled_from([[1], [0], [2], [0, 2], [1, 2]]), st.booleans())
+def test_some_outputs(solve, memory, used, again):
+    results = []
+    for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(memory=memory)):
+        torch.manual_seed(0)
+        layer = nc.CoupledODE(smooth(), adjoint=adjoint, **SOLVES[solve]).double()
+        z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+        z = layer.trajectory(z0, [0.3, 0.6, 1.0])
+        loss = sum((z[i].square().sum() for i in used), start=0 * z0.sum())
+        names = {"z0": z0, **dict(layer.named_parameters())}
+        for _ in range(1 + again):
+            grads = torch.autograd.grad(loss, list(names.values()), retain_graph=True, allow_unused=True)
+        zeros = [torch.zeros_like(x) if g is None else g for x, g in zip(names.values(), grads, strict=True)]
+        results.append(dict(zip(names, zeros, strict=True)))
+    assert oracle.largest_error(*results) < 1e-12
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 2**25])
+@pytest.mark.parametrize("solve", SOLVES)
+def test_outputs_may_be_changed_in_place(solve, memory):
+    results = []
+    for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(memory=memory)):
+        torch.manual_seed(0)
+        layer = nc.CoupledODE(smooth(), adjoint=adjoint, **SOLVES[solve]).double()
+        z0, names = torch.randn(2, 3, **FLOAT64), dict(layer.named_parameters())
+        results.append(oracle.gradients(layer(z0).relu_().square().sum(), names))
+        z = layer.trajectory(z0, [0.5, 1.0])
+        if isinstance(adjoint, nc.DiscreteAdjoint):
+            z.mul_(2)
+        else:
+            z = 2 * z
+        results.append(oracle.gradients(z.square().sum(), names))
+    assert oracle.largest_error(results[2], results[0]) < 1e-12
+    assert oracle.largest_error(results[3], results[1]) < 1e-12
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 2**25])
+@pytest.mark.parametrize("solve", SOLVES)
+@pytest.mark.parametrize("changed", ["parameter", "evolving", "captured", "start"])
+def test_what_is_changed_between_the_passes_is_an_error(solve, memory, changed):
+    context = torch.ones(3, **FLOAT64, requires_grad=True)
+
+    class Reaching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth()
+
+        def forward(self, z):
+            return self.net(z) * context
+
+    layer = nc.CoupledODE(Reaching(), nc.LinearEvolution(), adjoint=nc.DiscreteAdjoint(memory=memory), **SOLVES[solve])
+    layer.double()
+    start = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    z0, net = start * 1, layer.field.dynamics.net
+    loss = layer(z0).sum()
+    with torch.no_grad():
+        {"parameter": net[0].bias, "evolving": net[2].weight, "captured": context, "start": z0}[changed].add_(1.0)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("memory", [0, 3000, 2**25])
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+@pytest.mark.parametrize("updates", [False, True])
+def test_and_of_what_nobody_asks_a_gradient_of(method, memory, again, updates):
+    """A module's own tensors, of which ``params`` names none: nobody saves them."""
+    net, count = smooth().double(), nn.BatchNorm1d(3).double()
+    y0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    held = {"step_size": 0.1} if method != "dopri5" else {"first_step": 0.2, "min_step": 0.2, "max_step": 0.2}
+
+    def f(t, y):
+        return count(net(y)) if updates else net(y)
+
+    out = odeint_dto(f, y0, T, method=method, options=held, memory=memory, params=())
+    loss = out.square().sum()
+    if again:
+        torch.autograd.grad(loss, y0, retain_graph=True)
+    with torch.no_grad():
+        net[0].weight.add_(0.5)
+    with pytest.raises(RuntimeError, match=r"gave another state|inplace operation"):
+        torch.autograd.grad(loss, y0)
+
+
+@pytest.mark.parametrize("memory", [0, 1000, 2**25])
+@pytest.mark.parametrize("solve", SOLVES)
+def test_buffers_that_are_changed_between_the_passes(solve, memory):
+    """The gradient is that of the forward pass: statistics loaded, or updated by another batch."""
+    torch.manual_seed(0)
+    dynamics = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+    layer = nc.CoupledODE(dynamics, adjoint=nc.DiscreteAdjoint(memory=memory), **SOLVES[solve]).double().eval()
+    z0 = torch.randn(4, 3, **FLOAT64, requires_grad=True)
+    names = {"z0": z0, **dict(layer.named_parameters())}
+    exact = oracle.gradients(layer(z0).square().sum(), names)
+    loss = layer(z0).square().sum()
+    with torch.no_grad():
+        dynamics[1].running_mean.add_(1.0)
+        dynamics[1].running_var.mul_(3.0)
+    assert oracle.largest_error(oracle.gradients(loss, names), exact) < 1e-12
+    exact = oracle.gradients(layer(z0).square().sum(), names)
+    loss = layer(z0).square().sum()
+    dynamics.train()(torch.randn(9, 3, **FLOAT64))
+    dynamics.eval()
+    assert oracle.largest_error(oracle.gradients(loss, names), exact) < 1e-12
