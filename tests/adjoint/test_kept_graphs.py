@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import weakref
@@ -23,7 +22,7 @@ from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 from tests.helpers import oracle
-from tests.helpers.problems import DYNAMICS, KERNELS, coupled_problems, gradients, noisy_layer
+from tests.helpers.problems import KERNELS, coupled_problems, gradients, noisy_layer
 
 FLOAT64 = {"dtype": torch.float64}
 MEMORY = st.sampled_from([0, 300, 2_000, 20_000, 2**25])
@@ -503,3 +502,322 @@ def test_buffers_that_are_changed_between_the_passes(solve, memory):
     dynamics.train()(torch.randn(9, 3, **FLOAT64))
     dynamics.eval()
     assert oracle.largest_error(oracle.gradients(loss, names), exact) < 1e-12
+
+
+# who looks on
+
+
+def test_transforms_see_the_steps():
+    layer = nc.CoupledODE(smooth(), nc.LinearEvolution(), steps=4).double()
+    z0 = torch.randn(2, 3, **FLOAT64)
+    found = torch.func.grad(lambda z: layer(z).square().sum())(z0)
+    assert layer.stats.kept == 0
+    assert torch.allclose(found, gradients(layer, z0, nc.Backprop())["z0"], rtol=1e-12)
+    layer.adjoint = nc.DiscreteAdjoint()
+    tangent = torch.randn_like(z0)
+    _, slope = torch.func.jvp(lambda z: layer(z).square().sum(), (z0,), (tangent,))
+    assert torch.allclose(slope, (found * tangent).sum(), rtol=1e-12)
+
+
+def test_compiled_every_step_is_recomputed():
+    """However much would fit: what is saved between the passes does not grow as the graph does."""
+    found, saved = [], []
+    for memory in (0, 2**25):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        layer = nc.CoupledODE(smooth(), nc.LinearEvolution(), steps=3).double()
+        layer.adjoint = nc.DiscreteAdjoint(memory=memory)
+        z0, sizes = torch.randn(2, 3, **FLOAT64, requires_grad=True), []
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            out = compiled(z0)
+        found.append(oracle.gradients(out.square().sum(), {"z0": z0, **dict(layer.named_parameters())}))
+        saved.append(sum(sizes))
+    assert saved[0] == saved[1]
+    assert oracle.largest_error(*found) < 1e-14
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+@pytest.mark.parametrize("hooks", ["save_on_cpu", "own", "checkpoint"])
+def test_under_hooks_on_saved_tensors_nothing_is_kept(solve, hooks):
+    layer = nc.CoupledODE(Through(), adjoint=nc.DiscreteAdjoint(), **SOLVES[solve]).double()
+    z0 = torch.randn(3, **FLOAT64, requires_grad=True)
+    names = {"z0": z0, **dict(layer.named_parameters())}
+    exact = oracle.gradients(layer(z0).square().sum(), names)
+    if hooks == "checkpoint":
+        end = checkpoint(layer, z0, use_reentrant=False)
+    else:
+        on_cpu = torch.autograd.graph.save_on_cpu()
+        own = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+        with on_cpu if hooks == "save_on_cpu" else own:
+            end = layer(z0)
+    assert layer.stats.kept == layer.stats.kept_bytes == 0
+    assert len(Marked.alive) == 0
+    assert oracle.largest_error(oracle.gradients(end.square().sum(), names), exact) < 1e-12
+
+
+# how much
+
+
+class Doubled(torch.autograd.Function):
+    """One's own operation, which saves its input and its output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x * 2
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+NET, CONV, NORM = nn.Linear(6, 6), nn.Conv1d(1, 3, 3, padding=1), nn.BatchNorm1d(6)
+ATTENTION = nn.MultiheadAttention(6, 2, batch_first=True)
+OPERATIONS = {
+    "linear": NET,
+    "bias and gain": lambda x: x * NET.bias + NET.bias,
+    "tanh": torch.tanh,
+    "relu in place": lambda x: torch.relu_(x + 0),
+    "softplus": nn.functional.softplus,
+    "convolution": lambda x: CONV(x[:, None]).mean(1),
+    "normalisation": NORM,
+    "layer norm": lambda x: nn.functional.layer_norm(x, (6,)),
+    "dropout": lambda x: nn.functional.dropout(x, 0.3),
+    "attention": lambda x: ATTENTION(x[None], x[None], x[None])[0][0],
+    "softmax": lambda x: x.softmax(-1),
+    "parts": lambda x: torch.cat([part.exp() for part in x.chunk(3, -1)], -1),
+    "index": lambda x: x[:, torch.tensor([5, 1, 2, 3, 4, 0])],
+    "where": lambda x: torch.where(x > 0, x, x.square()),
+    "products": lambda x: x @ (x.T @ x),
+    "one's own": Doubled.apply,
+    "a view of a view": lambda x: x.t().contiguous().t() * x,
+    "max": lambda x: x.amax(0).expand(4, 6) * x,
+    "complex": lambda x: torch.fft.ifft(torch.fft.fft(x) * (1 + 1j)).real,
+    "a copy into a part": lambda x: torch.zeros_like(x).index_copy(1, torch.tensor([0, 3]), x[:, 2:4] * x[:, :2]),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=6), st.booleans(), st.integers(0, 2**20))
+@settings(max_examples=40)
+def test_what_a_graph_holds_is_what_hooks_see(names, needs, seed):
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        alive.append(x)
+        return x
+
+    def run():
+        torch.manual_seed(seed)
+        x = torch.randn(4, 6, requires_grad=needs)
+        y = x
+        for name in names:
+            y = OPERATIONS[name](y)
+        return x, y, [x, y, *NET.parameters(), *CONV.parameters(), *ATTENTION.parameters(), *NORM.parameters()]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _, _, besides = run()
+    for tensor in besides:
+        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+    _, y, besides = run()
+    found, seen = held_bytes(edges([y]), besides, set()), sum(sizes.values())
+    assert seen <= found <= seen + 8 * 3 * len(names)  # numbers that torch has made tensors of are not for hooks
+
+
+def written_into_a_part(z):
+    h = z.clone()
+    h[:, 0].mul_(z[:, 1].exp())
+    return h
+
+
+class Called:
+    """Counts."""
+
+    times = 0
+
+    @classmethod
+    def once(cls, x):
+        cls.times += 1
+        return x
+
+
+def hooked_product(z):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, Called.once):
+        return z * z
+
+
+UNKNOWN = {
+    "a checkpoint": lambda z: checkpoint(lambda x: Called.once(x).tanh(), z, use_reentrant=False),
+    "hooks": hooked_product,
+    "a part written into": written_into_a_part,
+}
+
+
+@pytest.mark.parametrize("method", ["euler", "bosh3"])
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_what_cannot_be_counted_is_not_kept(kind, method):
+    """And not looked into: that would call hooks, and run what a checkpoint has put off."""
+    x = torch.randn(4, 3, requires_grad=True)
+    Called.times = 0
+    y = UNKNOWN[kind](x)
+    before = Called.times
+    assert held_bytes(edges([y]), [x, y], set()) is None
+    assert Called.times == before
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = smooth()
+
+        def forward(self, z):
+            return self.net(UNKNOWN[kind](z))
+
+    grid = {"steps": 4} if method == "euler" else {"rtol": 1e-3, "atol": 1e-3}
+    layer = nc.CoupledODE(Odd(), method=method, adjoint=nc.DiscreteAdjoint(), **grid).double()
+    z0 = torch.randn(4, 3, **FLOAT64, requires_grad=True)
+    names = {"z0": z0, **dict(layer.named_parameters())}
+    found = oracle.gradients(layer(z0).square().sum(), names)
+    assert layer.stats.kept == 0
+    layer.adjoint = nc.Backprop()
+    assert oracle.largest_error(found, oracle.gradients(layer(z0).square().sum(), names)) < 1e-12
+
+
+class Heavy(torch.autograd.Function):
+    """The identity, which keeps a tensor of 8 kB for nothing."""
+
+    alive: ClassVar[list[weakref.ref]] = []
+
+    @classmethod
+    def count(cls):
+        return sum(reference() is not None for reference in cls.alive)
+
+    @staticmethod
+    def forward(ctx, z):
+        extra = torch.zeros(1000, **FLOAT64)
+        ctx.save_for_backward(extra)
+        ctx.extra = extra
+        Heavy.alive.append(weakref.ref(extra))
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+HEAVY = 8000
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "dopri5", "fehlberg2"])
+@pytest.mark.parametrize("memory", [0, 100_000])
+def test_what_is_held_between_the_passes_does_not_grow(steps, method, memory):
+    y0 = torch.ones(2, **FLOAT64, requires_grad=True)
+    stages = {"euler": 1, "midpoint": 2, "dopri5": 7, "fehlberg2": 3}[method]
+    steps = steps if method in METHODS else steps // 4
+    h = 1 / steps
+    held = {"step_size": h} if method in METHODS else {"first_step": h, "min_step": h, "max_step": h}
+    Heavy.alive.clear()
+    more = {"method": method, "options": held, "memory": memory}
+    out = odeint_dto(lambda t, y: -Heavy.apply(y), y0, torch.tensor([0.0, 1.0]), **more)
+    between = Heavy.count()
+    assert between * HEAVY <= memory
+    assert memory == 0 or between * HEAVY > memory - (stages + 1) * HEAVY
+    out.sum().backward()
+    assert Heavy.count() == 0
+
+
+@given(st.integers(1, 8), st.sampled_from(["euler", "midpoint", "rk4"]), st.integers(0, 12))
+def test_the_statistics(steps, method, fitting):
+    """In units of one step's graph."""
+    layer = nc.CoupledODE(Heavily(), steps=steps, method=method).double()
+    stages = {"euler": 1, "midpoint": 2, "rk4": 4}[method]
+    z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    layer.adjoint = nc.DiscreteAdjoint()
+    layer(z0)
+    one = layer.stats.kept_bytes // steps
+    assert stages * HEAVY <= one < (stages + 1) * HEAVY
+    layer.adjoint = nc.DiscreteAdjoint(memory=fitting * one)
+    loss = layer(z0).square().sum()
+    kept = min(fitting, steps)
+    assert (layer.stats.kept, layer.stats.kept_bytes) == (kept, kept * one)
+    assert (layer.stats.evaluations, layer.stats.recomputed) == (steps * stages, 0)
+    loss.backward(retain_graph=True)
+    assert layer.stats.recomputed == (steps - kept) * stages
+    loss.backward()
+    assert layer.stats.recomputed == (2 * steps - kept) * stages  # all states behind the kept steps are there
+
+
+class Heavily(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, z):
+        return Heavy.apply(self.net(z))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun", "dopri8"])
+@pytest.mark.parametrize("memory", [0, 200_000, 2**25])
+def test_the_statistics_of_an_adaptive_layer(method, memory):
+    layer = nc.CoupledODE(Heavily(), method=method, rtol=1e-6, atol=1e-6, adjoint=nc.DiscreteAdjoint(memory=memory))
+    layer.double()
+    z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    loss = layer(z0).square().sum()
+    stats = layer.stats
+    assert stats.kept <= stats.accepted
+    assert (stats.kept == stats.accepted) == (memory == 2**25)
+    assert (stats.kept > 0) == (memory > 0)
+    assert Heavy.count() * HEAVY <= stats.kept_bytes <= memory
+    loss.backward()
+    assert (stats.recomputed == 0) == (memory == 2**25)
+
+
+@pytest.mark.parametrize("inner", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.Backprop()], ids=str)
+def test_a_solve_inside_of_a_solve_counts(inner):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nc.CoupledODE(Heavily(), steps=3, adjoint=inner)
+
+        def forward(self, z):
+            return self.inside(z)
+
+    Heavy.alive.clear()
+    layer = nc.CoupledODE(Nested(), steps=4).double()
+    z0 = torch.randn(2, 3, **FLOAT64, requires_grad=True)
+    exact = gradients(layer, z0, nc.Backprop())
+    layer.adjoint = nc.DiscreteAdjoint()
+    Heavy.alive.clear()
+    out = layer(z0)
+    inside = 0 if inner == nc.DiscreteAdjoint(None) else 3
+    assert layer.stats.kept == 4
+    assert Heavy.count() == 4 * inside
+    assert 4 * inside * HEAVY <= layer.stats.kept_bytes < 4 * (inside + 1) * HEAVY
+    del out
+    for memory in (0, 2 * 3 * HEAVY + 2000, 2**25):
+        layer.adjoint = nc.DiscreteAdjoint(memory=memory)
+        assert oracle.largest_error(gradients(layer, z0, layer.adjoint), exact) < 1e-12
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("memory", "error", "words"),
+    [
+        (-1, ValueError, "at least 0.*got -1"),
+        (math.nan, ValueError, "finite.*got nan"),
+        (math.inf, ValueError, "finite.*got inf"),
+        (True, TypeError, "number of bytes.*got True"),
+        ("1 GB", TypeError, "number of bytes.*got '1 GB'"),
+        (None, TypeError, "number of bytes.*got None"),
+    ],
+)
+def test_bad_numbers_of_bytes_are_refused(memory, error, words):
+    with pytest.raises(error, match=f"memory must be .*{words}"):
+        nc.DiscreteAdjoint(memory=memory)
+    with pytest.raises(error, match=f"memory must be .*{words}"):
+        odeint_dto(lambda t, y: -y, torch.ones(2), T, memory=memory)
