@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.recording import Recording
-from neuralode_coupled.adjoint.step_graph import Kept
+from neuralode_coupled.adjoint.step_graph import Kept, narrow
 from neuralode_coupled.adjoint.tracer import Span, Tracer
 
 
@@ -30,13 +30,13 @@ class Keeper:
         self.first, self.end = max(first, self._tracer.first), end
         self.kept: list[Kept] = []
         self._span: Span | None = None
-        operands, plan = recording.operands, recording.plan
-        summed = (*operands.shared, *operands.captured)
-        self._one_by_one = plan.listener is not None or any(x.requires_grad and x.itemsize == 2 for x in summed)
 
     def _make_tracer(self) -> Tracer:
-        recording = self._recording
-        return Tracer(recording.plan, recording.operands, recording.operands.restore(recording.wanted))
+        recording, operands = self._recording, self._recording.operands
+        self._one_by_one = recording.plan.listener is not None or any(
+            map(narrow, (*operands.shared, *operands.captured))
+        )
+        return Tracer(recording.plan, operands, operands.restore(recording.wanted))
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n``: the next state, and what it emits; without their graph."""

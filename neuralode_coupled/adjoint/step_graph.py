@@ -79,6 +79,11 @@ class Kept:
         return self.end_state if versions(self.end_state) == self.end_versions else ()
 
 
+def narrow(tensor: Tensor) -> bool:
+    """Whether a gradient is asked for that a sum over many steps in 16 bits would lose."""
+    return tensor.requires_grad and tensor.itemsize == 2
+
+
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
     """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
     return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]

@@ -11,7 +11,7 @@ from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph
-from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges
+from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
 
@@ -42,10 +42,8 @@ class Growing:
         self.y0, self.shared = self._leaves(y0), self._leaves(dynamics.shared)
         self._captured: State = dynamics.captured
         self._stops: Places = set()
-        # In 16 bits a sum over many steps would lose most of them, and of what hooks pack nobody knows the size.
-        summed = (*dynamics.shared, *dynamics.captured)
-        narrow = any(x.requires_grad and x.itemsize == 2 for x in summed)
-        self._keeps = memory.auto and not narrow and not saved_tensors_are_hooked()
+        # Of what hooks pack nobody knows the size.
+        self._keeps = memory.auto and not saved_tensors_are_hooked()
         self.fits, self.steps = False, 0
         self._size, self._room = 0, 0
         self._emitted: list[Tensor] = []
@@ -63,7 +61,9 @@ class Growing:
         self._stops = places_in_graph(self._captured)
         size = self._held(slope)
         self.fits = size is not None and size * self._method.slopes <= self._memory.graphs
-        self.open = self._keeps and self.fits and not need_replacing(self._captured)
+        # In 16 bits a sum over many steps in one graph would lose most of them.
+        summed = any(map(narrow, (*self._dynamics.shared, *self._captured)))
+        self.open = self._keeps and self.fits and not summed and not need_replacing(self._captured)
 
     def add(self, step: Step) -> None:
         """An accepted step."""
