@@ -81,10 +81,11 @@ def saved_by(node: Any) -> list[Tensor]:
     """The tensors that a node of a graph holds for its backward.
 
     They are looked at, not unpacked: that would call hooks, and `torch.utils.checkpoint` computes in its hooks. Raises
-    `UnknownError` for what hooks have packed, and for operations written in C++.
+    `UnknownError` for what hooks have packed, for operations written in C++, and for operations in place on a part of a
+    tensor, whose node is hidden in another one.
     """
     kind = type(node)
-    if kind.__name__ == "CppFunction":
+    if kind.__name__ in ("CppFunction", "CopySlices"):
         raise UnknownError
     if kind not in _RAW:
         _RAW[kind] = tuple([name for name in dir(kind) if name.startswith("_raw_saved_")])

@@ -195,9 +195,12 @@ class _Forward:
 
     def _see_first(self) -> None:
         """The first step has shown what gradients flow to."""
-        graph = any(self._recording.wanted)
-        if graph and not self._graph:
-            self._graph = graph
+        recording, keeper = self._recording, self._keeper
+        graph = any(recording.wanted)
+        # With gradients to what all steps reach, they begin at the first step, which has been made without a graph.
+        earlier = keeper is not None and keeper.first > 0 and len(recording.operands.captured) > 0
+        if graph and (earlier or not self._graph):
+            self._graph, self._keeper = graph, None
             self._prepare(late=True)
 
     def _put(self, n: int, y: State) -> None:
@@ -214,7 +217,7 @@ class _Forward:
         ends = None if end is None else (end, versions(end))
         plan, kept = recording.plan, list(recording.plan.kept) if keeper is None else keeper.kept
         for part in kept:
-            part.versions = versions(part.buffers)
+            part.versions, part.end_versions = versions(part.buffers), versions(part.end_state)
         held = sum(part.size for part in kept)
         plan.stats.kept += sum(part.end - part.first for part in kept) // plan.parts
         plan.stats.kept_bytes += held

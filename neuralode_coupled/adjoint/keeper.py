@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.recording import Recording
-from neuralode_coupled.adjoint.step_graph import Kept
+from neuralode_coupled.adjoint.step_graph import Kept, narrow
 from neuralode_coupled.adjoint.tracer import Span, Tracer
 
 
@@ -30,13 +30,13 @@ class Keeper:
         self.first, self.end = max(first, self._tracer.first), end
         self.kept: list[Kept] = []
         self._span: Span | None = None
-        operands, plan = recording.operands, recording.plan
-        summed = (*operands.shared, *operands.captured)
-        self._one_by_one = plan.listener is not None or any(x.requires_grad and x.itemsize == 2 for x in summed)
 
     def _make_tracer(self) -> Tracer:
-        recording = self._recording
-        return Tracer(recording.plan, recording.operands, recording.operands.restore(recording.wanted))
+        recording, operands = self._recording, self._recording.operands
+        self._one_by_one = recording.plan.listener is not None or any(
+            map(narrow, (*operands.shared, *operands.captured))
+        )
+        return Tracer(recording.plan, operands, operands.restore(recording.wanted))
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n``: the next state, and what it emits; without their graph."""
@@ -51,17 +51,21 @@ class Keeper:
         found, emitted = self._recording.recorded(n, y, run, span.leaves)
         keep = n > self.first or self._learn(span)
         # A step that depends on tensors that it was not handed is made, and looked at, in the backward pass.
+        end, parts = y, tuple([part.detach() for part in found])
         if not keep or span.foreign():
             span.back()
             self.end = n
+        else:
+            end = parts
         if self._one_by_one or n + 1 >= self.end:
             if span.end > span.first:
                 steps = range(span.first, span.end)
                 buffers = {id(buffer): buffer for n in steps for buffer in plan.buffers[n]}
                 graph, size = span.graph(), self._size * len(steps)
-                self.kept.append(Kept(span.first, span.end, graph, size, tuple(buffers.values())))
+                kept = Kept(span.first, span.end, graph, size, tuple(buffers.values()), end_state=end)
+                self.kept.append(kept)
             self._span = None
-        return tuple([part.detach() for part in found]), emitted
+        return parts, emitted
 
     def _learn(self, span: Span) -> bool:
         """How many steps fit, and which tensors they capture, from the first one; False if it is not to be kept."""

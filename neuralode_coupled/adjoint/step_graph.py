@@ -55,6 +55,8 @@ class Kept:
         size: the bytes that it holds, as far as they can be counted.
         buffers: those that the steps may modify, and that the graph may hold.
         versions: theirs after the forward pass.
+        end_state: what the steps have ended at, without a graph; made again, they must end there too.
+        end_versions: its versions then.
     """
 
     first: int
@@ -63,12 +65,23 @@ class Kept:
     size: int = 0
     buffers: State = ()
     versions: list[int] = field(default_factory=list)
+    end_state: State = ()
+    end_versions: list[int] = field(default_factory=list)
 
     def take(self) -> StepGraph | None:
         """The graph, for its only use; None if buffers have changed since the forward pass: then the steps are made
         again, with copies."""
         graph, self.graph = self.graph, None
         return graph if versions(self.buffers) == self.versions else None
+
+    def reached(self) -> State:
+        """The state that the steps have ended at; nothing if it has been changed in place since."""
+        return self.end_state if versions(self.end_state) == self.end_versions else ()
+
+
+def narrow(tensor: Tensor) -> bool:
+    """Whether a gradient is asked for that a sum over many steps in 16 bits would lose."""
+    return tensor.requires_grad and tensor.itemsize == 2
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
@@ -131,15 +144,14 @@ class Sum:
         added: Any = terms
         ours: list[int] = []
         theirs: list[int] = []
+        new: list[int] = []
         for i, term in enumerate(terms):
             if term is None:
                 continue
             if sums[i] is not None:
                 (ours if self._owned[i] else theirs).append(i)
-            elif term.dtype.itemsize == 2:
-                sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True
             else:
-                sums[i] = term
+                new.append(i)
         if ours:
             add_many_([sums[i] for i in ours], [added[i] for i in ours])
         if theirs:
@@ -147,3 +159,9 @@ class Sum:
             fresh = add_many([sums[i] for i in theirs], [added[i] for i in theirs])
             for i, tensor in zip(theirs, fresh, strict=True):
                 sums[i], self._owned[i] = tensor, True
+        for i in new:  # when nothing can fail any more, after which all terms would be added anew
+            term = added[i]
+            if term.dtype.itemsize == 2:
+                sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True
+            else:
+                sums[i] = term

@@ -31,10 +31,11 @@ class Stored:
         if kept is None:
             self._states |= dict(zip(stored[1:], between, strict=True))
 
-    def put(self, n: int, state: State) -> None:
-        """Store the state before step ``n``."""
+    def put(self, n: int, state: State, original: bool) -> None:
+        """Store the state before step ``n``, which is the forward pass's own or not."""
         self._states[n] = state
-        self._made.add(n)
+        if not original:
+            self._made.add(n)
 
     def get(self, n: int, last: bool) -> State:
         """The state before step ``n``, for the last time if ``last``."""
@@ -82,7 +83,7 @@ class Sweep:
                     y, original = states.get(n, final), states.original(n)
                 case Advance(start, end, keep):
                     if keep:
-                        states.put(start, y)
+                        states.put(start, y, original)
                     y, original = self._advance(start, end, y), False
                 case Reverse(n) if n >= first:
                     if self._arrives(n, n + 1):
@@ -120,7 +121,7 @@ class Sweep:
         if None in graphs and self._arrives(row[0].first, self._plan.count):
             y = self._advance(start, row[0].first, states.get(start, last=False))
             for i, part in enumerate(row):
-                graphs[i], y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+                graphs[i], y = self._made_again(part, y)
         for part in reversed(row):
             graph = graphs.pop()
             if graph is None or not self._arrives(part.first, part.end):
@@ -132,8 +133,15 @@ class Sweep:
                     raise
                 # It holds buffers that the steps update themselves: recomputed steps have copies.
                 y = self._advance(start, part.first, states.get(start, last=False))
-                again, _, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
-                self._through(part.first, part.end, again)
+                self._through(part.first, part.end, self._made_again(part, y)[0])
+
+    def _made_again(self, part: Kept, y: State) -> tuple[StepGraph, State]:
+        """The graph of kept steps once more, and where they end: where they ended in the forward pass."""
+        graph, y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
+        before = part.reached()
+        if before:
+            check_repeated(tuple([x.detach() for x in y]), before, (part.end - 1) // self._plan.parts)
+        return graph, y
 
     def _advance(self, first: int, end: int, y: State) -> State:
         for n in range(first, end):

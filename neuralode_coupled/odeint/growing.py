@@ -14,7 +14,7 @@ from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
-from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges
+from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
 
@@ -48,10 +48,8 @@ class Growing:
         self._replaced = dynamics.captured if self.open and need_replacing(dynamics.captured) else ()
         self.captured: State = self._leaves(self._replaced) or dynamics.captured
         self._stops: Places = set()
-        # In 16 bits a sum over many steps would lose most of them, and of what hooks pack nobody knows the size.
-        summed = (*dynamics.shared, *dynamics.captured)
-        narrow = any(x.requires_grad and x.itemsize == 2 for x in summed)
-        self._keeps = memory.auto and not narrow and not saved_tensors_are_hooked()
+        # Of what hooks pack nobody knows the size.
+        self._keeps = memory.auto and not saved_tensors_are_hooked()
         self.fits, self.steps = False, 0
         self._size, self._room = 0, 0
         self._emitted: list[Tensor] = []
@@ -79,7 +77,9 @@ class Growing:
         self._room = 0 if size is None else self._memory.graphs // max(self._size, 1)
         self.fits = self._room >= 1
         late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))
-        self.open = self._keeps and self.fits and not late
+        # In 16 bits a sum over many steps in one graph would lose most of them.
+        summed = any(map(narrow, (*self._dynamics.shared, *self.captured)))
+        self.open = self._keeps and self.fits and not summed and not late
 
     def add(self, step: Step) -> None:
         """An accepted step."""
@@ -111,4 +111,6 @@ class Growing:
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
         graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends))
-        return (Kept(0, self.steps * parts, graph, self.steps * self._size, self._dynamics.buffers),)
+        reached = tuple([part.detach() for part in self._end])
+        size = self.steps * self._size
+        return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

@@ -51,7 +51,8 @@ class AcceptedSteps:
             self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
             # The solve's very last state is only ever seen through the outputs.
             y = taken[n + 1].y if n + 1 < steps else tuple(torch.empty_like(part) for part in y0)
-            before = (*y, *step.last)
+            # The end of a kept step has a graph, which autograd would cut off where it is to be stored.
+            before = tuple([part.detach() for part in (*y, *step.last)])
             self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
         count = steps * parts
         # Running statistics are the forward pass's to update.

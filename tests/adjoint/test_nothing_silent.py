@@ -189,6 +189,27 @@ def test_gradients_of_16_bits_are_rounded_once(dtype, adjoint):
     assert torch.allclose(dynamics.weight.grad.float(), torch.ones(2, 2), rtol=4e-3)
 
 
+@pytest.mark.parametrize("method", ["euler", "bosh3"])
+@pytest.mark.parametrize("checkpoints", ["auto", None])
+def test_and_those_of_tensors_that_the_first_step_shows(method, checkpoints):
+    context = [[torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)]]
+
+    class Reaching(nn.Module):
+        def forward(self, z):
+            return 0 * z + context[0][0]
+
+    h, dynamics = 1 / 640, Reaching()
+    held = {"step_size": h} if method == "euler" else {"first_step": h, "min_step": h, "max_step": h}
+    y0 = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    more = {"method": method, "options": held, "checkpoints": checkpoints}
+    solves = [nc.odeint_dto(lambda t, y: dynamics(y), y0, torch.tensor([0.0, 1.0]), **more)[-1]]
+    if method == "euler":
+        solves.append(nc.CoupledODE(dynamics, steps=640, adjoint=nc.DiscreteAdjoint(checkpoints))(y0))
+    for z in solves:
+        (found,) = torch.autograd.grad(z.sum(), context[0][0])
+        assert torch.allclose(found.float(), torch.ones(2), rtol=1e-2)  # a step of several stages sums these in 16
+
+
 # what plain autograd does
 
 

@@ -68,6 +68,10 @@ def test_what_a_graph_holds_can_be_looked_at():
         end = x.tanh()
     with pytest.raises(_torch.UnknownError):
         _torch.saved_by(end.grad_fn)
+    part = torch.zeros(3, 4)
+    part[0].add_(x[0])
+    with pytest.raises(_torch.UnknownError):
+        _torch.saved_by(part.grad_fn)
 
 
 def test_nodes_are_numbered():
