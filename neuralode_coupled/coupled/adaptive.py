@@ -85,12 +85,18 @@ class Adaptive:
         self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
-        field.begin(z0)
         if torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
                 "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
+        solved = _states_eagerly if torch.compiler.is_compiling() else _states
+        return solved(self, field, z0, wanted, adjoint)
+
+    def _states(
+        self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
+    ) -> tuple[list[Activation], Stats]:
+        field.begin(z0)
         stats = Stats()
         self._check_operators(field)
         if self.interval.tensors:
@@ -213,6 +219,11 @@ class Adaptive:
         found, _ = adjoint.integrate(AdaptiveProblem(self, system, y0, times, stats))
         states = {keys[j]: state for j, state in zip(order, found, strict=True)}
         return [states[key] for key in keys[1:]]
+
+
+# Its loop decides by numbers: torch.compile breaks its graph around it rather than in every step.
+_states = Adaptive._states
+_states_eagerly: Any = torch.compiler.disable(_states)
 
 
 class AdaptiveProblem:

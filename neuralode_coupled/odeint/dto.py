@@ -118,34 +118,42 @@ def odeint_dto(
     check_checkpoints(checkpoints)
     check_memory(memory)
     kept = Memory(checkpoints, graphs=memory)
-    state, times = check_state(y0), check_times(t)
     name = check_method(method, rtol, atol, options)
+    # The loop of an adaptive method decides by numbers: torch.compile breaks its graph here rather than in every step.
+    solved = _solved_eagerly if torch.compiler.is_compiling() and name not in METHODS else _solved
+    return solved(func, y0, t, name, (rtol, atol), dict(options or {}), kept, params)
+
+
+def _solved(
+    func: Callable[..., Any],
+    y0: Tensor | State,
+    t: Tensor,
+    name: str,
+    tolerances: tuple[Tolerance, Tolerance],
+    options: dict[str, Any],
+    memory: Memory,
+    params: Iterable[Tensor] | None,
+) -> Any:
+    state, times = check_state(y0), check_times(t)
     is_tuple = isinstance(y0, tuple)
     dynamics = Dynamics(func, is_tuple, params)
     check_no_sample_gradients(dynamics.module)
-    chosen = dict(options or {})
-    relative, absolute = [check_tolerance(*given, state, is_tuple) for given in (("rtol", rtol), ("atol", atol))]
+    given = zip(("rtol", "atol"), tolerances, strict=True)
+    rtol, atol = [check_tolerance(label, value, state, is_tuple) for label, value in given]
     if len(times) == 1:
         outputs = tuple([part[None] for part in state])
     elif name in METHODS:
-        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, chosen), state, kept)
+        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, options), state, memory)
     else:
-        solve = AdaptiveSolve(
-            dynamics,
-            func,
-            is_tuple,
-            state,
-            t.to(state[0].device),
-            times,
-            name,
-            relative,
-            absolute,
-            adaptive_options(chosen, is_tuple),
-        )
-        outputs = _adaptive(solve, kept)
+        chosen, at = adaptive_options(options, is_tuple), t.to(state[0].device)
+        solve = AdaptiveSolve(dynamics, func, is_tuple, state, at, times, name, rtol, atol, chosen)
+        outputs = _adaptive(solve, memory)
     if tracing() != "transform":
         check_finite(outputs, times)
     return outputs if is_tuple else outputs[0]
+
+
+_solved_eagerly: Any = torch.compiler.disable(_solved)
 
 
 def _fixed_steps(
@@ -164,7 +172,7 @@ def _fixed_steps(
         points = check_grid(options["grid_constructor"](func, y0, t), times)
     for callback in ("callback_accept_step", "callback_reject_step"):
         if hasattr(func, callback):
-            warnings.warn(f"method {name!r} accepts every step: {callback} is not called", stacklevel=3)
+            warnings.warn(f"method {name!r} accepts every step: {callback} is not called", stacklevel=4)
     return FixedSteps(
         dynamics,
         make_grid(t, points, like),

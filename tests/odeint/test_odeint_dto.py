@@ -785,3 +785,27 @@ def test_adaptive_solves_under_compile_keep_their_gradients():
         wanted = [y0, source, *net.parameters()]
         results.append(torch.autograd.grad(f(y0).square().sum(), wanted))
     assert_same(results[0], results[1], 1e-9)
+
+
+def test_adaptive_solves_under_compile_run_as_they_are():
+    """torch.compile breaks its graph at the solve, not within its steps; what stands around it is compiled."""
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    seen = []
+
+    def func(t, y):
+        seen.append(torch.compiler.is_compiling())
+        return net(y)
+
+    def loss(y0):
+        return odeint_dto(func, 2 * y0, THIRDS, rtol=1e-3, atol=1e-3).square().sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, backend="eager")):
+        y0 = torch.ones(2, 3, **FLOAT64, requires_grad=True)
+        results.append(torch.autograd.grad(run(y0), (y0, *net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not any(seen)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
+        torch.compile(loss, backend="eager", fullgraph=True)(y0)
