@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from threading import Lock, get_ident, local
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +16,15 @@ from torch.func import functional_call
 
 from neuralode_coupled._torch import (
     caches_parametrizations,
+    noticing_changes,
     recomputed_later,
+    saved_tensors_are_hooked,
     tracing,
     versions,
     without_cached_parametrizations,
 )
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
@@ -129,6 +133,8 @@ def untouched(
     """
     if tracing():
         return run(*arguments)
+    if saved_tensors_are_hooked():
+        run = partial(noticing, module, run)
     before = versions(state)
     observer = _THREAD.observer
     if observer is None:
@@ -143,6 +149,22 @@ def untouched(
             "clone"
         )
     return result
+
+
+def noticing(module: Callable[..., Any], run: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    """``run(*args, **kwargs)``, which evaluates a user's module, with autograd noticing what that overwrites.
+
+    Inside of hooks on saved tensors it does not do so by itself.
+    """
+    if tracing() or not saved_tensors_are_hooked():
+        return run(*args, **kwargs)
+    name = getattr(module, "__name__", type(module).__name__)
+    message = (
+        f"{name} has overwritten what its gradient needs: one of the variables needed for gradient computation has "
+        "been modified by an inplace operation. Use another operation there (h = 2 * h for h.mul_(2)), or a clone"
+    )
+    with noticing_changes(message):
+        return run(*args, **kwargs)
 
 
 def check_no_sample_gradients(module: nn.Module, instead: str = "") -> None:

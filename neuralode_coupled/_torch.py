@@ -6,7 +6,7 @@ Each has a test (``tests/house/test_private_names.py``) that says what to do whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch._C._autograd import (
     _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
 )
 from torch.autograd import Variable, forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
@@ -40,6 +41,7 @@ __all__ = [
     "has_hooks",
     "keeps_graph",
     "made_since",
+    "noticing_changes",
     "recomputed_later",
     "run_backward",
     "saved_by",
@@ -132,7 +134,55 @@ def made_since(tensor: Tensor, clock: int) -> bool:
 def recomputed_later() -> bool:
     """Whether `torch.utils.checkpoint` runs what runs now, and will run it again in the backward pass."""
     hooks = _top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__qualname__.startswith(_checkpoint_hook.__qualname__)
+    return hooks is not None and _name(hooks[0]).startswith(_checkpoint_hook.__qualname__)
+
+
+def _name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", "")  # which an object that can be called does not have
+
+
+def noticing_changes(message: str) -> AbstractContextManager:
+    """Inside of hooks on saved tensors: the same hooks, with what PyTorch leaves out where there are any.
+
+    A tensor that an operation has saved, and that has been changed in place by the time that the backward pass asks for
+    it, is a RuntimeError with this message. Not if the hooks have made a copy; but `torch.utils.checkpoint` makes none:
+    what it computes again is changed in the same way.
+    """
+    hooks = _top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return nullcontext()
+    pack, unpack = hooks
+    computed_again = recomputed_later()
+
+    def noted(tensor: Tensor) -> tuple[Any, Tensor, int, int | None]:
+        (version,) = versions((tensor,))
+        return pack(tensor), _counter(tensor), version, _place(tensor)
+
+    def checked(noted: tuple[Any, Tensor, int, int | None]) -> Tensor:
+        packed, counter, version, place = noted
+        changed = versions((counter,)) != [version]
+        if changed and computed_again:
+            raise RuntimeError(message)
+        tensor = unpack(packed)
+        if changed and place == _place(tensor):
+            raise RuntimeError(message)
+        return tensor
+
+    noted.__qualname__ = _name(pack)  # for `recomputed_later` inside
+    return saved_tensors_hooks(noted, checked)
+
+
+def _counter(tensor: Tensor) -> Tensor:
+    """A tensor that counts the changes of another one, and does not keep its memory."""
+    counter = tensor.detach()
+    if type(counter) is Tensor and counter.layout == torch.strided:
+        counter.data = counter.new_empty(0)
+    return counter
+
+
+def _place(tensor: Tensor) -> int | None:
+    """Where a tensor is in memory; None where it is in no one place, as a sparse one."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
 
 
 @contextmanager

@@ -71,13 +71,13 @@ def held_bytes(ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], s
         while queue:
             node = queue.pop()
             for storage in map(Tensor.untyped_storage, saved_by(node)):
-                sizes[storage.data_ptr()] = storage.nbytes()
+                sizes[storage] = storage.nbytes()
             sizes[node] = getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
             for edge in node.next_functions:
                 if edge[0] not in seen and not (stops and edge in stops):
                     seen.add(edge[0])
                     queue.append(edge[0])
-        free = {tensor.untyped_storage().data_ptr() for tensor in besides}
+        free = {tensor.untyped_storage() for tensor in besides}
     except (UnknownError, RuntimeError):  # the second: a tensor that has no storage of its own, such as a sparse one
         return None
     return sum(size for key, size in sizes.items() if key not in free)

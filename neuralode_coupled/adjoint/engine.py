@@ -93,7 +93,7 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
         return unroll(plan, operands)
     if memory.checkpoints not in (None, "auto") or memory.storage != "device":
         raise ValueError(
-            f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={memory.checkpoints}, "
+            f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={memory.checkpoints!r}, "
             f"storage={memory.storage!r}: leave them out, or do not compile the layer"
         )
     contexts = selective_contexts(keep)

@@ -33,9 +33,8 @@ class Keeper:
 
     def _make_tracer(self) -> Tracer:
         recording, operands = self._recording, self._recording.operands
-        self._one_by_one = recording.plan.listener is not None or any(
-            map(narrow, (*operands.shared, *operands.captured))
-        )
+        summed = (*operands.shared, *operands.captured)
+        self._one_by_one = recording.plan.listener is not None or any(map(narrow, summed))
         return Tracer(recording.plan, operands, operands.restore(recording.wanted))
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:

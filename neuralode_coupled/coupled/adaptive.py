@@ -273,6 +273,7 @@ class AdaptiveProblem:
         t = self.times(self.save, self.y0[0].new_empty((), dtype=torch.float64))
         dynamics = Dynamics(system, is_tuple=True, params=system.params, overlooked=Stages.overlooked)
         times = t, t.detach().tolist()
+        system.choosing = True
         try:
             solve = AdaptiveSolve(dynamics, system, True, self.y0, *times, self.method, rtol, atol, AdaptiveOptions())
             return solve.discrete(self.stats, memory)
@@ -280,7 +281,7 @@ class AdaptiveProblem:
             system.explain(error)
             raise
         finally:
-            system.latest = None
+            system.latest, system.choosing = None, False
 
     def advancing(self) -> tuple[Plan, Operands]:
         """There is no such form: raises ValueError."""

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import noticing
 from neuralode_coupled._times import Scalar, TimeRow, times_at
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import (
@@ -97,6 +98,7 @@ class OnGrid:
             if times.tensors or grid.ends:
                 check_follows_time(operator, w0, grid.start(0, grid.steps / 3), grid.whole)
             path = partial(self.scheme.in_force, kernel=field.kernel) if in_force else self.scheme.at
+            path = partial(noticing, operator, path)
             found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
         return found
 
@@ -274,7 +276,7 @@ class GridProblem:
     def _theta(self, connected: Callable[[nn.Module, Tensor], Tensor], name: str, w0: Tensor) -> Tensor:
         """theta of one parameter; raises `NonFiniteWeights`, a ValueError, if it is not finite."""
         operator = self.field.operator(name)
-        theta = named(name, connected, operator, w0)
+        theta = named(name, noticing, operator, connected, operator, w0)
         try:
             check_finite(theta, name)
         except NonFiniteWeights:

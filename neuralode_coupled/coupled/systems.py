@@ -24,6 +24,7 @@ class System(nn.Module):
     Attributes:
         params: the tensors that gradients flow to besides the initial state.
         latest: the last evaluation of the forward pass: t, the weights, their derivatives.
+        choosing: whether an adaptive method is choosing its steps, with a graph where it is to be kept.
     """
 
     params: tuple[Tensor, ...]
@@ -32,11 +33,12 @@ class System(nn.Module):
         super().__init__()
         self.field, self.names = field, list(names)
         self.latest: tuple[Tensor, State, State] | None = None
+        self.choosing = False
 
     def weight_side(self, t: Tensor, state: State) -> tuple[Tensors, State]:
         """`CoupledField.weight_side` of the named weights."""
         theta, derivatives = self.field.weight_side(t, self.names, state)
-        if not torch.is_grad_enabled():  # the backward pass recomputes with gradients
+        if self.choosing or not torch.is_grad_enabled():  # the backward pass recomputes with gradients
             self.latest = t, state, derivatives
         return theta, derivatives
 

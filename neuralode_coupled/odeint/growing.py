@@ -57,7 +57,8 @@ class Growing:
         self._seen: set[Any] = set()
 
     def _leaves(self, tensors: State) -> State:
-        return tuple([x.detach().requires_grad_(self.open and x.requires_grad) for x in tensors])
+        # Inside of a transform nothing can be made to require a gradient, or not to.
+        return tuple([x.detach().requires_grad_() if self.open and x.requires_grad else x.detach() for x in tensors])
 
     @contextmanager
     def stepping(self) -> Iterator[None]:

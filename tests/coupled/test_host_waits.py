@@ -289,7 +289,8 @@ def test_the_backward_pass_of_a_layer_on_claimed_cuda_copies_nothing(claimed, mo
         claimed(layer)
         end = layer(torch.zeros(2, 4, 6, 6, device="cuda", requires_grad=True))
         with NoCopies():
-            assert claimed_backward(end, monkeypatch) >= STEPS[method]
+            # Kept steps are one graph.
+            assert claimed_backward(end, monkeypatch) >= STEPS[method] - max(layer.stats.kept - 1, 0)
 
 
 def claimed_backward(end: Tensor, monkeypatch) -> int:
@@ -375,7 +376,7 @@ def peak_on_claimed_cuda(claimed, monkeypatch, adjoint, steps: int) -> float:
 
 def test_memory_on_claimed_cuda_grows_by_a_state_a_step_or_not_at_all_with_states_on_the_host(claimed, monkeypatch):
     def peaks(**storage) -> list[float]:
-        adjoint = nc.DiscreteAdjoint(weights="recomputed", **storage)
+        adjoint = nc.DiscreteAdjoint(None, weights="recomputed", **storage)
         return [peak_on_claimed_cuda(claimed, monkeypatch, adjoint, steps) for steps in (5, 45)]
 
     few, many = peaks()

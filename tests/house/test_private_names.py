@@ -5,6 +5,7 @@ All stand in ``neuralode_coupled/_torch.py``. Each test says what its name is fo
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -145,6 +146,32 @@ def test_hooks_on_saved_tensors_are_seen():
         use_reentrant=False,
     )
     assert seen == [(False, False), (True, False), (True, True)]
+
+
+def test_changes_are_noticed_inside_of_hooks():
+    """`noticing_changes`: with hooks on saved tensors PyTorch does not look whether these have been overwritten.
+
+    Once it does, leave it out. Without ``_top_saved_tensors_default_hooks`` there is no one's hooks to call; without
+    ``Tensor._version`` nothing to compare. A tensor of no size that shares its counter with another one is made by
+    ``detach`` and by assigning to ``data``; without it keep the tensor itself, and its memory.
+    """
+    x = torch.ones(3, requires_grad=True)
+    for notices in (False, True):
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: y.detach(), lambda y: y):
+            with _torch.noticing_changes("overwritten") if notices else contextlib.nullcontext():
+                y = x.exp()
+            y.mul_(2)
+        if notices:
+            with pytest.raises(RuntimeError, match=r"^overwritten$"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+    counter = _torch._counter(x)
+    assert counter.untyped_storage().nbytes() == 0
+    before = _torch.versions([counter])
+    with torch.no_grad():
+        x.mul_(2)
+    assert _torch.versions([counter]) != before
 
 
 def test_whether_a_graph_is_kept():
