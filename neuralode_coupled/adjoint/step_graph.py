@@ -16,6 +16,15 @@ from neuralode_coupled._types import State
 Gradients = list[Tensor | None]
 
 
+Chain = list[Any]
+"""The nodes of the states between the steps of a graph, in order.
+
+PyTorch frees a graph whose nodes Python has looked at by one nested call for each node: tens of thousands in a row are
+too many for the stack. A list lets go of its last member first, and the graph falls step by step. It has to be the last
+that holds it: the last attribute of its object, for Python lets go of these in order.
+"""
+
+
 class StepGraph:
     """The graph of one step, or of several in a row, for one vector-Jacobian product.
 
@@ -24,12 +33,19 @@ class StepGraph:
         wanted: which of all these gradients are asked for.
         cuts: where in the row the inputs and the shared tensors begin.
         ends: where gradients enter, see `edges`: at the next state, then at what the steps emit.
+        chain: the nodes of the states in between.
     """
 
     def __init__(
-        self, leaves: list[Tensor], wanted: list[bool], cuts: tuple[int, int], ends: list[GradientEdge | None]
+        self,
+        leaves: list[Tensor],
+        wanted: list[bool],
+        cuts: tuple[int, int],
+        ends: list[GradientEdge | None],
+        chain: Chain | None = None,
     ) -> None:
         self._leaves, self._wanted, self._cuts, self._ends = leaves, wanted, cuts, ends
+        self._chain = chain
 
     def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
         """The gradients at state, inputs and shared tensors (and behind them the captured ones) from those at the ends.

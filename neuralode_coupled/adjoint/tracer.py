@@ -13,7 +13,7 @@ from neuralode_coupled.adjoint.budget import held_bytes
 from neuralode_coupled.adjoint.observation import foreign, lasting, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import StepGraph, edges
+from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges
 
 Traced = tuple[StepGraph, State, tuple[State, ...]]
 """A step's graph, the next state, and what the step emits."""
@@ -114,6 +114,7 @@ class Span:
         self._emitted: list[Tensor] = []
         self._seen: set[Any] = set()
         self._before: tuple[State, int, int] = self._y, 0, 0
+        self._chain: Chain = []  # the last attribute
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -130,6 +131,7 @@ class Span:
         self._inputs.extend(inputs)
         self._wanted[1].extend(needed)
         self._emitted.extend(chain.from_iterable(emitted))
+        self._chain.append([part.grad_fn for part in y])
         self.end += 1
         return self._y, emitted
 
@@ -163,7 +165,7 @@ class Span:
         wanted_y, wanted_inputs, wanted_shared = self._wanted
         wanted = [*wanted_y, *wanted_inputs, *wanted_shared, *self.tracer.needed.captured]
         cuts = len(wanted_y), len(wanted_y) + len(wanted_inputs)
-        return StepGraph(self.leaves, wanted, cuts, edges([*self._y, *self._emitted]))
+        return StepGraph(self.leaves, wanted, cuts, edges([*self._y, *self._emitted]), self._chain)
 
 
 def _leaves(tensors: State, wanted: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
-from neuralode_coupled.adjoint.step_graph import Kept, StepGraph, edges, narrow
+from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
 
@@ -55,6 +55,7 @@ class Growing:
         self._emitted: list[Tensor] = []
         self._end: State = ()
         self._seen: set[Any] = set()
+        self._chain: Chain = []  # the last attribute
 
     def _leaves(self, tensors: State) -> State:
         # Inside of a transform nothing can be made to require a gradient, or not to.
@@ -93,6 +94,7 @@ class Growing:
         if overlooked and foreign(edges(tensors), self._known, self._stops, self._seen):
             self.open = False  # this step is made, and looked at, in the backward pass
             return
+        self._chain.append([part.grad_fn for part in end])
         self._end, self.steps = end, self.steps + 1
         self._emitted += emitted
         self.open = self.steps < self._room
@@ -111,7 +113,7 @@ class Growing:
         # What is emitted has its place beside the state, and nothing beside it.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
-        graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends))
+        graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends), self._chain)
         reached = tuple([part.detach() for part in self._end])
         size = self.steps * self._size
         return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

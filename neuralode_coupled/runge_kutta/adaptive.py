@@ -179,8 +179,10 @@ class Step:
     next_y: State
 
     def kept(self, carries: bool) -> Step:
-        """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state."""
-        return replace(self, first=(), last=self.last if carries else (), next_y=())
+        """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state; and
+        without a graph, but for the outputs."""
+        y, last = [tuple([part.detach() for part in state]) for state in (self.y, self.last if carries else ())]
+        return replace(self, y=y, first=(), last=last, next_y=())
 
 
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:

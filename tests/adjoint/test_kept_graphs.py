@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gc
 import math
+import resource
+import subprocess
+import sys
 import weakref
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -821,3 +825,26 @@ def test_bad_numbers_of_bytes_are_refused(memory, error, words):
         nc.DiscreteAdjoint(memory=memory)
     with pytest.raises(error, match=f"memory must be .*{words}"):
         odeint_dto(lambda t, y: -y, torch.ones(2), T, memory=memory)
+
+
+LONG = """
+import torch
+import neuralode_coupled as nc
+
+y0, t = torch.ones(2, requires_grad=True), torch.linspace(0, 1, 8001)
+for backward in (False, True):
+    for checkpoints in ("auto", None):
+        out = nc.odeint_dto(lambda t, y: -y.sin(), y0, t, method="euler", memory=2**30, checkpoints=checkpoints)
+        if backward:
+            out[-1].sum().backward(retain_graph=True)
+        del out
+out = nc.odeint_dto(lambda t, y: 0.01 * torch.sin(9 * y), y0, t[[0, -1]], method="adaptive_heun", rtol=1e-9, atol=1e-9)
+print("all freed")
+"""
+
+
+def test_graphs_of_thousands_of_steps_are_freed():
+    """A graph that Python has looked at is freed by nested calls: step by step they fit into a small stack."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_STACK, (2**19, 2**19))
+    ran = subprocess.run([sys.executable, "-c", LONG], check=False, preexec_fn=limit, capture_output=True, text=True)
+    assert ran.stdout == "all freed\n", ran.stderr
