@@ -149,7 +149,9 @@ def test_a_choice_that_is_refused_leaves_the_layer_as_it_was():
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun"])
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(keep_last=2)], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.Backprop(), nc.DiscreteAdjoint(keep_last=2)], ids=str
+)
 def test_every_evaluation_of_an_adaptive_solve_is_counted(adjoint, method):
     class Counts(nn.Linear):
         calls = 0

@@ -95,7 +95,7 @@ def test_global_generators_are_replayed(draw, adjoint):
 
 
 @pytest.mark.parametrize("method", ["euler", "rk4"])
-@pytest.mark.parametrize("checkpoints", [None, 1, 2])
+@pytest.mark.parametrize("checkpoints", ["auto", None, 1, 2])
 def test_global_generators_are_replayed_in_solves(method, checkpoints):
     net, results = smooth().double(), []
     for solver, extra in ((nc.odeint_dto, {"checkpoints": checkpoints}), (odeint, {})):
@@ -255,7 +255,7 @@ def test_a_double_backward_costs_each_solve_once(chain, method, way):
         assert (found - right).norm() < 1e-7 * right.norm()
 
 
-@pytest.mark.parametrize("checkpoints", [None, 1])
+@pytest.mark.parametrize("checkpoints", ["auto", None, 1])
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
 def test_a_field_may_ask_whether_its_input_requires_a_gradient(checkpoints, method):
     """As an exact trace does, which makes a graph where there is none; grad mode and input agree."""
@@ -304,7 +304,7 @@ class Energy(nn.Module):
 @pytest.mark.parametrize("method", ["midpoint", "dopri5"])
 @pytest.mark.parametrize("adjoint", [*ADJOINTS, nc.ContinuousAdjoint()], ids=str)
 def test_fields_that_differentiate_their_input(adjoint, method):
-    if method == "dopri5" and adjoint not in (nc.DiscreteAdjoint(), nc.ContinuousAdjoint()):
+    if method == "dopri5" and adjoint not in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.ContinuousAdjoint()):
         return
     steps = 40 if isinstance(adjoint, nc.ContinuousAdjoint) else 4
     grid = {"steps": steps} if method == "midpoint" else {"steps": None, "rtol": 1e-6, "atol": 1e-8}
@@ -331,7 +331,7 @@ def test_an_empty_batch(method):
 
 
 @pytest.mark.parametrize("method", ["midpoint", "dopri5", "adaptive_heun"])
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints=1)], ids=str)
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(1)], ids=str)
 def test_operations_in_place_behind_a_layer(method, adjoint):
     grid = {"steps": 4} if method == "midpoint" else {"steps": None, "rtol": 1e-2, "atol": 1e-3}
     z0, results = torch.randn(4, 3, **FLOAT64), []

@@ -17,7 +17,7 @@ def recomputed(checkpoints: int | None = None, **options) -> nc.DiscreteAdjoint:
     return nc.DiscreteAdjoint(checkpoints, weights="recomputed", **options)
 
 
-@given(coupled_problems(sampled=[None]), st.sampled_from([None, 1, 2]))
+@given(coupled_problems(sampled=[None]), st.sampled_from(["auto", None, 1, 2]))
 def test_the_gradient_is_that_of_unrolled_autograd(problem, checkpoints):
     """Every operator under the Dirac kernel: those that reach any time at once, and those that go step by step."""
     layer, z0 = problem

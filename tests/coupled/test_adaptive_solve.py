@@ -78,7 +78,7 @@ def test_the_solution_is_that_of_a_fine_fixed_grid(kernel, operator, method, dyn
 @given(
     kernel=st.sampled_from(sorted(KERNELS)),
     operator=st.sampled_from(sorted(OPERATORS)),
-    checkpoints=st.sampled_from([None, 1, 3]),
+    checkpoints=st.sampled_from(["auto", None, 1, 3]),
 )
 def test_gradients_agree(kernel, operator, checkpoints):
     """DTO and unrolled autograd take the same steps; the continuous adjoint converges to them with its tolerances."""
@@ -159,8 +159,11 @@ def test_what_it_costs_is_counted(kernel):
     )
     z0 = torch.randn(2, 3)
     layer(z0).sum().backward()
-    assert (layer.stats.kept, layer.stats.recomputed) == (layer.stats.accepted, 0)
-    assert layer.stats.kept_bytes > 0
+    if kernel == "dirac":
+        assert (layer.stats.kept, layer.stats.recomputed) == (layer.stats.accepted, 0)
+        assert layer.stats.kept_bytes > 0
+    else:  # f reaches the weights that are held by itself, and gradients cannot be asked for at these
+        assert layer.stats.kept == layer.stats.kept_bytes == 0
     layer.adjoint = nc.DiscreteAdjoint(None, memory=0)
     layer(z0).sum().backward()
     assert layer.stats.kept == layer.stats.kept_bytes == 0
@@ -274,7 +277,7 @@ def test_times_may_run_against_the_direction(wanted, kernel, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop()], ids=repr)
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.Backprop()], ids=repr)
 def test_times_on_the_edges_of_shares_but_for_rounding(dtype, adjoint):
     """Three shares of (0, 0.3) end at 0.1, 0.19999999999999998 and 0.3."""
     torch.manual_seed(0)

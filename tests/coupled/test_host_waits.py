@@ -36,6 +36,7 @@ VARIANTS = ("anodev2-1", "anodev2-2")
 ADJOINTS = (
     nc.Backprop(),
     nc.DiscreteAdjoint(),
+    nc.DiscreteAdjoint(None),
     nc.DiscreteAdjoint(2),
     nc.DiscreteAdjoint(2, weights="recomputed"),
     nc.DiscreteAdjoint(keep_last=2),
@@ -436,6 +437,7 @@ def test_a_coupled_layer_on_cuda_does_not_synchronise(adjoint, method):
     [
         nc.Backprop(),
         nc.DiscreteAdjoint(),
+        nc.DiscreteAdjoint(None),
         nc.DiscreteAdjoint(keep_last=1),
         nc.DiscreteAdjoint(storage="cpu"),
         nc.ReversibleAdjoint(),

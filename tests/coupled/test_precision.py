@@ -100,7 +100,15 @@ def model_and_images() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(1), nc.DiscreteAdjoint(keep_last=2)], ids=str
+    "adjoint",
+    [
+        nc.Backprop(),
+        nc.DiscreteAdjoint(),
+        nc.DiscreteAdjoint(None),
+        nc.DiscreteAdjoint(1),
+        nc.DiscreteAdjoint(keep_last=2),
+    ],
+    ids=str,
 )
 def test_gradients_under_bfloat16_are_those_of_float32_to_its_rounding(adjoint):
     """Its unit round-off is 2^-8; a wrong gradient is not within ten of them."""
@@ -121,7 +129,15 @@ def test_gradients_under_bfloat16_are_those_of_float32_to_its_rounding(adjoint):
 
 
 @pytest.mark.parametrize(
-    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(keep_last=2), nc.ReversibleAdjoint()], ids=str
+    "adjoint",
+    [
+        nc.Backprop(),
+        nc.DiscreteAdjoint(),
+        nc.DiscreteAdjoint(None),
+        nc.DiscreteAdjoint(keep_last=2),
+        nc.ReversibleAdjoint(),
+    ],
+    ids=str,
 )
 def test_scaled_gradients_come_back_unscaled_and_a_scale_that_overflows_skips_the_step(adjoint):
     layer = oracle.randomize(

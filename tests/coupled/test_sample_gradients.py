@@ -90,7 +90,9 @@ def test_hooks_around_any_vector_field(method):
 
 
 @pytest.mark.parametrize("evolution", [nc.Static(), nc.ReactionDiffusionAdvection(), nc.LinearEvolution()])
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.Backprop()])
+@pytest.mark.parametrize(
+    "adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(2), nc.Backprop()]
+)
 def test_torch_func_gives_the_gradient_of_each_sample(evolution, adjoint):
     net = model(evolution, adjoint=adjoint)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from tests.helpers import oracle
 ADJOINTS = [
     nc.Backprop(),
     nc.DiscreteAdjoint(),
+    nc.DiscreteAdjoint(None),
     nc.DiscreteAdjoint(2),
     nc.DiscreteAdjoint(storage="cpu"),
     nc.DiscreteAdjoint(keep_last=2),
@@ -77,7 +78,10 @@ ADAPTIVE = {"steps": None, "method": "dopri5", "rtol": 1e-3, "atol": 1e-3}
     ("adjoint", "options"),
     [
         *((adjoint, {}) for adjoint in [*ADJOINTS, nc.ContinuousAdjoint()]),
-        *((adjoint, ADAPTIVE) for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint())),
+        *(
+            (adjoint, ADAPTIVE)
+            for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.ContinuousAdjoint())
+        ),
     ],
     ids=str,
 )
@@ -128,7 +132,10 @@ class Conditioned(nn.Module):
     ("adjoint", "options"),
     [
         *((adjoint, {}) for adjoint in [*ADJOINTS, nc.ContinuousAdjoint()]),
-        *((adjoint, ADAPTIVE) for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint())),
+        *(
+            (adjoint, ADAPTIVE)
+            for adjoint in (nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.ContinuousAdjoint())
+        ),
     ],
     ids=str,
 )
@@ -166,7 +173,9 @@ class Inside(nn.Module):
         return checkpoint(self.net, z, use_reentrant=False)
 
 
-@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ReversibleAdjoint()], ids=str)
+@pytest.mark.parametrize(
+    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.ReversibleAdjoint()], ids=str
+)
 def test_torchs_checkpoint_inside_of_f_is_refused_where_it_would_take_w0_for_theta(adjoint):
     made, z0 = layer(Inside(), adjoint), activations()
     with pytest.raises(ValueError, match=r"^dynamics uses torch.utils.checkpoint.*around the layer$"):
@@ -237,7 +246,12 @@ class Overwriting(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"method": "rk4"}, ADAPTIVE], ids=str)
 @pytest.mark.parametrize("adjoint", [*ADJOINTS, nc.ContinuousAdjoint()], ids=str)
 def test_dynamics_that_overwrite_their_input_are_refused(adjoint, options, grad):
-    if options is ADAPTIVE and adjoint not in (nc.Backprop(), nc.DiscreteAdjoint(), nc.ContinuousAdjoint()):
+    if options is ADAPTIVE and adjoint not in (
+        nc.Backprop(),
+        nc.DiscreteAdjoint(),
+        nc.DiscreteAdjoint(None),
+        nc.ContinuousAdjoint(),
+    ):
         return
     made, z0 = layer(Overwriting(), adjoint, **options), activations().detach()
     with pytest.raises(ValueError, match=r"changes its input in place.*inplace=False"), torch.set_grad_enabled(grad):
@@ -456,11 +470,12 @@ class Solving(nn.Module):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_threads_over_layers_that_share_a_module(grad):
+@pytest.mark.parametrize("checkpoints", ["auto", None])
+def test_threads_over_layers_that_share_a_module(grad, checkpoints):
     """Each sees its own weights, and in the end all Parameters are Parameters."""
     shared = smooth(32)
-    first = layer(nn.Sequential(shared, nn.Tanh()), nc.DiscreteAdjoint())
-    second = layer(nn.Sequential(nn.Tanh(), shared), nc.DiscreteAdjoint())
+    first = layer(nn.Sequential(shared, nn.Tanh()), nc.DiscreteAdjoint(checkpoints))
+    second = layer(nn.Sequential(nn.Tanh(), shared), nc.DiscreteAdjoint(checkpoints))
     z0, t = activations().detach(), torch.linspace(0, 1, 5, dtype=torch.float64)
 
     # Read beforehand, as by an optimiser: meanwhile there may be other tensors in their places.

@@ -185,7 +185,9 @@ def test_times_are_operands_where_one_requires_a_gradient_and_else_cost_nothing(
     assert torch.equal(found["numbers"][0], z)
 
 
-@pytest.mark.parametrize("adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.ReversibleAdjoint()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.ReversibleAdjoint()], ids=repr
+)
 def test_second_derivatives_and_a_second_backward(adjoint):
     field, z0 = small_field("perceptron of t", nc.Exponential(2.0)), torch.randn(2, 4, dtype=torch.float64)
 
@@ -273,7 +275,7 @@ def test_by_tolerances_they_are_those_of_odeint_dto(method, sign):
     def theirs(t):
         return nc.odeint_dto(field, field.initial_state(z0), t, **options)[0].square().sum()
 
-    for adjoint in (nc.DiscreteAdjoint(), nc.Backprop(), nc.DiscreteAdjoint(2)):
+    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.Backprop(), nc.DiscreteAdjoint(2)):
 
         def ours(t, adjoint=adjoint):
             return nc.solve(field, z0, t, adjoint=adjoint, **options).z.square().sum()
@@ -413,7 +415,9 @@ class Own(nn.Module):
         (lambda wrong: nc.CoupledField(nn.Linear(4, 4), AtOnce(""), Fading(wrong)), "span"),
     ],
 )
-@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.Backprop(), nc.ReversibleAdjoint()], ids=repr)
+@pytest.mark.parametrize(
+    "adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.Backprop(), nc.ReversibleAdjoint()], ids=repr
+)
 def test_one_that_makes_numbers_of_times_is_refused(make, what, adjoint):
     torch.manual_seed(0)
     z0, t = torch.randn(2, 4, dtype=torch.float64), numbers([0.0, 0.8]).requires_grad_()

@@ -85,7 +85,7 @@ def test_weights_that_do_not_evolve_may_be_changed_at_any_time(change):
 def test_a_layer_with_both_takes_a_change_of_what_does_not_evolve():
     layer = nc.CoupledODE(branch(), {"0.*": nc.Static(), "2.*": nc.ReactionDiffusionAdvection()}, steps=3)
     prune.l1_unstructured(layer.field.dynamics[0], "weight", 0.5)
-    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(weights="recomputed")):
+    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(weights="recomputed")):
         layer.adjoint = adjoint
         same_gradients(layer, layer.field.dynamics)
     layer.adjoint = nc.ContinuousAdjoint()

@@ -64,7 +64,7 @@ def test_the_multipliers_make_the_gradients_of_dto_and_of_autograd(problem):
     """Three ways that share no code: the optimality system by hand, the discrete adjoint, and unrolled autograd."""
     layer, z0 = problem
     by_hand = kkt.multipliers(layer, z0, energy).gradients()
-    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(checkpoints=1), nc.Backprop()):
+    for adjoint in (nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(1), nc.Backprop()):
         layer.adjoint = adjoint
         start = z0.clone().requires_grad_()
         expected = oracle.gradients(energy(layer(start)), {"z0": start, **dict(layer.named_parameters())})

@@ -92,7 +92,7 @@ FIXED_OPTIONS = st.sampled_from(
 )
 
 
-@given(problems(), st.sampled_from(SHARED_FIXED), FIXED_OPTIONS, st.sampled_from([None, 1, 2]))
+@given(problems(), st.sampled_from(SHARED_FIXED), FIXED_OPTIONS, st.sampled_from(["auto", None, 1, 2]))
 def test_fixed_grids_are_autograd_through_torchdiffeq(problem, method, options, checkpoints):
     func, y0, t, asked = problem
     ours = gradients(odeint_dto, func, y0, t, asked, method=method, options=options, checkpoints=checkpoints)
@@ -137,7 +137,7 @@ def adaptive_options(kind, t, method):
     return {"first_step": 0.03} | added.get(kind, {}) | held
 
 
-@given(problems(), st.sampled_from(SHARED_ADAPTIVE), ADAPTIVE_OPTIONS, st.sampled_from([None, 1, 3]))
+@given(problems(), st.sampled_from(SHARED_ADAPTIVE), ADAPTIVE_OPTIONS, st.sampled_from(["auto", None, 1, 3]))
 def test_adaptive_solves_are_autograd_through_torchdiffeq_given_the_first_step(problem, method, kind, checkpoints):
     """torchdiffeq detaches every step length but the first, so that with a given first step both gradients are one."""
     func, y0, t, asked = problem
@@ -682,7 +682,7 @@ LATTICE = torch.linspace(0.0, 1.0, 5, **FLOAT64)
     st.sampled_from(sorted(METHODS)),
     st.sampled_from(["linear", "cubic"]),
     st.booleans(),
-    st.sampled_from([None, 1, 2]),
+    st.sampled_from(["auto", None, 1, 2]),
     st.integers(0, 2**20),
 )
 def test_gradients_in_times_on_the_grid(method, interp, backwards, checkpoints, seed):
@@ -747,7 +747,7 @@ def test_a_function_may_write_into_one_tensor_each_time(method, mode, interp):
     assert torch.equal(solve(lambda t, y: buffer.copy_(-y * (1 + t))[:]), expected)
 
 
-@pytest.mark.parametrize("checkpoints", [None, 1])
+@pytest.mark.parametrize("checkpoints", ["auto", None, 1])
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "bosh3"])
 def test_and_with_a_graph(method, checkpoints):
     weight = torch.tensor([0.7, 0.3], **FLOAT64, requires_grad=True)
