@@ -39,7 +39,7 @@ from benchmarks.lib.device import Device, possible
 from benchmarks.lib.images import Batch, random_batch
 from benchmarks.lib.results import read, write
 
-REFERENCE = "float32, discrete, eager"
+REFERENCE = "float32, recomputed, eager"
 
 
 def save(batch_size: int, name: str, found: dict[str, Any], command: str, device: Device) -> None:
@@ -85,7 +85,7 @@ def measured(
         if "bytes" in found:
             moved[name] = found["bytes"]
         keep(name, found)
-    reference = {} if REFERENCE in made else {REFERENCE: build("float32", "discrete", "eager", batch)}
+    reference = {} if REFERENCE in made else {REFERENCE: build("float32", "recomputed", "eager", batch)}
     times = ratios(made | reference, rounds, REFERENCE, device)
     for name in made:
         share = {"share_of_bandwidth": moved[name] / times[name]["seconds"] / bandwidth} if name in moved else {}

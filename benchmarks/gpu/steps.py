@@ -18,7 +18,7 @@ from neuralode_coupled.train.learner import Classifier
 
 MODEL, VARIANT, CLASSES = "resnet10", "anodev2-1", 10
 PEER = "torchdiffeq odeint"
-SOLVERS = ("discrete", "backprop", PEER)
+SOLVERS = ("recomputed", "backprop", PEER)
 """Gradient methods here, by their names in `nc.models.ADJOINTS`, and the peer."""
 MODES = ("eager", "compiled", "graph")
 

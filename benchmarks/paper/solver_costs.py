@@ -102,7 +102,7 @@ def gradient_errors(runs: Sequence[Planned], costed: Sequence[Planned]) -> Part:
     found: Part = {}
     for planned in costed:
         e = planned.experiment
-        forward, recomputed = function_evaluations(build_model(e, CLASSES))
+        forward, recomputed = function_evaluations(build_model(e, CLASSES), len(batch[1]))
         found[cell(e)] = {"evaluations": forward, "recomputed": recomputed}
         source = finished.get((f"{e.variant} {e.method} discrete", e.seed))
         if source is not None:

@@ -94,7 +94,7 @@ def plan(
 def refusal(experiment: Experiment) -> str | None:
     """Why the package does not take a training step of this; None if it does."""
     try:
-        function_evaluations(build_model(experiment, CLASSES))
+        function_evaluations(build_model(experiment, CLASSES), experiment.batch_size or 256)
     except (ValueError, TypeError) as error:
         return str(error)
     return None

@@ -58,8 +58,14 @@ def check_checkpoints(checkpoints: Checkpoints) -> None:
         )
 
 
-def held_bytes(ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], stops: Places) -> int | None:
-    """The bytes of the distinct storages that a graph, given by its ends, holds for its backward.
+NODE = 640
+"""The bytes that an operation in a graph takes beside its tensors' storages: of small states they are most."""
+
+
+def held_bytes(
+    ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], stops: Places, node_size: int = NODE
+) -> int | None:
+    """The bytes of the distinct storages that a graph, given by its ends, holds for its backward, and of its nodes.
 
     ``besides`` are tensors whose storages do not count, ``stops`` places where the graph goes on outside. None if
     nobody can tell.
@@ -72,7 +78,7 @@ def held_bytes(ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], s
             node = queue.pop()
             for storage in map(Tensor.untyped_storage, saved_by(node)):
                 sizes[storage] = storage.nbytes()
-            sizes[node] = getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
+            sizes[node] = node_size + getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
             for edge in node.next_functions:
                 if edge[0] not in seen and not (stops and edge in stops):
                     seen.add(edge[0])

@@ -71,10 +71,12 @@ ADJOINTS: dict[str, Callable[[], GradientMethod]] = {
     "backprop": Backprop,
     "discrete": DiscreteAdjoint,
     "discrete-last": lambda: DiscreteAdjoint(keep_last=1),
+    "recomputed": lambda: DiscreteAdjoint(None),
     "reversible": ReversibleAdjoint,
     "continuous": ContinuousAdjoint,
 }
-"""Gradient methods by name, likewise. ``discrete-last`` keeps the graph of the last step."""
+"""Gradient methods by name, likewise. ``discrete-last`` keeps the graph of the last step, and
+``recomputed`` none."""
 
 
 _T = TypeVar("_T")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.budget import Memory, held_bytes
+from neuralode_coupled.adjoint.budget import NODE, Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
@@ -73,9 +73,10 @@ class Growing:
             return
         self.captured = (*self.captured, *found)
         self._stops = places_in_graph(self.captured)
-        # The sums of slopes hold nothing: a step's graph is that of its evaluations, each of a state of its own.
+        # The sums of slopes hold no tensors: a step's graph is that of its evaluations, each of a state of its own.
         size = held_bytes(edges(slope), [*slope, *self.shared, *self.captured], self._stops)
-        self._size = (size or 0) * self._method.slopes
+        slopes = self._method.slopes
+        self._size = (size or 0) * slopes + NODE * len(slope) * slopes * slopes // 2
         self._room = 0 if size is None else self._memory.graphs // max(self._size, 1)
         self.fits = self._room >= 1
         late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))

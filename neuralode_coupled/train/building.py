@@ -100,8 +100,8 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
             )
         if not _compiles(layer.adjoint):
             raise ValueError(
-                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete, discrete-last "
-                "or backprop, or leave compile out"
+                f"layer {name} has {layer.adjoint}, which cannot be compiled: use the adjoint discrete, discrete-last, "
+                "recomputed or backprop, or leave compile out"
             )
     model.compile(backend=backend)
 
@@ -112,12 +112,17 @@ def origin(experiment: Experiment) -> dict[str, Any]:
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 
-def function_evaluations(model: nn.Module) -> tuple[int, int]:
+def function_evaluations(model: nn.Module, batch: int) -> tuple[int, int]:
     """How often one training step evaluates the model's residual branches: forward, and recomputed in backward.
 
     Coupled layers count their dynamics themselves; a plain residual block is one evaluation. The model is untouched.
+    Graphs are kept as with ``batch`` images: two are tried, with that share of the memory for graphs.
     """
-    probe = _tried(model, backward=True)
+    probe = copy.deepcopy(model)
+    for layer in nc.models.coupled_layers(probe).values():
+        if isinstance(layer.adjoint, nc.DiscreteAdjoint):
+            layer.adjoint = replace(layer.adjoint, memory=layer.adjoint.memory * _TRIED / batch)
+    probe = _tried(probe, backward=True)
     costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
     plain = sum(isinstance(module, Residual) for module in probe.modules())
     return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
@@ -130,11 +135,15 @@ def _compiles(adjoint: nc.GradientMethod) -> bool:
     return isinstance(adjoint, nc.Backprop)
 
 
+_TRIED = 2
+"""How many images a model is tried on."""
+
+
 def _tried(model: nn.Module, backward: bool = False) -> nn.Module:
     """A copy of the model that has seen two empty images, as in training. Raises as the model does."""
     probe = copy.deepcopy(model).cpu().float().train()
     with torch.random.fork_rng(devices=[]):
-        logits = probe(torch.zeros(2, 3, 32, 32))
+        logits = probe(torch.zeros(_TRIED, 3, 32, 32))
         if backward:
             logits.sum().backward()
     return probe

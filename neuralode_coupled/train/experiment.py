@@ -80,8 +80,9 @@ class Experiment:
     adjoint: str | None = field(
         default=None,
         metadata={
-            "help": "How gradients come back: backprop, discrete, discrete-last (the last step's graph is kept: "
-            "faster), reversible or continuous; by default the variant's own."
+            "help": "How gradients come back: backprop, discrete (graphs are kept as far as 32 MiB a layer "
+            "go), discrete-last (the last step's), recomputed (none), reversible or continuous; by default the "
+            "variant's own."
         },
     )
     precision: str = field(default="32-true", metadata={"help": "32-true, 64-true, bf16-mixed, or on a GPU 16-mixed."})

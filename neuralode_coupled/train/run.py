@@ -83,7 +83,7 @@ class Training:
 
     def _result(self) -> Result:
         model = self.classifier.model
-        evaluations, recomputed = function_evaluations(model)
+        evaluations, recomputed = function_evaluations(model, self.experiment.batch_size or 1)
         return Result.summarise(
             self.folder.rows(),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

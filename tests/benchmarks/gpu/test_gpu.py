@@ -37,7 +37,7 @@ from benchmarks.lib.images import random_batch
 from neuralode_coupled.models import coupled_layers
 from tests.helpers import oracle
 
-EAGER = [("discrete", "eager"), (PEER, "eager")]
+EAGER = [("recomputed", "eager"), (PEER, "eager")]
 
 
 @pytest.fixture
@@ -85,11 +85,11 @@ def test_steps_train_in_every_format(resnet4, solver, form):
 
 def test_gradient_methods_take_the_same_step():
     first = []
-    for solver in ("discrete", "backprop"):
+    for solver in ("recomputed", "backprop"):
         step = build("float32", solver, "eager", random_batch(4, "cpu"))
         first.append(nn.utils.parameters_to_vector(step.model.parameters()).detach())
     torch.testing.assert_close(*first, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(first[0], nn.utils.parameters_to_vector(network("discrete", "cpu").parameters()))
+    assert not torch.equal(first[0], nn.utils.parameters_to_vector(network("recomputed", "cpu").parameters()))
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_a_compiled_step_is_the_same_step(resnet4):
 
 def test_the_peer_is_eager_alone():
     assert list(candidates(SOLVERS, MODES)) == [
-        *((solver, mode) for solver in ("discrete", "backprop") for mode in MODES),
+        *((solver, mode) for solver in ("recomputed", "backprop") for mode in MODES),
         (PEER, "eager"),
     ]
 
@@ -125,8 +125,8 @@ def test_bytes_are_those_of_what_goes_in_and_comes_out():
 
 def test_recomputation_moves_more():
     batch = random_batch(2, "cpu")
-    moved = {s: costs.traffic(build("float32", s, "eager", batch)) for s in ("discrete", "backprop")}
-    assert 1.1 < moved["discrete"] / moved["backprop"] < 1.5
+    moved = {s: costs.traffic(build("float32", s, "eager", batch)) for s in ("recomputed", "backprop")}
+    assert 1.1 < moved["recomputed"] / moved["backprop"] < 1.5
 
 
 def test_the_bandwidth_of_a_copy_counts_both_ways(monkeypatch):
@@ -193,7 +193,7 @@ def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
     assert found["environment"]["device"] == "cpu"
     assert set(found["commands"].values()) == {"the command"}
     half = found["batches"]["2"]
-    assert set(half) == {"bfloat16, discrete, eager", "bfloat16, torchdiffeq odeint, eager"}
+    assert set(half) == {"bfloat16, recomputed, eager", "bfloat16, torchdiffeq odeint, eager"}
     assert all(row["bytes"] > 0 and row["kernels"] == 0 and "time" not in row for row in half.values())
 
     gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, keep)
@@ -222,7 +222,7 @@ def test_too_little_is_refused(capsys, name, value):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("solver", ["discrete", "backprop"])
+@pytest.mark.parametrize("solver", ["recomputed", "backprop"])
 def test_a_graph_trains_as_the_eager_step_does(solver, form):
     batch = random_batch(8, "cuda")
     eager = Step(network(solver, "cuda"), FORMATS[form], batch)
@@ -240,10 +240,10 @@ def test_a_graph_trains_as_the_eager_step_does(solver, form):
 @pytest.mark.gpu
 def test_ours_does_not_synchronise_and_a_graph_is_launched_at_once():
     batch = random_batch(8, "cuda")
-    ours = costs.counts(build("float32", "discrete", "eager", batch), "cuda")
+    ours = costs.counts(build("float32", "recomputed", "eager", batch), "cuda")
     assert ours["synchronisations"] == 0
     assert min(ours["launches"], ours["kernels"]) > 100
-    graph = costs.counts(build("float32", "discrete", "graph", batch), "cuda")
+    graph = costs.counts(build("float32", "recomputed", "graph", batch), "cuda")
     assert graph["launches"] <= 3  # torch may hand the graph the state of its random numbers too
     assert graph["synchronisations"] == 0
     peer = costs.counts(build("float32", PEER, "eager", batch), "cuda")
