@@ -122,6 +122,10 @@ class Spectrum(nn.Module):
 
         It is built as its difference from the identity, so that zero coefficients return ``w`` to the last bit.
         """
+        if tau is None and upsilon is None and rho is not None:
+            # Reaction alone lets all modes grow alike: a number for each field, and no transform.
+            gain = torch.expm1(times[:, None] * rho)
+            return lambda w: w + gain.reshape(*gain.shape, *[1] * (w.ndim - 1)) * w
         growth, turn = self._rates(tau, upsilon, rho)
         growth, turn = times[:, None, None] * growth, times[:, None, None] * turn
         # e^a (cos p + i sin p) - 1, without cancellation for small a and p.
