@@ -19,14 +19,14 @@ SHAPE = (32, 16, 32, 32)
 
 METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),
-    "DiscreteAdjoint": nc.DiscreteAdjoint(),
+    "DiscreteAdjoint": nc.DiscreteAdjoint(None),
     "DiscreteAdjoint, last step kept": nc.DiscreteAdjoint(keep_last=1),
     "DiscreteAdjoint, 4 states": nc.DiscreteAdjoint(4),
     "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
     "DiscreteAdjoint, 4 states, own weights, last step kept": nc.DiscreteAdjoint(4, weights="recomputed", keep_last=1),
     "DiscreteAdjoint, 1 state": nc.DiscreteAdjoint(1),
-    "DiscreteAdjoint, disk": nc.DiscreteAdjoint(storage="disk"),
-    "DiscreteAdjoint, disk, own weights": nc.DiscreteAdjoint(storage="disk", weights="recomputed"),
+    "DiscreteAdjoint, disk": nc.DiscreteAdjoint(None, storage="disk"),
+    "DiscreteAdjoint, disk, own weights": nc.DiscreteAdjoint(None, storage="disk", weights="recomputed"),
     "ReversibleAdjoint": nc.ReversibleAdjoint(),
     "ReversibleAdjoint, own weights": nc.ReversibleAdjoint(weights="recomputed"),
     "ContinuousAdjoint": nc.ContinuousAdjoint(),

@@ -100,7 +100,7 @@ def _evolution(results: Results) -> float:
 
 DTO, LAST, FOUR = "DiscreteAdjoint", "DiscreteAdjoint, last step kept", "DiscreteAdjoint, 4 states"
 TARGETS = (
-    Target("time: `DiscreteAdjoint()`, Euler, 5 steps", 1.25, _time(DTO)),
+    Target("time: `DiscreteAdjoint(None)`, Euler, 5 steps", 1.25, _time(DTO)),
     Target("time: the same, compiled", 0.90, _time(f"{DTO}, compiled")),
     Target("time: `DiscreteAdjoint(keep_last=1)`, Euler, 5 steps", 1.25, _time(LAST)),
     Target("time: the same, compiled", 0.90, _time(f"{LAST}, compiled")),
@@ -110,15 +110,15 @@ TARGETS = (
     Target("time: `ReversibleAdjoint()`, Euler, 5 steps", 2.0, _time("ReversibleAdjoint")),
     *(
         Target(
-            f"time: {'compiled ' if 'compiled' in name else ''}`DiscreteAdjoint()` against `odeint_adjoint`, {solver}, "
-            "20 steps",
+            f"time: {'compiled ' if 'compiled' in name else ''}`DiscreteAdjoint(None)` against `odeint_adjoint`, "
+            f"{solver}, 20 steps",
             limit,
             _quotient(name, "torchdiffeq odeint_adjoint", "time", solver, 20),
         )
         for name, limit in ((DTO, 0.80), (f"{DTO}, compiled", 0.60))
         for solver in ("euler", "rk4")
     ),
-    Target("memory: `DiscreteAdjoint()`, Euler, 50 steps", 112, _mebibytes(DTO, 50), " MiB"),
+    Target("memory: `DiscreteAdjoint(None)`, Euler, 50 steps", 112, _mebibytes(DTO, 50), " MiB"),
     Target("memory: `DiscreteAdjoint(4)`, Euler, 50 steps", 28, _mebibytes(FOUR, 50), " MiB"),
     Target(
         'memory: `DiscreteAdjoint(4, weights="recomputed")`, Euler, 50 steps',
@@ -156,7 +156,7 @@ TARGETS = (
     ),
     *(
         Target(
-            f"error: `DiscreteAdjoint()` against the hand-written loop's rounding, {solver}, 20 steps",
+            f"error: `DiscreteAdjoint(None)` against the hand-written loop's rounding, {solver}, 20 steps",
             1.0,
             _error(DTO, solver, 20),
         )

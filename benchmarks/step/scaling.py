@@ -28,7 +28,7 @@ from benchmarks.lib.results import read, write
 
 METHODS: dict[str, nc.GradientMethod] = {
     "Backprop": nc.Backprop(),
-    "DiscreteAdjoint": nc.DiscreteAdjoint(),
+    "DiscreteAdjoint": nc.DiscreteAdjoint(None),
     "DiscreteAdjoint, 4 states, own weights": nc.DiscreteAdjoint(4, weights="recomputed"),
 }
 
