@@ -267,7 +267,7 @@ def main() -> None:
             sys.stdout.write(f"{name:52} {shown:24} target {case.target:.2f}; {row['ours_ms']:.2f} ms\n")
             sys.stdout.flush()
     if not chosen.only:
-        write("solver.json", found)
+        write("solver", found)
 
 
 if __name__ == "__main__":

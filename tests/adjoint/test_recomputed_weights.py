@@ -139,6 +139,7 @@ def test_nothing_is_stored_for_the_steps(form):
 
 
 def test_it_compiles():
+    torch._dynamo.reset()
     layer = nc.CoupledODE(nn.Linear(4, 4), nc.ReactionDiffusionAdvection(), steps=2, adjoint=recomputed())
     oracle.randomize(layer)
     z0 = torch.randn(2, 4, requires_grad=True)

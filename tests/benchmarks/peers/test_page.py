@@ -38,9 +38,9 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     assert "old" not in text
     assert "On cpu, torch's threads 2, Python 3, . By `python -m benchmarks.peers`." in text
     assert all(target.what in text for target in shown.TARGETS)
-    assert "| time: `DiscreteAdjoint()`, Euler, 5 steps | 1.25 | 1.3 | no |" in text
+    assert "| time: `DiscreteAdjoint(None)`, Euler, 5 steps | 1.25 | 1.3 | no |" in text
     assert "| time: `Backprop()`, Euler, 5 steps | 1 | 0.98 | yes |" in text
-    assert "| memory: `DiscreteAdjoint()`, Euler, 50 steps | 112 MiB | 100 MiB | yes |" in text
+    assert "| memory: `DiscreteAdjoint(None)`, Euler, 50 steps | 112 MiB | 100 MiB | yes |" in text
     assert "| time: the same, compiled | 0.9 | not measured | |" in text
     assert "| DiscreteAdjoint | 1.30 (1.20 to 1.40) |" in text
     assert (tmp_path / "peers.png").stat().st_size > 10_000
