@@ -31,6 +31,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 from benchmarks.lib.results import write
+from neuralode_coupled._torch import LIBRARY_METHODS
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
@@ -124,10 +125,11 @@ def _line(error: Any) -> str:
 
 
 def load(checkout: Path) -> list[tuple[str, unittest.TestCase]]:
-    """The suite's tests, their tables of methods cut to ours."""
+    """The suite's tests, their tables of methods cut to ours that the installed torchdiffeq has too: a test may compare
+    the two, and a checkout may be newer."""
     sys.path.insert(0, str(checkout / "tests"))
     problems = importlib.import_module("problems")
-    ours = (*METHODS, *ADAPTIVE)
+    ours = [name for name in (*METHODS, *ADAPTIVE) if name in LIBRARY_METHODS]
     for table in [name for name in vars(problems) if name.endswith("METHODS")]:
         setattr(problems, table, tuple(name for name in getattr(problems, table) if name in ours))
     modules = [importlib.import_module(name) for name in MODULES]
