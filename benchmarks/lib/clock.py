@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -38,6 +39,15 @@ def clocked(step: Callable[[], object], device: Device = "cpu") -> float:
     step()
     wait(device)
     return time.perf_counter() - begin
+
+
+def process_seconds(step: Callable[[], object], repeats: int) -> float:
+    """Process time of one step."""
+    gc.collect()
+    begin = time.process_time()
+    for _ in range(repeats):
+        step()
+    return (time.process_time() - begin) / repeats
 
 
 def in_rounds(steps: dict[str, Step], measure: Callable[[Step], Found], rounds: int) -> list[dict[str, Found]]:

@@ -11,10 +11,8 @@ beside them the target. Writes results/solver.json when every case is run.
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 import neuralode_coupled as nc
 from benchmarks.lib.block import block, by_hand, start
-from benchmarks.lib.clock import in_rounds, quartiles
+from benchmarks.lib.clock import in_rounds, process_seconds, quartiles
 from benchmarks.lib.results import write
 
 Step = Callable[[], Any]
@@ -232,15 +230,6 @@ CASES: dict[str, Case] = {
         partial(block_step, True, None, False), partial(block_step, False, None, False), 1.02, 1
     ),
 }
-
-
-def process_seconds(step: Step, repeats: int) -> float:
-    """Process time of one step."""
-    gc.collect()
-    begin = time.process_time()
-    for _ in range(repeats):
-        step()
-    return (time.process_time() - begin) / repeats
 
 
 def measured(case: Case, rounds: int) -> dict[str, float]:

@@ -14,7 +14,6 @@ import argparse
 import importlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import neuralode_coupled as nc
-from benchmarks.lib.clock import in_rounds, quartiles
+from benchmarks.lib.clock import in_rounds, process_seconds, quartiles
 from neuralode_coupled.adjoint import generators, recording
 
 Step = Callable[[], Any]
@@ -84,14 +83,6 @@ CASES: dict[str, Callable[[Any], Step]] = {
     "small solve, rk4, 20 steps": lambda package: solve(package, "rk4", 20),
     "small solve, dopri5": lambda package: solve(package, "dopri5", 1),
 }
-
-
-def process_seconds(step: Step, repeats: int) -> float:
-    """Process time of one step."""
-    begin = time.process_time()
-    for _ in range(repeats):
-        step()
-    return (time.process_time() - begin) / repeats
 
 
 def compare(checkout: Path, only: str, rounds: int) -> None:

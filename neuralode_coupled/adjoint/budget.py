@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from neuralode_coupled._checks import is_whole
 from neuralode_coupled._torch import UnknownError, saved_by
-from neuralode_coupled.adjoint.observation import Places
+from neuralode_coupled.adjoint.observation import Places, walk
 from neuralode_coupled.adjoint.stores import Storage
 
 Checkpoints = int | Literal["auto"] | None
@@ -71,18 +71,11 @@ def held_bytes(
     nobody can tell.
     """
     sizes: dict[Any, int] = {}
-    queue: list[Any] = [end.node for end in ends if end is not None and (end.node, end.output_nr) not in stops]
-    seen = {None, *queue}
     try:
-        while queue:
-            node = queue.pop()
+        for node in walk(ends, stops):
             for storage in map(Tensor.untyped_storage, saved_by(node)):
                 sizes[storage] = storage.nbytes()
             sizes[node] = node_size + getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
-            for edge in node.next_functions:
-                if edge[0] not in seen and not (stops and edge in stops):
-                    seen.add(edge[0])
-                    queue.append(edge[0])
         free = {tensor.untyped_storage() for tensor in besides}
     except (UnknownError, RuntimeError):  # the second: a tensor that has no storage of its own, such as a sparse one
         return None

@@ -7,7 +7,7 @@ trace in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,6 +116,28 @@ def places_in_graph(tensors: Iterable[Tensor]) -> Places:
     return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
+def walk(ends: Iterable[GradientEdge | None], stops: Places, seen: set[Any] | None = None) -> Iterator[Any]:
+    """The nodes of a graph, given by its ends, without what lies behind the places ``stops``.
+
+    ``seen`` are nodes that are left out; those that are found are added.
+    """
+    seen = set() if seen is None else seen
+    seen.add(None)
+    edges: Iterable[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
+    queue: list[Any] = []
+    while True:  # a walk takes as long as a small operation for each node: as little as can be stands in it
+        for edge in edges:
+            node = edge[0]
+            if node not in seen and not (stops and edge in stops):
+                seen.add(node)
+                queue.append(node)
+        if not queue:
+            return
+        node = queue.pop()
+        yield node
+        edges = node.next_functions
+
+
 def foreign(
     ends: Iterable[GradientEdge | None],
     known: Iterable[Tensor],
@@ -124,24 +146,10 @@ def foreign(
 ) -> list[Tensor]:
     """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors.
 
-    ``stops`` are `places_in_graph` of these, where that is known as well. ``seen`` are nodes that are left out; those
-    that are found are added.
+    ``stops`` are `places_in_graph` of these, where that is known as well; ``seen`` as in `walk`.
     """
     stops = places_in_graph(known) if stops is None else stops
-    seen = set() if seen is None else seen
-    seen.add(None)
-    edges: Iterable[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
-    queue: list[Any] = []
-    leaves: list[Tensor] = []
-    while True:  # a walk takes as long as a small operation for each node: as little as can be stands in it
-        for edge in edges:
-            node = edge[0]
-            if node not in seen and not (stops and edge in stops):
-                seen.add(node)
-                leaves.append(node.variable) if type(node) is _LEAF else queue.append(node)
-        if not queue:
-            break
-        edges = queue.pop().next_functions
+    leaves = [node.variable for node in walk(ends, stops, seen) if type(node) is _LEAF]
     if not leaves:
         return leaves
     ids = set(map(id, known))

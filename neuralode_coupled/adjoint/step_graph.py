@@ -100,6 +100,13 @@ def narrow(tensor: Tensor) -> bool:
     return tensor.requires_grad and tensor.itemsize == 2
 
 
+def leaves(tensors: State, wanted: Sequence[bool]) -> State:
+    """Where a graph begins in place of the tensors, of which gradients are asked as wanted."""
+    # Inside of a transform nothing can be made to require a gradient, or not to.
+    rows = zip(tensors, wanted, strict=True)
+    return tuple([tensor.detach().requires_grad_() if want else tensor.detach() for tensor, want in rows])
+
+
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
     """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
     return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]

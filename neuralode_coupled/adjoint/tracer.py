@@ -13,7 +13,7 @@ from neuralode_coupled.adjoint.budget import held_bytes
 from neuralode_coupled.adjoint.observation import foreign, lasting, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges
+from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges, leaves
 
 Traced = tuple[StepGraph, State, tuple[State, ...]]
 """A step's graph, the next state, and what the step emits."""
@@ -43,9 +43,9 @@ class Tracer:
         # around the steps.
         captured, self._replaced = operands.captured, ()
         if need_replacing(captured):
-            self._replaced, captured = captured, tuple(_leaves(captured, self.needed.captured))
+            self._replaced, captured = captured, leaves(captured, self.needed.captured)
         self.captured, self.stops = captured, places_in_graph(captured)
-        self.shared = tuple(_leaves(operands.shared, self.needed.shared))
+        self.shared = leaves(operands.shared, self.needed.shared)
 
     @property
     def replaces(self) -> bool:
@@ -108,7 +108,7 @@ class Span:
     def __init__(self, tracer: Tracer, first: int, y: State, wanted_y: list[bool]) -> None:
         self.tracer, self.first, self.end = tracer, first, first
         self._wanted: tuple[list[bool], list[bool], list[bool]] = (wanted_y, [], list(tracer.needed.shared))
-        self._start = self._y = tuple(_leaves(y, wanted_y))
+        self._start = self._y = leaves(y, wanted_y)
         self._shared = tracer.shared
         self._inputs: list[Tensor] = []
         self._emitted: list[Tensor] = []
@@ -124,8 +124,8 @@ class Span:
     def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One more step: the next state and what it emits, with their graph."""
         n, needed = self.end, self.tracer.needed.inputs[self.end]
-        inputs = _leaves(self.tracer.operands.inputs[n], needed)
-        y, emitted = self.tracer.run(n, self._y, tuple(inputs), self._shared, buffers)
+        inputs = leaves(self.tracer.operands.inputs[n], needed)
+        y, emitted = self.tracer.run(n, self._y, inputs, self._shared, buffers)
         self._before = self._y, len(self._inputs), len(self._emitted)
         self._y = y
         self._inputs.extend(inputs)
@@ -166,7 +166,3 @@ class Span:
         wanted = [*wanted_y, *wanted_inputs, *wanted_shared, *self.tracer.needed.captured]
         cuts = len(wanted_y), len(wanted_y) + len(wanted_inputs)
         return StepGraph(self.leaves, wanted, cuts, edges([*self._y, *self._emitted]), self._chain)
-
-
-def _leaves(tensors: State, wanted: Any) -> list[Tensor]:
-    return [tensor.detach().requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=True)]

@@ -188,7 +188,7 @@ class _Watched:
         self._dynamics, self._growing = dynamics, growing
         self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared, *growing.captured)
         self._observed = graph and dynamics.overlooked is not None
-        # torch.compile differentiates what it traces, and finds all tensors.
+        # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
         self.found: State = ()
         self.own_graph = self.uses_time = False

@@ -14,7 +14,7 @@ from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import NODE, Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
-from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, narrow
+from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, leaves, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
 
@@ -58,8 +58,7 @@ class Growing:
         self._chain: Chain = []  # the last attribute
 
     def _leaves(self, tensors: State) -> State:
-        # Inside of a transform nothing can be made to require a gradient, or not to.
-        return tuple([x.detach().requires_grad_() if self.open and x.requires_grad else x.detach() for x in tensors])
+        return leaves(tensors, [self.open and x.requires_grad for x in tensors])
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -109,12 +108,12 @@ class Growing:
         if self.steps == 0:
             return ()
         carried = start[len(self.y0) :]
-        leaves = [*self.y0, *carried, *self.shared, *self.captured]
-        wanted = [leaf.requires_grad for leaf in leaves]
+        starts = [*self.y0, *carried, *self.shared, *self.captured]
+        wanted = [leaf.requires_grad for leaf in starts]
         # What is emitted has its place beside the state, and nothing beside it.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
-        graph = StepGraph(leaves, wanted, (len(start), len(start)), edges(ends), self._chain)
+        graph = StepGraph(starts, wanted, (len(start), len(start)), edges(ends), self._chain)
         reached = tuple([part.detach() for part in self._end])
         size = self.steps * self._size
         return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

@@ -13,6 +13,7 @@ from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.times import Grid, Scalar, time_tensor
 from neuralode_coupled.runge_kutta import Embedded, Step, combine, lasting
+from neuralode_coupled.runge_kutta.adaptive import HOST
 
 TOGETHER = 4
 """How many evaluations of an accepted step, at most, have a graph at the same time (one more where it has outputs)."""
@@ -140,10 +141,9 @@ class AcceptedSteps:
         """The states at output times within a step of that start and length."""
         t0, dt = times
         fractions: list[Any] = [(t - t0) / dt for t in outputs]
-        if len(outputs) < 2 or isinstance(dt, Tensor) or y[0].device.type != "cpu":
+        if len(outputs) < 2 or isinstance(dt, Tensor) or y[0].device.type not in HOST:
             return [self.method.within(y, slopes, dt, x) for x in fractions]
-        weights = self.method.many_weights(fractions, dt)
-        return self.method.among(y, slopes, torch.tensor(weights, dtype=y[0].dtype.to_real(), device=y[0].device))
+        return self.method.among(y, slopes, self.method.many_weights(fractions, dt, y[0]))
 
     def _before(self, n: int) -> int:
         """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""

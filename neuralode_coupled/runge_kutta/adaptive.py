@@ -413,8 +413,7 @@ class _Ode:
     ) -> Tensor:
         """What `Embedded.among` takes, for the wanted times, which are at these fractions of the step."""
         if self._device.type in HOST:
-            weights = self._method.many_weights(fractions, dt)
-            return torch.tensor(weights, dtype=self._real, device=self._device)
+            return self._method.many_weights(fractions, dt, self._problem.y0[0])
         start, _, end = self.signed(*times)
         x = (self._t[wanted[0] : wanted[-1] + 1] - start) / self.round(end - start)
         return self._method.weights_on_device(x, dt, self._powers)

@@ -104,10 +104,11 @@ class Embedded:
         """Which slopes behind the first states within a step are made of."""
         return [j for j, weight in enumerate(self.weights(0.3)) if j > 0 and weight != 0.0]
 
-    def many_weights(self, x: Sequence[float], dt: float) -> list[list[float]]:
-        """`weights` at many fractions, times the step's length."""
+    def many_weights(self, x: Sequence[float], dt: float, like: Tensor) -> Tensor:
+        """(times, slopes): `weights` at many fractions, times the step's length, for a state such as ``like``."""
         powers = [(dt * one, dt * two, dt * three, dt * four) for one, two, three, four in self._by_slope]
-        return [[u * (one + u * (two + u * (three + u * four))) for one, two, three, four in powers] for u in x]
+        rows = [[u * (one + u * (two + u * (three + u * four))) for one, two, three, four in powers] for u in x]
+        return torch.tensor(rows, dtype=like.dtype.to_real(), device=like.device)
 
     def weights_on_device(self, x: Tensor, dt: float, powers: State) -> Tensor:
         """(times, slopes): the same for fractions that are a tensor, (times,), by `powers` of its dtype on its device.

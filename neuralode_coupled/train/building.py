@@ -76,7 +76,7 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
         seed=experiment.seed,
         origin=origin(experiment),
     )
-    _tried(classifier.model)
+    _try(copy.deepcopy(classifier.model))
     if experiment.precision == "64-true":
         # Lightning does so after it has read the checkpoint, which it would round to float32.
         classifier.double()
@@ -122,7 +122,7 @@ def function_evaluations(model: nn.Module, batch: int) -> tuple[int, int]:
     for layer in nc.models.coupled_layers(probe).values():
         if isinstance(layer.adjoint, nc.DiscreteAdjoint):
             layer.adjoint = replace(layer.adjoint, memory=layer.adjoint.memory * _TRIED / batch)
-    probe = _tried(probe, backward=True)
+    _try(probe, backward=True)
     costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
     plain = sum(isinstance(module, Residual) for module in probe.modules())
     return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
@@ -139,11 +139,10 @@ _TRIED = 2
 """How many images a model is tried on."""
 
 
-def _tried(model: nn.Module, backward: bool = False) -> nn.Module:
-    """A copy of the model that has seen two empty images, as in training. Raises as the model does."""
-    probe = copy.deepcopy(model).cpu().float().train()
+def _try(probe: nn.Module, backward: bool = False) -> None:
+    """Show two empty images to a copy of a model, as in training. Raises as the model does."""
+    probe.cpu().float().train()
     with torch.random.fork_rng(devices=[]):
         logits = probe(torch.zeros(_TRIED, 3, 32, 32))
         if backward:
             logits.sum().backward()
-    return probe

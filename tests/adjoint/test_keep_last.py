@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import weakref
-from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ import neuralode_coupled as nc
 from neuralode_coupled.adjoint import Memory, Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
 from tests.helpers import oracle
-from tests.helpers.problems import coupled_problems, gradients, noisy_layer
+from tests.helpers.problems import Marked, coupled_problems, gradients, noisy_layer
 
 CHECKPOINTS = st.one_of(st.none(), st.integers(1, 5))
 STORAGES = ["device", "cpu", "disk"]
@@ -100,23 +98,6 @@ def test_steps_before_the_first_that_is_asked_for_are_left_alone():
             assert isinstance(adjoint, nc.Backprop) or before <= 2
         assert all(torch.allclose(grad, found[-1], rtol=1e-12) for grad in found[-6:])
         wanted.requires_grad_(False)
-
-
-class Marked(torch.autograd.Function):
-    """The identity, with something in its graph that can be watched."""
-
-    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.mark = nn.Identity()
-        if z.requires_grad:
-            Marked.alive.add(ctx.mark)
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 class Through(nn.Module):

@@ -26,7 +26,7 @@ from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 from tests.helpers import oracle
-from tests.helpers.problems import KERNELS, coupled_problems, gradients, noisy_layer
+from tests.helpers.problems import KERNELS, Marked, coupled_problems, gradients, noisy_layer
 
 FLOAT64 = {"dtype": torch.float64}
 MEMORY = st.sampled_from([0, 10_000, 40_000, 200_000, 2**25])
@@ -309,23 +309,6 @@ def test_autocast(memory, weights):
 
 
 # lives
-
-
-class Marked(torch.autograd.Function):
-    """The identity, with something in its graph that can be watched."""
-
-    alive: ClassVar[weakref.WeakSet] = weakref.WeakSet()
-
-    @staticmethod
-    def forward(ctx, z):
-        ctx.mark = nn.Identity()
-        if z.requires_grad:
-            Marked.alive.add(ctx.mark)
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 class Through(nn.Module):

@@ -115,7 +115,7 @@ def test_many_states_within_a_step_are_each_of_them(name):
     y = (torch.randn(3, **FLOAT64), torch.randn(2, 2, dtype=torch.complex128))
     slopes = [tuple(torch.randn_like(part) for part in y) for _ in range(pair.slopes)]
     x = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], **FLOAT64)
-    weights = torch.tensor(pair.many_weights(x.tolist(), -0.3), **FLOAT64)
+    weights = pair.many_weights(x.tolist(), -0.3, x)
     assert torch.allclose(weights, pair.weights_on_device(x, -0.3, pair.powers(x)), rtol=0.0, atol=1e-14)
     for fraction, found in zip(x.tolist(), pair.among(y, slopes, weights), strict=True):
         for one, two in zip(found, pair.within(y, slopes, -0.3, fraction), strict=True):
