@@ -25,6 +25,7 @@ from torch._C._autograd import (
 )
 from torch.autograd import Variable, forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef  # undocumented
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
@@ -154,11 +155,11 @@ def noticing_changes(message: str) -> AbstractContextManager:
     pack, unpack = hooks
     computed_again = recomputed_later()
 
-    def noted(tensor: Tensor) -> tuple[Any, Tensor, int, int | None]:
+    def noted(tensor: Tensor) -> tuple[Any, Tensor, int, StorageWeakRef | None]:
         (version,) = versions((tensor,))
         return pack(tensor), _counter(tensor), version, _place(tensor)
 
-    def checked(noted: tuple[Any, Tensor, int, int | None]) -> Tensor:
+    def checked(noted: tuple[Any, Tensor, int, StorageWeakRef | None]) -> Tensor:
         packed, counter, version, place = noted
         changed = versions((counter,)) != [version]
         if changed and computed_again:
@@ -180,9 +181,12 @@ def _counter(tensor: Tensor) -> Tensor:
     return counter
 
 
-def _place(tensor: Tensor) -> int | None:
-    """Where a tensor is in memory; None where it is in no one place, as a sparse one."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else None
+def _place(tensor: Tensor) -> StorageWeakRef | None:
+    """The storage of a tensor, which this does not keep; None where it has not one, as a sparse one.
+
+    Not its address: memory that is free again is given to others, such as to what hooks have read from a file.
+    """
+    return StorageWeakRef(tensor.untyped_storage()) if tensor.layout == torch.strided else None
 
 
 @contextmanager

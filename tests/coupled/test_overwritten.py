@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import neuralode_coupled as nc
+from neuralode_coupled._torch import noticing_changes
 from tests.helpers import oracle
 
 FLOAT64 = {"dtype": torch.float64}
@@ -184,6 +185,25 @@ def test_copies_are_right(adjoint, kind, tmp_path):
             return
         results.append(oracle.gradients(z.square().sum(), dict(made.named_parameters())))
     assert oracle.largest_error(*results) < 1e-12
+
+
+def test_a_copy_where_the_original_has_been_is_one():
+    """Memory that is free again is given to others: to what hooks have read from a file, in the same place."""
+    memory = bytearray(8 * 1000)
+
+    def at_the_place(numbers):
+        tensor = torch.frombuffer(memory, **FLOAT64)
+        return tensor.copy_(numbers)
+
+    x = torch.ones(1000, **FLOAT64, requires_grad=True)
+    square = at_the_place(torch.full((1000,), 4.0, **FLOAT64))
+    hooks = (lambda tensor: tensor.tolist(), lambda numbers: at_the_place(torch.tensor(numbers, **FLOAT64)))
+    with torch.autograd.graph.saved_tensors_hooks(*hooks), noticing_changes("overwritten"):
+        y = x * square  # saves square
+    square.mul_(2)  # of no matter: the hooks have a copy
+    del square
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, torch.full_like(x, 4.0))
 
 
 class Later(nn.Module):

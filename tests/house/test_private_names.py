@@ -153,7 +153,8 @@ def test_changes_are_noticed_inside_of_hooks():
 
     Once it does, leave it out. Without ``_top_saved_tensors_default_hooks`` there is no one's hooks to call; without
     ``Tensor._version`` nothing to compare. A tensor of no size that shares its counter with another one is made by
-    ``detach`` and by assigning to ``data``; without it keep the tensor itself, and its memory.
+    ``detach`` and by assigning to ``data``; without it keep the tensor itself, and its memory. ``StorageWeakRef`` tells
+    storages apart and keeps none; without it a copy in the place of the original is taken for the original.
     """
     x = torch.ones(3, requires_grad=True)
     for notices in (False, True):
@@ -172,6 +173,7 @@ def test_changes_are_noticed_inside_of_hooks():
     with torch.no_grad():
         x.mul_(2)
     assert _torch.versions([counter]) != before
+    assert _torch._place(x) == _torch._place(x.detach()[1:]) != _torch._place(x.clone())
 
 
 def test_whether_a_graph_is_kept():
