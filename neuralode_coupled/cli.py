@@ -50,6 +50,14 @@ Progress = Annotated[
     bool, typer.Option("--progress/--no-progress", help="Show a progress bar. A terminal is needed for it.")
 ]
 
+Allocator = Annotated[
+    bool,
+    typer.Option(
+        "--allocator/--no-allocator",
+        help="Keep the memory that tensors leave for the next ones (glibc's malloc); it is faster so.",
+    ),
+]
+
 _FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(Experiment)}
 _OF_ONE_RUN = ("variant", "seed")
 """The fields of which `compare` takes several values."""
@@ -117,6 +125,14 @@ def train(
     variant: Annotated[str, _option("variant")] = Experiment.variant,
     seed: Annotated[int, _option("seed")] = Experiment.seed,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Try on one batch which layout, precision and stored graphs are fastest, and take these.",
+        ),
+    ] = False,
+    allocator: Allocator = True,
     progress: Progress = True,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
     experiment: Experiment,
@@ -132,7 +148,28 @@ def train(
             end_with_standard_input()
         with _bad_input():
             experiment = replace(experiment, variant=variant, seed=seed)
+        if allocator:
+            _keep_freed_memory()
+        if fast:
+            experiment = _fast(experiment, RunFolder(folder))
         _train(experiment, RunFolder(folder), resume, progress)
+
+
+def _keep_freed_memory() -> None:
+    from neuralode_coupled.train.allocator import keep_freed_memory
+
+    keep_freed_memory()
+
+
+def _fast(experiment: Experiment, run: RunFolder) -> Experiment:
+    """The experiment with what is fastest here, and a line that says so."""
+    with _bad_input():
+        from neuralode_coupled.train.building import resolve
+        from neuralode_coupled.train.fast import choose
+
+        found = choose(resolve(experiment), run)
+    _line(str(found))
+    return found.experiment
 
 
 def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool) -> None:
@@ -174,6 +211,7 @@ def compare(
         str, typer.Option(help="Which, separated by commas; see train.")
     ] = "baseline, anode, anodev2-1, anodev2-2",
     seeds: Annotated[str, typer.Option(help="Each variant is trained once for each, separated by commas.")] = "0",
+    allocator: Allocator = True,
     progress: Progress = True,
     experiment: Experiment,
 ) -> None:
@@ -190,7 +228,7 @@ def compare(
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
     with _interruptible("the same command goes on from here"):
-        failures = comparison.run(chosen, progress=progress, report=_line)
+        failures = comparison.run(chosen, progress=progress, allocator=allocator, report=_line)
         for failure in failures:
             err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
         with _bad_input():  # what the folder of a finished run holds may be damaged
