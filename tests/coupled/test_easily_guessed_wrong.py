@@ -82,6 +82,24 @@ def test_three_copies_on_five_steps():
     assert len(list(layer.parameters())) == 6
 
 
+@pytest.mark.parametrize("form", ["propagator", "ode"])
+def test_advection_by_one_pixel_on_an_even_axis(form):
+    """A spike at x = 2 of 0, 1, 2, 3, advection 1 over a unit of time: not the spike at 1.
+
+    The spike is 1/4 + cos(pi (x - 2) / 2) / 2 + cos(pi x) / 4. The first two become 1/4 + cos(pi (x - 1) / 2) / 2,
+    which is 1/4, 3/4, 1/4, -1/4. The alternating one, 1/4, -1/4, 1/4, -1/4, stays. The sum is 1/2, 1/2, 1/2, -1/2.
+    """
+    conv = nn.Conv1d(1, 1, 4, bias=False, dtype=torch.float64)
+    layer = nc.CoupledODE(
+        nn.Sequential(nn.ConstantPad1d((1, 2), 0.0), conv), nc.ReactionDiffusionAdvection(form), steps=40, method="rk4"
+    )
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+        layer.field.operator("1.weight").advection.fill_(1.0)
+        end = layer.weight_trajectory([1.0])["1.weight"].flatten()
+    assert torch.allclose(end, torch.tensor([0.5, 0.5, 0.5, -0.5], dtype=torch.float64), atol=1e-6)
+
+
 @pytest.mark.parametrize(("width", "ratio"), [(0.5, 3108), (0.3, 586)])
 def test_what_a_kink_between_grid_points_costs(width, ratio):
     """z' = theta z, w' = w, w(0) = 1, a box, constant history: the error of the classic rk4 with 4 and with 32 steps.
