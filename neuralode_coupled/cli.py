@@ -1,4 +1,4 @@
-"""The command line: ``neuralode-coupled train``, ``compare``, ``check``, ``filters`` and ``transport``.
+"""The command line: ``train``, ``compare``, ``predict``, ``check``, ``filters`` and ``transport``.
 
 The options of an experiment are made from the fields of `Experiment`. What needs more than a moment to import is
 imported by the commands, so that ``--help`` is quick.
@@ -197,6 +197,34 @@ def compare(
             present(folder, chosen, out)
     if failures:
         raise typer.Exit(FAILED)
+
+
+@app.command(epilog="Example: neuralode-coupled predict --run runs/digits photo.png photos --out classes.csv")
+def predict(
+    *,
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)],
+    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    table: Annotated[Path | None, typer.Option("--out", help="Write the table to this file, NAME.csv.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
+) -> None:
+    """Say what a trained network takes images for.
+
+    Each image gets its most probable class and the probability of that.
+    Images are resized to 32x32 and normalised as in training.
+    """
+    with _bad_input():
+        from neuralode_coupled.train import predicting
+
+        if table is not None:
+            predicting.check_table(table)
+        found = predicting.predict(run, images, checkpoint)
+        if table is None:
+            for prediction in found:
+                _line(f"{prediction.image}: {prediction.class_name} {100 * prediction.probability:.1f}%")
+            return
+        predictions = list(found)
+        predicting.written(predictions, table)
+    _line(f"images: {len(predictions)}; see {table}")
 
 
 @app.command(epilog="Example: neuralode-coupled check --model resnet4 --variant anodev2-1")

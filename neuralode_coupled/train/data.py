@@ -113,6 +113,11 @@ class ImageData(pl.LightningDataModule):
                 self.test = self.source.load(self.root, "train", partial(validation_images, validation=kept_back))
             self._statistics = {torch.device("cpu"): channel_statistics(self.train.pixels)}
 
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The training images' mean and deviation, by which `normalise` goes: see `channel_statistics`. Once set up."""
+        return self._statistics[torch.device("cpu")]
+
     def train_dataloader(self) -> DataLoader:
         """Batches of a new order each epoch, shared out among the devices."""
         images = self._on_device("train")
@@ -139,7 +144,7 @@ class ImageData(pl.LightningDataModule):
     def normalise(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 32 32"]:
         """Float images of which the training set has mean 0 and variance 1 in every channel."""
         if pixels.device not in self._statistics:
-            mean, deviation = self._statistics[torch.device("cpu")]
+            mean, deviation = self.statistics
             self._statistics[pixels.device] = mean.to(pixels.device), deviation.to(pixels.device)
         mean, deviation = self._statistics[pixels.device]
         return (pixels.float() - mean) / deviation

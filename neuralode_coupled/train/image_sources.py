@@ -208,7 +208,7 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     assert root is not None
     found, classes = _files(root / split), _folder_class_names(root)
-    images = [(path, label) for label, name in enumerate(classes) for path in found[name] if _is_taken(path)]
+    images = [(path, label) for label, name in enumerate(classes) for path in found[name] if is_taken(path)]
     labels = torch.tensor([label for _, label in images], dtype=torch.int64)
     counts = labels.bincount(minlength=len(classes)).tolist()
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
@@ -222,7 +222,7 @@ def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     paths = [images[i][0] for i in chosen.tolist()]
     pixels = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(_decode, paths)):
+        for i, image in enumerate(pool.map(decode, paths)):
             pixels[i] = torch.from_numpy(image)
     return ImageSet(pixels, labels[chosen])
 
@@ -267,8 +267,8 @@ _CLIPPED = ("I", "F")
 """How the modes of Pillow begin whose numbers have more than 8 bits."""
 
 
-def _is_taken(path: str) -> bool:
-    """Whether a file of a class is one of its images. Raises ValueError for an image of a kind that is not taken."""
+def is_taken(path: str) -> bool:
+    """Whether a file in a folder is one of its images. Raises ValueError for an image of a kind that is not taken."""
     with needs("train"):
         from PIL import Image
 
@@ -285,8 +285,8 @@ def _is_taken(path: str) -> bool:
     return False
 
 
-def _decode(path: str) -> np.ndarray:
-    """An image file as (3, 32, 32) uint8."""
+def decode(path: str) -> np.ndarray:
+    """An image file as (3, 32, 32) uint8, resized. Raises ValueError for one that cannot be read, or has more bits."""
     with needs("train"):
         from PIL import Image
 

@@ -171,7 +171,8 @@ def _claim(
         if folder.config.exists():
             raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
     folder.failure.unlink(missing_ok=True)
-    folder.claim(experiment, data.class_names, versions(), images)
+    mean, deviation = (tensor.flatten().tolist() for tensor in data.statistics)
+    folder.claim(experiment, data.class_names, versions(), images, (mean, deviation))
     return lock
 
 
