@@ -1,4 +1,4 @@
-"""The command line: ``train``, ``compare``, ``predict``, ``check``, ``filters`` and ``transport``.
+"""The command line: ``train``, ``compare``, ``predict``, ``export``, ``check``, ``filters`` and ``transport``.
 
 The options of an experiment are made from the fields of `Experiment`. What needs more than a moment to import is
 imported by the commands, so that ``--help`` is quick.
@@ -225,6 +225,34 @@ def predict(
         predictions = list(found)
         predicting.written(predictions, table)
     _line(f"images: {len(predictions)}; see {table}")
+
+
+@app.command(epilog="Example: neuralode-coupled export --run runs/digits --out model.onnx")
+def export(
+    *,
+    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    file: Annotated[Path, typer.Option("--out", help="The file: NAME.onnx (ONNX) or NAME.pt2 (torch.export).")],
+    checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
+    opset: Annotated[
+        int | None, typer.Option(help="Version of ONNX's operators, by default 20; GroupNorm is refused from 21 on.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default those of training.")] = None,
+    method: Annotated[str | None, typer.Option(help="Their solver, with --steps, as for a run of dopri5.")] = None,
+) -> None:
+    """Write a trained network as a file for other runtimes.
+
+    It takes pixels (uint8, RGB, 32x32, any batch size), normalises them as in
+    training, and gives the probabilities of the classes. The file is run with
+    1 and 8 images and compared with the network before it is kept.
+    """
+    with _bad_input():
+        from neuralode_coupled.train import exporting
+
+        try:
+            exported = exporting.export(run, file, checkpoint=checkpoint, opset=opset, steps=steps, method=method)
+        except exporting.Inexact as error:
+            _stop(error, FAILED)
+    _line(str(exported))
 
 
 @app.command(epilog="Example: neuralode-coupled check --model resnet4 --variant anodev2-1")

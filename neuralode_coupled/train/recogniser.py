@@ -18,18 +18,18 @@ class Recogniser(nn.Module):
 
     Args:
         model: normalised images (batch, 3, 32, 32) to logits (batch, classes).
-        mean: of each channel of the training images, in units of pixel values.
+        mean: of each channel of the training images, (3, 1, 1), in units of pixel values.
         deviation: likewise, above 0.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, model: nn.Module, mean: list[float], deviation: list[float]) -> None:
+    def __init__(self, model: nn.Module, mean: Tensor, deviation: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
 
     def forward(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
         """The probability of each class."""
@@ -43,8 +43,8 @@ def load_recogniser(folder: RunFolder | str | Path, checkpoint: str = "best") ->
     """
     folder = as_folder(folder)
     model = load_model(folder, checkpoint)
-    mean, deviation = folder.statistics() or _computed_again(folder)
-    return Recogniser(model, mean, deviation).eval()
+    mean, deviation = map(torch.tensor, folder.statistics() or _computed_again(folder))
+    return Recogniser(model, mean[:, None, None], deviation[:, None, None]).eval()
 
 
 def _computed_again(folder: RunFolder) -> Statistics:
