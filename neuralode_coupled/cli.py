@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from neuralode_coupled.coupled.layer import CoupledODE
+    from neuralode_coupled.train.extending import Extension
 
 app = typer.Typer(
     name="neuralode-coupled",
@@ -113,10 +114,14 @@ def overview(
 @_with_experiment
 def train(
     *,
+    context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
     variant: Annotated[str, _option("variant")] = Experiment.variant,
     seed: Annotated[int, _option("seed")] = Experiment.seed,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Continue the finished run in --out to --epochs epochs in all.")
+    ] = False,
     progress: Progress = True,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
     experiment: Experiment,
@@ -125,18 +130,33 @@ def train(
 
     The folder gets metrics.csv (one row an epoch), the same for TensorBoard,
     the best and the last checkpoint, and at the end result.json. A finished
-    run is not repeated; one that was killed continues with --resume.
+    run is not repeated; one that was killed continues with --resume. With
+    --extend a finished run goes on to --epochs epochs in all; the options that
+    are not given are then the run's own.
     """
     with _interruptible("continue the run with --resume"):
         if end_with_stdin:
             end_with_standard_input()
+        extension = None
         with _bad_input():
             experiment = replace(experiment, variant=variant, seed=seed)
-        _train(experiment, RunFolder(folder), resume, progress)
+            if extend:
+                from neuralode_coupled.train import extending
+
+                extension = extending.plan(folder, experiment, _given(context))
+                experiment, resume = extension.experiment, True
+        _train(experiment, RunFolder(folder), resume, progress, extension)
 
 
-def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool) -> None:
+def _given(context: typer.Context) -> set[str]:
+    """The fields of an experiment that the user has chosen, be it by their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in _FIELDS}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool, extension: Extension | None) -> None:
     """`train`, of an experiment that is complete."""
+    extends = None if extension is None else extension.finished
     with _bad_input():
         from neuralode_coupled.evolution import NonFiniteWeights
         from neuralode_coupled.train.building import resolve
@@ -144,15 +164,16 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool)
         from neuralode_coupled.train.processes import FolderNotShared, ProcessLost
         from neuralode_coupled.train.run import prepare
 
-        run.check(resolve(experiment), resume=True)
-        result = run.result()
+        run.check(resolve(experiment) if extends is None else extends, resume=True)
+        result = run.result() if extends is None else None
         if result is not None:
             _line(f"{run.path} is finished already: {_accuracies(result)}")
             return
         bar = progress and out.is_terminal
-        ready = prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
+        ready = prepare(experiment, run, resume=resume, extends=extends, progress=bar, report=None if bar else _line)
     if ready.done and ready.trainer.is_global_zero:
-        _line(f"continuing after epoch {ready.done} of {experiment.epochs}")
+        rate = "" if extension is None else f"; {extension.schedule}"
+        _line(f"continuing after epoch {ready.done} of {experiment.epochs}{rate}")
     try:
         result = ready.run()
     except ProcessLost as error:

@@ -70,7 +70,7 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
     """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
     classifier = Classifier(
         build_model(experiment, classes),
-        epochs=experiment.epochs,
+        epochs=experiment.lr_epochs or experiment.epochs,
         lr=experiment.lr,
         evolution_lr=experiment.evolution_lr,
         seed=experiment.seed,

@@ -33,6 +33,10 @@ class Experiment:
     epochs: int = field(
         default=10, metadata={"help": "Number of epochs; the learning rate falls after 3/7 and 5/7 of them."}
     )
+    lr_epochs: int | None = field(
+        default=None,
+        metadata={"help": "Let the learning rate fall as in a run of so many epochs, and then stay; by default all."},
+    )
     seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
     limit: int | None = field(
         default=None, metadata={"help": "Use only so many training images, all classes in proportion."}
@@ -94,7 +98,7 @@ class Experiment:
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default what torch chooses."})
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "limit", "validation", "batch_size", "nodes", "threads"):
+        for name in ("epochs", "lr_epochs", "limit", "validation", "batch_size", "nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

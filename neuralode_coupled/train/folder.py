@@ -203,6 +203,10 @@ class RunFolder:
         """Write ``result.json``: the run is finished."""
         write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
 
+    def reopen(self) -> None:
+        """Take the result away: the run goes on."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
     def rows(self) -> list[Row]:
         """The epochs so far. Raises ValueError if the file is damaged."""
         if not self.metrics.exists():

@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         model: images (batch, 3, 32, 32) to logits (batch, classes).
-        epochs: the length of the schedule.
+        epochs: the length of the schedule. In epochs after it the learning rate is that of its last.
         lr: the learning rate of the first epochs.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
@@ -118,8 +118,9 @@ class Classifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Set what depends on the epoch: the learning rate and the random state."""
         # Not by a scheduler: Lightning saves checkpoints before it steps those.
+        scheduled = min(self.current_epoch, self.epochs - 1)  # an extended run has epochs after its schedule
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.lr, self.current_epoch, self.epochs)
+            group["lr"] = group["factor"] * learning_rate(self.lr, scheduled, self.epochs)
         entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
 
