@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 from neuralode_coupled import __version__
 from neuralode_coupled._extras import needs
+from neuralode_coupled.models import evolution_named, kernel_named
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import NotWritten, RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
@@ -84,6 +85,9 @@ def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
             given["data_root"] = str(given["data_root"])
         with _bad_input():
             experiment = Experiment(**given)
+            # Before Lightning, which takes seconds to load.
+            evolution_named(experiment.evolution)
+            kernel_named(experiment.kernel)
         command(experiment=experiment, **options)
 
     own = [p for name, p in signature(command, eval_str=True).parameters.items() if name != "experiment"]

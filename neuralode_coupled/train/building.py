@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
+from neuralode_coupled.models import ADJOINTS, by_name, evolution_named, kernel_named
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.runge_kutta import ADAPTIVE
 from neuralode_coupled.train.data import ImageData
@@ -51,7 +51,8 @@ def build_data(experiment: Experiment) -> ImageData:
 
 
 def build_model(experiment: Experiment, classes: int) -> nn.Module:
-    """The experiment's model with fresh weights. Raises ValueError as `nc.models.build`."""
+    """The experiment's model with fresh weights. Raises ValueError or TypeError as `nc.models.build`, and for an
+    operator or a kernel of the user's own that cannot be imported."""
     return nc.models.build(
         experiment.model,
         experiment.variant,
@@ -60,7 +61,8 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
         rtol=experiment.rtol,
         atol=experiment.atol,
         dynamics=experiment.dynamics,
-        evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
+        evolution=evolution_named(experiment.evolution),
+        kernel=kernel_named(experiment.kernel),
         adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
         classes=classes,
     )
@@ -108,7 +110,7 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
 
 def origin(experiment: Experiment) -> dict[str, Any]:
     """What decides over the names and shapes of the model's weights, and the version that made them."""
-    decisive = ("model", "variant", "steps", "dynamics", "evolution")
+    decisive = ("model", "variant", "steps", "dynamics", "evolution", "kernel")
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 

@@ -75,7 +75,15 @@ class Experiment:
         default=None,
         metadata={
             "help": "Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
-            "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank."
+            "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank; or "
+            "module:function, which makes one of your own."
+        },
+    )
+    kernel: str | None = field(
+        default=None,
+        metadata={
+            "help": "Kernel of the anodev2 variants: dirac, sample-and-hold:2, exponential:5, erlang:2,5 or box:0.5 "
+            "(and learnable=true, history=zero, after commas), or module:function; by default the variant's own."
         },
     )
     evolution_lr: float = field(
