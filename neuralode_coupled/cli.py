@@ -168,7 +168,7 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool,
         from neuralode_coupled.train.processes import FolderNotShared, ProcessLost
         from neuralode_coupled.train.run import prepare
 
-        run.check(resolve(experiment) if extends is None else extends, resume=True)
+        run.check(resolve(experiment, run.experiment()) if extends is None else extends, resume=True)
         result = run.result() if extends is None else None
         if result is not None:
             _line(f"{run.path} is finished already: {_accuracies(result)}")

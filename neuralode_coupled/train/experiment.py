@@ -46,7 +46,11 @@ class Experiment:
         metadata={"help": "Keep so many training images back, and test on them in place of the test images."},
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Images a batch on each device; by default 64 for digits, else 256."}
+        default=None,
+        metadata={
+            "help": "Images a batch on each device; by default 64 for digits, 256 for cifar10, and for folder 8 to "
+            "256, for about 20 steps an epoch."
+        },
     )
     lr: float = field(default=0.1, metadata={"help": "Learning rate of the first epochs."})
     method: str = field(
@@ -58,10 +62,18 @@ class Experiment:
     )
     steps: int | None = field(default=None, metadata={"help": "Steps of the ODE blocks; by default the variant's own."})
     rtol: float | None = field(
-        default=None, metadata={"help": "Relative tolerance of a solver that chooses its steps."}
+        default=None,
+        metadata={
+            "help": "Relative tolerance of a solver that chooses its steps; by default 1e-3, which float32 can meet "
+            "(with --precision 64-true 1e-7)."
+        },
     )
     atol: float | None = field(
-        default=None, metadata={"help": "Absolute tolerance of a solver that chooses its steps."}
+        default=None,
+        metadata={
+            "help": "Absolute tolerance of a solver that chooses its steps; by default 1e-4 (with --precision 64-true "
+            "1e-9)."
+        },
     )
     dynamics: str | None = field(
         default=None,

@@ -52,7 +52,7 @@ def plan(folder: RunFolder | str | Path, asked: Experiment, given: Collection[st
         raise ValueError(f"{folder.path} holds no run that could be extended: leave --extend out to train one")
     if "epochs" not in given:
         raise ValueError(f"--extend needs --epochs, the number of all epochs: the run has {there.epochs}, give more")
-    wanted = resolve(replace(there, **{name: getattr(asked, name) for name in given if name != "epochs"}))
+    wanted = resolve(replace(there, **{name: getattr(asked, name) for name in given if name != "epochs"}), there)
     differences = there.differences(wanted)
     if differences:
         raise ValueError(

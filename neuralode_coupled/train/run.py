@@ -122,7 +122,8 @@ def prepare(
             damaged checkpoint, rows that are missing.
         ImportError, ConnectionError: as `ImageData`.
     """
-    experiment, folder = resolve(experiment), as_folder(folder)
+    folder = as_folder(folder)
+    experiment = resolve(experiment, folder.experiment())
     there = experiment if extends is None else extends
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
@@ -201,5 +202,5 @@ def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
 def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
     """`prepare` and run; a finished run is not repeated: its result is returned."""
     folder = as_folder(folder)
-    folder.check(resolve(experiment), resume=True)
+    folder.check(resolve(experiment, folder.experiment()), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()
