@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
-from functools import partial, wraps
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
@@ -29,14 +29,11 @@ with needs("train"):
     from rich.markup import escape
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from neuralode_coupled.coupled.layer import CoupledODE
     from neuralode_coupled.train.extending import Extension
 
 app = typer.Typer(
     name="neuralode-coupled",
-    help="Train and compare coupled neural ODEs (ANODEV2) on images.",
+    help="Train, compare and use coupled neural ODEs (ANODEV2) on images.",
     epilog="Example: neuralode-coupled train --out runs/digits; neuralode-coupled COMMAND --help shows the options.",
     no_args_is_help=True,
     add_completion=False,
@@ -297,7 +294,9 @@ def check(
     differs from unrolled autograd by more than rounding.
     """
     with _bad_input():
-        cases = _coupled_layers_and_inputs(model, variant, steps, method, dtype, seed)
+        from neuralode_coupled.train.layers_to_check import layers_and_inputs
+
+        cases = layers_and_inputs(model, variant, steps, method, dtype, seed)
     from neuralode_coupled import kkt
 
     exact = True
@@ -431,37 +430,6 @@ def _accuracies(result: Result) -> str:
         f"test accuracy {100 * result.final_accuracy:.2f}% after epoch {result.epochs} "
         f"(best {100 * result.best_accuracy:.2f}%)"
     )
-
-
-def _coupled_layers_and_inputs(
-    model: str, variant: str, steps: int | None, method: str, dtype: str, seed: int
-) -> dict[str, tuple[CoupledODE, Tensor]]:
-    """The coupled layers of a network by name, each with its activations for random images."""
-    import torch
-
-    from neuralode_coupled.models import build, coupled_layers
-
-    precisions = {"float64": torch.float64, "float32": torch.float32}
-    if dtype not in precisions:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(precisions)}")
-    torch.manual_seed(seed)
-    network = build(model, variant, steps=steps, method=method).to(precisions[dtype])
-    layers = coupled_layers(network)
-    if not layers:
-        raise ValueError(f"variant {variant!r} has no coupled layers to check: choose anode, anodev2-1 or another one")
-    inputs: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        # At their initial zeros the coefficients hide half of what there is to check.
-        for coefficient in layer.field.evolution.parameters():
-            torch.nn.init.normal_(coefficient, std=0.1)
-        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
-    with torch.no_grad():
-        network(torch.randn(4, 3, 32, 32, dtype=precisions[dtype]))
-    return {name: (layer, inputs[name]) for name, layer in layers.items()}
-
-
-def _keep_input(inputs: dict[str, Tensor], name: str, layer: CoupledODE, given: tuple[Tensor, ...]) -> None:
-    inputs[name] = given[0].detach()
 
 
 def _names(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from neuralode_coupled.train.loading import load_model
 
 
 class Recogniser(nn.Module):
-    """``softmax(model((pixels - mean) / deviation))``: the preprocessing of the training, the model, probabilities.
+    """``softmax(model((images - mean) / deviation))``: the preprocessing of the training, the model, probabilities.
 
     Args:
         model: normalised images (batch, 3, 32, 32) to logits (batch, classes).
@@ -31,9 +31,9 @@ class Recogniser(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("deviation", deviation)
 
-    def forward(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
         """The probability of each class."""
-        return self.model((pixels.float() - self.mean) / self.deviation).softmax(1)
+        return self.model((images.float() - self.mean) / self.deviation).softmax(1)
 
 
 def load_recogniser(folder: RunFolder | str | Path, checkpoint: str = "best") -> Recogniser:

@@ -56,7 +56,7 @@ def test_an_extended_run_is_one_that_had_as_many_epochs_and_the_same_schedule(fi
     assert finished.result() == result
 
 
-@pytest.mark.parametrize("again", [["--extend"], ["--extend", "--resume"], ["--resume", "--lr-epochs", 2]])
+@pytest.mark.parametrize("again", [["--extend"], ["--resume", "--lr-epochs", 2]])
 def test_an_extension_that_was_cut_short_is_resumed(finished, tmp_path, monkeypatch, again):
     class Asked(trainer.EpochLog):
         def on_train_batch_end(self, trainer, pl_module, *args, **kwargs):

@@ -75,6 +75,9 @@ def test_a_run_of_ones_own_operator_and_a_kernel_is_resumed_and_used(own, tmp_pa
     done = run(*options, "--resume")
     assert done.exit_code == 0, done.output
     assert "continuing after epoch 1 of 1" in done.stdout
+    done = run("train", "--out", folder.path, "--extend", "--epochs", 2)  # with the momentum of a rate without an axis
+    assert done.exit_code == 0, done.output
+    assert [row["epoch"] for row in folder.rows()] == [1, 2]
 
 
 @pytest.mark.parametrize(
