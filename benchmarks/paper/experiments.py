@@ -13,6 +13,19 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import RunFolder
 
 CLASSES = 10
+_NAMED = (
+    "validation",
+    "batch_size",
+    "lr",
+    "schedule",
+    "method",
+    "dynamics",
+    "evolution",
+    "evolution_lr",
+    "precision",
+)
+"""The options that the name of a schedule tells, where they are not the defaults."""
+
 CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")
 """Variants, with ``@steps`` where the steps are not the variant's own, in the order in which the tables need them."""
 
@@ -21,7 +34,17 @@ def schedule_name(experiment: Experiment) -> str:
     """A folder name for what all runs of one table have in common."""
     parts = [f"epochs{experiment.epochs}", "all" if experiment.limit is None else f"images{experiment.limit}"]
     plain = Experiment()
-    for name in ("validation", "batch_size", "lr", "method", "dynamics", "evolution", "evolution_lr", "precision"):
+    for name in (
+        "validation",
+        "batch_size",
+        "lr",
+        "schedule",
+        "method",
+        "dynamics",
+        "evolution",
+        "evolution_lr",
+        "precision",
+    ):
         value = getattr(experiment, name)
         if value not in (getattr(plain, name), 256 if name == "batch_size" else None):
             parts.append(f"{name.replace('_', '-')}-{value}")

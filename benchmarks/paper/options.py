@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser, name: str, plain: Experiment) -
     parser.add_argument("--limit", type=int, default=plain.limit)
     parser.add_argument("--validation", type=int, default=plain.validation)
     parser.add_argument("--lr", type=float, default=plain.lr)
+    parser.add_argument("--schedule", default=plain.schedule)
     parser.add_argument("--batch-size", type=int, default=plain.batch_size)
     parser.add_argument("--dynamics")
     parser.add_argument("--evolution")

@@ -89,6 +89,7 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
         lr=experiment.lr,
         evolution_lr=experiment.evolution_lr,
         seed=experiment.seed,
+        schedule=experiment.schedule,
         origin=origin(experiment),
     )
     _try(copy.deepcopy(classifier.model))

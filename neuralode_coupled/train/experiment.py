@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from neuralode_coupled._checks import choice
+from neuralode_coupled.train.schedules import SCHEDULES
+
 _HOW_NOT_WHAT = frozenset({"compile", "accelerator", "strategy", "threads"})
 """What an experiment may differ in and still be the same: it changes no more than round-off."""
 
@@ -20,7 +23,7 @@ class Experiment:
 
     Raises:
         ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
-            negative seed, or a learning rate or tolerance that is not positive, or too large.
+            negative seed, an unknown schedule, or a learning rate or tolerance that is not positive, or too large.
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
@@ -31,7 +34,7 @@ class Experiment:
     )
     data_root: str | None = field(default=None, metadata={"help": "Where the images are, for cifar10 and folder."})
     epochs: int = field(
-        default=10, metadata={"help": "Number of epochs; the learning rate falls after 3/7 and 5/7 of them."}
+        default=10, metadata={"help": "Number of epochs; the learning rate follows its schedule over them."}
     )
     lr_epochs: int | None = field(
         default=None,
@@ -52,7 +55,14 @@ class Experiment:
             "256, for about 20 steps an epoch."
         },
     )
-    lr: float = field(default=0.1, metadata={"help": "Learning rate of the first epochs."})
+    lr: float = field(default=0.1, metadata={"help": "The highest learning rate."})
+    schedule: str = field(
+        default="steps",
+        metadata={
+            "help": "Of the learning rate: steps (the paper's: a tenth after 3/7 of the epochs, a hundredth after "
+            "5/7), one-cycle (up from a 25th in the first 30% of the run, and down to 0) or cosine (down to 0)."
+        },
+    )
     method: str = field(
         default="euler",
         metadata={
@@ -130,6 +140,7 @@ class Experiment:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        choice("schedule", self.schedule, SCHEDULES)
         largest = torch.finfo(torch.float32).max
         for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
             if value > largest:

@@ -2,7 +2,8 @@
 
 As with Lightning's ``max_epochs``, the number is that of all epochs, those that are done among them. So the same
 command twice trains no more than once, and a run that is extended ends with the weights of one that had as many epochs
-from the start, and the same schedule (``lr_epochs``).
+from the start, and the same schedule (``lr_epochs``). A schedule that ends at 0 would leave nothing to go on with: it
+is stretched over all epochs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import RunFolder, as_folder
 from neuralode_coupled.train.result import Result
 from neuralode_coupled.train.run import prepare
+from neuralode_coupled.train.schedules import learning_rate
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ def plan(folder: RunFolder | str | Path, asked: Experiment, given: Collection[st
         raise ValueError(
             f"{folder.path} holds an unfinished run of {there.epochs} epochs: finish it with --resume, then extend it"
         )
-    longer = replace(wanted, epochs=asked.epochs, lr_epochs=there.lr_epochs or there.epochs)
+    length = there.lr_epochs or there.epochs
+    if asked.epochs > length and _ends_at_zero(there):
+        length = None
+    longer = replace(wanted, epochs=asked.epochs, lr_epochs=length)
     return Extension(longer, there, _schedule(folder, longer))
 
 
@@ -82,8 +87,14 @@ def extend(folder: RunFolder | str | Path, epochs: int, **options: Any) -> Resul
     return finished or prepare(chosen.experiment, folder, resume=True, extends=chosen.finished, **options).run()
 
 
+def _ends_at_zero(run: Experiment) -> bool:
+    """Whether the schedule leaves no learning rate to go on with."""
+    return learning_rate(1.0, run.epochs - 1, run.epochs, run.schedule, within=1.0) < 1e-9
+
+
 def _schedule(folder: RunFolder, longer: Experiment) -> str:
     rows, length = folder.rows(), longer.lr_epochs or longer.epochs
     if not rows or len(rows) < length:
-        return f"the learning rate follows its schedule of {length} epochs"
-    return f"the learning rate stays at {rows[length - 1]['lr']:g}, that of the last epoch of its schedule, {length}"
+        rate = learning_rate(longer.lr, len(rows), length, longer.schedule)
+        return f"the learning rate goes on at {rate:.3g}, as the schedule {longer.schedule} over {length} epochs has it"
+    return f"the learning rate stays at {rows[length - 1]['lr']:.3g}, that of the last epoch of its schedule, {length}"

@@ -13,15 +13,13 @@ from torch.nn import functional
 from neuralode_coupled._extras import needs
 from neuralode_coupled.models import coupled_layers
 from neuralode_coupled.train import weights_file
+from neuralode_coupled.train.schedules import learning_rate
 
 with needs("train"):
     import numpy as np
     import pytorch_lightning as pl
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
-DROPS = (150 / 350, 250 / 350)
-"""The fractions of the epochs after which the learning rate is divided by ten."""
-
 _CHECK_EVERY = 50
 """Steps between looks at the loss on devices that compute ahead of the host, which a look makes wait."""
 
@@ -42,23 +40,19 @@ class Diverged(RuntimeError):
         return type(self), (self.epoch, self.step)
 
 
-def learning_rate(base: float, epoch: int, epochs: int) -> float:
-    """``base``, divided by ten after 150/350 and again after 250/350 of the epochs. ``epoch`` counts from 0."""
-    return base / 10 ** sum(epoch >= drop * epochs for drop in DROPS)
-
-
 class Classifier(pl.LightningModule):
-    """Cross entropy by SGD with momentum 0.9 and weight decay 5e-4, and the paper's schedule scaled to the epochs.
+    """Cross entropy by SGD with momentum 0.9 and weight decay 5e-4, and one of `SCHEDULES` of the learning rate.
 
     Logs ``train/loss``, ``train/accuracy``, ``test/loss`` and ``test/accuracy`` (means over the images of an epoch).
     Everything random in an epoch follows from the seed and the number of the epoch.
 
     Args:
         model: images (batch, 3, 32, 32) to logits (batch, classes).
-        epochs: the length of the schedule. In epochs after it the learning rate is that of its last.
-        lr: the learning rate of the first epochs.
+        epochs: the length of the schedule. In epochs after it the learning rate is that of its last batch.
+        lr: the highest learning rate.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
+        schedule: of the learning rate, see `learning_rate`.
         origin: what the model is; checkpoints keep it, see `weights_file`.
 
     Raises:
@@ -73,12 +67,14 @@ class Classifier(pl.LightningModule):
         lr: float = 0.1,
         evolution_lr: float = 1.0,
         seed: int = 0,
+        schedule: str = "steps",
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.origin = dict(origin or {})
         self.model = model
         self.epochs, self.lr, self.evolution_lr, self.seed = epochs, lr, evolution_lr, seed
+        self.schedule = schedule
         self._first_bad_step: Tensor | None = None
 
     def forward(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch classes"]:
@@ -124,13 +120,22 @@ class Classifier(pl.LightningModule):
                     state["momentum_buffer"] = momentum.reshape(1)
 
     def on_train_epoch_start(self) -> None:
-        """Set what depends on the epoch: the learning rate and the random state."""
-        # Not by a scheduler: Lightning saves checkpoints before it steps those.
-        scheduled = min(self.current_epoch, self.epochs - 1)  # an extended run has epochs after its schedule
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = group["factor"] * learning_rate(self.lr, scheduled, self.epochs)
+        """Set the random state, which depends on the epoch alone."""
         entropy = np.random.SeedSequence([self.seed, self.current_epoch, self.global_rank])
         torch.manual_seed(int(entropy.generate_state(1)[0]))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate.
+
+        Not by a scheduler: Lightning saves checkpoints before it steps those, and theirs would not know of a run that
+        is extended.
+        """
+        batches = self.trainer.num_training_batches
+        # The last batch of the schedule, in epochs after it.
+        epoch, batch_idx = min((self.current_epoch, batch_idx), (self.epochs - 1, int(batches) - 1))
+        rate = learning_rate(self.lr, epoch, self.epochs, self.schedule, batch_idx / batches)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = group["factor"] * rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say whose weights they are."""

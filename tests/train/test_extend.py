@@ -11,6 +11,7 @@ import torch
 
 from neuralode_coupled.train import Experiment, RunFolder, train, trainer
 from neuralode_coupled.train.extending import extend
+from neuralode_coupled.train.schedules import learning_rate
 from tests.helpers.cli import complaint, run
 
 SHORT = Experiment(
@@ -93,8 +94,26 @@ def test_a_run_is_extended_from_python_and_twice(finished):
 def test_a_schedule_that_is_longer_than_the_run_goes_on(tmp_path):
     train(replace(SHORT, epochs=1, lr_epochs=3), tmp_path / "run")
     done = run("train", "--out", tmp_path / "run", "--extend", "--epochs", 3)
-    assert "the learning rate follows its schedule of 3 epochs" in done.stdout
+    assert "the learning rate goes on at 0.05, as the schedule steps over 3 epochs has it" in done.stdout
     assert [row["lr"] for row in RunFolder(tmp_path / "run").rows()] == pytest.approx([0.05, 0.05, 0.005])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_a_schedule_that_ended_at_zero_is_stretched_over_all_epochs(tmp_path, schedule):
+    folder = RunFolder(tmp_path / "run")
+    train(replace(SHORT, epochs=1, schedule=schedule), folder)
+    done = run("train", "--out", folder.path, "--extend", "--epochs", 4)
+    rate = learning_rate(0.05, 1, 4, schedule)
+    assert f"the learning rate goes on at {rate:.3g}, as the schedule {schedule} over 4 epochs has it" in done.stdout
+    expected = [learning_rate(0.05, epoch, 4, schedule, within=0.5) for epoch in (1, 2, 3)]
+    assert [row["lr"] for row in folder.rows()[1:]] == pytest.approx(expected)
+    assert folder.experiment() == replace(SHORT, epochs=4, schedule=schedule)
+
+
+def test_the_rate_stays_after_a_schedule_that_is_shorter_than_the_run(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    train(replace(SHORT, epochs=3, lr_epochs=1, schedule="cosine"), folder)
+    assert [row["lr"] for row in folder.rows()] == [learning_rate(0.05, 0, 1, "cosine", within=0.5)] * 3
 
 
 def test_what_cannot_be_extended_is_one_line_and_keeps_its_result(finished, tmp_path):

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 import neuralode_coupled as nc
 from neuralode_coupled.train import (
@@ -30,9 +32,10 @@ from neuralode_coupled.train import (
     load_model,
     train,
 )
-from neuralode_coupled.train.learner import Diverged, learning_rate
+from neuralode_coupled.train.learner import Diverged
 from neuralode_coupled.train.loading import finished_epochs
 from neuralode_coupled.train.run import prepare
+from neuralode_coupled.train.schedules import learning_rate
 from tests.helpers.images import image_folder
 
 TIMES = {"seconds", "memory"}
@@ -74,6 +77,49 @@ def test_the_learning_rate_falls_at_the_papers_epochs():
     assert sorted(set(rates)) == pytest.approx([0.001, 0.01, 0.1])
     assert [learning_rate(0.1, epoch, 10) for epoch in (4, 5, 7, 8)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
     assert learning_rate(0.1, 0, 1) == 0.1
+
+
+def test_schedules_within_an_epoch_are_pytorchs():
+    epochs, batches, peak = 5, 20, 0.3
+    count = epochs * batches
+    # Its phases are counted in steps from the first to the last, and here the last is the one after the run.
+    shape = {"total_steps": count + 1, "pct_start": (0.3 * count + 1) / (count + 1), "final_div_factor": 1e15}
+    for name, scheduler in (
+        ("one-cycle", partial(OneCycleLR, max_lr=peak, cycle_momentum=False, **shape)),
+        ("cosine", partial(CosineAnnealingLR, T_max=count)),
+    ):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], peak)
+        theirs = scheduler(optimizer)
+        for step in range(count):
+            epoch, batch = divmod(step, batches)
+            found = learning_rate(peak, epoch, epochs, name, batch / batches)
+            assert found == pytest.approx(theirs.get_last_lr()[0], rel=1e-9), (name, step)
+            optimizer.step()
+            theirs.step()
+
+
+class Ending(pl.Callback):
+    """Ends a run within its second epoch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (1, 2):
+            raise RuntimeError("ended in epoch 2")
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
+def test_a_run_follows_its_schedule_also_when_it_is_resumed(small, tmp_path, schedule):
+    asked = replace(small, epochs=3, schedule=schedule, variant="baseline")
+    whole, broken = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "broken")
+    train(asked, whole)
+    ready = prepare(asked, broken)
+    ready.trainer.callbacks.append(Ending())
+    with pytest.raises(RuntimeError, match="ended in epoch 2"):
+        ready.run()
+    train(asked, broken, resume=True)
+    assert untimed(whole) == untimed(broken)
+    rates = [row["lr"] for row in whole.rows()]
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 0.1 * asked.lr
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(finished):
