@@ -43,6 +43,8 @@ def evolution_named(name: str | None) -> Evolution | None:
     if name is None or ":" not in name:
         return by_name("evolution", name, EVOLUTIONS)
     made = _made("evolution", name)
+    if isinstance(made, nn.Module):
+        _check_forward(name, made)
     if isinstance(made, nn.Module | Mapping) or (callable(made) and not isinstance(made, type)):
         return cast(Evolution, made)
     raise TypeError(
@@ -77,6 +79,17 @@ def kernel_named(name: str | None) -> TimeKernel | None:
         f"kernel {name!r} made {shown(made)}, of type {type(made).__name__}: it must return a kernel, such as "
         "nc.Box(0.5), or an nc.DensityKernel or nc.TimeKernel of your own"
     )
+
+
+def _check_forward(name: str, operator: nn.Module) -> None:
+    """Raise TypeError for an operator that cannot be called as q(t, w)."""
+    try:
+        signature(operator.forward).bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"evolution {name!r} made {shown(operator)}, whose forward is {signature(operator.forward)}: it must take "
+            "the time and the weight, forward(t, w)"
+        ) from error
 
 
 def _with_arguments(name: str, kind: type[TimeKernel], text: str) -> TimeKernel:

@@ -36,6 +36,11 @@ class Makers:
 instance = Decay()
 
 
+class Timeless(nn.Module):
+    def forward(self, w):
+        return -w
+
+
 def needs_one(rate):
     return Decay(rate)
 
@@ -150,6 +155,8 @@ def test_what_cannot_be_imported_is_named(own, what, named, path, message):
 def test_what_makes_something_else_is_named(own):
     with pytest.raises(TypeError, match="own_operators:makes_text' made 'decay', of type str: it must return an op"):
         evolution_named(f"{own}:makes_text")
+    with pytest.raises(TypeError, match=r"made Timeless\(\), whose forward is \(w\): it must take the time"):
+        evolution_named(f"{own}:Timeless")
     with pytest.raises(TypeError, match=r"own_operators:Decay' made Decay\(\), of type Decay: it must return a kernel"):
         kernel_named(f"{own}:Decay")
 
