@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,12 @@ def test_an_export_that_differs_is_not_written(trained, tmp_path, monkeypatch):
     assert done.exit_code == cli.FAILED
     assert "error: the exported model is not the trained one: its probabilities differ by" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_without_its_extra_says_what_to_install(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = complaint(run("export", "--run", trained, "--out", tmp_path / "model.onnx"))
+    assert line == 'error: onnxscript is not installed: run `pip install "neuralode-coupled[export]"`'
 
 
 @pytest.mark.parametrize(
