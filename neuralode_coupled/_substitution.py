@@ -38,8 +38,9 @@ def call(
     arguments: tuple[Any, ...],
     owner: nn.Module | None = None,
     begun: bool = False,
+    keywords: dict[str, Any] | None = None,
 ) -> Any:
-    """``module(*arguments)`` with the given tensors, by their `places`.
+    """``module(*arguments, **keywords)`` with the given tensors, by their `places`.
 
     `alone` with the module and its ``owner``, by default the module itself. ``begun`` says that its parts are those of
     the last time `alone` was asked for it ``anew``. Raises `DynamicsError` for a module that assigns one of the tensors
@@ -49,14 +50,14 @@ def call(
         if caches_parametrizations():
             raise DynamicsError("parametrize.cached() keeps weights that a compiled layer evolves: leave it out")
         # The ties are resolved already.
-        return functional_call(module, dict(tensors), arguments, tie_weights=False)
+        return functional_call(module, dict(tensors), arguments, keywords, tie_weights=False)
     with alone(module) if owner is None else alone(module, owner), uncached():
         members = _members(module, tuple(tensors)) if begun else [_member(module, name) for name in tensors]
         own = [holder[key] for holder, key in members]
         try:
             for (holder, key), tensor in zip(members, tensors.values(), strict=True):
                 holder[key] = tensor
-            result = module(*arguments)
+            result = module(*arguments) if keywords is None else module(*arguments, **keywords)
             found = [holder.get(key) for holder, key in members]
         finally:
             for (holder, key), tensor in zip(members, own, strict=True):

@@ -17,7 +17,7 @@ from neuralode_coupled._types import State
 Scalar = float | Tensor
 """A time or a length of time: a number, or a scalar tensor that gradients flow to."""
 
-_FOLLOWING: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_FOLLOWING: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
 """Which functions of which modules have been seen to be differentiable in time."""
 
 
@@ -130,7 +130,12 @@ def time_vector(times: Sequence[Scalar], like: Tensor) -> Tensor:
 
 
 def check_followed(
-    module: nn.Module, what: str, make: Callable[[Tensor], Tensor], t: Tensor, scale: float | Tensor
+    module: nn.Module,
+    what: str,
+    make: Callable[[Tensor], Tensor],
+    t: Tensor,
+    scale: float | Tensor,
+    key: object = None,
 ) -> None:
     """Raise the ValueError for a function of time that reads numbers off the times: no gradient would reach them.
 
@@ -138,13 +143,16 @@ def check_followed(
     depend on the time; what jumps has no derivative there. Random numbers are drawn alike every time.
 
     Args:
-        module: whose function it is; one that has been seen to follow the time is not looked at again.
+        module: whose function it is.
         what: the function, for the message and to know it again.
         make: the function, of a tensor like ``t``.
         t: times, or lengths of time.
         scale: how long a solve is.
+        key: what is known to follow the time, once it has been seen to, and is not looked at again; by default the
+            module.
     """
-    if what in _FOLLOWING.get(module, ()) or tracing():
+    key = module if key is None else key
+    if what in _FOLLOWING.get(key, ()) or tracing():
         return
     leaf = t.detach().clone().requires_grad_()
     devices = [t.device] if t.device.type == "cuda" else []
@@ -156,7 +164,7 @@ def check_followed(
     with torch.enable_grad():
         found = run(leaf)
         if found.requires_grad and torch.autograd.grad(found.sum(), leaf, allow_unused=True)[0] is not None:
-            _FOLLOWING.setdefault(module, set()).add(what)
+            _FOLLOWING.setdefault(key, set()).add(what)
             return
     with torch.no_grad():
         after, before = [run(t.detach() + shift * scale) for shift in (1e-3, -1e-3)]

@@ -5,7 +5,7 @@ Each has a test (``tests/house/test_private_names.py``) that says what to do whe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch.autograd import Variable, forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef  # undocumented
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
 
@@ -227,3 +228,9 @@ def drops_out(module: nn.Module) -> bool:
 def arguments(func: Any) -> list[Any]:
     """The arguments of an operation of ATen, each with ``name`` and ``default_value``."""
     return func._schema.arguments
+
+
+def flattened(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a nest of containers that torch knows (registered pytrees), and what makes the nest of others."""
+    leaves, structure = tree_flatten(nest)
+    return leaves, lambda others: tree_unflatten(others, structure)

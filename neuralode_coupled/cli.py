@@ -49,6 +49,14 @@ Progress = Annotated[
     bool, typer.Option("--progress/--no-progress", help="Show a progress bar. A terminal is needed for it.")
 ]
 
+Allocator = Annotated[
+    bool,
+    typer.Option(
+        "--allocator/--no-allocator",
+        help="Keep the memory that tensors leave for the next ones (glibc's malloc); it is faster so.",
+    ),
+]
+
 _FIELDS: dict[str, Field[Any]] = {field.name: field for field in fields(Experiment)}
 _OF_ONE_RUN = ("variant", "seed")
 """The fields of which `compare` takes several values."""
@@ -123,6 +131,14 @@ def train(
     extend: Annotated[
         bool, typer.Option("--extend", help="Continue the finished run in --out to --epochs epochs in all.")
     ] = False,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            help="Try on one batch which layout, precision and stored graphs are fastest, and take these.",
+        ),
+    ] = False,
+    allocator: Allocator = True,
     progress: Progress = True,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
     experiment: Experiment,
@@ -146,6 +162,10 @@ def train(
 
                 extension = extending.plan(folder, experiment, _given(context))
                 experiment, resume = extension.experiment, True
+        if allocator:
+            _keep_freed_memory()
+        if fast:
+            experiment = _fast(experiment, RunFolder(folder))
         _train(experiment, RunFolder(folder), resume, progress, extension)
 
 
@@ -153,6 +173,23 @@ def _given(context: typer.Context) -> set[str]:
     """The fields of an experiment that the user has chosen, be it by their defaults."""
     sources = {name: context.get_parameter_source(name) for name in _FIELDS}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _keep_freed_memory() -> None:
+    from neuralode_coupled.train.allocator import keep_freed_memory
+
+    keep_freed_memory()
+
+
+def _fast(experiment: Experiment, run: RunFolder) -> Experiment:
+    """The experiment with what is fastest here, and a line that says so."""
+    with _bad_input():
+        from neuralode_coupled.train.building import resolve
+        from neuralode_coupled.train.fast import choose
+
+        found = choose(resolve(experiment, run.experiment()), run)
+    _line(str(found))
+    return found.experiment
 
 
 def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool, extension: Extension | None) -> None:
@@ -196,6 +233,7 @@ def compare(
         str, typer.Option(help="Which, separated by commas; see train.")
     ] = "baseline, anode, anodev2-1, anodev2-2",
     seeds: Annotated[str, typer.Option(help="Each variant is trained once for each, separated by commas.")] = "0",
+    allocator: Allocator = True,
     progress: Progress = True,
     experiment: Experiment,
 ) -> None:
@@ -212,7 +250,7 @@ def compare(
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
     with _interruptible("the same command goes on from here"):
-        failures = comparison.run(chosen, progress=progress, report=_line)
+        failures = comparison.run(chosen, progress=progress, allocator=allocator, report=_line)
         for failure in failures:
             err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
         with _bad_input():  # what the folder of a finished run holds may be damaged

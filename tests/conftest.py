@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Some tests measure the memory of their process, and some run what changes its allocator.
+os.environ["NEURALODE_COUPLED_ALLOCATOR"] = "0"
 
 for name, examples in (("project", 12), ("thorough", 200)):
     settings.register_profile(

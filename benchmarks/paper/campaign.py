@@ -28,9 +28,6 @@ from neuralode_coupled.train.compare import Planned, command
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.learner import Classifier
 
-# Without these, glibc returns every large buffer to the system and faults it in again: a tenth of a training step.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=10000000000:glibc.malloc.trim_threshold=10000000000"
-
 Launch = Callable[[list[str], float | None], int | None]
 
 
@@ -161,7 +158,7 @@ class Processes:
 
     def launch(self, arguments: list[str], seconds: float | None) -> int | None:
         """Run it for at most so many seconds: the exit code, or None if the time was up or all have been ended."""
-        environment = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC} | os.environ
+        environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
         line = [sys.executable, "-u", "-m", "neuralode_coupled.cli", *arguments]
         output = subprocess.PIPE if self._named else None
         with self._lock:

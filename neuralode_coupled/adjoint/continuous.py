@@ -198,7 +198,8 @@ class _VectorField(nn.Module):
         before = states(random)
         scratch = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
         start = tuple([part.detach() for part in y])
-        with without_graph(y[0].device), Observer((*y, *self.flow.params)) as observer:
+        asked = tuple([tensor for tensor in self.flow.captured if tensor.requires_grad])
+        with without_graph(y[0].device), Observer((*y, *self.flow.params, *asked)) as observer:
             try:
                 self._slope(t, start, scratch)
             except (RuntimeError, ValueError) as error:
@@ -207,7 +208,7 @@ class _VectorField(nn.Module):
                 self.own_graph = True
                 self._slope(t, start, tuple([buffer.clone() for buffer in self.plan.buffers[self.n]]))
         restore(random, before)
-        self._reached = tuple(observer.found)
+        self._reached = (*asked, *observer.found)
         self.captured = tuple([tensor.view_as(tensor) for tensor in self._reached])
 
     def _slope(self, t: Tensor, y: State, buffers: State) -> State:

@@ -142,6 +142,7 @@ class Flow:
         carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
         params: the other tensors that gradients flow to.
         overlooked: as in `Plan`.
+        captured: the tensors that the slope reaches by itself, as far as they are known.
         check: ``check(n, y)`` raises for a state that the forward solve must not go on from at grid point ``n``.
         explain: ``explain(t, y, slope, error)`` raises a better error, if it knows one, where the forward solve cannot
             go on after this evaluation.
@@ -153,6 +154,7 @@ class Flow:
     carried: State
     params: State
     overlooked: Overlooked
+    captured: State = ()
     check: Callable[[int, State], None] = lambda n, y: None
     explain: Callable[[Tensor, State, State, Exception], None] = lambda t, y, slope, error: None
 

@@ -271,7 +271,8 @@ class AdaptiveProblem:
         rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
         # In float64 whatever the state is: far from 0 times that differ would be one in another dtype.
         t = self.times(self.save, self.y0[0].new_empty((), dtype=torch.float64))
-        dynamics = Dynamics(system, is_tuple=True, params=system.params, overlooked=Stages.overlooked)
+        params = (*system.params, *system.captured)
+        dynamics = Dynamics(system, is_tuple=True, params=params, overlooked=Stages.overlooked)
         times = t, t.detach().tolist()
         system.choosing = True
         try:

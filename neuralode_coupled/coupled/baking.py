@@ -41,12 +41,12 @@ class BakedStep(nn.Module):
     def extra_repr(self) -> str:
         return f"b={self.b}"
 
-    def forward(self, z: Activation) -> Activation:
-        """The state at the step's end, of the shape of z."""
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
+        """The state at the step's end, of the shape of z; inputs are handed on to the branches."""
         slopes: list[Tensor] = []
         for branch, row in zip(self.branches, self.a, strict=True):
             # Under autocast a branch may return another precision; the state keeps its own.
-            slopes.append(branch(_along(z, slopes, row)).to(z.dtype))
+            slopes.append(branch(_along(z, slopes, row), *args, **kwargs).to(z.dtype))
         return _along(z, slopes, self.b)
 
 
@@ -65,9 +65,28 @@ class AtTime(nn.Module):
         self.dynamics = dynamics
         self.register_buffer("t", t)
 
-    def forward(self, z: Activation) -> Activation:
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
         """f(t, z), of the shape of z."""
-        return self.dynamics(self.t.to(z.dtype), z)
+        return self.dynamics(self.t.to(z.dtype), z, *args, **kwargs)
+
+
+class BakedSteps(nn.Sequential):
+    """Steps in a row, each of which gets the same inputs."""
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
+        """The state after the last step, of the shape of z.
+
+        Raises TypeError for an input that is a function of time: what is baked has no time to call it at.
+        """
+        for value in (*args, *kwargs.values()):
+            if callable(value) and not isinstance(value, Tensor):
+                raise TypeError(
+                    f"a baked layer takes inputs that are constant, got {type(value).__name__}, a function of time: "
+                    "use the layer itself"
+                )
+        for step in self:
+            z = step(z, *args, **kwargs)
+        return z
 
 
 def _along(z: Tensor, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
@@ -111,7 +130,7 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
             times = [_time(grid.time(n, c), dynamics) for c in method.c]
             branches = [AtTime(branch, t) for branch, t in zip(branches, times, strict=True)]
         steps.append(BakedStep(branches, a, b))
-    stack = nn.Sequential(*steps)
+    stack = BakedSteps(*steps)
     # The branches have the flags of their originals; what is new has the field's.
     for module in (stack, *stack, *(step.branches for step in steps)):
         module.training = field.training

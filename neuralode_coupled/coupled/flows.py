@@ -53,7 +53,7 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
         explain(moving, t, y[1:], slope[1:], error)
 
     params = (*stages.shared, *own, *(p for row in stages.own for p in row))
-    return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, check, explained)
+    return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, field.captured, check, explained)
 
 
 def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
@@ -64,7 +64,8 @@ def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -
         return (stages.evaluate(t, y[0], tensors, first=n == 0),)
 
     own = [p for row in stages.own[first:last] for p in row]
-    return Flow(slope, first, last, (), (*stages.shared, *theta.values(), *own), stages.overlooked)
+    params = (*stages.shared, *theta.values(), *own)
+    return Flow(slope, first, last, (), params, stages.overlooked, stages.field.captured)
 
 
 def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:

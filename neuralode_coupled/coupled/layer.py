@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.on_grid import GridProblem, OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.evolution import Static, finite_path
-from neuralode_coupled.field import CoupledField, Evolution, Evolve
+from neuralode_coupled.field import CoupledField, Evolution, Evolve, with_inputs
 from neuralode_coupled.kernels import TimeKernel
 
 
@@ -39,7 +39,8 @@ class CoupledODE(nn.Module):
     """``z0 -> z(t1)`` of the coupled system (Eq. 5), for use inside ``nn.Sequential``.
 
     Args:
-        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z.
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z, with inputs behind the state if it
+            takes some: ``layer(z0, c)`` solves ``dz/dt = f(z, c)``.
         evolution: q; `Static` by default. See `CoupledField` for mappings and callables.
         kernel: K; `Dirac` by default.
         steps: the number of activation steps; None with an adaptive method.
@@ -55,6 +56,7 @@ class CoupledODE(nn.Module):
         atol: the absolute tolerance of an adaptive method.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
         evolve: which parameters evolve, see `CoupledField`.
+        takes_time: whether f takes the time in front of the state; by default if its first parameter is named ``t``.
 
     Attributes:
         field: the `CoupledField`.
@@ -89,9 +91,11 @@ class CoupledODE(nn.Module):
         atol: float | None = None,
         adjoint: GradientMethod | None = None,
         evolve: Evolve = None,
+        takes_time: bool | None = None,
     ) -> None:
         super().__init__()
-        self.field = CoupledField(dynamics, Static() if evolution is None else evolution, kernel, evolve)
+        q = Static() if evolution is None else evolution
+        self.field = CoupledField(dynamics, q, kernel, evolve, takes_time=takes_time)
         self.adjoint = DiscreteAdjoint() if adjoint is None else adjoint
         check_gradient_method(self.adjoint)
         self.stats: Stats | None = None
@@ -168,19 +172,32 @@ class CoupledODE(nn.Module):
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
         return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
-    def forward(self, z0: Activation) -> Activation:
-        """z(t1), of the shape of z0. Raises ValueError where torch exports an adaptive layer, which has no grid."""
-        solve = self._solve_in_force()
-        return self._solve(solve, z0, solve.last)[0]
+    def forward(self, z0: Activation, *args: Any, **kwargs: Any) -> Activation:
+        """z(t1), of the shape of z0.
 
-    def trajectory(self, z0: Activation, t: Times) -> Trajectory:
-        """z at the given times of the layer's interval: (len(t), *shape of z0).
+        Args:
+            z0: the initial activations.
+            args: the inputs of f behind the state, see `CoupledField.bind`.
+            kwargs: the same by name.
 
-        They may run either way. Gradients flow to those that are tensors and require one, as in `solve`. Raises
-        TypeError for what are no times, ValueError for times outside of the interval or out of order.
+        Raises:
+            TypeError: for inputs that f does not take, or that are missing.
+            ValueError: where torch exports an adaptive layer, which has no grid; and as `solve`.
         """
         solve = self._solve_in_force()
-        return torch.stack(self._solve(solve, z0, self._within(solve, t)))
+        return self._solve(solve, z0, solve.last, args, kwargs)[0]
+
+    def trajectory(
+        self, z0: Activation, t: Times, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Trajectory:
+        """z at the given times of the layer's interval: (len(t), *shape of z0).
+
+        They may run either way. Gradients flow to those that are tensors and require one, as in `solve`; ``args`` and
+        ``kwargs`` are inputs. Raises TypeError for what are no times or inputs of f, ValueError for times outside of
+        the interval or out of order.
+        """
+        solve = self._solve_in_force()
+        return torch.stack(self._solve(solve, z0, self._within(solve, t), args, kwargs))
 
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight).
@@ -232,6 +249,8 @@ class CoupledODE(nn.Module):
     def bake(self) -> nn.Sequential:
         """The layer as it is now in plain PyTorch: a residual block of fixed weights for each step, no ODE in it.
 
+        It takes the layer's inputs, but for functions of time.
+
         After training theta does not depend on the data. The result computes what the layer computes (in its present
         train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient, and its
         times are numbers. See `nc.bake` for whole models.
@@ -267,9 +286,17 @@ class CoupledODE(nn.Module):
         """Times of the interval of a solve."""
         return time_row(t, self.field.device, partial(times_within, ends=solve.ends, whose="layer"))
 
-    def _solve(self, solve: OnGrid | Adaptive, z0: Tensor, wanted: TimeRow) -> list[Tensor]:
+    def _solve(
+        self,
+        solve: OnGrid | Adaptive,
+        z0: Tensor,
+        wanted: TimeRow,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+    ) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
-        z, self.stats = solve.states(self.field, z0, wanted, self.adjoint)
+        with with_inputs(self.field, args, kwargs) as field:
+            z, self.stats = solve.states(field, z0, wanted, self.adjoint)
         return z
 
 

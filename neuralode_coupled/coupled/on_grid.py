@@ -79,7 +79,7 @@ class OnGrid:
         """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
         field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
-        if field.takes_time:
+        if field.follows_time:
             _check_resolved(grid, z0.dtype)
         places = [_Place.of(grid, time, t) for time, t in zip(wanted.numbers, wanted.scalars, strict=True)]
         save = {n for place in places for n in (place.base, place.low, place.high)}
@@ -199,7 +199,8 @@ class GridProblem:
         own = self.stages.own
         by_step = self._by_step(self.stage_weights())
         inputs = tuple([(*theta, *row) for theta, row in zip(by_step, own, strict=True)])
-        return self._plan(self._step), Operands((self.z0,), inputs, (*self.ends, *self.stages.shared))
+        shared = (*self.ends, *self.stages.shared)
+        return self._plan(self._step), Operands((self.z0,), inputs, shared, self.field.captured)
 
     def advancing(self) -> tuple[Plan, Operands]:
         """The solve as Runge-Kutta steps in each of which the weights advance too.
@@ -218,7 +219,7 @@ class GridProblem:
             return y, ((y,) if n + 1 in self.save else ())
 
         shared = (*always, *own.shared)
-        return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared)
+        return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared, self.field.captured)
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
         """The solve as increments there and back over each step; both use the step's own parameters and buffers.
@@ -245,7 +246,8 @@ class GridProblem:
             inputs = tuple((*weights, *row) for way in theta for weights, row in zip(way, rows, strict=True))
         there = self._plan(ways[0])
         there.stats.evaluations *= 2
-        return there, replace(there, step=ways[1], listener=None), Operands((self.z0,), inputs, shared)
+        operands = Operands((self.z0,), inputs, shared, self.field.captured)
+        return there, replace(there, step=ways[1], listener=None), operands
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
         """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""

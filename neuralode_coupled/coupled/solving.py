@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, ch
 from neuralode_coupled.coupled.adaptive import Adaptive
 from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.on_grid import OnGrid
-from neuralode_coupled.field import CoupledField
+from neuralode_coupled.field import CoupledField, with_inputs
 
 
 class Solution:
@@ -62,6 +64,8 @@ def solve(
     rtol: float | None = None,
     atol: float | None = None,
     adjoint: GradientMethod | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Solution:
     """Solve the coupled system (Eq. 5) on a fixed grid, or with an adaptive method by tolerances.
 
@@ -86,12 +90,16 @@ def solve(
         rtol: the relative tolerance of an adaptive method; torchdiffeq's 1e-7 by default.
         atol: the absolute tolerance of an adaptive method; torchdiffeq's 1e-9 by default.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
+        args: the inputs of f behind the state, ``f(z, *args, **kwargs)``: constants of the solve, or functions of its
+            time; see `CoupledField.bind`. Gradients flow to their tensors.
+        kwargs: the same by name.
 
     Returns:
         The solution; ``solution.z`` has the shape of z0, or (len(t), *shape of z0) where ``t`` was given.
 
     Raises:
-        TypeError: if z0 is not a floating-point tensor, ``t`` no row of numbers, or ``adjoint`` no gradient method.
+        TypeError: if z0 is not a floating-point tensor, ``t`` no row of numbers, ``adjoint`` no gradient method, or
+            ``args`` no tuple, and for inputs that f does not take or that are missing.
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
             out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that change
             the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that
@@ -104,7 +112,8 @@ def solve(
     adjoint = DiscreteAdjoint() if adjoint is None else adjoint
     check_gradient_method(adjoint)
     chosen = Discretisation(steps, method, weight_steps, weight_method, rtol, atol).on(field, ends)
-    z, stats = chosen.states(field, z0, wanted, adjoint)
+    with with_inputs(field, args, kwargs) as bound:
+        z, stats = chosen.states(bound, z0, wanted, adjoint)
     _check_finite(z, wanted.numbers)
     return Solution(z[0] if t is None else torch.stack(z), wanted.numbers, stats, field, chosen)
 

@@ -89,8 +89,8 @@ class Stages:
         return dict(zip(self._names, (*shared, *own, *buffers), strict=True))
 
     def time(self, t: Scalar, z: Tensor) -> Tensor | None:
-        """A time as f takes it, on the device and of the dtype of z; None where f takes none."""
-        return time_like(t, z) if self.field.takes_time else None
+        """A time as f or an input takes it, on the device and of the dtype of z; None where none does."""
+        return time_like(t, z) if self.field.follows_time else None
 
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
         """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
@@ -101,8 +101,9 @@ class Stages:
         except (RuntimeError, ValueError, IndexError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise
+            inputs = "" if self.field.inputs is None else f", with inputs {self.field.inputs.described()}"
             raise ValueError(
-                f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}: {error}"
+                f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
         # Under autocast f may return another precision; the state keeps its own.
         return check_slope(dz, z).to(z.dtype)
@@ -115,7 +116,7 @@ class Stages:
             t: a time of the solve, a scalar tensor.
             span: how long the solve is.
         """
-        if not self.field.takes_time:
+        if not self.field.follows_time:
             return
         z, shared, own = z.detach(), *[tuple([x.detach() for x in row]) for row in (self.shared, self.own[0])]
 
@@ -123,7 +124,8 @@ class Stages:
             buffers = tuple([buffer.detach().clone() for buffer in self.buffers[0]])
             return self.evaluate(t, z, self.named(shared, own, buffers), first=True)
 
-        check_followed(self.field.dynamics, "forward(t, z)", f, time_like(t, z), span)
+        what = "forward(t, z)" if self.field.takes_time else "an input"
+        check_followed(self.field.dynamics, what, f, time_like(t, z), span, self.field.inputs)
 
     @staticmethod
     def overlooked(leaf: Tensor, where: str) -> Exception:

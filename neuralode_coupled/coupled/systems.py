@@ -23,6 +23,7 @@ class System(nn.Module):
 
     Attributes:
         params: the tensors that gradients flow to besides the initial state.
+        captured: those of the inputs.
         latest: the last evaluation of the forward pass: t, the weights, their derivatives.
         choosing: whether an adaptive method is choosing its steps, with a graph where it is to be kept.
     """
@@ -32,6 +33,7 @@ class System(nn.Module):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__()
         self.field, self.names = field, list(names)
+        self.captured = field.captured
         self.latest: tuple[Tensor, State, State] | None = None
         self.choosing = False
 
@@ -110,6 +112,7 @@ class WeightSide(System):
 
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__(field, names)
+        self.captured = ()  # f alone has inputs
         weight_side: Any = (field.evolution, field.kernel)
         with alone(*weight_side):
             members = [p for part in weight_side for p in (*part.parameters(), *part.buffers()) if p.requires_grad]

@@ -2,7 +2,7 @@
 
 from neuralode_coupled.field.assignment import ByPattern, Evolution, Evolve
 from neuralode_coupled.field.checks import check_activation, check_slope
-from neuralode_coupled.field.coupled import CoupledField
+from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.per_step import PerStep
 
@@ -15,4 +15,5 @@ __all__ = [
     "PerStep",
     "check_activation",
     "check_slope",
+    "with_inputs",
 ]

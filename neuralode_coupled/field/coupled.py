@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
 from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
 from neuralode_coupled.field.checks import check_activation, check_slope
+from neuralode_coupled.field.inputs import Inputs, Signature
 from neuralode_coupled.field.per_step import per_step_modules
 from neuralode_coupled.kernels import Dirac, TimeKernel
 
@@ -44,14 +47,15 @@ class CoupledField(nn.Module):
     see `FlatField`; `nc.solve` takes advantage of the structure, and takes every kernel.
 
     Args:
-        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. Its evolving parameters are w0, its
-            other parameters are static.
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z, with inputs behind the state if it
+            takes some (see `bind`). Its evolving parameters are w0, its other parameters are static.
         evolution: q. One operator, copied for each evolving parameter; or a mapping from parameter name or pattern to
             operator, in which the same object named twice is shared, every entry matches something and ``"*"`` is for
             the rest; or a callable ``(name, weight) -> operator``.
         kernel: K; `Dirac` by default.
         evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
             By default every real floating-point parameter with at least two axes; tables of whole numbers never do.
+        takes_time: whether f takes the time in front of the state; by default if its first parameter is named ``t``.
 
     Raises:
         TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
@@ -65,6 +69,8 @@ class CoupledField(nn.Module):
         evolution: Evolution,
         kernel: TimeKernel | None = None,
         evolve: Evolve = None,
+        *,
+        takes_time: bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(dynamics, nn.Module):
@@ -74,7 +80,9 @@ class CoupledField(nn.Module):
             raise TypeError(f"kernel must be a time kernel such as nc.Dirac(), got {shown(kernel)}")
         self.dynamics = dynamics
         self.kernel: TimeKernel = kernel
-        self.takes_time = _takes_time(dynamics)
+        self._signature = Signature(dynamics, takes_time)
+        self.takes_time = self._signature.takes_time
+        self.inputs: Inputs | None = None
         self.per_step = tuple(per_step_modules(dynamics))
         self.names = _select(dynamics, self.per_step, evolve)
         self._aliases = _aliases(dynamics)
@@ -106,15 +114,49 @@ class CoupledField(nn.Module):
                 )
         return {name: parameters[name] for name in names}
 
+    def bind(self, *args: Any, **kwargs: Any) -> CoupledField:
+        """This field with inputs besides the state: ``dz/dt = f(z, theta(t), *args, **kwargs)``.
+
+        It has the field's own modules and parameters, and is a field of ``(t, state)`` for every solver; the field
+        itself keeps nothing. (For torchdiffeq's ``odeint_adjoint`` name the inputs that want a gradient in
+        ``adjoint_params``; it looks for none.)
+
+        Args:
+            args: behind the state: tensors, nests of them (tuples, lists, dicts, registered pytrees), or other values.
+                A tensor is a constant of the solve, of its own dtype. What is indexed by time is a function of time,
+                ``c(t)`` of a scalar tensor, a module or any callable: f gets its value at each stage.
+            kwargs: the same by name.
+
+        Raises:
+            TypeError: for inputs that f does not take, or some that it needs and that are missing.
+        """
+        self._signature.check(args, kwargs)
+        bound = copy.copy(self)
+        bound.inputs = Inputs(args, kwargs) if args or kwargs else None
+        return bound
+
+    @property
+    def captured(self) -> State:
+        """The tensors of the inputs, which gradients flow to besides the parameters."""
+        return () if self.inputs is None else self.inputs.captured
+
+    @property
+    def follows_time(self) -> bool:
+        """Whether f, or an input, is a function of the time."""
+        return self.takes_time or (self.inputs is not None and self.inputs.follow_time)
+
     def begin(self, z0: Activation, unrolled: bool = False) -> None:
         """Begin a solve: look at the dynamics as they are now, and check z0.
 
         ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
 
-        Raises TypeError or ValueError for a z0 that the field cannot take, ValueError for weights that move and are no
+        Raises TypeError or ValueError for a z0 that the field cannot take, TypeError for inputs that f needs and has
+        not been given (see `bind`), ValueError for weights that move and are no
         parameters any more, or for parameters with hooks for the gradients of every sample.
         """
         check_activation(self.dynamics, z0)
+        if self.inputs is None:
+            self._signature.check_none()
         check_surroundings(self.dynamics)
         moving = self.moving()
         self.evolving(moving)
@@ -232,12 +274,20 @@ class CoupledField(nn.Module):
         if self._aliases:
             tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
         run = partial(call, self.dynamics, tensors, arguments, begun=begun)
+        if self.inputs is not None:
+            run = partial(self._call_with_inputs, self.inputs, t, tensors, arguments, begun)
         if torch.is_grad_enabled() and not tracing() and (bool(self.moving()) if moving is None else moving):
             run = partial(_without_hooks, run)
         if tracing() == "compile":
             return run()
         with running(self.dynamics):
             return untouched(self.dynamics, (z,), run)
+
+    def _call_with_inputs(
+        self, inputs: Inputs, t: Tensor | None, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...], begun: bool
+    ) -> Any:
+        args, kwargs = inputs.at(t)
+        return call(self.dynamics, tensors, (*arguments, *args), begun=begun, keywords=kwargs)
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""
@@ -260,6 +310,23 @@ class CoupledField(nn.Module):
             raise ValueError(f"the state must be {parts} of shapes {shapes}, got {got}: see initial_state")
 
 
+@contextmanager
+def with_inputs(field: CoupledField, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Iterator[CoupledField]:
+    """For a solve: the field with inputs, where there are some. Raises TypeError for ``args`` that are no tuple."""
+    if not isinstance(args, tuple):
+        raise TypeError(f"args must be a tuple of inputs, got {type(args).__name__}: give one input as args=(c,)")
+    if not args and not kwargs:
+        yield field
+    elif tracing() != "compile":
+        yield field.bind(*args, **(kwargs or {}))
+    else:  # it cannot copy a module; what it traces meanwhile has the inputs
+        before, field.inputs = field.inputs, Inputs(args, kwargs or {})
+        try:
+            yield field
+        finally:
+            field.inputs = before
+
+
 def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
     """``run()`` without ``torch.utils.checkpoint`` in it: that would evaluate f again with w0, and nobody would see.
 
@@ -278,17 +345,6 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
         raise DynamicsError(_HOOKS) from error
     finally:
         guard.__exit__(None, None, None)
-
-
-def _takes_time(dynamics: nn.Module) -> bool:
-    """Whether dynamics is ``f(t, z)`` (True) or ``f(z)`` (False)."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(dynamics.forward).parameters.values()
-    required = [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
-    if len(required) not in (1, 2):
-        takes = required or "no named argument (as torch.compile makes it: compile the layer or the model instead)"
-        raise TypeError(f"dynamics must be f(z) or f(t, z), but its forward takes {takes}")
-    return len(required) == 2
 
 
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:

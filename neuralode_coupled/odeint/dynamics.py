@@ -20,7 +20,7 @@ from neuralode_coupled._substitution import (
 )
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Overlooked
-from neuralode_coupled.adjoint.reachable import captured
+from neuralode_coupled.field.reachable import captured
 
 Result = TypeVar("Result")
 

@@ -60,6 +60,7 @@ def build_data(experiment: Experiment) -> ImageData:
         limit=experiment.limit,
         validation=experiment.validation,
         seed=experiment.seed,
+        layout=experiment.layout,
     )
 
 

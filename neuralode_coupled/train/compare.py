@@ -78,6 +78,7 @@ def run(
     *,
     report: Report,
     progress: bool = True,
+    allocator: bool = True,
     launch: Callable[[list[str]], Outcome] | None = None,
 ) -> list[str]:
     """Train what is not finished, one process after another, and return what failed, a line each.
@@ -91,7 +92,7 @@ def run(
             report(f"{title}: finished already")
             continue
         report(title)
-        outcome = (launch or launch_process)(command(planned, progress))
+        outcome = (launch or launch_process)(command(planned, progress, allocator))
         if outcome.code != 0 or planned.folder.result() is None:
             how = f"killed by signal {-outcome.code}" if outcome.code < 0 else f"exit code {outcome.code}"
             how += ", but no result" if outcome.code == 0 else ""
@@ -99,7 +100,7 @@ def run(
     return failures
 
 
-def command(planned: Planned, progress: bool = True) -> list[str]:
+def command(planned: Planned, progress: bool = True, allocator: bool = True) -> list[str]:
     """The arguments of ``neuralode-coupled`` that train this run, or continue it."""
     options = ((field.name, getattr(planned.experiment, field.name)) for field in fields(Experiment))
     given = []
@@ -107,7 +108,8 @@ def command(planned: Planned, progress: bool = True) -> list[str]:
         if value is not None and value is not False:
             given.append(f"--{name.replace('_', '-')}")
             given += [] if value is True else [str(value)]
-    return ["train", *given, "--resume", "--out", str(planned.folder.path), *([] if progress else ["--no-progress"])]
+    switched_off = [flag for flag, on in (("--no-progress", progress), ("--no-allocator", allocator)) if not on]
+    return ["train", *given, "--resume", "--out", str(planned.folder.path), *switched_off]
 
 
 def launch_process(arguments: list[str]) -> Outcome:

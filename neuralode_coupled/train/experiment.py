@@ -11,7 +11,7 @@ import torch
 from neuralode_coupled._checks import choice
 from neuralode_coupled.train.schedules import SCHEDULES
 
-_HOW_NOT_WHAT = frozenset({"compile", "accelerator", "strategy", "threads"})
+_HOW_NOT_WHAT = frozenset({"compile", "layout", "accelerator", "strategy", "threads"})
 """What an experiment may differ in and still be the same: it changes no more than round-off."""
 
 
@@ -23,7 +23,8 @@ class Experiment:
 
     Raises:
         ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
-            negative seed, an unknown schedule, or a learning rate or tolerance that is not positive, or too large.
+            negative seed, an unknown schedule or layout, or a learning rate or tolerance that is not positive, or too
+            large.
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
@@ -120,6 +121,13 @@ class Experiment:
         },
     )
     precision: str = field(default="32-true", metadata={"help": "32-true, 64-true, bf16-mixed, or on a GPU 16-mixed."})
+    layout: str | None = field(
+        default=None,
+        metadata={
+            "help": "The images' memory format: channels-last (by default on a CPU) or contiguous (on a GPU, and for "
+            "models with a GroupNorm)."
+        },
+    )
     compile: bool = field(default=False, metadata={"help": "Train the model compiled by torch.compile."})
     accelerator: str = field(default="auto", metadata={"help": "auto, cpu, gpu ..."})
     devices: str = field(default="1", metadata={"help": "How many devices of each machine, or which: 2, or 0,3."})
@@ -141,6 +149,8 @@ class Experiment:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         choice("schedule", self.schedule, SCHEDULES)
+        if self.layout is not None:
+            choice("layout", self.layout, ("channels-last", "contiguous"))
         largest = torch.finfo(torch.float32).max
         for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
             if value > largest:

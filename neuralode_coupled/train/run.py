@@ -14,7 +14,7 @@ import torch
 from neuralode_coupled._extras import needs
 from neuralode_coupled.train.building import build_classifier, build_data, function_evaluations, resolve
 from neuralode_coupled.train.callbacks import Report
-from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.data import ImageData, memory_format
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import NotWritten, RunFolder, as_folder
 from neuralode_coupled.train.learner import Classifier
@@ -132,6 +132,7 @@ def prepare(
         data = build_data(experiment)
         classifier = build_classifier(experiment, data.classes)
         trainer = build_trainer(experiment, folder, progress)
+        memory_format(experiment.layout, trainer.strategy.root_device, classifier)  # refused here, not in training
         if experiment.threads is not None and trainer.world_size > 1:
             # Lightning otherwise shares the cores out anew when it starts the processes.
             os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
@@ -195,8 +196,9 @@ def _locked(folder: RunFolder, failing: ExitStack) -> Lock:
 def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
     """Look at the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
     with without_idle_warnings():
-        build_classifier(experiment, classes)
-        build_trainer(experiment, folder, progress=False)
+        classifier = build_classifier(experiment, classes)
+        trainer = build_trainer(experiment, folder, progress=False)
+        memory_format(experiment.layout, trainer.strategy.root_device, classifier)
 
 
 def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:

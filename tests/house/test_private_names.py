@@ -20,7 +20,7 @@ from neuralode_coupled import _torch
 
 PRIVATE = re.compile(
     r"\btorch\._(?!dynamo\b|functorch\b|_version__)\w+|\bfrom torch\.?\w* import .*\b_\w+|torchdiffeq\._impl"
-    r"|\._version\b|\._schema\b"
+    r"|\._version\b|\._schema\b|\btorch\.utils\._\w+"
 )
 
 
@@ -228,3 +228,10 @@ def test_hooks_on_tensors_are_seen():
     assert _torch.has_hooks(tensor)
     handle.remove()
     assert not _torch.has_hooks(tensor)
+
+
+def test_nests_of_containers_are_taken_apart():
+    """`flattened`: for inputs of a solve. Without ``torch.utils._pytree``: optree, or tuples, lists and dicts by hand."""
+    leaves, restore = _torch.flattened((1, [2, {"a": None, "b": (3,)}]))
+    assert leaves == [1, 2, None, 3]
+    assert restore([4, 5, 6, 7]) == (4, [5, {"a": 6, "b": (7,)}])

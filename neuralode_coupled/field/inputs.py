@@ -1,0 +1,115 @@
+"""What f takes besides time and state: constants of a solve, and functions of its time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from neuralode_coupled._substitution import DynamicsError
+from neuralode_coupled._torch import flattened, tracing, versions
+from neuralode_coupled._types import State
+from neuralode_coupled.field.reachable import captured
+
+
+class Inputs:
+    """The inputs of one solve, ``f(z, *args, **kwargs)``.
+
+    Tensors, nests of them (tuples, lists, dicts, registered pytrees), functions of time ``c(t)`` in their places, and
+    any other value, which f gets as it is. All are constants of the solve: tensors are never split in time.
+
+    Attributes:
+        captured: the tensors that gradients may flow to, of the functions too.
+        follow_time: whether there are functions of time.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._leaves, self._restore = flattened((args, dict(kwargs)))
+        self._paths = [i for i, leaf in enumerate(self._leaves) if callable(leaf) and not isinstance(leaf, Tensor)]
+        found = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._buffers: list[Tensor] = []
+        for i in self._paths:
+            modules, tensors = captured(self._leaves[i])
+            found += [p for module in modules for p in module.parameters()] + tensors
+            self._buffers += [b for module in modules for b in module.buffers()]
+        self.captured: State = tuple({id(tensor): tensor for tensor in found}.values())
+        self.follow_time = len(self._paths) > 0
+
+    def at(self, t: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs at a time, a scalar tensor.
+
+        Raises `DynamicsError` for a function of time that updates buffers of its own, which no recomputation would see.
+        """
+        leaves = list(self._leaves)
+        before = versions(self._buffers) if self._buffers and not tracing() else []
+        for i in self._paths:
+            leaves[i] = leaves[i](t)
+        if before and versions(self._buffers) != before:
+            raise DynamicsError(
+                "an input that is a function of time updates its buffers when it is called, as a BatchNorm in training "
+                "does: put it in evaluation mode, or make it a part of the dynamics"
+            )
+        return self._restore(leaves)
+
+    def described(self) -> str:
+        """Their shapes, for an error."""
+        shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in self._leaves]
+        return ", ".join(shapes)
+
+
+class Signature:
+    """How the forward method of dynamics takes time, state and inputs.
+
+    It takes the time if its first parameter is named exactly ``t``, or if ``takes_time`` says so; the number of its
+    parameters decides nothing.
+
+    Raises:
+        TypeError: for a forward method without a parameter for the state.
+    """
+
+    def __init__(self, dynamics: nn.Module, takes_time: bool | None = None) -> None:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._parameters = inspect.signature(dynamics.forward)
+        parameters = list(self._parameters.parameters.values())
+        named = [p for p in parameters if p.kind in kinds]
+        self.takes_time = bool(named) and named[0].name == "t" if takes_time is None else takes_time
+        if len(named) < 1 + self.takes_time:
+            takes = [p.name for p in named]
+            found = takes or "no named argument (as torch.compile makes it: compile the layer or the model instead)"
+            raise TypeError(f"dynamics must be f(z) or f(t, z), with inputs behind that, but its forward takes {found}")
+        self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in parameters if p not in named[: 1 + self.takes_time]]
+        empty = inspect.Parameter.empty
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._needed = [p.name for p in rest if p.default is empty and p.kind not in variadic]
+        self._ambiguous = takes_time is None and not self.takes_time and len(self._needed) == 1
+
+    def check_none(self) -> None:
+        """Raise TypeError for a solve without inputs, if f needs some."""
+        if not self._needed:
+            return
+        takes = ", ".join(self.names)
+        if self._ambiguous:
+            first, second = self.names[:2]
+            raise TypeError(
+                f"dynamics takes ({takes}): if {first} is the time, name it t or say takes_time=True; if {second} is "
+                f"an input besides the state, give it: layer(z0, {second}) or solve(..., args=({second},))"
+            )
+        raise TypeError(
+            f"dynamics takes ({takes}), and {', '.join(self._needed)} is missing: give inputs behind the state, as in "
+            "layer(z0, c) or solve(..., args=(c,))"
+        )
+
+    def check(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError for inputs that f does not take, or for some that are missing."""
+        state = (None,) * (1 + self.takes_time)
+        try:
+            self._parameters.bind(*state, *args, **kwargs)
+        except TypeError as error:
+            given = [f"{len(args)} by position"] * bool(args) + [", ".join(kwargs)] * bool(kwargs)
+            raise TypeError(
+                f"dynamics takes ({', '.join(self.names)}), the inputs behind the state are {' and '.join(given)}: "
+                f"{error}"
+            ) from None

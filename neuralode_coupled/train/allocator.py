@@ -1,0 +1,37 @@
+"""How the C library gives out the memory of tensors on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+"""Of ``mallopt``, in glibc's malloc.h."""
+
+LEFT_ALONE = "NEURALODE_COUPLED_ALLOCATOR"
+"""The environment variable that says so, with 0 as its value."""
+
+_PAD = 64 * 2**20
+_SET_BY_USERS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what tensors leave for the next ones, in this process from now on; says whether it does.
+
+    Otherwise it takes every tensor above 32 MiB, and the first ones above 128 KiB, from the system and gives them back
+    after their last use, and what is free at the heap's end too; the system then clears each page again. What is kept
+    counts as the process's memory; `PeakMemory` hands back what is free before it measures.
+
+    Nothing is changed, and the answer is False, where the C library is another one, and where the environment says
+    how memory is given out: ``NEURALODE_COUPLED_ALLOCATOR=0``, ``GLIBC_TUNABLES``, ``MALLOC_...``, or ``LD_PRELOAD``
+    for another allocator.
+    """
+    if os.environ.get(LEFT_ALONE) == "0" or any(os.environ.get(name) for name in _SET_BY_USERS):
+        return False
+    try:
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  (there, or not: other libraries' mallopt does nothing)
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # -1 is never. Memory of the heap alone comes back to the system at its end, and so not at all.
+    return all([mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1), mallopt(_TOP_PAD, _PAD)])
