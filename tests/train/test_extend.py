@@ -129,3 +129,10 @@ def test_what_cannot_be_extended_is_one_line_and_keeps_its_result(finished, tmp_
     options = ["train", "--out", finished.path, "--extend", "--epochs", 4]
     assert "last.ckpt, from which a finished run is extended, is not there" in complaint(run(*options))
     assert finished.result() == result
+
+
+def test_an_extension_that_is_to_be_fast_keeps_what_the_run_began_with(finished):
+    done = run("train", "--out", finished.path, "--extend", "--epochs", 3, "--fast")
+    assert done.exit_code == 0, done.output
+    assert "fast: (the defaults); as the run began" in done.stdout
+    assert finished.experiment() == replace(SHORT, epochs=3, lr_epochs=2)
