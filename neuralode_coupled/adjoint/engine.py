@@ -89,7 +89,8 @@ def unrolled() -> bool:
 def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None) -> list[State]:
     """The same for ``torch.compile``, which knows activation checkpointing: it recomputes each step from its state,
     with the random numbers of the forward pass, inside of its own backward graph."""
-    if unrolled() or not any(tensor.requires_grad for tensor in operands.flatten()):
+    # An exported program has no backward pass of its own, and torch.export reads no checkpoint.
+    if unrolled() or torch.compiler.is_exporting() or not any(tensor.requires_grad for tensor in operands.flatten()):
         return unroll(plan, operands)
     if memory.checkpoints not in (None, "auto") or memory.storage != "device":
         raise ValueError(

@@ -31,7 +31,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
     With ``sigma`` the identity the two are the same flow, one integrated and one exact; with another ``sigma`` they
     are different models. Space is measured in pixels: ``tau`` in pixels^2 a unit of time, ``upsilon`` in pixels a
     unit of time (positive: the pattern moves towards lower indices), ``rho`` in 1 / time. All coefficients start at
-    zero, so that with the identity training starts from the Neural ODE.
+    zero, so that with the identity training starts from the Neural ODE. Along an axis with an even number of pixels the
+    mode that alternates from pixel to pixel is not advected: a real flow cannot move it.
 
     The field is what remains of a weight behind its two channel axes: a convolution ``(out, in, *pixels)`` of any
     dimension holds ``out * in`` fields; a linear layer ``(out, in)`` is one two-dimensional field, for which the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,12 @@ from neuralode_coupled.kernels import Dirac, TimeKernel
 _HOOKS = (
     "dynamics uses torch.utils.checkpoint or other hooks on saved tensors, which would evaluate it again with w0 in "
     "place of theta(t): leave them out (DiscreteAdjoint recomputes every step anyway), or put them around the layer"
+)
+
+_EXPORTED = (
+    "a coupled layer in training mode is exported: the program stays in that mode, for its eval() raises "
+    "NotImplementedError, and shares buffers with this model, so that each of its calls moves BatchNorm's statistics "
+    "here too. Call model.eval() before the export"
 )
 
 
@@ -151,8 +158,9 @@ class CoupledField(nn.Module):
         ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
 
         Raises TypeError or ValueError for a z0 that the field cannot take, TypeError for inputs that f needs and has
-        not been given (see `bind`), ValueError for weights that move and are no
-        parameters any more, or for parameters with hooks for the gradients of every sample.
+        not been given (see `bind`), ValueError for weights that move and are no parameters any more, or for parameters
+        with hooks for the gradients of every sample. Warns where torch exports dynamics in training mode; with
+        ``strict=True`` that is a ValueError.
         """
         check_activation(self.dynamics, z0)
         if self.inputs is None:
@@ -161,6 +169,8 @@ class CoupledField(nn.Module):
         moving = self.moving()
         self.evolving(moving)
         if tracing() == "compile":
+            if torch.compiler.is_exporting():
+                self._check_exported()
             return
         with alone(self.dynamics, anew=True):
             self._aliases = _aliases(self.dynamics)
@@ -168,6 +178,15 @@ class CoupledField(nn.Module):
             check_no_sample_gradients(
                 self, "" if moving else "; or, as nothing evolves, adjoint=nc.Backprop() on a grid"
             )
+
+    def _check_exported(self) -> None:
+        """Say what becomes of training mode in an exported program: in a warning, or in a ValueError where torch reads
+        the code itself (``strict=True``), and warnings are not heard."""
+        if not any(module.training for module in self.dynamics.modules()):
+            return
+        if torch.compiler.is_dynamo_compiling():
+            raise ValueError(_EXPORTED)
+        warnings.warn(_EXPORTED, stacklevel=4)
 
     def moving(self) -> list[str]:
         """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all

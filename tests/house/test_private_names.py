@@ -231,7 +231,7 @@ def test_hooks_on_tensors_are_seen():
 
 
 def test_nests_of_containers_are_taken_apart():
-    """`flattened`: for inputs of a solve. Without ``torch.utils._pytree``: optree, or tuples, lists and dicts by hand."""
+    """`flattened`: for inputs of a solve. Without ``torch.utils._pytree``: optree, or the built-in ones by hand."""
     leaves, restore = _torch.flattened((1, [2, {"a": None, "b": (3,)}]))
     assert leaves == [1, 2, None, 3]
     assert restore([4, 5, 6, 7]) == (4, [5, {"a": 6, "b": (7,)}])
