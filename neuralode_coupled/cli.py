@@ -1,4 +1,4 @@
-"""The command line: ``neuralode-coupled train``, ``compare``, ``check``, ``filters`` and ``transport``.
+"""The command line: ``train``, ``compare``, ``predict``, ``export``, ``check``, ``filters`` and ``transport``.
 
 The options of an experiment are made from the fields of `Experiment`. What needs more than a moment to import is
 imported by the commands, so that ``--help`` is quick.
@@ -10,13 +10,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields, replace
-from functools import partial, wraps
+from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 from neuralode_coupled import __version__
 from neuralode_coupled._extras import needs
+from neuralode_coupled.models import evolution_named, kernel_named
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import NotWritten, RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
@@ -28,13 +29,11 @@ with needs("train"):
     from rich.markup import escape
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from neuralode_coupled.coupled.layer import CoupledODE
+    from neuralode_coupled.train.extending import Extension
 
 app = typer.Typer(
     name="neuralode-coupled",
-    help="Train and compare coupled neural ODEs (ANODEV2) on images.",
+    help="Train, compare and use coupled neural ODEs (ANODEV2) on images.",
     epilog="Example: neuralode-coupled train --out runs/digits; neuralode-coupled COMMAND --help shows the options.",
     no_args_is_help=True,
     add_completion=False,
@@ -91,6 +90,9 @@ def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
             given["data_root"] = str(given["data_root"])
         with _bad_input():
             experiment = Experiment(**given)
+            # Before Lightning, which takes seconds to load.
+            evolution_named(experiment.evolution)
+            kernel_named(experiment.kernel)
         command(experiment=experiment, **options)
 
     own = [p for name, p in signature(command, eval_str=True).parameters.items() if name != "experiment"]
@@ -121,10 +123,14 @@ def overview(
 @_with_experiment
 def train(
     *,
+    context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="The run's folder.")],
     variant: Annotated[str, _option("variant")] = Experiment.variant,
     seed: Annotated[int, _option("seed")] = Experiment.seed,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Continue the finished run in --out to --epochs epochs in all.")
+    ] = False,
     fast: Annotated[
         bool,
         typer.Option(
@@ -141,18 +147,32 @@ def train(
 
     The folder gets metrics.csv (one row an epoch), the same for TensorBoard,
     the best and the last checkpoint, and at the end result.json. A finished
-    run is not repeated; one that was killed continues with --resume.
+    run is not repeated; one that was killed continues with --resume. With
+    --extend a finished run goes on to --epochs epochs in all; the options that
+    are not given are then the run's own.
     """
     with _interruptible("continue the run with --resume"):
         if end_with_stdin:
             end_with_standard_input()
+        extension = None
         with _bad_input():
             experiment = replace(experiment, variant=variant, seed=seed)
+            if extend:
+                from neuralode_coupled.train import extending
+
+                extension = extending.plan(folder, experiment, _given(context))
+                experiment, resume = extension.experiment, True
         if allocator:
             _keep_freed_memory()
         if fast:
             experiment = _fast(experiment, RunFolder(folder))
-        _train(experiment, RunFolder(folder), resume, progress)
+        _train(experiment, RunFolder(folder), resume, progress, extension)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The fields of an experiment that the user has chosen, be it by their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in _FIELDS}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _keep_freed_memory() -> None:
@@ -167,13 +187,14 @@ def _fast(experiment: Experiment, run: RunFolder) -> Experiment:
         from neuralode_coupled.train.building import resolve
         from neuralode_coupled.train.fast import choose
 
-        found = choose(resolve(experiment), run)
+        found = choose(resolve(experiment, run.experiment()), run)
     _line(str(found))
     return found.experiment
 
 
-def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool) -> None:
+def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool, extension: Extension | None) -> None:
     """`train`, of an experiment that is complete."""
+    extends = None if extension is None else extension.finished
     with _bad_input():
         from neuralode_coupled.evolution import NonFiniteWeights
         from neuralode_coupled.train.building import resolve
@@ -181,15 +202,16 @@ def _train(experiment: Experiment, run: RunFolder, resume: bool, progress: bool)
         from neuralode_coupled.train.processes import FolderNotShared, ProcessLost
         from neuralode_coupled.train.run import prepare
 
-        run.check(resolve(experiment), resume=True)
-        result = run.result()
+        run.check(resolve(experiment, run.experiment()) if extends is None else extends, resume=True)
+        result = run.result() if extends is None else None
         if result is not None:
             _line(f"{run.path} is finished already: {_accuracies(result)}")
             return
         bar = progress and out.is_terminal
-        ready = prepare(experiment, run, resume=resume, progress=bar, report=None if bar else _line)
+        ready = prepare(experiment, run, resume=resume, extends=extends, progress=bar, report=None if bar else _line)
     if ready.done and ready.trainer.is_global_zero:
-        _line(f"continuing after epoch {ready.done} of {experiment.epochs}")
+        rate = "" if extension is None else f"; {extension.schedule}"
+        _line(f"continuing after epoch {ready.done} of {experiment.epochs}{rate}")
     try:
         result = ready.run()
     except ProcessLost as error:
@@ -237,6 +259,62 @@ def compare(
         raise typer.Exit(FAILED)
 
 
+@app.command(epilog="Example: neuralode-coupled predict --run runs/digits photo.png photos --out classes.csv")
+def predict(
+    *,
+    images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)],
+    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    table: Annotated[Path | None, typer.Option("--out", help="Write the table to this file, NAME.csv.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
+) -> None:
+    """Say what a trained network takes images for.
+
+    Each image gets its most probable class and the probability of that.
+    Images are resized to 32x32 and normalised as in training.
+    """
+    with _bad_input():
+        from neuralode_coupled.train import predicting
+
+        if table is not None:
+            predicting.check_table(table)
+        found = predicting.predict(run, images, checkpoint)
+        if table is None:
+            for prediction in found:
+                _line(f"{prediction.image}: {prediction.class_name} {100 * prediction.probability:.1f}%")
+            return
+        predictions = list(found)
+        predicting.written(predictions, table)
+    _line(f"images: {len(predictions)}; see {table}")
+
+
+@app.command(epilog="Example: neuralode-coupled export --run runs/digits --out model.onnx")
+def export(
+    *,
+    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    file: Annotated[Path, typer.Option("--out", help="The file: NAME.onnx (ONNX) or NAME.pt2 (torch.export).")],
+    checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
+    opset: Annotated[
+        int | None, typer.Option(help="Version of ONNX's operators, by default 20; GroupNorm is refused from 21 on.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default those of training.")] = None,
+    method: Annotated[str | None, typer.Option(help="Their solver, with --steps, as for a run of dopri5.")] = None,
+) -> None:
+    """Write a trained network as a file for other runtimes.
+
+    It takes pixels (uint8, RGB, 32x32, any batch size), normalises them as in
+    training, and gives the probabilities of the classes. The file is run with
+    1 and 8 images and compared with the network before it is kept.
+    """
+    with _bad_input():
+        from neuralode_coupled.train import exporting
+
+        try:
+            exported = exporting.export(run, file, checkpoint=checkpoint, opset=opset, steps=steps, method=method)
+        except exporting.Inexact as error:
+            _stop(error, FAILED)
+    _line(str(exported))
+
+
 @app.command(epilog="Example: neuralode-coupled check --model resnet4 --variant anodev2-1")
 def check(
     *,
@@ -254,7 +332,9 @@ def check(
     differs from unrolled autograd by more than rounding.
     """
     with _bad_input():
-        cases = _coupled_layers_and_inputs(model, variant, steps, method, dtype, seed)
+        from neuralode_coupled.train.layers_to_check import layers_and_inputs
+
+        cases = layers_and_inputs(model, variant, steps, method, dtype, seed)
     from neuralode_coupled import kkt
 
     exact = True
@@ -388,37 +468,6 @@ def _accuracies(result: Result) -> str:
         f"test accuracy {100 * result.final_accuracy:.2f}% after epoch {result.epochs} "
         f"(best {100 * result.best_accuracy:.2f}%)"
     )
-
-
-def _coupled_layers_and_inputs(
-    model: str, variant: str, steps: int | None, method: str, dtype: str, seed: int
-) -> dict[str, tuple[CoupledODE, Tensor]]:
-    """The coupled layers of a network by name, each with its activations for random images."""
-    import torch
-
-    from neuralode_coupled.models import build, coupled_layers
-
-    precisions = {"float64": torch.float64, "float32": torch.float32}
-    if dtype not in precisions:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(precisions)}")
-    torch.manual_seed(seed)
-    network = build(model, variant, steps=steps, method=method).to(precisions[dtype])
-    layers = coupled_layers(network)
-    if not layers:
-        raise ValueError(f"variant {variant!r} has no coupled layers to check: choose anode, anodev2-1 or another one")
-    inputs: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        # At their initial zeros the coefficients hide half of what there is to check.
-        for coefficient in layer.field.evolution.parameters():
-            torch.nn.init.normal_(coefficient, std=0.1)
-        layer.register_forward_pre_hook(partial(_keep_input, inputs, name))
-    with torch.no_grad():
-        network(torch.randn(4, 3, 32, 32, dtype=precisions[dtype]))
-    return {name: (layer, inputs[name]) for name, layer in layers.items()}
-
-
-def _keep_input(inputs: dict[str, Tensor], name: str, layer: CoupledODE, given: tuple[Tensor, ...]) -> None:
-    inputs[name] = given[0].detach()
 
 
 def _names(text: str) -> list[str]:

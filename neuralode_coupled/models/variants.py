@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
 
-from neuralode_coupled._checks import choice, positive, whole
+from neuralode_coupled._checks import choice, positive, shown, whole
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
@@ -101,6 +102,7 @@ def build(
     atol: float | None = None,
     dynamics: str | None = None,
     evolution: Evolution | None = None,
+    kernel: TimeKernel | None = None,
     adjoint: GradientMethod | None = None,
     channels: int = 3,
     classes: int = 10,
@@ -120,12 +122,13 @@ def build(
         dynamics: the parts of the ODE blocks' f, joined by hyphens, in place of the network's own: ``conv``, ``relu``,
             ``norm`` (a BatchNorm for each step), ``shared`` (one for all steps), ``group`` (a GroupNorm).
         evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
+        kernel: K of the variants that evolve, in place of the variant's own; each block has a copy of it.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
         classes: the number of logits.
 
     Raises:
-        TypeError: for tolerances that are no numbers.
+        TypeError: for tolerances that are no numbers, or a kernel that is none.
         ValueError: for an unknown name, variant or part of the dynamics, for channels, classes or steps that are no
             whole numbers of at least 1, or what `CoupledODE` cannot solve.
     """
@@ -140,6 +143,8 @@ def build(
     for what, tolerance in (("rtol", rtol), ("atol", atol)):
         if tolerance is not None:
             positive(what, tolerance)
+    if kernel is not None and not isinstance(kernel, TimeKernel):
+        raise TypeError(f"kernel must be a time kernel such as nc.Box(0.5), got {shown(kernel)}")
 
     def block(branch: Branch) -> nn.Module:
         if dynamics is not None:
@@ -152,7 +157,7 @@ def build(
         return CoupledODE(
             branch(0 if adaptive else max(count, 1)),
             q,
-            chosen.kernel(count),
+            chosen.kernel(count) if kernel is None or not chosen.evolves else copy.deepcopy(kernel),
             steps=steps if adaptive else count,
             method=method,
             weight_steps=None if adaptive else chosen.weight_steps,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import neuralode_coupled as nc
-from neuralode_coupled.models import ADJOINTS, EVOLUTIONS, by_name
+from neuralode_coupled.models import ADJOINTS, by_name, evolution_named, kernel_named
 from neuralode_coupled.models.networks import Residual
 from neuralode_coupled.runge_kutta import ADAPTIVE
 from neuralode_coupled.train.data import ImageData
@@ -19,11 +20,16 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.image_sources import source
 from neuralode_coupled.train.learner import Classifier
 
+RTOL, ATOL = 1e-3, 1e-4
+"""Default tolerances of a training in float32. With `nc.solve`'s, 1e-7 and 1e-9, a step of ResNet-4 by dopri5 takes 24
+times as many evaluations: most of them to follow rounding."""
 
-def resolve(experiment: Experiment) -> Experiment:
-    """The experiment with the default batch size of its data filled in and an absolute root.
 
-    Raises ValueError for an unknown data set, a root that it cannot have, or more threads than there are cores.
+def resolve(experiment: Experiment, there: Experiment | None = None) -> Experiment:
+    """The experiment with what was left open filled in, the batch size and tolerances, and an absolute root.
+
+    What a run that is ``there`` already has of these is kept. Raises ValueError for an unknown data set, a root that it
+    cannot have, or more threads than there are cores.
     """
     cores = os.cpu_count() or 1
     if experiment.threads is not None and experiment.threads > cores:
@@ -31,11 +37,18 @@ def resolve(experiment: Experiment) -> Experiment:
         raise ValueError(f"threads must be at most the number of CPU cores, {cores}, got {experiment.threads}")
     chosen = source(experiment.data)
     root = chosen.locate(experiment.data_root)
-    return replace(
-        experiment,
-        batch_size=chosen.batch_size if experiment.batch_size is None else experiment.batch_size,
-        data_root=None if root is None else str(root.resolve()),
-    )
+    defaults = _defaults(experiment, root)
+    if there is not None:
+        defaults = {name: getattr(there, name) for name in defaults}
+    left_open = {name: value for name, value in defaults.items() if getattr(experiment, name) is None}
+    return replace(experiment, data_root=None if root is None else str(root.resolve()), **left_open)
+
+
+def _defaults(experiment: Experiment, root: Path | None) -> dict[str, Any]:
+    """What stands for options that were not chosen."""
+    batch_size = source(experiment.data).default_batch_size(root, experiment.limit, experiment.validation)
+    exact = experiment.method not in ADAPTIVE or experiment.precision == "64-true"
+    return {"batch_size": batch_size} | ({} if exact else {"rtol": RTOL, "atol": ATOL})
 
 
 def build_data(experiment: Experiment) -> ImageData:
@@ -52,7 +65,8 @@ def build_data(experiment: Experiment) -> ImageData:
 
 
 def build_model(experiment: Experiment, classes: int) -> nn.Module:
-    """The experiment's model with fresh weights. Raises ValueError as `nc.models.build`."""
+    """The experiment's model with fresh weights. Raises ValueError or TypeError as `nc.models.build`, and for an
+    operator or a kernel of the user's own that cannot be imported."""
     return nc.models.build(
         experiment.model,
         experiment.variant,
@@ -61,7 +75,8 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
         rtol=experiment.rtol,
         atol=experiment.atol,
         dynamics=experiment.dynamics,
-        evolution=by_name("evolution", experiment.evolution, EVOLUTIONS),
+        evolution=evolution_named(experiment.evolution),
+        kernel=kernel_named(experiment.kernel),
         adjoint=by_name("adjoint", experiment.adjoint, ADJOINTS),
         classes=classes,
     )
@@ -71,7 +86,7 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
     """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
     classifier = Classifier(
         build_model(experiment, classes),
-        epochs=experiment.epochs,
+        epochs=experiment.lr_epochs or experiment.epochs,
         lr=experiment.lr,
         evolution_lr=experiment.evolution_lr,
         seed=experiment.seed,
@@ -110,7 +125,7 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
 
 def origin(experiment: Experiment) -> dict[str, Any]:
     """What decides over the names and shapes of the model's weights, and the version that made them."""
-    decisive = ("model", "variant", "steps", "dynamics", "evolution")
+    decisive = ("model", "variant", "steps", "dynamics", "evolution", "kernel")
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 

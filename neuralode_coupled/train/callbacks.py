@@ -61,7 +61,7 @@ class EpochLog(pl.Callback):
         """Go on with the rows that are there."""
         self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
         assert isinstance(pl_module, Classifier)
-        self._weights = WeightLog(pl_module.model, pl_module.epochs)
+        self._weights = WeightLog(pl_module.model, trainer.max_epochs or pl_module.epochs)
         self._peak = PeakMemory(pl_module.device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -59,7 +59,7 @@ def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequ
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{existing} is a file: choose a folder")
-    experiment = resolve(experiment)
+    experiment = resolve(experiment, next((folder.experiment() for folder in _neighbours(out)), None))
     data = build_data(experiment)
     _check_neighbours(out, experiment)
     runs = _planned(out, experiment, variants, seeds)
@@ -131,9 +131,14 @@ def launch_process(arguments: list[str]) -> Outcome:
     return Outcome(process.returncode, (complaints.strip().splitlines() or ["no message"])[-1])
 
 
+def _neighbours(out: Path) -> list[RunFolder]:
+    """The runs that are in the comparison's folder already."""
+    return [RunFolder(path.parent) for path in sorted(out.glob("*/config.json"))]
+
+
 def _check_neighbours(out: Path, experiment: Experiment) -> None:
     """Raise ValueError if the comparison's folder holds runs of another one."""
-    for folder in (RunFolder(path.parent) for path in sorted(out.glob("*/config.json"))):
+    for folder in _neighbours(out):
         there = folder.experiment()
         differences = [] if there is None else there.differences(experiment, ignore=("variant", "seed"))
         if differences:

@@ -47,7 +47,8 @@ class ImageData(pl.LightningDataModule):
             ``"folder"`` (``root/{train,test}/<class>/*``, resized to 32x32: regular files, at any depth; links are not
             followed, and a warning says how many there were).
         root: where the images are; not for digits.
-        batch_size: images a batch on each device; by default 64 for digits, else 256.
+        batch_size: images a batch on each device; by default 64 for digits, 256 for CIFAR-10, and for a folder what
+            makes about 20 steps an epoch, from 8 to 256.
         limit: use only so many training images, every class in proportion; all by default. The choice does not depend
             on ``seed``, and a smaller limit is a part of a larger one.
         validation: keep so many of the training images back and test on them, in place of the test images. Which ones
@@ -83,13 +84,14 @@ class ImageData(pl.LightningDataModule):
         self.root = self.source.locate(root)
         self.class_names = self.source.class_names(self.root)
         self.classes = len(self.class_names)
-        self.batch_size = self.source.batch_size if batch_size is None else batch_size
-        if self.batch_size < 1:
-            raise ValueError(f"batch size must be at least 1, got {batch_size}")
         for what, count in (("limit", limit), ("validation", validation)):
             if count is not None and count < self.classes:
                 raise ValueError(f"{what} must be at least the number of classes, {self.classes}, got {count}")
         self.limit, self.validation, self.seed, self.layout = limit, validation, seed, layout
+        default = self.source.default_batch_size
+        self.batch_size = default(self.root, limit, validation) if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise ValueError(f"batch size must be at least 1, got {batch_size}")
         self.train: ImageSet | None = None
         self.test: ImageSet | None = None
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -101,7 +103,8 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Decode the images, once.
 
-        Warns of links and other things that are passed over. Raises ValueError for more images than there are
+        Warns of links and other things that are passed over, of classes with few images, and of sizes that are changed.
+        Raises ValueError for more images than there are
         (``limit``, ``validation``), or an image that is broken, has more than 8 bits a channel, or would be left out
         because of its extension; OSError for a folder that cannot be read.
         """
@@ -115,6 +118,11 @@ class ImageData(pl.LightningDataModule):
             else:
                 self.test = self.source.load(self.root, "train", partial(validation_images, validation=kept_back))
             self._statistics = {torch.device("cpu"): channel_statistics(self.train.pixels)}
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The training images' mean and deviation, by which `normalise` goes: see `channel_statistics`. Once set up."""
+        return self._statistics[torch.device("cpu")]
 
     def train_dataloader(self) -> DataLoader:
         """Batches of a new order each epoch, shared out among the devices."""
@@ -140,7 +148,7 @@ class ImageData(pl.LightningDataModule):
     def normalise(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 32 32"]:
         """Float images of which the training set has mean 0 and variance 1 in every channel."""
         if pixels.device not in self._statistics:
-            mean, deviation = self._statistics[torch.device("cpu")]
+            mean, deviation = self.statistics
             self._statistics[pixels.device] = mean.to(pixels.device), deviation.to(pixels.device)
         mean, deviation = self._statistics[pixels.device]
         return (pixels.float() - mean) / deviation

@@ -1,6 +1,6 @@
 """Run folders: what was run, and how it went.
 
-config.json         the experiment, the classes and the versions
+config.json         the experiment, the classes, the statistics of the training images and the versions
 metrics.csv         one row per epoch
 tensorboard/        the same for TensorBoard
 checkpoints/        best.ckpt (by test accuracy) and last.ckpt
@@ -12,6 +12,7 @@ failure.txt         what ended a run of several processes, until it is continued
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +28,9 @@ from neuralode_coupled.train.locks import Lock
 from neuralode_coupled.train.result import Result
 
 _SHOWN = 3
+
+Statistics = tuple[list[float], list[float]]
+"""Mean and deviation of the training images, of each channel, in units of pixel values (0 .. 255)."""
 
 
 class NotWritten(OSError):
@@ -73,6 +77,21 @@ class RunFolder:
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise TypeError(f"classes are {names!r}")
             return names
+
+    def statistics(self) -> Statistics | None:
+        """By what the images were normalised; None for a run of a version that did not write it down.
+
+        Raises ValueError if it cannot be read.
+        """
+        with self._reading_config() as content:
+            there = content.get("statistics")
+            if there is None:
+                return None
+            mean, deviation = there["mean"], there["deviation"]
+            finite = all(len(row) == 3 and all(map(math.isfinite, row)) for row in (mean, deviation))
+            if not finite or min(deviation) <= 0:
+                raise ValueError(f"statistics are {there!r}")
+            return mean, deviation
 
     @contextmanager
     def _reading_config(self) -> Iterator[dict[str, Any]]:
@@ -159,11 +178,16 @@ class RunFolder:
             )
 
     def claim(
-        self, experiment: Experiment, class_names: Sequence[str], versions: dict[str, str], images: int | None = None
+        self,
+        experiment: Experiment,
+        class_names: Sequence[str],
+        versions: dict[str, str],
+        images: int | None = None,
+        statistics: Statistics | None = None,
     ) -> None:
         """Make the folder and write ``config.json``; drafts that a killed process has left go.
 
-        ``images`` is how many there are to train on.
+        ``images`` is how many there are to train on, ``statistics`` what normalises them.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for pattern in (".*.json.*", ".*.csv.*", "checkpoints/.*.ckpt.*"):
@@ -171,11 +195,17 @@ class RunFolder:
                 left.unlink(missing_ok=True)
         content = {"experiment": asdict(experiment), "classes": list(class_names), "versions": versions}
         content |= {} if images is None else {"images": images}
+        if statistics is not None:
+            content["statistics"] = dict(zip(("mean", "deviation"), statistics, strict=True))
         write_atomically(self.config, json.dumps(content, indent=2) + "\n")
 
     def finish(self, result: Result) -> None:
         """Write ``result.json``: the run is finished."""
         write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+
+    def reopen(self) -> None:
+        """Take the result away: the run goes on."""
+        (self.path / "result.json").unlink(missing_ok=True)
 
     def rows(self) -> list[Row]:
         """The epochs so far. Raises ValueError if the file is damaged."""

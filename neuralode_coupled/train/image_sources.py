@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from neuralode_coupled._extras import MissingExtra, needs
+from neuralode_coupled.train.small_sets import batch_size_for, warn_of_few, warn_of_sizes
 
 with needs("train"):
     import numpy as np
@@ -27,6 +28,7 @@ DOWNLOADS = Path("~/.cache/neuralode-coupled")
 """Where CIFAR-10 goes if no root is given."""
 
 SPLITS = ("train", "test")
+
 _ORDER_SEED = 0
 """Of the digits' split, `limit` and `validation`: fixed, so that runs with other seeds see the same images."""
 
@@ -101,12 +103,13 @@ class Source:
     """Where images come from.
 
     Attributes:
-        batch_size: the default number of images a batch: a small set needs small batches for enough steps an epoch.
+        batch_size: the default number of images a batch, or the largest where `count` decides.
         flips: whether a mirrored image is still one of its class.
         locate: the root that is used, from the one that was asked for.
         class_names: the classes found at a root.
         prepare: download to a root.
         load: the images of a split at a root, of which a function of all labels gives the indices.
+        count: the number of training images at a root, where the default batch size depends on it.
     """
 
     batch_size: int
@@ -115,6 +118,15 @@ class Source:
     class_names: Callable[[Path | None], tuple[str, ...]]
     prepare: Callable[[Path | None], None]
     load: Callable[[Path | None, str, Choice], ImageSet]
+    count: Callable[[Path | None], int] | None = None
+
+    def default_batch_size(self, root: Path | None, limit: int | None = None, validation: int | None = None) -> int:
+        """The number of images a batch where none was chosen, of the images there are to train on."""
+        if self.count is None:
+            return self.batch_size
+        there = max(self.count(root) - (validation or 0), 1)
+        images = there if limit is None else min(there, limit)
+        return batch_size_for(images, self.batch_size)
 
 
 def source(name: str) -> Source:
@@ -208,7 +220,7 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
 def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
     assert root is not None
     found, classes = _files(root / split), _folder_class_names(root)
-    images = [(path, label) for label, name in enumerate(classes) for path in found[name] if _is_taken(path)]
+    images = [(path, label) for label, name in enumerate(classes) for path in found[name] if is_taken(path)]
     labels = torch.tensor([label for _, label in images], dtype=torch.int64)
     counts = labels.bincount(minlength=len(classes)).tolist()
     empty = [name for name, count in zip(classes, counts, strict=True) if not count]
@@ -220,11 +232,27 @@ def _folder(root: Path | None, split: str, choose: Choice) -> ImageSet:
         )
     chosen = choose(labels)
     paths = [images[i][0] for i in chosen.tolist()]
-    pixels = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8)
+    pixels, sizes = torch.empty(len(paths), 3, SIZE, SIZE, dtype=torch.uint8), set()
     with ThreadPoolExecutor() as pool:
-        for i, image in enumerate(pool.map(_decode, paths)):
+        for i, (image, size) in enumerate(pool.map(decode_with_size, paths)):
             pixels[i] = torch.from_numpy(image)
+            sizes.add(size)
+    if split == "train":
+        warn_of_few(classes, counts)
+        warn_of_sizes(sizes, SIZE)
     return ImageSet(pixels, labels[chosen])
+
+
+def _folder_count(root: Path | None) -> int:
+    """About how many training images there are, without a look at each: `_folder` is the judge of them."""
+    assert root is not None
+    taken, split = _torchvision_datasets().folder.IMG_EXTENSIONS, str(root / "train")
+    return sum(
+        Path(name).suffix.lower() in taken and not os.path.islink(os.path.join(folder, name))
+        for folder, _, names in os.walk(split)
+        if folder != split
+        for name in names
+    )
 
 
 def _files(split: Path) -> dict[str, list[str]]:
@@ -267,8 +295,8 @@ _CLIPPED = ("I", "F")
 """How the modes of Pillow begin whose numbers have more than 8 bits."""
 
 
-def _is_taken(path: str) -> bool:
-    """Whether a file of a class is one of its images. Raises ValueError for an image of a kind that is not taken."""
+def is_taken(path: str) -> bool:
+    """Whether a file in a folder is one of its images. Raises ValueError for an image of a kind that is not taken."""
     with needs("train"):
         from PIL import Image
 
@@ -285,8 +313,13 @@ def _is_taken(path: str) -> bool:
     return False
 
 
-def _decode(path: str) -> np.ndarray:
-    """An image file as (3, 32, 32) uint8."""
+def decode(path: str) -> np.ndarray:
+    """An image file as (3, 32, 32) uint8, resized. Raises ValueError for one that cannot be read, or has more bits."""
+    return decode_with_size(path)[0]
+
+
+def decode_with_size(path: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """`decode`, and the width and height that the image had."""
     with needs("train"):
         from PIL import Image
 
@@ -301,9 +334,10 @@ def _decode(path: str) -> np.ndarray:
             f"the image {path!r} has the mode {mode}, of which only values from 0 to 255 would be kept: "
             "convert it to 8 bits a channel"
         )
-    if image.size != (SIZE, SIZE):
+    size = image.size
+    if size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1).copy()
+    return np.asarray(image).transpose(2, 0, 1).copy(), size
 
 
 def _torchvision_datasets() -> Any:
@@ -333,5 +367,5 @@ def _download_cifar10(root: Path | None) -> None:
 SOURCES: dict[str, Source] = {
     "digits": Source(64, False, _digits_root, lambda root: tuple("0123456789"), _nothing, _digits),
     "cifar10": Source(256, True, _cifar10_root, lambda root: _CIFAR10_CLASSES, _download_cifar10, _cifar10),
-    "folder": Source(256, True, _folder_root, _folder_class_names, _nothing, _folder),
+    "folder": Source(256, True, _folder_root, _folder_class_names, _nothing, _folder, _folder_count),
 }

@@ -48,7 +48,7 @@ class Classifier(pl.LightningModule):
 
     Args:
         model: images (batch, 3, 32, 32) to logits (batch, classes).
-        epochs: the length of the schedule.
+        epochs: the length of the schedule. In epochs after it the learning rate is that of its last batch.
         lr: the highest learning rate.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
@@ -93,22 +93,30 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD over all parameters, those of the evolution operators in a group of their own."""
+        return torch.optim.SGD(self._groups(), self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+    def _groups(self) -> list[dict[str, Any]]:
         layers = coupled_layers(self.model).values()
         coefficients = {id(p): p for layer in layers for p in layer.field.evolution.parameters()}
         others = [p for p in self.parameters() if id(p) not in coefficients]
-        groups = [
+        return [
             {"params": parameters, "factor": factor}
             for parameters, factor in ((others, 1.0), ([*coefficients.values()], self.evolution_lr))
             if parameters
         ]
-        return torch.optim.SGD(groups, self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Momentum of a coefficient that had no axis in an earlier version gets one, as the coefficient does."""
+        """Momentum of a coefficient that had no axis in an earlier version gets one, as the coefficient does.
+
+        A parameter of the user's own may be without an axis to this day.
+        """
+        parameters = [p for group in self._groups() for p in group["params"]]
         for optimizer in checkpoint.get("optimizer_states", ()):
-            for state in optimizer["state"].values():
+            numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=False):  # that they fit is looked at elsewhere
+                state = optimizer["state"].get(number, {})
                 momentum = state.get("momentum_buffer")
-                if isinstance(momentum, Tensor) and momentum.ndim == 0:
+                if isinstance(momentum, Tensor) and momentum.ndim == 0 and parameter.ndim == 1:
                     state["momentum_buffer"] = momentum.reshape(1)
 
     def on_train_epoch_start(self) -> None:
@@ -122,8 +130,10 @@ class Classifier(pl.LightningModule):
         Not by a scheduler: Lightning saves checkpoints before it steps those, and theirs would not know of a run that
         is extended.
         """
-        within = batch_idx / self.trainer.num_training_batches
-        rate = learning_rate(self.lr, self.current_epoch, self.epochs, self.schedule, within)
+        batches = self.trainer.num_training_batches
+        # The last batch of the schedule, in epochs after it.
+        epoch, batch_idx = min((self.current_epoch, batch_idx), (self.epochs - 1, int(batches) - 1))
+        rate = learning_rate(self.lr, epoch, self.epochs, self.schedule, batch_idx / batches)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["factor"] * rate
 

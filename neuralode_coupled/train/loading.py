@@ -6,27 +6,43 @@ from pathlib import Path
 
 from torch import nn
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled.train import weights_file
 from neuralode_coupled.train.building import build_model, origin
 from neuralode_coupled.train.folder import RunFolder, as_folder
 from neuralode_coupled.train.learner import Classifier
 
+CHECKPOINTS = ("best", "last")
 
-def load_model(folder: RunFolder | str | Path) -> nn.Module:
-    """The model of a run with the weights of its best checkpoint, on the CPU, in evaluation mode.
+
+def load_model(folder: RunFolder | str | Path, checkpoint: str = "best") -> nn.Module:
+    """The model of a run with the weights of a checkpoint, on the CPU, in evaluation mode, float32.
+
+    Args:
+        folder: the run's.
+        checkpoint: ``"best"``, by test accuracy, or ``"last"``.
 
     Raises:
-        ValueError: if the folder holds no run, or the run has no checkpoint yet, or one that is damaged, or of another
-            model or a version whose models had other weights.
+        ValueError: for another name of a checkpoint; if there is no such folder, it holds no run, or the run has no
+            checkpoint yet, or one that is damaged, or of another model or a version whose models had other weights.
     """
     folder = as_folder(folder)
+    choice("checkpoint", checkpoint, CHECKPOINTS)
+    if not folder.path.is_dir():
+        raise ValueError(f"there is no run folder {str(folder.path)!r}: train one with `neuralode-coupled train --out`")
     experiment = folder.experiment()
-    if experiment is None or not folder.best.exists():
+    if experiment is None:
         raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
+    path = folder.best if checkpoint == "best" else folder.last
+    if not path.exists():
+        raise ValueError(
+            f"the run in {folder.path} has no {checkpoint} checkpoint, which its first epoch leaves when it is "
+            "finished: wait for that, or continue the run with `neuralode-coupled train --resume`"
+        )
     classifier = Classifier(build_model(experiment, len(folder.class_names())), epochs=experiment.epochs)
-    checkpoint = weights_file.read(folder.best)
-    weights_file.check(folder.best, checkpoint, classifier, origin(experiment))
-    classifier.load_state_dict(checkpoint["state_dict"])
+    content = weights_file.read(path)
+    weights_file.check(path, content, classifier, origin(experiment))
+    classifier.load_state_dict(content["state_dict"])
     return classifier.model.eval()
 
 

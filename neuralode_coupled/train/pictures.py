@@ -52,8 +52,6 @@ def draw_run(folder: Path, run: Path) -> list[Path]:
 
     Raises ValueError if ``run`` holds no trained model, or one without evolving convolutions.
     """
-    if not run.is_dir():
-        raise ValueError(f"there is no run folder {str(run)!r}")
     layers = {
         f"{layer}-{name}": (module, name)
         for layer, module in coupled_layers(load_model(RunFolder(run))).items()

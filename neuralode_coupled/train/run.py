@@ -99,6 +99,7 @@ def prepare(
     folder: RunFolder | str | Path,
     *,
     resume: bool = False,
+    extends: Experiment | None = None,
     progress: bool = False,
     report: Report | None = None,
 ) -> Training:
@@ -110,6 +111,7 @@ def prepare(
         experiment: what to run.
         folder: where; its ``config.json`` is written.
         resume: continue an unfinished run of this experiment, if the folder holds one.
+        extends: the finished run in the folder that this experiment has more epochs than, see `extending`.
         progress: show a progress bar.
         report: is told each epoch in one line.
 
@@ -120,7 +122,9 @@ def prepare(
             damaged checkpoint, rows that are missing.
         ImportError, ConnectionError: as `ImageData`.
     """
-    experiment, folder = resolve(experiment), as_folder(folder)
+    folder = as_folder(folder)
+    experiment = resolve(experiment, folder.experiment())
+    there = experiment if extends is None else extends
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
     with without_idle_warnings(), ExitStack() as failing:
@@ -134,8 +138,10 @@ def prepare(
             os.environ["OMP_NUM_THREADS"] = str(experiment.threads)
         # One process alone looks after the folder, and does so before it starts the others.
         first = trainer.is_global_zero
-        lock = _lock_what_is_there(experiment, folder, resume, failing) if first else None
-        done = finished_epochs(folder, classifier) if resume else 0
+        lock = _lock_what_is_there(there, folder, resume, failing) if first else None
+        done = finished_epochs(folder, classifier) if resume or extends else 0
+        if extends is not None and done < extends.epochs:
+            raise ValueError(f"{folder.last}, from which a finished run is extended, is not there: restore it")
         data.prepare_data()
         with warnings.catch_warnings():
             if not first:
@@ -172,7 +178,11 @@ def _claim(
         if folder.config.exists():
             raise ValueError(f"{folder.path} has become another run's folder meanwhile: choose another folder")
     folder.failure.unlink(missing_ok=True)
-    folder.claim(experiment, data.class_names, versions(), images)
+    there = folder.experiment()
+    if there is not None and there.epochs < experiment.epochs:
+        folder.reopen()  # before the longer experiment is written: a kill in between leaves a run to be resumed
+    mean, deviation = (tensor.flatten().tolist() for tensor in data.statistics)
+    folder.claim(experiment, data.class_names, versions(), images, (mean, deviation))
     return lock
 
 
@@ -194,5 +204,5 @@ def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
 def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
     """`prepare` and run; a finished run is not repeated: its result is returned."""
     folder = as_folder(folder)
-    folder.check(resolve(experiment), resume=True)
+    folder.check(resolve(experiment, folder.experiment()), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()

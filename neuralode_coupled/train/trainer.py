@@ -17,6 +17,7 @@ import neuralode_coupled as nc
 from neuralode_coupled._extras import needs
 from neuralode_coupled.train.callbacks import AtomicCheckpoints, Checkpoint, EpochLog, OwnSignals, ProgressBar, Report
 from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.first_batches import FirstBatches
 from neuralode_coupled.train.folder import RunFolder
 from neuralode_coupled.train.processes import tolerate_unused_parameters
 
@@ -74,6 +75,8 @@ def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> 
 def log_epochs(trainer: pl.Trainer, folder: RunFolder, done: int, report: Report | None) -> None:
     """Have the trainer write down the epochs after those that are done."""
     trainer.callbacks.insert(0, EpochLog(folder, done, report))  # pyright: ignore[reportAttributeAccessIssue]
+    if report is not None:
+        trainer.callbacks.append(FirstBatches(report))  # pyright: ignore[reportAttributeAccessIssue]
     # TensorBoard drops what it has after the checkpoint that training resumes from.
     purge = done + 1 if done else None
     trainer.logger = TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=purge)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,6 +52,10 @@ def test_from_conversion_to_onnx_on_two_processes(tmp_path):
     assert said.count("onnxruntime differs by") == 1
     assert float(said.split("differs by ")[1].split(";")[0]) < 1e-5
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for batch in (1, 3, 8):
+        (logits,) = session.run(None, {"x": np.zeros((batch, 3, 32, 32), dtype=np.float32)})
+        assert logits.shape == (batch, 10)
     assert (tmp_path / "filters.png").stat().st_size > 1000
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("test/accuracy")] == [1]

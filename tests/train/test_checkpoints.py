@@ -137,7 +137,7 @@ def runs(trained, tmp_path) -> tuple[Experiment, RunFolder, RunFolder]:
 def test_a_checkpoint_says_whose_weights_it_holds(runs):
     _, ours, other = runs
     told = {"model": "resnet4", "variant": "anodev2-2", "steps": None, "dynamics": None, "evolution": None}
-    told["version"] = nc.__version__
+    told |= {"kernel": None, "version": nc.__version__}
     assert weights_file.read(ours.best)[weights_file.ORIGIN] == told
     assert weights_file.read(other.last)[weights_file.ORIGIN]["model"] == "resnet10"
 

@@ -264,7 +264,7 @@ def test_compare_names_what_is_damaged_in_a_finished_run_below_the_table(quick, 
     assert f"error: {metrics} is damaged" in line
 
 
-COMMANDS = ["train", "compare", "check", "filters", "transport"]
+COMMANDS = ["train", "compare", "predict", "export", "check", "filters", "transport"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

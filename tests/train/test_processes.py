@@ -239,7 +239,7 @@ def test_unused_parameters_are_looked_for_unless_the_strategy_says_no(strategy, 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_of_links_among_the_images_one_process_tells(tmp_path, monkeypatch, first):
-    root = image_folder(tmp_path / "images", train=2, test=1)
+    root = image_folder(tmp_path / "images", train=8, test=1)
     (root / "train" / "class0" / "up").symlink_to(root)
     monkeypatch.setattr(pl.Trainer, "is_global_zero", first)
     experiment = Experiment(variant="baseline", data="folder", data_root=str(root), accelerator="cpu")
