@@ -42,6 +42,7 @@ from neuralode_coupled.kernels import (
     TimeKernel,
 )
 from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.until import odeint_event
 from neuralode_coupled.runge_kutta import PIController, StepController
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
@@ -84,6 +85,7 @@ __all__ = [
     "kkt",
     "models",
     "odeint_dto",
+    "odeint_event",
     "progress",
     "solve",
     "with_steps",
