@@ -95,6 +95,19 @@ def check_times(t: Tensor) -> list[float]:
     return times
 
 
+def check_time(name: str, value: Any) -> Tensor:
+    """A time as a tensor of one axis, a number in float64; raises TypeError or ValueError for what is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor([value], dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of one time, got a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a tensor of one time, got the shape {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {value.dtype}: convert it, as in {name}.float()")
+    return value.reshape(1)
+
+
 def check_method(method: str | None, options: Mapping[str, Any] | None, event: bool = False) -> str:
     """The method's name; raises ValueError if it or its options are not there. ``event``: the solve ends at one."""
     name = "dopri5" if method is None else method

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
-from neuralode_coupled.odeint.arguments import check_args, check_state
+from neuralode_coupled.odeint.arguments import check_args, check_state, check_time
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.odeint.events import Event, solve_until
 from neuralode_coupled.odeint.linked import Found
@@ -69,7 +69,7 @@ def odeint_event(
             after ``options={"max_num_steps": ...}`` steps, 20,000 by default, with the time up to which it was looked
             for; and, in the backward pass, for one at which ``dg/dt + dg/dy f`` is 0.
     """
-    start = _start(t0)
+    start = check_time("t0", t0)
     ahead = start.detach().abs().clamp(min=1.0)
     t = torch.cat([start, start.detach() - ahead if reverse_time else start.detach() + ahead])
     if odeint_interface is None or odeint_interface is odeint_dto:
@@ -77,19 +77,6 @@ def odeint_event(
     event_t, solution = odeint_interface(func, y0, t, event_fn=event_fn, **arguments)
     args = check_args(arguments.get("args", ()))
     return _linked(lambda at, y: func(at, y, *args), y0, t[0].item(), event_fn, event_t.detach(), solution)
-
-
-def _start(t0: Any) -> Tensor:
-    """The start as a tensor of one axis; raises TypeError or ValueError for what is no time."""
-    if isinstance(t0, int | float) and not isinstance(t0, bool):
-        return torch.tensor([t0], dtype=torch.float64)
-    if not isinstance(t0, Tensor):
-        raise TypeError(f"t0 must be a tensor of one time, got a {type(t0).__name__}")
-    if t0.numel() != 1:
-        raise ValueError(f"t0 must be a tensor of one time, got the shape {tuple(t0.shape)}")
-    if not t0.dtype.is_floating_point:
-        raise TypeError(f"t0 must have a floating dtype, got {t0.dtype}: convert it, as in t0.float()")
-    return t0.reshape(1)
 
 
 def _until(request: Request, t: Tensor, event_fn: Callable[..., Tensor]) -> tuple[Tensor, Any]:
