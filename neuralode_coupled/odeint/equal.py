@@ -63,7 +63,9 @@ def equal_steps_of(length: float) -> Callable[[Problem, Counts], Iterator[Step]]
             slopes = [slope]
             for row, c in zip(method.a[1:], method.c[1:], strict=True):
                 slopes.append(f(end if c == 1 else at + c * dt, combine(y, slopes, row, dt)))
-            y_next = combine(y, slopes, method.b, dt)
+            # The sum first: many small steps would otherwise round each of its terms to the state's size.
+            moved = combine(tuple([torch.zeros_like(part) for part in y]), slopes, method.b, dt)
+            y_next = tuple([a + b for a, b in zip(y, moved, strict=True)])
             slope_next = f(end, y_next)
             if not all(bool(part.isfinite().all()) for part in y_next):
                 raise ValueError(

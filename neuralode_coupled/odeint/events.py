@@ -186,18 +186,14 @@ def _solve(request: Request, dynamics: Dynamics, state: State, t: Tensor) -> tup
     if request.on_grid:
         length = _equal_length(request.method, options)
         method = paired(tableau(request.method), options.get("interp", "linear"))
-        rtol, atol, chosen, advance = (
-            (0.0,) * len(state),
-            (0.0,) * len(state),
-            AdaptiveOptions(),
-            equal_steps_of(length),
-        )
+        rtol = atol = (0.0,) * len(state)
+        chosen, advance = AdaptiveOptions(), equal_steps_of(length)
     else:
         method, advance = request.method, accepted_steps
         (rtol, atol), chosen = request.bounds(state), adaptive_options(options, request.is_tuple)
     dtype = torch.promote_types(chosen.dtype, state[0].dtype.to_real())
     # Steps that grow tenfold come there within some hundreds, and do not overflow; in float16 a little earlier.
-    far = max(torch.finfo(state[0].dtype.to_real()).max / 1e4, 3e3) * (1 if t[1] > t[0] else -1)
+    far = max(torch.finfo(state[0].dtype.to_real()).max / 1e4, 500.0) * (1 if t[1] > t[0] else -1)
     t = t.to(state[0].device, dtype)
     t = torch.cat([t[:1], t.new_tensor([far])])
     times = t.detach().tolist()

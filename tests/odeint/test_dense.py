@@ -89,6 +89,26 @@ def test_gradients_are_those_of_the_solve(method, backwards, kept, seed):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_steps_that_are_cut_and_jumps_have_their_own_polynomials(method, backwards):
+    """Behind a jump the last slope of a step is not the one that the next step starts with."""
+    sign = -1 if backwards else 1
+    y0, t0 = Y0.clone().requires_grad_(), torch.tensor(0.1 * sign, **FLOAT64, requires_grad=True)
+    times = torch.tensor([0.3, 0.49, 0.51, 0.9, 1.0], **FLOAT64) * sign
+    arguments = {"method": method, "rtol": 1e-4, "atol": 1e-5}
+    arguments["options"] = {"jump_t": torch.tensor([0.5 * sign]), "step_t": torch.tensor([0.33 * sign])}
+
+    def func(t, y):
+        return torch.where(t.abs() < 0.5, -y, 2 * y + t)
+
+    expected = nc.odeint_dto(func, y0, torch.cat([t0[None], times]), **arguments)[1:]
+    found = nc.odeint_dense(func, y0, t0, times[-1], **arguments)(times)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(y.square().sum(), (y0, t0)) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_tuples_and_closed_forms():
     solution = nc.odeint_dense(
         lambda t, y: (-y[0], 2 * torch.ones_like(y[1])),

@@ -460,6 +460,17 @@ def test_dtypes(method, dtype):
         assert found.item() == pytest.approx(0.0, abs=1e-4)
 
 
+def test_many_small_steps_in_float32_are_added_up_as_they_should_be():
+    """Each term of a step's sum would be rounded to the size of the state, and always to the same side."""
+
+    def time(dtype):
+        slope, y0 = torch.tensor(0.2, dtype=dtype), torch.tensor(3.2, dtype=dtype)
+        event = {"event_fn": lambda t, y: y - 3.511, "method": "rk4", "options": {"step_size": 0.01}}
+        return nc.odeint_event(lambda t, y: slope, y0, 0.0, **event)[0].item()
+
+    assert time(torch.float32) == pytest.approx(time(torch.float64), abs=1e-4)
+
+
 def test_args_are_funcs_alone():
     rate = number(0.7)
     for solver in (None, nc.odeint_dto, partial(nc.odeint_dto)):

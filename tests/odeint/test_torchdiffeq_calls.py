@@ -163,3 +163,13 @@ def test_args_are_a_tuple(args):
         TypeError, match=re.escape(f"args must be a tuple of what func takes after t and y, got {kind}")
     ):
         nc.odeint_dto(decay, Y0, T, args=args)
+
+
+def test_the_choice_of_the_first_step_is_no_part_of_the_gradient():
+    """As docs/coming-from-torchdiffeq.md says."""
+    y0, off = torch.ones(1, **FLOAT64, requires_grad=True), []
+    for solver in (nc.odeint_dto, torchdiffeq.odeint):
+        y = solver(decay, y0, torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3)[-1]
+        off.append((torch.autograd.grad(y, y0)[0] - y / y0).abs().item())
+    assert off[0] < 1e-15
+    assert 6e-5 < off[1] < 8e-5
