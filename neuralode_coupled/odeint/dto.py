@@ -10,8 +10,10 @@ from torch import Tensor
 
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import ReversibleAdjoint
 from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints
 from neuralode_coupled.odeint.arguments import ATOL, RTOL, check_finite, check_times
+from neuralode_coupled.odeint.backtracked import backtracked
 from neuralode_coupled.odeint.events import solve_until
 from neuralode_coupled.odeint.request import Request, Tolerance
 from neuralode_coupled.odeint.solves import accepted, by_tolerances, grid_points, on_grid
@@ -31,6 +33,7 @@ def odeint_dto(
     checkpoints: Checkpoints = "auto",
     memory: float = MEMORY,
     params: Iterable[Tensor] | None = None,
+    adjoint: ReversibleAdjoint | None = None,
     adjoint_rtol: Tolerance | None = None,
     adjoint_atol: Tolerance | None = None,
     adjoint_method: str | None = None,
@@ -98,6 +101,12 @@ def odeint_dto(
             the tensors there that require gradients, and what else the first evaluation of each solve is seen to use;
             a tensor that a later step alone uses, and that was in none of these places, is an error of the backward
             pass.
+        adjoint: `ReversibleAdjoint` to solve by its reversible scheme on the steps that an adaptive method accepts.
+            Then nothing is kept between the passes but the final states and the lengths of the steps, so memory does
+            not grow with their number. Steps end at all t, which must not require gradients. It takes two further
+            evaluations a stage in each pass. The solution is another one within the tolerances; one that is more than
+            100 of them away is an error, as the scheme is unstable for what decays fast, and so are more steps than its
+            coupling can be traced back through, see there.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of the second ODE that torchdiffeq's
             ``odeint_adjoint`` solves. There is none here: they have no effect, of which a warning tells.
         adjoint_params: another name of ``params``, which means what it means there: gradients flow to these, and to no
@@ -115,8 +124,8 @@ def odeint_dto(
             finite or out of order, ``checkpoints`` below 1, ``memory`` that is negative or not finite, params under two
             names, func returning other shapes, a step size that underflows, a state that is not finite (on a fixed grid
             it is looked for on the CPU only, where that costs no waiting), random numbers drawn by func in a solve with
-            gradients that is adaptive or has an event, or one of these inside of ``torch.func`` transforms; and as
-            `odeint_event` does.
+            gradients that is adaptive or has an event, one of these inside of ``torch.func`` transforms, or ``adjoint``
+            where it does not belong or its scheme is unstable; and as `odeint_event` does.
     """
     request = Request.checked(
         func,
@@ -130,6 +139,7 @@ def odeint_dto(
         checkpoints=checkpoints,
         memory=memory,
         params=params,
+        adjoint=adjoint,
         adjoint_rtol=adjoint_rtol,
         adjoint_atol=adjoint_atol,
         adjoint_method=adjoint_method,
@@ -150,6 +160,8 @@ def _solved(request: Request, t: Tensor) -> Any:
         outputs = tuple([part[None] for part in state])
     elif request.on_grid:
         outputs = on_grid(request, dynamics, state, t, grid_points(request, t, times))
+    elif request.adjoint is not None:
+        outputs = backtracked(by_tolerances(request, dynamics, state, t, times), request.adjoint)
     else:
         outputs = accepted(by_tolerances(request, dynamics, state, t, times), request.memory)
     if tracing() != "transform":

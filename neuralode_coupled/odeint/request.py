@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import ReversibleAdjoint
 from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints, Memory, check_checkpoints, check_memory
 from neuralode_coupled.adjoint.reachable import captured
 from neuralode_coupled.odeint.arguments import (
@@ -43,6 +44,7 @@ class Request:
         memory: what is kept for the backward pass.
         params: the tensors that gradients flow to; None for all.
         args: what func takes after t and y.
+        adjoint: the reversible scheme to take, in place of the method's own steps; None for those.
     """
 
     func: Callable[..., Any]
@@ -53,6 +55,7 @@ class Request:
     memory: Memory
     params: Iterable[Tensor] | None
     args: tuple[Any, ...]
+    adjoint: ReversibleAdjoint | None = None
 
     @classmethod
     def checked(
@@ -69,8 +72,9 @@ class Request:
         memory: float = MEMORY,
         params: Iterable[Tensor] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
+        adjoint: ReversibleAdjoint | None = None,
         event: bool = False,
-        **adjoint: Any,
+        **others: Any,
     ) -> Request:
         """The request, by the arguments of `odeint_dto`; warns of those that have no effect. ``event``: it ends at one.
 
@@ -79,10 +83,12 @@ class Request:
         check_checkpoints(checkpoints)
         check_memory(memory)
         name = check_method(method, options, event)
-        params = check_adjoint(adjoint, params, adjoint_params)
+        params = check_adjoint(others, params, adjoint_params)
         _warn_of_callbacks(func, name)
         kept = Memory(checkpoints, graphs=memory)
-        return cls(func, y0, name, (rtol, atol), dict(options or {}), kept, params, check_args(args))
+        if adjoint is not None:
+            _check_reversible(adjoint, name, kept, event)
+        return cls(func, y0, name, (rtol, atol), dict(options or {}), kept, params, check_args(args), adjoint)
 
     @property
     def is_tuple(self) -> bool:
@@ -130,3 +136,17 @@ def _warn_of_callbacks(func: Callable[..., Any], name: str) -> None:
     for callback in ADJOINT_CALLBACKS:
         if hasattr(func, callback):
             warnings.warn(f"no ODE is solved backwards here: {callback} is not called", stacklevel=4)
+
+
+def _check_reversible(adjoint: Any, name: str, memory: Memory, event: bool) -> None:
+    """Raise TypeError or ValueError for a gradient method that this solve does not come with."""
+    if not isinstance(adjoint, ReversibleAdjoint):
+        raise TypeError(
+            f"adjoint must be nc.ReversibleAdjoint(), an instance, or None, got {adjoint!r}: the others of nc.solve "
+            "are checkpoints and memory here, and torchdiffeq.odeint_adjoint"
+        )
+    if name in METHODS or event or adjoint.weights != "stored" or memory != Memory("auto", graphs=MEMORY):
+        raise ValueError(
+            "adjoint=nc.ReversibleAdjoint() goes with an adaptive method, and without an event, weights='recomputed', "
+            f"checkpoints and memory, got method {name!r}: leave out the one or the other"
+        )
