@@ -116,9 +116,10 @@ def odeint_dense(
     """Solve ``dy/dt = func(t, y)``, ``y(t0) = y0`` as far as t1, for a solution that is a function of time.
 
     A drop-in for ``torchdiffeq.odeint_dense``, by every method, for tuples, and in either direction of time; outside of
-    its interval it is an error (torchdiffeq's is for dopri5 alone, answers outside, and fails within a solve that runs
-    backwards). ``solution(t)`` is what `odeint_dto` gives at t, to rounding: the polynomials of an adaptive method, or
-    what ``options={"interp": ...}`` says on a fixed grid, by default straight lines.
+    its interval it is an error. (torchdiffeq's is for dopri5 alone, answers beyond t1 as far as its last step reaches,
+    and takes the times of a solve that runs backwards by their negatives.) ``solution(t)`` is what `odeint_dto` gives
+    at t, to rounding: the polynomials of an adaptive method, or what ``options={"interp": ...}`` says on a fixed grid,
+    by default straight lines.
 
     Its gradients are those of `odeint_dto`: exact for the discrete solve, in y0, in what func uses, in ``args``, in t0
     of an adaptive method, and in the times that it is asked for, along its polynomials. They have no share of t1, which
