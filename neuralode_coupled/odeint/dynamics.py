@@ -34,6 +34,11 @@ class WithArgs:
     def __call__(self, t: Tensor, y: Any) -> Any:
         return self.func(t, y, *self.args)
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, and in tuples, lists and dicts there, that require a gradient."""
+        args = self.args
+        return captured(lambda: args)[1]
+
 
 class Dynamics:
     """``func`` on tuple states, with the tensors that gradients flow to handed in.

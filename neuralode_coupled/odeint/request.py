@@ -13,7 +13,6 @@ from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import ReversibleAdjoint
 from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints, Memory, check_checkpoints, check_memory
-from neuralode_coupled.adjoint.reachable import captured
 from neuralode_coupled.odeint.arguments import (
     ADJOINT_CALLBACKS,
     ATOL,
@@ -106,11 +105,11 @@ class Request:
 
     def dynamics(self) -> Dynamics:
         """The right-hand side; gradients flow to tensors among ``args`` whatever ``params`` are."""
-        func, params, args = self.func, self.params, self.args
-        if args and callable(func):
-            func = WithArgs(func, args)
+        func, params = self.func, self.params
+        if self.args and callable(func):
+            func = WithArgs(func, self.args)
             if params is not None and not isinstance(params, Tensor):
-                params = [*params, *captured(lambda: args)[1]]
+                params = [*params, *func.tensors()]
         found = Dynamics(func, self.is_tuple, params)
         check_no_sample_gradients(found.module)
         return found
