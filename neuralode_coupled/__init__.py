@@ -41,7 +41,9 @@ from neuralode_coupled.kernels import (
     SampleAndHold,
     TimeKernel,
 )
+from neuralode_coupled.odeint.dense import DenseSolution, odeint_dense
 from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.until import odeint_event
 from neuralode_coupled.runge_kutta import PIController, StepController
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
@@ -56,6 +58,7 @@ __all__ = [
     "ConvEvolution",
     "CoupledField",
     "CoupledODE",
+    "DenseSolution",
     "DensityKernel",
     "Dirac",
     "DiscreteAdjoint",
@@ -83,7 +86,9 @@ __all__ = [
     "couple",
     "kkt",
     "models",
+    "odeint_dense",
     "odeint_dto",
+    "odeint_event",
     "progress",
     "solve",
     "with_steps",

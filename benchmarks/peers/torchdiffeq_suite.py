@@ -40,8 +40,6 @@ ODEINT, ADJOINT = "odeint", "odeint_adjoint"
 
 CONTINUOUS = "asks about the second ODE that odeint_adjoint solves backwards; here there is none"
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
-    ("event_tests.TestEventHandling.test_odeint", ODEINT): "event handling: torchdiffeq.odeint_event has it",
-    ("event_tests.TestEventHandling.test_adjoint", ADJOINT): "event handling: torchdiffeq.odeint_event has it",
     ("norm_tests.TestNorms.test_adjoint_norm", ADJOINT): CONTINUOUS,
     ("norm_tests.TestNorms.test_seminorm", ADJOINT): CONTINUOUS,
     ("odeint_tests.TestScipySolvers.test_odeint", ODEINT): "SciPy's solvers only: no graph to differentiate",
@@ -85,13 +83,11 @@ class Replacement:
 
     def __call__(self, func: Callable, y0: Any, t: Tensor, **arguments: Any) -> Any:
         method = arguments.get("method")
-        if arguments.get("event_fn") is not None or method not in (None, *METHODS, *ADAPTIVE):
+        if method not in (None, *METHODS, *ADAPTIVE):
             self.calls["theirs"] += 1
             return self._theirs(func, y0, t, **arguments)
         self.calls["ours"] += 1
-        params = arguments.pop("adjoint_params", None)
-        ours = {name: value for name, value in arguments.items() if not name.startswith("adjoint_")}
-        found = odeint_dto(func, y0, t, **ours, params=params, checkpoints=self._checkpoints)
+        found = odeint_dto(func, y0, t, **arguments, checkpoints=self._checkpoints)
         if not (self._adjoint and isinstance(func, nn.Module) and isinstance(found, Tensor)):
             return found
         # odeint_adjoint gives zeros to parameters that func does not use, where autograd and odeint_dto give None.

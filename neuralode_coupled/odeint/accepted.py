@@ -1,4 +1,4 @@
-"""An ODE on the grid that an adaptive method accepts.
+"""An ODE on the grid that an adaptive method accepts, or on equal steps whose number is not known beforehand.
 
 The forward pass takes and records the accepted steps, without a graph; the backward pass repeats them by the method's
 own tableau.
@@ -6,6 +6,7 @@ own tableau.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -30,12 +31,18 @@ from neuralode_coupled.odeint.times import Grid, rows, too_short, unresolved
 from neuralode_coupled.runge_kutta import (
     AdaptiveOptions,
     Callbacks,
+    Embedded,
     Problem,
     Step,
     accepted_steps,
     embedded,
+    lasting,
 )
-from neuralode_coupled.runge_kutta.adaptive import Callback, Slope, Tolerances
+from neuralode_coupled.runge_kutta.adaptive import Callback, Counts, Slope, Tolerances
+
+Choose = Callable[[Step, Callable[[float], State]], tuple[list[float], bool]]
+"""``choose(step, within) -> (times, last)``: the times in an accepted step whose states are wanted, and whether the
+solve ends with it. ``within(t)`` is the state at a time in the step, without a graph."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class AdaptiveSolve:
         method: the name of an adaptive method.
         rtol, atol: one tolerance for each tensor of y0.
         options: the others.
+        choose: decides about outputs step by step; None to give the states at the times of ``t``. The first time is
+            then the start, and the last one where the solve ends at the latest.
+        advance: takes the steps, by default those that are accepted to tolerances.
+        sided: whether func is to see the ends of steps from within, in case that it jumps there.
     """
 
     dynamics: Dynamics
@@ -60,10 +71,18 @@ class AdaptiveSolve:
     y0: State
     t: Tensor
     times: list[float]
-    method: str
+    method: str | Embedded
     rtol: Tolerances
     atol: Tolerances
     options: AdaptiveOptions
+    choose: Choose | None = None
+    advance: Callable[[Problem, Counts], Iterator[Step]] = accepted_steps
+    sided: bool = True
+
+    @property
+    def pair(self) -> Embedded:
+        """The method's coefficients."""
+        return self.method if isinstance(self.method, Embedded) else embedded(self.method)
 
     def discrete(self, stats: Stats, memory: Memory | None = None) -> tuple[Plan, Operands]:
         """The accepted steps; the forward pass through them is a reading of what was recorded.
@@ -75,39 +94,56 @@ class AdaptiveSolve:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
                 random numbers where a gradient is asked for.
         """
-        method, graph = embedded(self.method), torch.is_grad_enabled() or tracing() == "transform"
+        method, graph = self.pair, torch.is_grad_enabled() or tracing() == "transform"
         growing = Growing(self.dynamics, self.y0, method, memory or Memory(), graph and not differentiated(self.t))
         watched = _Watched(self.dynamics, (*self.y0, self.t), graph, growing)
+        recent = None if self.choose is None else _Recent(watched, method)
         steps: list[Step] = []
+        within: list[list[float]] = []
         outputs: list[State] = []
 
         def take(accepted: Iterator[Step]) -> None:
-            while True:
-                with growing.stepping():
-                    step = next(accepted, None)
-                if step is None:
-                    return
+            for step, times in self._chosen(accepted, recent, growing):
                 self._check_resolved(watched, step)
                 growing.add(step)
                 if watched.wanted:  # by then the first evaluation has shown whether
                     steps.append(step.kept(not method.reuses))
+                    within.append(times)
                 else:
                     outputs.extend(step.outputs)
 
-        self._run(watched, growing, take, stats)
+        self._run(recent or watched, growing, take, stats)
         if not steps:
             return self._whole(outputs, stats)
-        watched.check()
-        shares, found = [], 1
-        for step in steps:
-            shares.append(list(range(found, found + len(step.outputs))))
-            found += len(step.outputs)
-        jumps = [step.jump for step in steps]
-        again = AcceptedSteps(self.dynamics, self._grid(steps, shares), method, jumps, growing.fits)
+        watched.check(self.advance is accepted_steps)
+        grid = self._grid(steps, within)
+        again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
         plan, operands = again.discrete(self.y0, steps, stats)
         step = with_graph(plan.step) if watched.own_graph else plan.step
         operands = replace(operands, captured=(*operands.captured, *watched.found))
         return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts)), operands
+
+    def _chosen(
+        self, accepted: Iterator[Step], recent: _Recent | None, growing: Growing
+    ) -> Iterator[tuple[Step, list[float]]]:
+        """The accepted steps with their outputs, and the times of these within them."""
+        found = 1
+        while True:
+            with growing.stepping():
+                step = next(accepted, None)
+            if step is None:
+                return
+            if self.choose is None or recent is None:
+                yield step, self.times[found : found + len(step.outputs)]
+                found += len(step.outputs)
+                continue
+            at = recent.within(step)
+            times, last = self.choose(step, at)
+            with growing.stepping():
+                outputs = [step.next_y if t == step.end else at(t) for t in times]
+            yield replace(step, outputs=outputs), times
+            if last:
+                return
 
     def _check_resolved(self, watched: _Watched, step: Step) -> None:
         """Raise the ValueError for a time that func uses and does not see move."""
@@ -126,13 +162,13 @@ class AdaptiveSolve:
 
     def _run(self, f: Slope, growing: Growing, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
         """Let ``take`` have the accepted steps, with a graph where it asks for one."""
-        method, device = embedded(self.method), self.y0[0].device
-        problem = Problem(f, growing.y0, self.t, method, self.rtol, self.atol, self.options, self._callbacks())
+        device = self.y0[0].device
+        problem = Problem(f, growing.y0, self.t, self.pair, self.rtol, self.atol, self.options, self._callbacks())
         with without_graph(device):
             # Others than the modules' own where autocast would otherwise cache casts made here and hand them, without
             # a graph, to others.
             shared = growing.shared if growing.open else self.dynamics.in_forward(growing.shared, device)
-            self.dynamics.within(shared, self.dynamics.buffers, lambda: take(accepted_steps(problem, stats)))
+            self.dynamics.within(shared, self.dynamics.buffers, lambda: take(self.advance(problem, stats)))
 
     def _callbacks(self) -> Callbacks:
         """The user's, which are given states as the user has them."""
@@ -150,8 +186,13 @@ class AdaptiveSolve:
 
         return Callbacks(of("callback_step"), of("callback_accept_step"), of("callback_reject_step"))
 
-    def _grid(self, steps: list[Step], shares: list[list[int]]) -> Grid:
-        """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short."""
+    def _grid(self, steps: list[Step], within: list[list[float]]) -> Grid:
+        """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short.
+
+        Args:
+            steps: the accepted ones.
+            within: the output times of each.
+        """
         columns = ([step.start for step in steps], [step.length for step in steps], [step.end for step in steps])
         inputs: tuple[State, ...] = ((),) * len(steps)
         if differentiated(self.t):
@@ -161,8 +202,42 @@ class AdaptiveSolve:
             shift = t[0] - t[0].detach()
             n = torch.arange(len(steps), device=t.device)
             moving = (starts + (n <= first) * shift, lengths - (n == first) * shift, ends + (n < first) * shift)
-            inputs = rows(moving, t, shares)
-        return Grid(*columns, [[self.times[j] for j in share] for share in shares], inputs)
+            if self.choose is not None:
+                t = torch.cat([t[:1], t.new_tensor([time for times in within for time in times])])
+            inputs = rows(moving, t, _places(within))
+        return Grid(*columns, within, inputs)
+
+
+def _places(within: list[list[float]]) -> list[list[int]]:
+    """The places of each step's output times in the row of all times, whose first is the start."""
+    shares, found = [], 1
+    for times in within:
+        shares.append(list(range(found, found + len(times))))
+        found += len(times)
+    return shares
+
+
+class _Recent:
+    """A right-hand side that holds its last slopes: those of the step that has just been accepted.
+
+    Args:
+        f: the right-hand side.
+        method: the coefficients.
+    """
+
+    def __init__(self, f: Slope, method: Embedded) -> None:
+        self._f, self._method = f, method
+        self._slopes: deque[State] = deque(maxlen=method.slopes + 1)  # one more at the other side of a jump
+
+    def __call__(self, t: Tensor, y: State) -> State:
+        self._slopes.append(lasting(self._f(t, y)))
+        return self._slopes[-1]
+
+    def within(self, step: Step) -> Callable[[float], State]:
+        """The state at a time within the step that has just been accepted."""
+        latest = list(self._slopes)[: -1 if step.jump else None]
+        slopes = [step.first, *latest[len(latest) - (self._method.slopes - 1) :]]
+        return lambda t: self._method.within(step.y, slopes, step.length, (t - step.start) / step.length)
 
 
 class _Watched:
@@ -224,10 +299,14 @@ class _Watched:
             slope = self._dynamics(t, leaves)
         return slope if graph else tuple([part.detach() for part in slope])
 
-    def check(self) -> None:
+    def check(self, adaptive: bool) -> None:
         """Raise the ValueError for dynamics that draw random numbers again and again."""
         if any(drawn_from(self._generators, self._random)):
+            where, instead = "the exact gradient of a solve up to an event does not allow", ""
+            if adaptive:
+                where = "neither error control nor an exact gradient of an adaptive method allows"
+                instead = "use a fixed-grid method, or "
             raise ValueError(
-                "func draws random numbers at its evaluations, which neither error control nor an exact gradient of an "
-                "adaptive method allows (is dropout in train mode?): use a fixed-grid method, or func.eval()"
+                f"func draws random numbers at its evaluations, which {where} (is dropout in train mode?): "
+                f"{instead}func.eval()"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -19,7 +20,22 @@ from neuralode_coupled.runge_kutta.adaptive import Tolerances
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults."""
 
-FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb")
+FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
+"""``norm`` measures errors, of which there are none: it is ignored, as tolerances are."""
+
+NEWER_METHODS = (
+    "implicit_euler",
+    "implicit_midpoint",
+    "trapezoid",
+    "radauIIA3",
+    "radauIIA5",
+    "gl4",
+    "gl6",
+    "sdirk2",
+    "trbdf2",
+)
+"""Implicit methods of torchdiffeq's repository that its release 0.2.5 has not."""
+
 MOST_STEPS = 2**31 - 1
 FACTORS = ("safety", "ifactor", "dfactor")
 """The options of torchdiffeq's step size control."""
@@ -79,18 +95,32 @@ def check_times(t: Tensor) -> list[float]:
     return times
 
 
-def check_method(method: str | None, rtol: Any, atol: Any, options: Mapping[str, Any] | None) -> str:
-    """The method's name; raises ValueError if it, its tolerances or its options are not there."""
+def check_time(name: str, value: Any) -> Tensor:
+    """A time as a tensor of one axis, a number in float64; raises TypeError or ValueError for what is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor([value], dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of one time, got a {type(value).__name__}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a tensor of one time, got the shape {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {value.dtype}: convert it, as in {name}.float()")
+    return value.reshape(1)
+
+
+def check_method(method: str | None, options: Mapping[str, Any] | None, event: bool = False) -> str:
+    """The method's name; raises ValueError if it or its options are not there. ``event``: the solve ends at one."""
     name = "dopri5" if method is None else method
     if name in METHODS:
-        _check_no_tolerances(name, rtol, atol)
-        _check_fixed_options(name, dict(options or {}))
+        _check_fixed_options(name, dict(options or {}), ("max_num_steps",) if event else ())
     elif name in ADAPTIVE:
         _check_names(name, dict(options or {}), ADAPTIVE_OPTIONS)
-    elif name in LIBRARY_METHODS:
+    elif name in LIBRARY_METHODS or name in NEWER_METHODS:
+        release = "" if name in LIBRARY_METHODS else " of a release that has it"
         raise ValueError(
             f"method {name!r} is implicit or has several steps, for which there is no discrete adjoint here: call "
-            f"torchdiffeq.odeint or torchdiffeq.odeint_adjoint, or choose one of {', '.join((*METHODS, *ADAPTIVE))}"
+            f"torchdiffeq.odeint or torchdiffeq.odeint_adjoint{release}, or choose one of "
+            f"{', '.join((*METHODS, *ADAPTIVE))}"
         )
     else:
         raise unknown_method(name)
@@ -100,15 +130,6 @@ def check_method(method: str | None, rtol: Any, atol: Any, options: Mapping[str,
 def unknown_method(name: object) -> ValueError:
     """The error that a user should see for a method that there is not."""
     return ValueError(f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
-
-
-def _check_no_tolerances(name: str, rtol: Any, atol: Any) -> None:
-    for label, value, default in (("rtol", rtol, RTOL), ("atol", atol, ATOL)):
-        if not (isinstance(value, int | float) and value == default):
-            raise ValueError(
-                f"{label}={value} has no effect on the fixed steps of {name!r}: set options={{'step_size': ...}}, or "
-                f"choose one of {', '.join(ADAPTIVE)}"
-            )
 
 
 def _check_names(name: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
@@ -202,8 +223,8 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _check_fixed_options(name: str, options: dict[str, Any]) -> None:
-    _check_names(name, options, FIXED_OPTIONS)
+def _check_fixed_options(name: str, options: dict[str, Any], more: tuple[str, ...]) -> None:
+    _check_names(name, options, (*FIXED_OPTIONS, *more))
     step_size, constructor = options.get("step_size"), options.get("grid_constructor")
     if step_size is not None and constructor is not None:
         raise ValueError("options 'step_size' and 'grid_constructor' exclude each other: give one of them")
@@ -267,3 +288,36 @@ def _kinds(y0: Any) -> str:
     if isinstance(y0, tuple):
         return f"a tuple of {[type(part).__name__ for part in y0]}"
     return f"a {type(y0).__name__}"
+
+
+def check_adjoint(given: Mapping[str, Any], params: Any, adjoint_params: Any) -> Any:
+    """The params: torchdiffeq's ``adjoint_params`` are the same by another name.
+
+    Warns, once, of arguments of the second ODE that ``odeint_adjoint`` solves backwards. Raises ValueError for two
+    answers to one question, and TypeError for arguments that there are not.
+    """
+    unknown = [name for name in given if name not in ADJOINT]
+    if unknown:
+        raise TypeError(f"there is no argument {unknown[0]!r}: see odeint_dto for those that there are")
+    if params is not None and adjoint_params is not None:
+        raise ValueError("params and adjoint_params are two names of one argument: give one of them")
+    idle = [name for name, value in given.items() if value is not None]
+    if idle:
+        warnings.warn(
+            f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: no second ODE is solved backwards "
+            "here, and the gradient is that of the discrete solve, by rtol, atol, method and options",
+            stacklevel=4,
+        )
+    return params if adjoint_params is None else adjoint_params
+
+
+ADJOINT = ("adjoint_rtol", "adjoint_atol", "adjoint_method", "adjoint_options")
+ADJOINT_CALLBACKS = ("callback_step_adjoint", "callback_accept_step_adjoint", "callback_reject_step_adjoint")
+
+
+def check_args(args: Any) -> tuple[Any, ...]:
+    """The extra arguments of func; raises TypeError for what is no tuple."""
+    if not isinstance(args, tuple):
+        given = "a tensor" if isinstance(args, Tensor) else f"a {type(args).__name__}"
+        raise TypeError(f"args must be a tuple of what func takes after t and y, got {given}: write args=(value,)")
+    return args

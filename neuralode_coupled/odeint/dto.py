@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuralode_coupled._substitution import check_no_sample_gradients
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint import Stats
-from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints, Memory, check_checkpoints, check_memory
-from neuralode_coupled.adjoint.engine import stacked
-from neuralode_coupled.odeint.accepted import AdaptiveSolve
-from neuralode_coupled.odeint.arguments import (
-    ATOL,
-    RTOL,
-    adaptive_options,
-    check_finite,
-    check_grid,
-    check_method,
-    check_state,
-    check_step_size,
-    check_times,
-    check_tolerance,
-)
-from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.fixed import Announce, FixedSteps, equal_steps, make_grid
-from neuralode_coupled.runge_kutta import METHODS, tableau
-
-Tolerance = float | Tensor | tuple[float, ...]
+from neuralode_coupled.adjoint import ReversibleAdjoint
+from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints
+from neuralode_coupled.odeint.arguments import ATOL, RTOL, check_finite, check_times
+from neuralode_coupled.odeint.backtracked import backtracked
+from neuralode_coupled.odeint.events import solve_until
+from neuralode_coupled.odeint.request import Request, Tolerance
+from neuralode_coupled.odeint.solves import accepted, by_tolerances, grid_points, on_grid
 
 
 def odeint_dto(
@@ -44,10 +28,17 @@ def odeint_dto(
     atol: Tolerance = ATOL,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
-    event_fn: None = None,
+    event_fn: Callable[..., Tensor] | None = None,
+    args: tuple[Any, ...] = (),
     checkpoints: Checkpoints = "auto",
     memory: float = MEMORY,
     params: Iterable[Tensor] | None = None,
+    adjoint: ReversibleAdjoint | None = None,
+    adjoint_rtol: Tolerance | None = None,
+    adjoint_atol: Tolerance | None = None,
+    adjoint_method: str | None = None,
+    adjoint_options: Mapping[str, Any] | None = None,
+    adjoint_params: Iterable[Tensor] | None = None,
 ) -> Any:
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
 
@@ -58,8 +49,8 @@ def odeint_dto(
     Cost: one more evaluation, in the backward pass, of each accepted step whose graph was not kept, and another of the
     earlier parts of an adaptive step of more than four stages whose graph does not fit into ``memory``. Memory: that,
     one state for each other step (or ``checkpoints`` states) and the graph of one step, or part of a step, besides the
-    outputs. Gradients of any order (those above the first store the unrolled
-    graph); ``torch.func`` transforms with the fixed-grid methods.
+    outputs. Gradients of any order (those above the first store the unrolled graph); ``torch.func`` transforms with the
+    fixed-grid methods. With ``event_fn`` neither: first derivatives alone, and no transforms.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
     ``"rk4_classic"``): the grid is ``t``, or what ``options`` make of it: ``step_size``, or
@@ -79,17 +70,28 @@ def odeint_dto(
     end at a time of ``step_t`` or ``jump_t``: that end stays. During the forward pass every accepted state is held,
     whatever ``checkpoints`` is.
 
+    *Up to an event*, as ``torchdiffeq.odeint`` with ``event_fn``: from t[0] in the direction of t[1], which says
+    nothing else, until ``event_fn(t, y)`` becomes 0. What comes back is ``(event_t, solution)``, the solution at t[0]
+    and at the event. The gradient of ``event_t`` is exact; that of ``solution`` is the one at a time that is held
+    fixed, which is what ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with
+    the event call `odeint_event`, which also says what an event is. A fixed-step method takes steps of ``step_size``,
+    without ``perturb``; ``max_num_steps`` is an option of every method then, 20,000 by default.
+
     Args:
         func: ``func(t, y) -> dy/dt``, a module or any callable, on a scalar tensor ``t`` of y's real dtype. It must
             keep the state's structure, shapes and dtype. Its ``callback_step``, ``callback_accept_step`` and
-            ``callback_reject_step`` are called in the forward pass as torchdiffeq calls them.
+            ``callback_reject_step`` are called in the forward pass as torchdiffeq calls them. With ``args`` it is
+            ``func(t, y, *args)``.
         y0: the initial state, a tensor or a tuple of tensors of any shapes; one floating or complex dtype, one device.
         t: (times,), floating, strictly increasing or decreasing; on the CPU it makes no device wait.
-        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0.
+        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0. A
+            fixed grid ignores it, as in torchdiffeq.
         atol: the absolute tolerance, likewise.
         method: its name.
         options: those of the method, see above.
-        event_fn: not supported.
+        event_fn: ends the solve, see above; t then holds two times.
+        args: what func takes besides, a tuple, constant over the solve. Gradients flow to the tensors in it, and in
+            tuples, lists and dicts there, whatever ``params`` are.
         checkpoints: ``"auto"`` to keep the graphs of as many steps as fit into ``memory``. Or how many states to keep
             for the backward pass, and no graphs: None for every step's, ``m`` for the recomputation schedule with the
             fewest steps, 1 for y0 alone.
@@ -99,112 +101,78 @@ def odeint_dto(
             the tensors there that require gradients, and what else the first evaluation of each solve is seen to use;
             a tensor that a later step alone uses, and that was in none of these places, is an error of the backward
             pass.
+        adjoint: `ReversibleAdjoint` to solve by its reversible scheme on the steps that an adaptive method accepts.
+            Then nothing is kept between the passes but the final states and the lengths of the steps, so memory does
+            not grow with their number. Steps end at all t, which must not require gradients. It takes two further
+            evaluations a stage in each pass. The solution is another one within the tolerances; one that is more than
+            100 of them away is an error, as the scheme is unstable for what decays fast, and so are more steps than its
+            coupling can be traced back through, see there.
+        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of the second ODE that torchdiffeq's
+            ``odeint_adjoint`` solves. There is none here: they have no effect, of which a warning tells.
+        adjoint_params: another name of ``params``, which means what it means there: gradients flow to these, and to no
+            others.
 
     Returns:
-        The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors.
+        The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors. With ``event_fn``
+        the event's time, a scalar tensor of t's dtype, and (2, *shape of y0) or a tuple.
 
     Raises:
-        TypeError: for a y0 or t that is not floating, mixed dtypes, options and tolerances that are no numbers, or func
-            returning another structure or dtype.
+        TypeError: for a y0 or t that is not floating, mixed dtypes, options and tolerances that are no numbers,
+            ``args`` that are no tuple, or func returning another structure or dtype; and as `odeint_event` does.
         ValueError: for unknown methods and options, values of options that are out of range, tolerances that are
-            negative or not finite, do not fit y0 or stand beside a fixed grid, times (of t, of options, of a
-            constructed grid) that are not finite or out of order, ``checkpoints`` below 1, ``memory`` that is negative
-            or not finite, ``event_fn``, func returning other shapes, a step size that underflows, a state that is not
-            finite (on a fixed grid it is looked for on the CPU only, where that costs no waiting), random numbers drawn
-            by func in an adaptive solve with gradients, or an adaptive solve inside of ``torch.func`` transforms.
+            negative or not finite, or do not fit y0, times (of t, of options, of a constructed grid) that are not
+            finite or out of order, ``checkpoints`` below 1, ``memory`` that is negative or not finite, params under two
+            names, func returning other shapes, a step size that underflows, a state that is not finite (on a fixed grid
+            it is looked for on the CPU only, where that costs no waiting), random numbers drawn by func in a solve with
+            gradients that is adaptive or has an event, one of these inside of ``torch.func`` transforms, or ``adjoint``
+            where it does not belong or its scheme is unstable; and as `odeint_event` does.
     """
+    request = Request.checked(
+        func,
+        y0,
+        rtol=rtol,
+        atol=atol,
+        method=method,
+        options=options,
+        args=args,
+        event=event_fn is not None,
+        checkpoints=checkpoints,
+        memory=memory,
+        params=params,
+        adjoint=adjoint,
+        adjoint_rtol=adjoint_rtol,
+        adjoint_atol=adjoint_atol,
+        adjoint_method=adjoint_method,
+        adjoint_options=adjoint_options,
+        adjoint_params=adjoint_params,
+    )
     if event_fn is not None:
-        raise ValueError("odeint_dto has no event handling: call torchdiffeq.odeint_event, or odeint with event_fn")
-    check_checkpoints(checkpoints)
-    check_memory(memory)
-    kept = Memory(checkpoints, graphs=memory)
-    name = check_method(method, rtol, atol, options)
+        return _until_eagerly(request, t, event_fn)
     # The loop of an adaptive method decides by numbers: torch.compile breaks its graph here rather than in every step.
-    solved = _solved_eagerly if torch.compiler.is_compiling() and name not in METHODS else _solved
-    return solved(func, y0, t, name, (rtol, atol), dict(options or {}), kept, params)
+    return (_solved_eagerly if torch.compiler.is_compiling() and not request.on_grid else _solved)(request, t)
 
 
-def _solved(
-    func: Callable[..., Any],
-    y0: Tensor | State,
-    t: Tensor,
-    name: str,
-    tolerances: tuple[Tolerance, Tolerance],
-    options: dict[str, Any],
-    memory: Memory,
-    params: Iterable[Tensor] | None,
-) -> Any:
-    state, times = check_state(y0), check_times(t)
-    is_tuple = isinstance(y0, tuple)
-    dynamics = Dynamics(func, is_tuple, params)
-    check_no_sample_gradients(dynamics.module)
-    given = zip(("rtol", "atol"), tolerances, strict=True)
-    rtol, atol = [check_tolerance(label, value, state, is_tuple) for label, value in given]
+def _solved(request: Request, t: Tensor) -> Any:
+    state, times = request.state(), check_times(t)
+    dynamics = request.dynamics()
+    request.bounds(state)
     if len(times) == 1:
         outputs = tuple([part[None] for part in state])
-    elif name in METHODS:
-        outputs = _fixed(_fixed_steps(dynamics, func, y0, t, times, name, options), state, memory)
+    elif request.on_grid:
+        outputs = on_grid(request, dynamics, state, t, grid_points(request, t, times))
+    elif request.adjoint is not None:
+        outputs = backtracked(by_tolerances(request, dynamics, state, t, times), request.adjoint)
     else:
-        chosen, at = adaptive_options(options, is_tuple), t.to(state[0].device)
-        solve = AdaptiveSolve(dynamics, func, is_tuple, state, at, times, name, rtol, atol, chosen)
-        outputs = _adaptive(solve, memory)
+        outputs = accepted(by_tolerances(request, dynamics, state, t, times), request.memory)
     if tracing() != "transform":
         check_finite(outputs, times)
-    return outputs if is_tuple else outputs[0]
+    return request.whole(outputs)
+
+
+def _until(request: Request, t: Tensor, event_fn: Callable[..., Any]) -> tuple[Tensor, Any]:
+    found = solve_until(request, t, event_fn)
+    return found.event_time(), request.whole(found.states)
 
 
 _solved_eagerly: Any = torch.compiler.disable(_solved)
-
-
-def _fixed_steps(
-    dynamics: Dynamics,
-    func: Callable[..., Any],
-    y0: Tensor | State,
-    t: Tensor,
-    times: list[float],
-    name: str,
-    options: dict[str, Any],
-) -> FixedSteps:
-    points, like = t, (y0[0] if isinstance(y0, tuple) else y0)
-    if options.get("step_size") is not None:
-        points = equal_steps(t, check_step_size(options["step_size"], times))
-    elif options.get("grid_constructor") is not None:
-        points = check_grid(options["grid_constructor"](func, y0, t), times)
-    for callback in ("callback_accept_step", "callback_reject_step"):
-        if hasattr(func, callback):
-            warnings.warn(f"method {name!r} accepts every step: {callback} is not called", stacklevel=4)
-    return FixedSteps(
-        dynamics,
-        make_grid(t, points, like),
-        tableau(name),
-        like,
-        options.get("interp", "linear"),
-        bool(options.get("perturb", False)),
-        _announce(func, isinstance(y0, tuple)),
-    )
-
-
-def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
-    callback = getattr(func, "callback_step", None)
-    if callback is None:
-        return None
-    return lambda t, y, dt: callback(t, y if is_tuple else y[0], dt)
-
-
-def _fixed(steps: FixedSteps, y0: State, memory: Memory) -> State:
-    plan, operands = steps.discrete(y0)
-    # Where the user's params are all, and need no gradient, there is no graph, whatever func holds besides.
-    wanted = plan.overlooked is not None or any(x.requires_grad for x in operands.flatten())
-    graph = torch.is_grad_enabled() and (wanted or tracing() == "transform")
-    with torch.set_grad_enabled(graph):
-        return stacked(plan, operands, memory, len(y0))
-
-
-def _adaptive(solve: AdaptiveSolve, memory: Memory) -> State:
-    if tracing() == "transform":
-        raise ValueError(
-            "adaptive methods choose their steps by numbers, which torch.func transforms and forward-mode "
-            f"differentiation hide: choose one of {', '.join(METHODS)}"
-        )
-    plan, operands = solve.discrete(Stats(), memory)
-    return stacked(plan, operands, memory, len(solve.y0))
+_until_eagerly: Any = torch.compiler.disable(_until)

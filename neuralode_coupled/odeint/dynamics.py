@@ -25,6 +25,21 @@ from neuralode_coupled.field.reachable import captured
 Result = TypeVar("Result")
 
 
+class WithArgs:
+    """``func(t, y, *args)`` as a function of t and y, which holds the others as a closure does."""
+
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.func, self.args = func, args
+
+    def __call__(self, t: Tensor, y: Any) -> Any:
+        return self.func(t, y, *self.args)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments, and in tuples, lists and dicts there, that require a gradient."""
+        args = self.args
+        return captured(lambda: args)[1]
+
+
 class Dynamics:
     """``func`` on tuple states, with the tensors that gradients flow to handed in.
 

@@ -31,13 +31,20 @@ class AcceptedSteps:
         method: the coefficients.
         jumps: whether each step ends at a discontinuity.
         whole: whether the graph of a whole step may be there at a time.
+        sided: whether func sees the ends of a step from within.
     """
 
     def __init__(
-        self, dynamics: Dynamics, grid: Grid, method: Embedded, jumps: list[bool], whole: bool = False
+        self,
+        dynamics: Dynamics,
+        grid: Grid,
+        method: Embedded,
+        jumps: list[bool],
+        whole: bool = False,
+        sided: bool = True,
     ) -> None:
         self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
-        self._side = 1 if grid.length[0] > 0 else -1
+        self._side = (1 if grid.length[0] > 0 else -1) if sided else 0
         stages = method.method.stages
         self._parts = 1 if whole else -(-stages // TOGETHER)
         self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]

@@ -1,0 +1,118 @@
+"""torchdiffeq's ``odeint_event``: a solve up to an event, whose time and state both move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neuralode_coupled._types import State
+from neuralode_coupled.odeint.arguments import check_args, check_state, check_time
+from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.events import Event, solve_until
+from neuralode_coupled.odeint.linked import Found
+from neuralode_coupled.odeint.request import Request
+
+
+def odeint_event(
+    func: Callable[..., Any],
+    y0: Tensor | State,
+    t0: Tensor | float,
+    *,
+    event_fn: Callable[..., Tensor],
+    reverse_time: bool = False,
+    odeint_interface: Callable[..., Any] | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Any]:
+    """Solve ``dy/dt = func(t, y)`` from ``y(t0) = y0`` until ``event_fn(t, y)`` becomes 0.
+
+    A drop-in for ``torchdiffeq.odeint_event``. Both the time t* and the state at it have gradients, by the implicit
+    function theorem, for ``g = event_fn``:
+
+        dt* = -(dg/dy dy + dg/dp dp) / (dg/dt + dg/dy f),      dy* = dy + f dt*,
+
+    where dy is the exact gradient of the discrete solve at a time that is held fixed. It reaches y0, t0, what func
+    uses, and p: what event_fn uses, such as its parameters, which need not be in the state (in torchdiffeq they must).
+    There are first derivatives only; a second one is an error.
+
+    *What an event is.* With several numbers in ``event_fn(t, y)`` the first of them to become 0 or to change its sign
+    is the event. It is looked for at the end of each accepted step, so two changes of sign of one number within one
+    step are missed: where that may be, bound the steps by ``options={"max_step": ...}``. Then it is found to rounding,
+    on the step's dense output (whatever ``atol`` is), and told at the end of its bracket at which it has come to hold.
+    That output is torchdiffeq's: for ``bosh3``, ``fehlberg2``, ``adaptive_heun`` and the fixed-step methods with
+    ``interp="linear"`` it is of a lower order than the steps.
+
+    *At the start.* An event that holds at ``t0`` already ends the solve there, by every method: t* is t0, and the
+    solution holds y0 twice. (torchdiffeq does so by its adaptive methods alone.) To go on after an event, move the
+    state off it before.
+
+    Args:
+        func: as in `odeint_dto`.
+        y0: likewise.
+        t0: the start, a floating tensor of one number, or a number, which is one of float64.
+        event_fn: ``event_fn(t, y)`` returns a real floating tensor, of any shape, that passes through 0 at the event.
+            It takes t and y as func does, without ``args``.
+        reverse_time: whether the event lies before t0.
+        odeint_interface: what solves, with ``event_fn`` in its arguments: `odeint_dto`, which is the default, or
+            torchdiffeq's ``odeint`` or ``odeint_adjoint``.
+        arguments: the others of `odeint_dto`, or of what solves. A fixed-step method needs
+            ``options={"step_size": ...}``.
+
+    Returns:
+        t*, a scalar tensor of t0's dtype, and the states at t0 and t*: (2, *shape of y0), or a tuple of such tensors.
+
+    Raises:
+        TypeError: as in `odeint_dto`, and for an event_fn that cannot be called or returns no real floating tensor.
+        ValueError: as in `odeint_dto`, and for values of event_fn that are not finite; for an event that has not come
+            after ``options={"max_num_steps": ...}`` steps, 20,000 by default, with the time up to which it was looked
+            for; and, in the backward pass, for one at which ``dg/dt + dg/dy f`` is 0.
+    """
+    start = check_time("t0", t0)
+    ahead = start.detach().abs().clamp(min=1.0)
+    t = torch.cat([start, start.detach() - ahead if reverse_time else start.detach() + ahead])
+    if odeint_interface is None or odeint_interface is odeint_dto:
+        return _ours(Request.checked(func, y0, event=True, **arguments), t, event_fn)
+    event_t, solution = odeint_interface(func, y0, t, event_fn=event_fn, **arguments)
+    args = check_args(arguments.get("args", ()))
+    return _linked(lambda at, y: func(at, y, *args), y0, t[0].item(), event_fn, event_t.detach(), solution)
+
+
+def _until(request: Request, t: Tensor, event_fn: Callable[..., Tensor]) -> tuple[Tensor, Any]:
+    return _moved(solve_until(request, t, event_fn), request.is_tuple)
+
+
+_ours: Any = torch.compiler.disable(_until)  # the search is by numbers
+
+
+def _linked(
+    func: Callable[..., Any],
+    y0: Tensor | State,
+    start: float,
+    event_fn: Callable[..., Tensor],
+    time: Tensor,
+    solution: Any,
+) -> tuple[Tensor, Any]:
+    """What another solver has found, which moves at a fixed time, made to move with the event."""
+    is_tuple = isinstance(y0, tuple)
+    event = Event(event_fn, is_tuple, start, check_state(y0))
+    states = solution if is_tuple else (solution,)
+    end = tuple([part[-1] for part in states])
+    at = time.item()
+    which = event.nearest(at, tuple([part.detach() for part in end])) if event.held is None else event.held
+
+    def slope(t: Tensor, y: State) -> State:
+        with torch.enable_grad():  # func may differentiate
+            leaves = tuple([part.detach().requires_grad_() for part in y])
+            found = func(t, leaves if is_tuple else leaves[0])
+        return tuple([part.detach() for part in (found if is_tuple else (found,))])
+
+    return _moved(Found(time, at, end, event.measure(which), slope, states), is_tuple)
+
+
+def _moved(found: Found, is_tuple: bool) -> tuple[Tensor, Any]:
+    event_t = found.event_time()
+    rows = zip(found.states, found.moved(event_t), strict=True)
+    solution = tuple([torch.cat([states[:-1], end[None]]) for states, end in rows])
+    return event_t, solution if is_tuple else solution[0]
