@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.utils.parametrize as parametrize  # its cache of values
@@ -31,6 +32,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import _checkpoint_hook
 from torchdiffeq._impl.odeint import SOLVERS
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
 __all__ = [
     "LIBRARY_METHODS",
     "UnknownError",
@@ -39,6 +43,8 @@ __all__ = [
     "arguments",
     "caches_parametrizations",
     "drops_out",
+    "eagerly",
+    "flattened",
     "graph_clock",
     "has_hooks",
     "keeps_graph",
@@ -234,3 +240,19 @@ def flattened(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a nest of containers that torch knows (registered pytrees), and what makes the nest of others."""
     leaves, structure = tree_flatten(nest)
     return leaves, lambda others: tree_unflatten(others, structure)
+
+
+def eagerly(run: Callable[P, Result]) -> Callable[P, Result]:
+    """A function that ``torch.compile`` leaves alone, and what it calls: it breaks its graph around it.
+
+    ``torch.compiler.disable`` itself imports the compiler, which takes seconds: here whoever compiles has done so.
+    """
+
+    @wraps(run)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            outside: Any = torch.compiler.disable(run)
+            return outside(*args, **kwargs)
+        return run(*args, **kwargs)
+
+    return called

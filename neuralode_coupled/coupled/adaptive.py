@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._times import TimeRow, joined, times_at
+from neuralode_coupled._torch import eagerly
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Memory, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
@@ -90,8 +91,7 @@ class Adaptive:
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
                 "fix its grid first, as by nc.with_steps(layer, 20, 'rk4'), and export nc.bake(model)"
             )
-        solved = _states_eagerly if torch.compiler.is_compiling() else _states
-        return solved(self, field, z0, wanted, adjoint)
+        return _solved(self, field, z0, wanted, adjoint)
 
     def _states(
         self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
@@ -222,8 +222,7 @@ class Adaptive:
 
 
 # Its loop decides by numbers: torch.compile breaks its graph around it rather than in every step.
-_states = Adaptive._states
-_states_eagerly: Any = torch.compiler.disable(_states)
+_solved = eagerly(Adaptive._states)
 
 
 class AdaptiveProblem:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._checks import shown
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import eagerly, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints
 from neuralode_coupled.odeint.arguments import ATOL, RTOL, check_finite, check_time, check_times
@@ -165,7 +165,7 @@ def _dense(request: Request, t: Tensor) -> DenseSolution:
     return DenseSolution((ends[0], ends[1]), times, degree, found, request.is_tuple)
 
 
-_eagerly: Any = torch.compiler.disable(_dense)
+_eagerly = eagerly(_dense)
 
 
 def _by_tolerances(

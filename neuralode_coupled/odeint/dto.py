@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import eagerly, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import ReversibleAdjoint
 from neuralode_coupled.adjoint.budget import MEMORY, Checkpoints
@@ -149,7 +148,7 @@ def odeint_dto(
     if event_fn is not None:
         return _until_eagerly(request, t, event_fn)
     # The loop of an adaptive method decides by numbers: torch.compile breaks its graph here rather than in every step.
-    return (_solved_eagerly if torch.compiler.is_compiling() and not request.on_grid else _solved)(request, t)
+    return (_solved if request.on_grid else _solved_eagerly)(request, t)
 
 
 def _solved(request: Request, t: Tensor) -> Any:
@@ -174,5 +173,5 @@ def _until(request: Request, t: Tensor, event_fn: Callable[..., Any]) -> tuple[T
     return found.event_time(), request.whole(found.states)
 
 
-_solved_eagerly: Any = torch.compiler.disable(_solved)
-_until_eagerly: Any = torch.compiler.disable(_until)
+_solved_eagerly = eagerly(_solved)
+_until_eagerly = eagerly(_until)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import eagerly
 from neuralode_coupled._types import State
 from neuralode_coupled.odeint.arguments import check_args, check_state, check_time
 from neuralode_coupled.odeint.dto import odeint_dto
@@ -83,7 +84,7 @@ def _until(request: Request, t: Tensor, event_fn: Callable[..., Tensor]) -> tupl
     return _moved(solve_until(request, t, event_fn), request.is_tuple)
 
 
-_ours: Any = torch.compiler.disable(_until)  # the search is by numbers
+_ours = eagerly(_until)  # the search is by numbers
 
 
 def _linked(

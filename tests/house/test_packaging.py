@@ -238,9 +238,9 @@ def test_a_package_that_is_there_and_broken_speaks_for_itself():
 
 
 def test_importing_the_package_loads_nothing_of_the_extras():
-    """Where they are installed. A broken torchvision must not break ``import neuralode_coupled``."""
+    """Where they are installed, nor the compiler. A broken torchvision must not break ``import neuralode_coupled``."""
     extras = ("matplotlib", "PIL", "pytorch_lightning", "rich", "typer", "torchvision", "torchdyn", "sklearn")
-    extras += ("tensorboard",)
+    extras += ("tensorboard", "torch._dynamo")  # the compiler takes seconds
     code = f"import sys, neuralode_coupled; print([name for name in {extras} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
