@@ -26,7 +26,7 @@ _NAMED = (
 )
 """The options that the name of a schedule tells, where they are not the defaults."""
 
-CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5")
+CHOICES = ("baseline", "node", "anode", "anodev2-1", "anodev2-2", "node@5", "anode@5", "untied")
 """Variants, with ``@steps`` where the steps are not the variant's own, in the order in which the tables need them."""
 
 

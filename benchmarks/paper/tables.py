@@ -137,7 +137,12 @@ def by_cell(runs: Sequence[Run]) -> dict[Cell, dict[int, Run]]:
 
 def difference(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Difference | None:
     """How much more accurate the first are, over the seeds that both have; None if they share none."""
-    gaps = [ours[seed].accuracy - theirs[seed].accuracy for seed in sorted(ours.keys() & theirs.keys())]
+    seeds = sorted(ours.keys() & theirs.keys())
+    return mean_difference([ours[seed].accuracy - theirs[seed].accuracy for seed in seeds])
+
+
+def mean_difference(gaps: Sequence[float]) -> Difference | None:
+    """The mean of paired differences with its interval; None where there are none."""
     if not gaps:
         return None
     count = len(gaps)

@@ -45,8 +45,11 @@ class Variant:
     adjoint: GradientMethod
 
 
+_UNTIED = 5
+
 VARIANTS: dict[str, Variant | None] = {
     "baseline": None,
+    "untied": None,
     "node": Variant(False, 2, None, lambda steps: Dirac(), ContinuousAdjoint()),
     "anode": Variant(False, 2, None, lambda steps: Dirac(), DiscreteAdjoint()),
     "anodev2-1": Variant(True, 5, None, lambda steps: Dirac(), DiscreteAdjoint()),
@@ -111,9 +114,10 @@ def build(
 
     Args:
         name: ``"alexnet"``, ``"resnet4"`` or ``"resnet10"``.
-        variant: ``"baseline"`` (residual blocks), ``"node"`` (q = 0, continuous adjoint), ``"anode"`` (q = 0, DTO),
-            ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"`` (weights evolve by 10
-            steps and are applied at 2).
+        variant: ``"baseline"`` (residual blocks), ``"untied"`` (``steps`` of them in a row for each ODE block, 5 by
+            default: the depth of an ODE block, with weights of their own), ``"node"`` (q = 0, continuous adjoint),
+            ``"anode"`` (q = 0, DTO), ``"anodev2-1"`` (weights evolve with the activations, 5 steps) or ``"anodev2-2"``
+            (weights evolve by 10 steps and are applied at 2).
         steps: the number of activation steps, in place of the variant's own.
         method: the method of the ODE blocks. With an adaptive one the normalisations have one set of statistics and
             parameters for all times, and not those of single steps.
@@ -150,7 +154,8 @@ def build(
         if dynamics is not None:
             branch = replace(branch, parts=dynamics)
         if chosen is None:
-            return Residual(branch(1))
+            count = 1 if variant == "baseline" else _UNTIED if steps is None else steps
+            return nn.Sequential(*[Residual(branch(1)) for _ in range(count)]) if count > 1 else Residual(branch(1))
         count = chosen.steps if steps is None else steps
         adaptive = method in ADAPTIVE
         q = Static() if not chosen.evolves else ReactionDiffusionAdvection() if evolution is None else evolution

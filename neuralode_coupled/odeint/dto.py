@@ -106,8 +106,11 @@ def odeint_dto(
             evaluations a stage in each pass. The solution is another one within the tolerances; one that is more than
             100 of them away is an error, as the scheme is unstable for what decays fast, and so are more steps than its
             coupling can be traced back through, see there.
-        adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of the second ODE that torchdiffeq's
-            ``odeint_adjoint`` solves. There is none here: they have no effect, of which a warning tells.
+        adjoint_rtol: that of the second ODE that torchdiffeq's ``odeint_adjoint`` solves. There is none here: it has no
+            effect, of which a warning tells.
+        adjoint_atol: likewise.
+        adjoint_method: likewise.
+        adjoint_options: likewise.
         adjoint_params: another name of ``params``, which means what it means there: gradients flow to these, and to no
             others.
 

@@ -28,7 +28,9 @@ class Experiment:
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
-    variant: str = field(default="anodev2-1", metadata={"help": "baseline, node, anode, anodev2-1 or anodev2-2."})
+    variant: str = field(
+        default="anodev2-1", metadata={"help": "baseline, untied, node, anode, anodev2-1 or anodev2-2."}
+    )
     data: str = field(
         default="digits",
         metadata={"help": "digits (embedded), cifar10 (downloaded) or folder (ROOT/{train,test}/CLASS/*)."},

@@ -10,7 +10,7 @@ from torch import nn
 import neuralode_coupled as nc
 from tests.helpers import oracle
 
-COUPLED = [variant for variant in nc.models.VARIANTS if variant != "baseline"]
+COUPLED = [variant for variant in nc.models.VARIANTS if nc.models.VARIANTS[variant] is not None]
 METHODS = ["euler", "midpoint", "rk4"]
 
 
@@ -43,6 +43,15 @@ def test_every_network_trains_in_every_variant(name, variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_untied_blocks_have_the_depth_of_an_ode_block_and_weights_of_their_own():
+    baseline, untied = (nc.models.build("resnet4", variant) for variant in ("baseline", "untied"))
+    block = _count(baseline[3])
+    assert _count(untied) - _count(baseline) == 4 * block
+    assert _count(nc.models.build("resnet4", "untied", steps=2)) - _count(baseline) == block
+    assert _count(nc.models.build("resnet4", "untied", steps=1)) == _count(baseline)
+    assert not nc.models.coupled_layers(untied)
+
+
 SEARCHED = (
     "norm-relu-conv-norm-relu-conv",
     "conv-norm-relu-conv-norm-relu",
@@ -56,7 +65,8 @@ SEARCHED = (
 @pytest.mark.parametrize("variant", list(nc.models.VARIANTS))
 def test_other_dynamics_have_no_more_parameters(dynamics, variant):
     own, other = (nc.models.build("resnet4", variant, dynamics=parts) for parts in (None, dynamics))
-    each_step = 0 if variant == "baseline" or "-norm" in dynamics else 64 * (other[3].grid.steps - 1)
+    same = nc.models.VARIANTS[variant] is None or "-norm" in dynamics
+    each_step = 0 if same else 64 * (other[3].grid.steps - 1)
     assert _count(own) - _count(other) == each_step
 
 
@@ -187,7 +197,7 @@ def test_evolution_is_what_tells_the_variants_apart():
         (("resnet5", "anode"), "unknown model 'resnet5': choose one of alexnet, resnet4, resnet10"),
         (
             ("resnet4", "anodev3"),
-            "unknown variant 'anodev3': choose one of baseline, node, anode, anodev2-1, anodev2-2",
+            "unknown variant 'anodev3': choose one of baseline, untied, node, anode, anodev2-1, anodev2-2",
         ),
     ],
 )
