@@ -29,6 +29,7 @@ from neuralode_coupled.evolution import (
     Static,
 )
 from neuralode_coupled.field import CoupledField, FlatField
+from neuralode_coupled.field.block import Block
 from neuralode_coupled.field.per_step import PerStep
 from neuralode_coupled.figures.progress_bars import progress
 from neuralode_coupled.kernels import (
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "Block",
     "Box",
     "ContinuousAdjoint",
     "ConvEvolution",

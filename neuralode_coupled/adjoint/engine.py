@@ -166,6 +166,7 @@ class _Forward:
             y, out = keeper.step(n, y) if keeper is not None and keeps else recording.step(n, y)
             if n == 0:
                 self._see_first()
+            recording.emitted(n, len(out))
             self._put(n, before)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
             for state in out:

@@ -79,7 +79,7 @@ class Plan:
 
     Attributes:
         step: one step.
-        emits: how many states each step emits.
+        emits: how many states each step emits. The forward pass corrects that where a step emits more than was known.
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
         module: whose train/eval flags a recomputation must reproduce.
         evaluations: how many evaluations of the dynamics each step makes.
