@@ -14,7 +14,8 @@ from neuralode_coupled.adjoint import (
     ReversibleAdjoint,
     Stats,
 )
-from neuralode_coupled.convert.coupling import couple
+from neuralode_coupled.convert.coupling import convertible, couple
+from neuralode_coupled.convert.plain import load_plain
 from neuralode_coupled.coupled.layer import CoupledODE, bake
 from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.coupled.solving import Solution, solve
@@ -82,8 +83,10 @@ __all__ = [
     "StepController",
     "TimeKernel",
     "bake",
+    "convertible",
     "couple",
     "kkt",
+    "load_plain",
     "models",
     "odeint_dto",
     "progress",

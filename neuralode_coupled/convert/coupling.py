@@ -17,6 +17,7 @@ from neuralode_coupled._checks import Times, check_model, choice, some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
+from neuralode_coupled.convert.plain import named_tensors, note, noted
 from neuralode_coupled.convert.residual import NotResidual, Residual, adds_around, taken_apart
 from neuralode_coupled.convert.row import Row, Run
 from neuralode_coupled.coupled.layer import CoupledODE
@@ -28,6 +29,10 @@ from neuralode_coupled.runge_kutta import ADAPTIVE
 Skip = Literal["auto", "inside", "around", "none"]
 BranchOf = Literal["residual", "block"] | nn.Module | Callable[[nn.Module], nn.Module]
 _Layer = Callable[[nn.Module], CoupledODE]
+_CONVERTED = "converted already"
+_LAYER = "a single layer"
+_LAYERS = "adds to what it makes of its input; modules inside of it can be converted"
+_BEHIND = ", behind what it makes of its input"
 _SHOWN = 20
 """So many names of submodules are shown in a message."""
 
@@ -110,6 +115,7 @@ def couple(
             matches otherwise). A target is a block that adds its input itself
             (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
+            ``"auto"`` are all that `convertible` finds.
         evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
             for in all targets together. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
@@ -149,7 +155,9 @@ def couple(
     """
     how = _How(skip, branch, outputs, together)
     how.check()
-    names = _checked(model, targets)
+    check_model(model)
+    names = _checked(model, _automatic(model, how) if _is_auto(model, targets) else targets)
+    before, earlier = named_tensors(model), noted(model)
     steps = 1 if steps is None and method not in ADAPTIVE else steps
     options = {
         "steps": steps,
@@ -174,9 +182,123 @@ def couple(
         return made
 
     if together:
-        return _converted_together(model, names, how, layer, by_pattern)
-    converted = _converted(model, names, how, layer, by_pattern)
-    return _settled(_replace(model, converted), list(converted.values()))
+        made = _converted_together(model, names, how, layer, by_pattern)
+    else:
+        converted = _converted(model, names, how, layer, by_pattern)
+        made = _settled(_replace(model, converted), list(converted.values()))
+    note(made, before, earlier)
+    return made
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module of a model, and whether `nc.couple` takes it.
+
+    Attributes:
+        name: of the module.
+        kind: ``"block"`` for one that adds its input itself, ``"branch"`` for one whose result the module around it
+            adds; empty for one that is neither.
+        reason: what was found: the stages of a block, or why it is none.
+    """
+
+    name: str
+    kind: Literal["block", "branch", ""]
+    reason: str
+
+
+class Candidates(tuple[Candidate, ...]):
+    """The rows of `nc.convertible`, which print as a table."""
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of those that can be converted."""
+        return [row.name for row in self if row.kind]
+
+    def __str__(self) -> str:
+        rows = [("name", "kind", "reason"), *[(row.name or "(the model)", row.kind or "-", row.reason) for row in self]]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+
+
+def convertible(model: nn.Module) -> Candidates:
+    """Which of a model's modules `nc.couple` can convert, found by tracing them; the model stays as it is.
+
+    No row lies inside of one that can be converted. Containers and single layers are no rows, unless the code
+    around them adds their input. A branch that changes the shape of the state by broadcasting shows in the first
+    forward pass of the converted model only.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A table, see `Candidates`: each row has ``name``, ``kind`` and ``reason``; ``print`` shows it.
+
+    Raises:
+        TypeError: if the model is not a module.
+    """
+    check_model(model)
+    rows: list[Candidate] = []
+    for name, module in model.named_modules():
+        closed = [row.name for row in rows if row.kind or row.reason == _CONVERTED if not row.reason.endswith(_BEHIND)]
+        if not any(_within(name, outer) for outer in closed):
+            row = _candidate(model, name, module)
+            rows += [] if row is None else [row]
+    return Candidates(_outermost(rows))
+
+
+def _outermost(rows: list[Candidate]) -> list[Candidate]:
+    """The rows, of which none that can be converted lies inside of another one.
+
+    A module that first makes something else of its input (as a whole network does) is one itself only where no module
+    inside of it is.
+    """
+    for row in reversed(list(rows)):
+        inside = [other for other in rows if other is not row and _within(other.name, row.name)]
+        if row.reason.endswith(_BEHIND):
+            if any(other.kind for other in inside):
+                rows[rows.index(row)] = Candidate(row.name, "", _LAYERS)
+            else:
+                rows = [other for other in rows if other not in inside]
+    return rows
+
+
+def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | None:
+    """The row of one module; None for one that nobody asks about."""
+    if isinstance(module, CoupledODE | CoupledEncoderLayer):
+        return Candidate(name, "", _CONVERTED)
+    if next(module.parameters(), None) is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None
+    own = type(module) is not nn.Sequential and any(True for _ in module.children())
+    with _put_back_on_failure(model):
+        try:
+            _checked(model, [name])
+            reason = "" if own else _LAYER
+            stages, found = 2 if isinstance(module, nn.TransformerEncoderLayer) else 0, []
+            if own and not stages:
+                found = taken_apart(module).stages
+                stages = sum(stage.branch is not None for stage in found)
+            if stages:
+                _check_no_hooks(module)
+                behind = _BEHIND if found and found[0].branch is None else ""
+                return Candidate(name, "block", f"{stages} residual branch{'es' * (stages > 1)}{behind}")
+        except ValueError as error:
+            reason = str(error).removeprefix(f"target {name!r}: ")
+    if name and _added_around(model, name):
+        return Candidate(name, "branch", "the code around it adds its input")
+    return Candidate(name, "", reason) if own else None
+
+
+def _is_auto(model: nn.Module, targets: str | Iterable[str]) -> bool:
+    return targets == "auto" and not any(name == "auto" for name, _ in model.named_modules())
+
+
+def _automatic(model: nn.Module, how: _How) -> list[str]:
+    """All targets that can be converted. Raises ValueError if there are none."""
+    found = convertible(model)
+    names = [row.name for row in found if row.kind == "block" or (row.kind and how.branch == "residual")]
+    if not names:
+        raise ValueError(f"targets='auto' finds nothing to convert; nc.convertible(model) says:\n{found}")
+    return names
 
 
 def _converted_together(
@@ -253,7 +375,6 @@ def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
 
 def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
-    check_model(model)
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(
