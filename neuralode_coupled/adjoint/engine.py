@@ -102,7 +102,8 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        if n < plan.count - memory.keep_last:
+        # What the last one tells is a side effect, which torch.compile does not take from inside of a checkpoint.
+        if n < plan.count - max(memory.keep_last, int(plan.more)):
             y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
         else:
             y, out = plan.step(*arguments)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neuralode_coupled._types import Activation, StageWeights
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.field import Block, CoupledField, tupled
-from neuralode_coupled.field.block import Whole
+from neuralode_coupled.field.block import Whole, structure_of
 
 Memo = dict[int, Any]
 """What stands in for an object in a copy, by the object's identity: `copy.deepcopy`'s."""
@@ -97,7 +97,8 @@ class BakedBlocks(nn.Sequential):
             z, block, result = step(z, *args, **kwargs)
         if block is None:
             return z
-        return tupled(block, z, tuple(result[1:]) if block.outputs == "last" and block.structure else None)
+        structure = structure_of(result)
+        return tupled(structure, z, tuple(result[1:]) if block.outputs == "last" and structure else None)
 
 
 class BakedBlockStep(BakedStep):

@@ -189,14 +189,16 @@ class CoupledODE(nn.Module):
         if not isinstance(block, Block):
             return self._solve(solve, z0, solve.last, args, kwargs)[0]
         discrete = isinstance(solve, OnGrid) and isinstance(self.adjoint, Backprop | DiscreteAdjoint)
-        further = Further() if block.outputs == "last" and discrete else None
+        further = Further(drop=block.outputs == "drop") if discrete else None
         z = self._solve(solve, z0, solve.last, args, kwargs, further)[0]
-        if block.structure is not None and block.outputs == "last" and further is None:
+        if further is not None:
+            return tupled(further.structure, z, further.join())
+        if block.structure is not None and block.outputs == "last":
             raise ValueError(
                 f"a {type(block.module).__name__} returns {block.structure[1]} values, and those behind the state are "
                 "there on a fixed grid with DiscreteAdjoint() or Backprop() alone: drop them by outputs='drop'"
             )
-        return tupled(block, z, None if further is None else further.join())
+        return tupled(block.structure, z, None)
 
     def trajectory(
         self, z0: Activation, t: Times, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -344,6 +344,7 @@ class GridProblem:
             stats=Stats(evaluations=steps * stages),
             listener=listener(steps),
             overlooked=self.stages.overlooked,
+            more=self._further is not None,
         )
 
     def _within(self, shared: State) -> Scheme:

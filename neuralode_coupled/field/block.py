@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._checks import choice
 from neuralode_coupled._substitution import DynamicsError
-from neuralode_coupled._torch import flattened
+from neuralode_coupled._torch import flattened, tracing
 from neuralode_coupled._types import Activation
 
 Outputs = Literal["last", "drop"]
@@ -50,6 +50,7 @@ class Block(nn.Module):
         module: the block.
         outputs: the choice.
         structure: the class and length of the tuple that the block returned at its last call; None for a tensor.
+            Inside of ``torch.compile`` it stays what it was.
 
     Raises:
         TypeError: if ``module`` is no module. A call raises it for a block that returns no state.
@@ -85,10 +86,8 @@ class Block(nn.Module):
     def state(self, result: Any, z: Activation) -> Tensor:
         """The state among what the block returns; notes the structure of the rest."""
         what = type(self.module).__name__
-        structure = None
         found = result
         if isinstance(result, tuple | list):
-            structure = type(result), len(result)
             found = result[0] if result else None
         if not isinstance(found, Tensor) or not found.is_floating_point():
             raise DynamicsTypeError(
@@ -100,8 +99,8 @@ class Block(nn.Module):
                 f"a block must keep the shape of its input: a {what} made {tuple(found.shape)} of {tuple(z.shape)}. "
                 "Leave this layer as it is, or name one that keeps the shape"
             )
-        if structure != self.structure:
-            self.structure = structure
+        if tracing() != "compile":
+            self.structure = structure_of(result)
         return found
 
 
@@ -125,28 +124,35 @@ class Further:
 
     Its tensors are outputs of the solve, through which gradients flow; the structure around them is kept here.
 
+    Args:
+        drop: whether nothing but the structure is wanted.
+
     Attributes:
         tensors: those outputs, once the solve is made.
+        structure: as that of `Block`, of the last step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, drop: bool = False) -> None:
+        self.structure: tuple[type, int] | None = None
+        self._drop = drop
         self.tensors: Sequence[Tensor] = ()
         self._leaves: list[Any] = []
         self._restore: Any = None
 
     def split(self, result: Any) -> list[Tensor]:
         """The tensors behind the state in what a block has returned."""
-        if not isinstance(result, tuple | list):
+        self.structure = structure_of(result)
+        if self._drop or not isinstance(result, tuple | list):
             return []
         self._leaves, self._restore = flattened(tuple(result[1:]))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self._leaves = [_HERE if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tensors
 
-    def join(self) -> tuple[Any, ...]:
-        """The same structure around the tensors that the solve returns; nothing where none was found."""
+    def join(self) -> tuple[Any, ...] | None:
+        """The same structure around the tensors that the solve returns; None where none was looked for."""
         if self._restore is None:
-            return ()
+            return None
         rest = iter(self.tensors)
         return self._restore([next(rest) if leaf is _HERE else leaf for leaf in self._leaves])
 
@@ -155,12 +161,17 @@ _HERE = object()
 """Stands for a tensor."""
 
 
-def tupled(block: Block, z: Tensor, further: tuple[Any, ...] | None) -> Any:
-    """The state as the block returns it: alone, or in front of what there is besides; None stands for what is
+def structure_of(result: Any) -> tuple[type, int] | None:
+    """The class and length of a tuple or list; None for others."""
+    return (type(result), len(result)) if isinstance(result, tuple | list) else None
+
+
+def tupled(structure: tuple[type, int] | None, z: Tensor, further: tuple[Any, ...] | None) -> Any:
+    """The state as a block returns it: alone, or in front of what there is besides; None stands for what is
     dropped."""
-    if block.structure is None:
+    if structure is None:
         return z
-    kind, length = block.structure
+    kind, length = structure
     rest = (None,) * (length - 1) if further is None else further
     return kind._make((z, *rest)) if hasattr(kind, "_make") else kind((z, *rest))  # type: ignore[attr-defined]
 

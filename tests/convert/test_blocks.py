@@ -359,3 +359,41 @@ def test_optional_inputs_of_a_block_that_was_taken_apart():
     torch.testing.assert_close(model(x, mask=None), original(x))
     with pytest.raises(ValueError, match=r"taken apart with mask=None.*branch='block'"):
         model(x, torch.ones(6))
+
+
+@pytest.mark.parametrize("outputs", ["last", "drop"])
+def test_compiled_with_outputs(outputs):
+    torch._dynamo.reset()
+    layer = nc.CoupledODE(nc.Block(Returns(lambda y, x: (x + y, y.softmax(-1))), outputs), steps=3, t=(0, 3))
+    x = torch.randn(5, 6, requires_grad=True)
+    results = [f(x) for f in (torch.compile(layer, fullgraph=True, backend="aot_eager"), layer)]
+    torch.testing.assert_close(*results)
+    assert results[0][1] is None if outputs == "drop" else results[0][1].requires_grad
+    losses = [sum(part.square().sum() for part in r if part is not None) for r in results]
+    torch.testing.assert_close(*[torch.autograd.grad(loss, x) for loss in losses])
+
+
+def test_further_outputs_have_a_double_backward_and_a_second_one():
+    block = Returns(lambda y, x: (x + y.tanh(), y.softmax(-1))).double()
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for adjoint in ADJOINTS[:4]:
+        z, weights = nc.CoupledODE(nc.Block(block), steps=3, t=(0, 3), adjoint=adjoint)(x)
+        value = z.square().sum() + weights.pow(3).sum()
+        once, twice = (torch.autograd.grad(value, x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(once, twice)
+        (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        found.append((once, torch.autograd.grad(slope.square().sum(), x)[0]))
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_decoder_layer_of_torch():
+    original = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True).eval()
+    x, memory = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    apart = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0")[0]
+    assert len(nc.models.coupled_layers(apart)) == 3
+    torch.testing.assert_close(apart(x, memory), original(x, memory))
+    whole = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0", branch="block")[0]
+    assert torch.equal(whole(x, memory, tgt_mask=mask), original(x, memory, tgt_mask=mask))
