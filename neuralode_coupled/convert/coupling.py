@@ -107,7 +107,7 @@ def couple(
     A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
     model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
     operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
-    pretrained weights before converting, because names in the state dict change.
+    pretrained weights before converting, or by `load_plain` afterwards, because names in the state dict change.
 
     Args:
         model: any module, in float32 or float64.

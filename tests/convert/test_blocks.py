@@ -397,3 +397,25 @@ def test_a_decoder_layer_of_torch():
     torch.testing.assert_close(apart(x, memory), original(x, memory))
     whole = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0", branch="block")[0]
     assert torch.equal(whole(x, memory, tgt_mask=mask), original(x, memory, tgt_mask=mask))
+
+
+@pytest.mark.parametrize("branch", ["residual", "block"])
+def test_blocks_with_outputs_are_baked_saved_loaded_and_put_on_other_grids(branch, tmp_path):
+    original = Attending().eval()
+    model = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0", nc.LinearEvolution("channels", 1), branch=branch)
+    for name, p in model.named_parameters():
+        if ".evolution." in name:
+            nn.init.normal_(p, std=0.1)
+    model = nc.with_steps(model, 3).eval()
+    x, c, scale = torch.randn(2, 4, 6), torch.randn(6), torch.randn(6)
+    expected = model[0](x, c, scale=scale)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (nc.bake(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        found = other[0](x, c, scale=scale)
+        torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-5)
+        assert found[2] is None
+    with torch.no_grad():
+        for p in original.parameters():
+            p.mul_(1.1)
+    once = nc.load_plain(nc.with_steps(model, 1), nn.ModuleList([original]).state_dict())
+    torch.testing.assert_close(once[0](x, c, scale=scale)[1], original(x, c, scale=scale)[1])
