@@ -24,6 +24,6 @@ class Block(nn.Module):
 
 x, angles = torch.randn(2, 7, 32), torch.arange(7.0)[:, None, None] * 10.0 ** -torch.arange(4)
 block, rotation = Block(), torch.polar(torch.ones_like(angles), angles)
-model = nc.couple(nn.ModuleList([block]), "0", branch="block", t=(0, 2), steps=2)
-assert torch.equal(model[0](x, rotation)[0], block(block(x, rotation)[0], rotation)[0])
+(looped,) = nc.couple(nn.ModuleList([block]), "0", branch="block", t=(0, 2), steps=2).children()
+assert torch.equal(looped(x, rotation)[0], block(block(x, rotation)[0], rotation)[0])
 print("two steps are two applications; the last one's keys and values are returned too")

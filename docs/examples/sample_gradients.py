@@ -7,12 +7,12 @@ from torch.func import functional_call, grad, vmap
 import neuralode_coupled as nc
 
 
-class Conditioned(nn.Linear):
-    def forward(self, z, c):
-        return torch.tanh(super().forward(torch.cat([z, c], -1)))
+class Conditioned(nn.Sequential):
+    def forward(self, input, *c):
+        return super().forward(torch.cat([input, *c], -1))
 
 
-layer = nc.CoupledODE(Conditioned(8 + 3, 8), nc.ReactionDiffusionAdvection(), steps=4)
+layer = nc.CoupledODE(Conditioned(nn.Linear(8 + 3, 8), nn.Tanh()), nc.ReactionDiffusionAdvection(), steps=4)
 parameters, z, c = dict(layer.named_parameters()), torch.randn(16, 8), torch.randn(16, 3)
 
 
