@@ -14,7 +14,8 @@ from neuralode_coupled.adjoint import (
     ReversibleAdjoint,
     Stats,
 )
-from neuralode_coupled.convert.coupling import couple
+from neuralode_coupled.convert.coupling import convertible, couple
+from neuralode_coupled.convert.plain import load_plain
 from neuralode_coupled.coupled.layer import CoupledODE, bake
 from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.coupled.solving import Solution, solve
@@ -29,6 +30,7 @@ from neuralode_coupled.evolution import (
     Static,
 )
 from neuralode_coupled.field import CoupledField, FlatField
+from neuralode_coupled.field.block import Block
 from neuralode_coupled.field.per_step import PerStep
 from neuralode_coupled.figures.progress_bars import progress
 from neuralode_coupled.kernels import (
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "Block",
     "Box",
     "ContinuousAdjoint",
     "ConvEvolution",
@@ -83,8 +86,10 @@ __all__ = [
     "StepController",
     "TimeKernel",
     "bake",
+    "convertible",
     "couple",
     "kkt",
+    "load_plain",
     "models",
     "odeint_dense",
     "odeint_dto",

@@ -102,7 +102,8 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        if n < plan.count - memory.keep_last:
+        # What the last one tells is a side effect, which torch.compile does not take from inside of a checkpoint.
+        if n < plan.count - max(memory.keep_last, int(plan.more)):
             y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
         else:
             y, out = plan.step(*arguments)
@@ -166,6 +167,7 @@ class _Forward:
             y, out = keeper.step(n, y) if keeper is not None and keeps else recording.step(n, y)
             if n == 0:
                 self._see_first()
+            recording.emitted(n, len(out))
             self._put(n, before)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
             for state in out:

@@ -79,7 +79,7 @@ class Plan:
 
     Attributes:
         step: one step.
-        emits: how many states each step emits.
+        emits: how many states each step emits. The forward pass corrects that where there are ``more``.
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
         module: whose train/eval flags a recomputation must reproduce.
         evaluations: how many evaluations of the dynamics each step makes.
@@ -95,6 +95,7 @@ class Plan:
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
             pass to the backward pass. Between its parts the state may have more tensors than y0.
         kept: the graphs of the first steps, where making the plan has made them already.
+        more: whether the last step may emit more states than ``emits`` says, and tells somebody of their structure.
         count: the number of steps.
     """
 
@@ -111,6 +112,7 @@ class Plan:
     observed: bool = False
     parts: int = 1
     kept: tuple[Kept, ...] = ()
+    more: bool = False
     count: int = field(init=False)
 
     def __post_init__(self) -> None:

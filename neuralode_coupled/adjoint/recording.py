@@ -59,6 +59,12 @@ class Recording:
 
         return self.recorded(n, y, run)
 
+    def emitted(self, n: int, count: int) -> None:
+        """Step ``n`` has emitted so many states, which may be more than the plan knew: a block's other outputs."""
+        emits = self.plan.emits
+        if count != emits[n]:
+            self.plan = replace(self.plan, emits=(*emits[:n], count, *emits[n + 1 :]))
+
     def recorded(self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = ()) -> Result:
         """Step ``n`` as ``run`` makes it; with its graph where ``leaves`` are given, which it is computed on."""
         self.plan.begin(n, y)

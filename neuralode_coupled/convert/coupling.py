@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -17,19 +17,52 @@ from neuralode_coupled._checks import Times, check_model, choice, some
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
-from neuralode_coupled.convert.residual import NotResidual, Stage, adds_around, stages
+from neuralode_coupled.convert.plain import named_tensors, note, noted
+from neuralode_coupled.convert.residual import NotResidual, Residual, adds_around, taken_apart
+from neuralode_coupled.convert.row import Row, Run
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.field import ByPattern, Evolution, Evolve
+from neuralode_coupled.field import Block, Branch, ByPattern, Evolution, Evolve, Outputs
 from neuralode_coupled.field.per_step import PerStep
 from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import ADAPTIVE
 
 Skip = Literal["auto", "inside", "around", "none"]
+BranchOf = Literal["residual", "block"] | nn.Module | Callable[[nn.Module], nn.Module]
 _Layer = Callable[[nn.Module], CoupledODE]
+_CONVERTED = "converted already"
+_LAYER = "a single layer"
+_LAYERS = "adds to what it makes of its input; modules inside of it can be converted"
+_BEHIND = ", behind what it makes of its input"
 _SHOWN = 20
 """So many names of submodules are shown in a message."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How targets are taken; see `couple`."""
+
+    skip: Skip
+    branch: BranchOf
+    outputs: Outputs
+    together: bool
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError for what cannot be meant."""
+        choice("skip", self.skip, get_args(Skip))
+        choice("outputs", self.outputs, get_args(Outputs))
+        if isinstance(self.branch, str):
+            choice("branch", self.branch, ("residual", "block"))
+        elif not callable(self.branch):
+            raise TypeError(
+                f"branch must be 'residual', 'block', a module f(z, ...), or a function of the target that gives one, "
+                f"got {self.branch!r}"
+            )
+        if self.branch != "residual" and self.skip != "auto":
+            raise ValueError(f"skip={self.skip!r} is about branch='residual': leave it out with another branch")
+        if self.together and self.branch != "block":
+            raise ValueError("together=True makes one block of several: it goes with branch='block'")
 
 
 class AddedAround(nn.Module):
@@ -43,31 +76,9 @@ class AddedAround(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, z: Activation) -> Activation:
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
         """What is to be added to z, of its shape."""
-        return self.layer(z) - z
-
-
-class WithoutInput(nn.Module):
-    """``f(z) - z``: the vector field of which one Euler step of length one is the plain layer f itself.
-
-    Args:
-        module: f, which keeps the shape of z.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, z: Activation) -> Activation:
-        """The slope, of the shape of z."""
-        result = self.module(z)
-        if result.shape != z.shape:
-            raise ValueError(
-                f"a plain layer must keep the shape of its input: it made {tuple(result.shape)} of it. Leave this "
-                "layer as it is, or name one that keeps the shape"
-            )
-        return result - z
+        return self.layer(z, *args, **kwargs) - z
 
 
 def couple(
@@ -86,6 +97,9 @@ def couple(
     adjoint: GradientMethod | None = None,
     evolve: Evolve = None,
     skip: Skip = "auto",
+    branch: BranchOf = "residual",
+    outputs: Outputs = "last",
+    together: bool = False,
     per_step: bool = True,
 ) -> nn.Module:
     """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
@@ -93,7 +107,7 @@ def couple(
     A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
     model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
     operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
-    pretrained weights before converting, because names in the state dict change.
+    pretrained weights before converting, or by `load_plain` afterwards, because names in the state dict change.
 
     Args:
         model: any module, in float32 or float64.
@@ -101,6 +115,7 @@ def couple(
             matches otherwise). A target is a block that adds its input itself
             (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
             a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
+            ``"auto"`` are all that `convertible` finds.
         evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
             for in all targets together. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
@@ -116,6 +131,14 @@ def couple(
         skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
             plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` finds out
             between the first two by tracing the code.
+        branch: what f is. ``"residual"``: the branches that a target adds to its state, found by tracing. ``"block"``:
+            all of the target but its input, so that Euler's method with ``t=(0, N)``, ``steps=N`` applies it N times,
+            see `Block`. Or f itself: a module, or a function of the target that gives one. Names of parameters of a
+            block, and of a given f, begin with ``module.``.
+        outputs: of a target that returns a tuple with the state in front, what stands behind it: ``"last"``, as the
+            last step returned it, or ``"drop"``, None in every place.
+        together: make one block of all targets, which are consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
+            and get the same inputs: the first one's place takes the layer, the others are removed.
         per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. Without
             it all steps share one; general-purpose solvers need that.
 
@@ -123,14 +146,18 @@ def couple(
         The model.
 
     Raises:
-        TypeError: if the model is not a module, or the targets are not names.
-        ValueError: for targets that match nothing, are not residual (what was found is said), take more than one
-            input, change their input in place, do something besides adding (hooks on them, what their code sets or
-            changes without returning it), are scripted, are converted already or lie inside of each other, models in
-            half precision, an unknown ``skip``, and as `CoupledODE`. The model is then as it was. A branch that changes
-            the shape shows in the first forward pass.
+        TypeError: if the model is not a module, the targets are not names, or ``branch`` is none.
+        ValueError: for targets that match nothing, are not residual (what was found is said), or not consecutive where
+            they are taken together, change their input in place, do something besides adding (hooks on them, what their
+            code sets or changes without returning it), are scripted, are converted already or lie inside of each other,
+            models in half precision, an unknown ``skip``, ``branch`` or ``outputs``, and as `CoupledODE`. The model is
+            then as it was. A branch or block that changes the shape shows in the first forward pass.
     """
-    names = _checked(model, targets, skip)
+    how = _How(skip, branch, outputs, together)
+    how.check()
+    check_model(model)
+    names = _checked(model, _automatic(model, how) if _is_auto(model, targets) else targets)
+    before, earlier = named_tensors(model), noted(model)
     steps = 1 if steps is None and method not in ADAPTIVE else steps
     options = {
         "steps": steps,
@@ -154,12 +181,155 @@ def couple(
         made.training = branch.training
         return made
 
-    converted = _converted(model, names, skip, layer, by_pattern)
-    return _settled(_replace(model, converted), list(converted.values()))
+    if together:
+        made = _converted_together(model, names, how, layer, by_pattern)
+    else:
+        converted = _converted(model, names, how, layer, by_pattern)
+        made = _settled(_replace(model, converted), list(converted.values()))
+    note(made, before, earlier)
+    return made
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module of a model, and whether `nc.couple` takes it.
+
+    Attributes:
+        name: of the module.
+        kind: ``"block"`` for one that adds its input itself, ``"branch"`` for one whose result the module around it
+            adds; empty for one that is neither.
+        reason: what was found: the stages of a block, or why it is none.
+    """
+
+    name: str
+    kind: Literal["block", "branch", ""]
+    reason: str
+
+
+class Candidates(tuple[Candidate, ...]):
+    """The rows of `nc.convertible`, which print as a table."""
+
+    @property
+    def targets(self) -> list[str]:
+        """The names of those that can be converted."""
+        return [row.name for row in self if row.kind]
+
+    def __str__(self) -> str:
+        rows = [("name", "kind", "reason"), *[(row.name or "(the model)", row.kind or "-", row.reason) for row in self]]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+
+
+def convertible(model: nn.Module) -> Candidates:
+    """Which of a model's modules `nc.couple` can convert, found by tracing them; the model stays as it is.
+
+    No row lies inside of one that can be converted. Containers and single layers are no rows, unless the code
+    around them adds their input. A branch that changes the shape of the state by broadcasting shows in the first
+    forward pass of the converted model only.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A table, see `Candidates`: each row has ``name``, ``kind`` and ``reason``; ``print`` shows it.
+
+    Raises:
+        TypeError: if the model is not a module.
+    """
+    check_model(model)
+    rows: list[Candidate] = []
+    for name, module in model.named_modules():
+        closed = [row.name for row in rows if row.kind or row.reason == _CONVERTED if not row.reason.endswith(_BEHIND)]
+        if not any(_within(name, outer) for outer in closed):
+            row = _candidate(model, name, module)
+            rows += [] if row is None else [row]
+    return Candidates(_outermost(rows))
+
+
+def _outermost(rows: list[Candidate]) -> list[Candidate]:
+    """The rows, of which none that can be converted lies inside of another one.
+
+    A module that first makes something else of its input (as a whole network does) is one itself only where no module
+    inside of it is.
+    """
+    for row in reversed(list(rows)):
+        inside = [other for other in rows if other is not row and _within(other.name, row.name)]
+        if row.reason.endswith(_BEHIND):
+            if any(other.kind for other in inside):
+                rows[rows.index(row)] = Candidate(row.name, "", _LAYERS)
+            else:
+                rows = [other for other in rows if other not in inside]
+    return rows
+
+
+def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | None:
+    """The row of one module; None for one that nobody asks about."""
+    if isinstance(module, CoupledODE | CoupledEncoderLayer):
+        return Candidate(name, "", _CONVERTED)
+    if next(module.parameters(), None) is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return None
+    own = type(module) is not nn.Sequential and any(True for _ in module.children())
+    with _put_back_on_failure(model):
+        try:
+            _checked(model, [name])
+            reason = "" if own else _LAYER
+            stages, found = 2 if isinstance(module, nn.TransformerEncoderLayer) else 0, []
+            if own and not stages:
+                found = taken_apart(module).stages
+                stages = sum(stage.branch is not None for stage in found)
+            if stages:
+                _check_no_hooks(module)
+                behind = _BEHIND if found and found[0].branch is None else ""
+                return Candidate(name, "block", f"{stages} residual branch{'es' * (stages > 1)}{behind}")
+        except ValueError as error:
+            reason = str(error).removeprefix(f"target {name!r}: ")
+    if name and _added_around(model, name):
+        return Candidate(name, "branch", "the code around it adds its input")
+    return Candidate(name, "", reason) if own else None
+
+
+def _is_auto(model: nn.Module, targets: str | Iterable[str]) -> bool:
+    return targets == "auto" and not any(name == "auto" for name, _ in model.named_modules())
+
+
+def _automatic(model: nn.Module, how: _How) -> list[str]:
+    """All targets that can be converted. Raises ValueError if there are none."""
+    found = convertible(model)
+    names = [row.name for row in found if row.kind == "block" or (row.kind and how.branch == "residual")]
+    if not names:
+        raise ValueError(f"targets='auto' finds nothing to convert; nc.convertible(model) says:\n{found}")
+    return names
+
+
+def _converted_together(
+    model: nn.Module, names: list[str], how: _How, layer: _Layer, by_pattern: ByPattern | None
+) -> nn.Module:
+    """The model with one looped block in the place of several consecutive ones."""
+    parent = names[0].rpartition(".")[0]
+    holder = model.get_submodule(parent)
+    keys = list(holder._modules)
+    places = [keys.index(name.rpartition(".")[2]) for name in names if name.rpartition(".")[0] == parent]
+    row = isinstance(holder, nn.Sequential | nn.ModuleList) and len(places) == len(names)
+    if not row or places != list(range(places[0], places[0] + len(names))):
+        raise ValueError(
+            f"together=True takes consecutive blocks of one nn.Sequential or nn.ModuleList, got {', '.join(names)}"
+        )
+    assert isinstance(holder, nn.Sequential | nn.ModuleList)
+    _check_container(model, holder[places[0]], how)
+    with _put_back_on_failure(model):
+        run = Run(*[holder[i] for i in places])
+        run.training = holder.training
+        made = layer(Block(run, how.outputs))
+        if by_pattern is not None:
+            by_pattern.check()
+        holder[places[0]] = made
+        for i in reversed(places[1:]):
+            del holder[i]
+    return model
 
 
 def _converted(
-    model: nn.Module, names: list[str], skip: str, layer: _Layer, by_pattern: ByPattern | None
+    model: nn.Module, names: list[str], how: _How, layer: _Layer, by_pattern: ByPattern | None
 ) -> dict[int, nn.Module]:
     """What takes the place of each target, by the target's identity.
 
@@ -170,12 +340,24 @@ def _converted(
         for name in names:
             target = model.get_submodule(name)
             try:
-                converted[id(target)] = _convert(model, name, skip, layer)
+                _check_container(model, target, how)
+                converted[id(target)] = _convert(model, name, how, layer)
             except ValueError as error:
                 raise ValueError(f"target {name!r}: {error}") from error
         if by_pattern is not None:
             by_pattern.check()
     return converted
+
+
+def _check_container(model: nn.Module, target: nn.Module, how: _How) -> None:
+    """Raise ValueError for a whole layer of an ``nn.TransformerEncoder``, which looks at its attributes."""
+    for encoder in model.modules():
+        inside = isinstance(encoder, nn.TransformerEncoder) and any(target is layer for layer in encoder.layers)
+        if inside and (how.branch != "residual" or how.skip == "none"):
+            raise ValueError(
+                "nn.TransformerEncoder asks its layers for their self_attn, which a block that is taken as a whole has "
+                "not: leave branch='residual', the default"
+            )
 
 
 def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
@@ -191,10 +373,8 @@ def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
     return model
 
 
-def _checked(model: nn.Module, targets: str | Iterable[str], skip: str) -> list[str]:
+def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
-    check_model(model)
-    choice("skip", skip, get_args(Skip))
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(
@@ -265,39 +445,40 @@ def _within(name: str, outer: str) -> bool:
     return name == outer or outer == "" or name.startswith(f"{outer}.")
 
 
-def _convert(model: nn.Module, name: str, skip: str, layer: _Layer) -> nn.Module:
+def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module:
     """What takes the target's place."""
     target = model.get_submodule(name)
-    _check_inputs(target)
+    if how.branch == "block" or how.skip == "none":
+        return layer(Block(target, how.outputs))
+    if how.branch != "residual":
+        return layer(Branch(_given(how.branch, target), how.outputs))
     if isinstance(target, nn.TransformerEncoderLayer):
         _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
-    if skip == "none":
-        return layer(WithoutInput(target))
-    if skip == "around":
+    if how.skip == "around":
         return AddedAround(layer(target))
     try:
-        found = stages(target)
+        found = taken_apart(target)
     except NotResidual as error:
-        if skip == "auto" and _added_around(model, name):
+        if how.skip == "auto" and _added_around(model, name):
             return AddedAround(layer(target))
         raise ValueError(
             f"{error}. Name a block that adds its input; or, if the code around the target adds it in a way that was "
-            'not seen, pass skip="around"; or take it as a plain layer, one Euler step of f(z) - z, by skip="none"'
+            'not seen, pass skip="around"; or take it as a whole, f = block(z) - z, by branch="block"'
         ) from error
     _check_no_hooks(target)
-    return _assembled(found, layer, target.training)
+    return _assembled(found, how, layer, target)
 
 
-def _check_inputs(target: nn.Module) -> None:
-    """Raise ValueError for a target that is called with more than a state."""
-    parameters = inspect.signature(target.forward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(needed) > 1:
-        raise ValueError(
-            f"a {type(target).__name__} takes ({', '.join(needed)}), and a coupled layer takes one input: leave it "
-            "out, or name a module inside of it that takes one"
+def _given(branch: Any, target: nn.Module) -> nn.Module:
+    """The branch that the user has named, as a module or as a function of the target."""
+    found = branch if isinstance(branch, nn.Module) else branch(target)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"branch, asked for the residual branch of a {type(target).__name__}, gave {type(found).__name__}: it must "
+            "be an nn.Module f(z, ...)"
         )
+    return found
 
 
 def _check_no_hooks(target: nn.Module) -> None:
@@ -312,25 +493,32 @@ def _check_no_hooks(target: nn.Module) -> None:
         )
 
 
-def _assembled(found: list[Stage], layer: _Layer, training: bool) -> nn.Module:
+def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> nn.Module:
     """The stages in a row, with a coupled layer in the place of each sum."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, stage in enumerate(found):
-        suffix = "" if len(found) == 1 else str(i)
+    outputs: dict[str, tuple[int, ...]] = {}
+    for i, stage in enumerate(found.stages):
+        suffix = "" if len(found.stages) == 1 else str(i)
         if stage.branch is not None:
-            parts[f"coupled{suffix}"] = layer(stage.branch)
+            branch = Branch(stage.branch, how.outputs) if stage.outputs else stage.branch
+            parts[f"coupled{suffix}"] = layer(branch)
+            outputs[f"coupled{suffix}"] = stage.outputs
         if stage.after is not None:
             parts[f"after{suffix}"] = stage.after
-    if len(parts) == 1:
+    plain = not found.inputs and found.constants is None
+    if len(parts) == 1 and plain:
         return next(iter(parts.values()))
-    row = nn.Sequential(parts)
-    row.training = training
+    if plain and not found.fixed:
+        row: nn.Module = nn.Sequential(parts)
+    else:
+        row = Row(parts, found.inputs, found.fixed, outputs, found.constants)
+    row.training = target.training
     return row
 
 
 def _after(converted: nn.Module) -> list[Any]:
     """The modules behind a coupled layer that change their input in place."""
-    rows = [converted] if type(converted) is nn.Sequential else []
+    rows = [converted] if type(converted) in (nn.Sequential, Row) else []
     parts = [part for row in rows for name, part in row.named_children() if name.startswith("after")]
     return [module for part in parts for module in part.modules() if getattr(module, "inplace", False)]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,13 +31,33 @@ class Stage:
     Attributes:
         branch: f, with the names that its parameters have in the block; None for a stage that adds nothing.
         after: what follows the sum; None for nothing.
+        outputs: which of the block's outputs the branch returns behind f(u), by their places behind the state.
     """
 
     branch: nn.Module | None
     after: nn.Module | None
+    outputs: tuple[int, ...] = ()
 
 
-def stages(block: nn.Module) -> list[Stage]:
+@dataclass(frozen=True)
+class Residual:
+    """A block as residual stages in a row.
+
+    Attributes:
+        stages: in order. Their modules take the state and, by position, the inputs behind it.
+        inputs: the names of the inputs behind the state.
+        fixed: the optional parameters, which have their defaults.
+        constants: what stands behind the state in the block's result, where it is no tensor of a stage; None if the
+            block returns the state alone.
+    """
+
+    stages: list[Stage]
+    inputs: tuple[str, ...]
+    fixed: dict[str, Any]
+    constants: tuple[Any, ...] | None
+
+
+def taken_apart(block: nn.Module) -> Residual:
     """The residual stages of a block, in order. Their modules share the block's parameters.
 
     Raises:
@@ -43,14 +65,24 @@ def stages(block: nn.Module) -> list[Stage]:
             does something besides, which would be lost.
     """
     code = _Code(block)
-    inputs = [node for node in code.graph.nodes if node.op == "placeholder"]
-    end = next(node for node in code.graph.nodes if node.op == "output").args[0]
-    if not inputs or not isinstance(end, fx.Node):
-        raise NotResidual(f"a {_kind(block)} takes {len(inputs)} inputs and returns {end!r}, not one tensor from one")
-    code.check_nothing_besides(end)
-    start, found = inputs[0], []
+    result = next(node for node in code.graph.nodes if node.op == "output").args[0]
+    rest = list(result[1:]) if isinstance(result, tuple | list) else []
+    end = result[0] if isinstance(result, tuple | list) and result else result
+    if code.start is None or not isinstance(end, fx.Node):
+        takes = ", ".join(inspect.signature(block.forward).parameters) or "nothing"
+        raise NotResidual(f"a {_kind(block)} takes ({takes}) and returns {code.shown(result)}, no state of one")
+    code.check_nothing_besides([end, *[node for node in rest if isinstance(node, fx.Node)]])
+    found = _stages(code, end, dict(enumerate(rest)))
+    constants = tuple([None if isinstance(part, fx.Node) else part for part in rest])
+    return Residual(found, code.inputs, code.fixed, constants if isinstance(result, tuple | list) else None)
+
+
+def _stages(code: _Code, end: fx.Node, rest: dict[int, Any]) -> list[Stage]:
+    """The stages that end at a node, and among them the nodes of the ``rest`` of the block's result."""
+    block, start, found = code.block, code.start, []
+    rest = {i: part for i, part in rest.items() if isinstance(part, fx.Node)}
     while end is not start:
-        total = _last_sum(end)
+        total = code.last_sum(end)
         split = None if total is None else code.split(total)
         if total is None or split is None:
             if not found:
@@ -59,8 +91,16 @@ def stages(block: nn.Module) -> list[Stage]:
             break
         stem, branch = split
         after = None if total is end else code.part(total, end)
-        found.append(Stage(code.part(stem, branch, keeps_input=True), after))
+        own = {i: part for i, part in rest.items() if code.lies_between(stem, part, total)}
+        rest = {i: part for i, part in rest.items() if i not in own}
+        made = code.part(stem, branch, keeps_input=True, outputs=list(own.values()))
+        found.append(Stage(made, after, tuple(own)))
         end = stem
+    if rest:
+        what = ", ".join(code.describe(part) for part in rest.values())
+        raise NotResidual(
+            f"a {_kind(block)} returns, behind the state, {what}, which none of its residual branches makes"
+        )
     return found[::-1]
 
 
@@ -86,18 +126,61 @@ class _Code:
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
-        self.graph, self.sets = _trace(block)
+        self.graph, self.sets, self.fixed = _trace(block)
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        variadic = [node for node in placeholders if str(node.target).startswith("*")]
+        if any(node.users for node in variadic):
+            raise NotResidual(
+                f"a {_kind(block)} hands on {', '.join(str(n.target) for n in variadic)}, whatever that is"
+            )
+        given = set(inspect.signature(block.forward).parameters) - set(self.fixed)
+        found = [node for node in placeholders if str(node.target) in given]
+        self.start: fx.Node | None = found[0] if found else None
+        self._given = found[1:]
+        self.inputs = tuple([str(node.target) for node in self._given])
+        self._on_state: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node is self.start or any(source in self._on_state for source in node.all_input_nodes):
+                self._on_state.add(node)
 
     def split(self, total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """A sum's terms as (u, f(u)): the one that the other is a function of, and of nothing else."""
         first, second = total.all_input_nodes if len(total.all_input_nodes) == 2 else (total, total)
         for stem, branch in ((first, second), (second, first)):
             origin = self._through_identities(stem)
-            if branch is not stem and _depends_only(branch, {stem, origin}):
+            if branch is not stem and self._depends_only(branch, {stem, origin}):
                 return origin, branch
         return None
 
-    def check_nothing_besides(self, end: fx.Node) -> None:
+    def lies_between(self, stem: fx.Node, node: fx.Node, total: fx.Node) -> bool:
+        """Whether a node is made of the stem of a sum, and not of the sum."""
+        return self._depends_only(node, {stem}) and total not in self._between(stem, [node])
+
+    def last_sum(self, end: fx.Node) -> fx.Node | None:
+        """The last sum on the only way from the state to ``end``, or None."""
+        node = end
+        while not (_is_sum(node) and all(part in self._on_state for part in node.all_input_nodes)):
+            sources = [part for part in node.all_input_nodes if part in self._on_state]
+            if len(sources) != 1:
+                return None
+            node = sources[0]
+        return node
+
+    def _depends_only(self, node: fx.Node, stems: set[fx.Node]) -> bool:
+        """Whether every way back from the node ends at one of the stems (a parameter, an input), and one does."""
+        reached, queue, seen = False, [node], set()
+        while queue:
+            part = queue.pop()
+            if part in stems:
+                reached = True
+            elif part is self.start:
+                return False
+            elif part not in seen:
+                seen.add(part)
+                queue.extend(part.all_input_nodes)
+        return reached
+
+    def check_nothing_besides(self, ends: list[fx.Node]) -> None:
         """Raise NotResidual if the code does what its result does not show: in its place stands what makes that."""
         constants = [name for name in self.sets if name.startswith("_tensor_constant")]
         if constants:
@@ -105,7 +188,7 @@ class _Code:
                 f"the forward of a {_kind(self.block)} makes a tensor of its own on the way: make it in __init__, by "
                 "self.register_buffer(...)"
             )
-        used = self._between(None, end)
+        used = self._between(None, ends)
         lost = [f"sets self.{name}" for name in self.sets]
         lost += [
             f"computes {self.describe(node)}"
@@ -120,30 +203,47 @@ class _Code:
 
     def adds(self, call: fx.Node) -> bool:
         """Whether what a module is called with is added to its result."""
-        sources = {self._through_identities(part) for part in call.all_input_nodes}
+        first = [call.args[0]] if call.args and isinstance(call.args[0], fx.Node) else call.all_input_nodes
+        sources = {self._through_identities(part) for part in first}
         sums = [user.all_input_nodes for user in call.users if _is_sum(user)]
         return any(sources & {self._through_identities(part) for part in terms} for terms in sums)
 
-    def part(self, start: fx.Node, end: fx.Node, keeps_input: bool = False) -> nn.Module:
-        """What lies between two nodes as a module of one argument, which it may have to leave as it is."""
-        needed = self._between(start, end)
+    def part(
+        self, start: fx.Node | None, end: fx.Node, keeps_input: bool = False, outputs: Sequence[fx.Node] = ()
+    ) -> nn.Module:
+        """What lies between two nodes as a module of the first, which it may have to leave as it is, and the inputs.
+
+        With ``outputs`` it returns a tuple, which has them behind the end.
+        """
+        needed = self._between(start, [end, *outputs])
         changed = [node for node in needed if node.args and node.args[0] is start and self._in_place(node)]
         if keeps_input and changed:
             raise NotResidual(
                 f"a {_kind(self.block)} changes its own input in place ({self.describe(changed[0])}), which a solver "
                 "needs again: use inplace=False there"
             )
-        if needed == [end] and end.op == "call_module" and end.args == (start,) and not end.kwargs:
+        alone = not self.inputs and not outputs
+        if alone and needed == [end] and end.op == "call_module" and end.args == (start,) and not end.kwargs:
             return self.block.get_submodule(str(end.target))
         graph = fx.Graph()
-        copies = {start: graph.placeholder("z")}
+        copies = {start: graph.placeholder("z" if "z" not in self.inputs else "state_")}
+        copies |= {node: graph.placeholder(str(node.target)) for node in self._given}
         for node in needed:
-            copies[node] = graph.node_copy(node, lambda source: copies[source])
-        graph.output(copies[end])
+            if node not in copies:
+                copies[node] = graph.node_copy(node, lambda source: copies[source])
+        graph.output(tuple([copies[node] for node in (end, *outputs)]) if outputs else copies[end])
         graph.lint()
         made = fx.GraphModule(self.block, graph, class_name=f"{_kind(self.block)}Part")
         made.training = self.block.training
         return made
+
+    def shown(self, result: object) -> str:
+        """What the block returns, for messages."""
+        if isinstance(result, tuple | list):
+            return f"({', '.join(self.shown(part) for part in result)})"
+        if isinstance(result, dict):
+            return f"a dict of {', '.join(map(str, result)) or 'nothing'}"
+        return self.describe(result)
 
     def describe(self, node: object, depth: int = 4) -> str:
         """A node as an expression of modules and functions, for messages."""
@@ -158,9 +258,9 @@ class _Code:
         inside = "..." if depth == 0 else ", ".join(self.describe(part, depth - 1) for part in node.all_input_nodes)
         return f"{name}({inside})"
 
-    def _between(self, start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """What ``end`` needs besides ``start``, in the graph's order; without a start, all that it needs."""
-        needed, queue = set(), [end]
+    def _between(self, start: fx.Node | None, ends: Sequence[fx.Node]) -> list[fx.Node]:
+        """What ``ends`` need besides ``start``, in the graph's order; without a start, all that they need."""
+        needed, queue = set(), list(ends)
         while queue:
             node = queue.pop()
             if node is not start and node not in needed:
@@ -187,8 +287,9 @@ class _Code:
         return bool(node.kwargs.get("inplace")) or changes or node.target is operator.iadd
 
 
-def _trace(block: nn.Module) -> tuple[fx.Graph, list[str]]:
-    """The graph of the block's forward, which must be the same in training and evaluation, and what it sets on self."""
+def _trace(block: nn.Module) -> tuple[fx.Graph, list[str], dict[str, Any]]:
+    """The graph of the block's forward, which must be the same in training and evaluation, what it sets on self, and
+    the optional parameters, which have their defaults."""
     # Arguments that have defaults keep them.
     arguments = inspect.signature(block.forward).parameters.values()
     optional = {p.name: p.default for p in arguments if p.default is not p.empty}
@@ -210,7 +311,7 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, list[str]]:
             f"the forward of a {_kind(block)} asks for self.training: let modules do that, such as nn.Dropout in place "
             "of functional.dropout"
         )
-    return graphs[1], changed
+    return graphs[1], changed, optional
 
 
 class _Kept:
@@ -238,17 +339,6 @@ class _Kept:
         return [name for name in changed if name != "training"]
 
 
-def _last_sum(end: fx.Node) -> fx.Node | None:
-    """The last sum on the only way to ``end``, or None."""
-    node = end
-    while not _is_sum(node):
-        sources = [part for part in node.all_input_nodes if part.op != "get_attr"]
-        if len(sources) != 1:
-            return None
-        node = sources[0]
-    return node
-
-
 def _is_sum(node: fx.Node) -> bool:
     return (
         node.op in ("call_function", "call_method")
@@ -257,21 +347,6 @@ def _is_sum(node: fx.Node) -> bool:
         and all(isinstance(part, fx.Node) for part in node.args)
         and not node.kwargs
     )
-
-
-def _depends_only(node: fx.Node, stems: set[fx.Node]) -> bool:
-    """Whether every way back from the node ends at one of the stems (or a parameter), and one does."""
-    reached, queue, seen = False, [node], set()
-    while queue:
-        part = queue.pop()
-        if part in stems:
-            reached = True
-        elif part.op == "placeholder":
-            return False
-        elif part not in seen:
-            seen.add(part)
-            queue.extend(part.all_input_nodes)
-    return reached
 
 
 def _kind(module: nn.Module) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation, StageWeights
 from neuralode_coupled.coupled.scheme import Scheme
-from neuralode_coupled.field import CoupledField
+from neuralode_coupled.field import Block, CoupledField, tupled
+from neuralode_coupled.field.block import Whole, structure_of
 
 Memo = dict[int, Any]
 """What stands in for an object in a copy, by the object's identity: `copy.deepcopy`'s."""
@@ -78,15 +79,51 @@ class BakedSteps(nn.Sequential):
 
         Raises TypeError for an input that is a function of time: what is baked has no time to call it at.
         """
-        for value in (*args, *kwargs.values()):
-            if callable(value) and not isinstance(value, Tensor):
-                raise TypeError(
-                    f"a baked layer takes inputs that are constant, got {type(value).__name__}, a function of time: "
-                    "use the layer itself"
-                )
+        _check_constant(args, kwargs)
         for step in self:
             z = step(z, *args, **kwargs)
         return z
+
+
+class BakedBlocks(nn.Sequential):
+    """Steps of a `Block` in a row, each of which gets the same inputs, and the last of which returns its outputs."""
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
+        """The state after the last step as the block returns it. Raises TypeError as `BakedSteps`."""
+        _check_constant(args, kwargs)
+        result: Any = None
+        block: Block | None = None
+        for step in self:
+            z, block, result = step(z, *args, **kwargs)
+        if block is None:
+            return z
+        structure = structure_of(result)
+        return tupled(structure, z, tuple(result[1:]) if block.outputs == "last" and structure else None)
+
+
+class BakedBlockStep(BakedStep):
+    """A step of a `Block`, which is the block itself where it is ``applied``."""
+
+    applied = False
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
+        """The state at the step's end, and the block with all that it has returned."""
+        slopes: list[Tensor] = []
+        block, result = self.branches[-1], None
+        assert isinstance(block, Block)
+        for branch, row in zip(self.branches, self.a, strict=True):
+            found, result = branch(Whole(_along(z, slopes, row), self.applied), *args, **kwargs)
+            slopes.append(found.to(z.dtype))
+        return (slopes[0] if self.applied else _along(z, slopes, self.b)), block, result
+
+
+def _check_constant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for value in (*args, *kwargs.values()):
+        if callable(value) and not isinstance(value, Tensor):
+            raise TypeError(
+                f"a baked layer takes inputs that are constant, got {type(value).__name__}, a function of time: "
+                "use the layer itself"
+            )
 
 
 def _along(z: Tensor, slopes: list[Tensor], weights: tuple[float, ...]) -> Tensor:
@@ -116,6 +153,7 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
     # What pruning and weight norm compute from parameters, again and again, may have a graph, which cannot be copied.
     computed = [value for module in dynamics.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     fixed |= {id(tensor): tensor.detach().clone() for tensor in computed}
+    block = isinstance(dynamics, Block)
     alike = all(rows.shape[1] == 1 for rows in theta.values())
     a = [[grid.h * weight for weight in row] for row in method.a]
     b = [grid.h * weight for weight in method.b]
@@ -129,8 +167,10 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
         if field.takes_time:
             times = [_time(grid.time(n, c), dynamics) for c in method.c]
             branches = [AtTime(branch, t) for branch, t in zip(branches, times, strict=True)]
-        steps.append(BakedStep(branches, a, b))
-    stack = BakedSteps(*steps)
+        steps.append((BakedBlockStep if block else BakedStep)(branches, a, b))
+        if block:
+            steps[-1].applied = type(dynamics) is Block and method.b == (1.0,) and grid.h == 1.0
+    stack = (BakedBlocks if block else BakedSteps)(*steps)
     # The branches have the flags of their originals; what is new has the field's.
     for module in (stack, *stack, *(step.branches for step in steps)):
         module.training = field.training

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import Times, check_model, times_within
 from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
-from neuralode_coupled.adjoint import DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
+from neuralode_coupled.adjoint import Backprop, DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
 from neuralode_coupled.coupled.baking import baked
 from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.on_grid import GridProblem, OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.evolution import Static, finite_path
-from neuralode_coupled.field import CoupledField, Evolution, Evolve, with_inputs
+from neuralode_coupled.field import Block, CoupledField, Evolution, Evolve, Further, tupled, with_inputs
 from neuralode_coupled.kernels import TimeKernel
 
 
@@ -172,8 +172,8 @@ class CoupledODE(nn.Module):
         grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
         return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
-    def forward(self, z0: Activation, *args: Any, **kwargs: Any) -> Activation:
-        """z(t1), of the shape of z0.
+    def forward(self, z0: Activation, *args: Any, **kwargs: Any) -> Any:
+        """z(t1), of the shape of z0. Of a `Block` that returns a tuple, such a tuple with z(t1) in front.
 
         Args:
             z0: the initial activations.
@@ -182,10 +182,23 @@ class CoupledODE(nn.Module):
 
         Raises:
             TypeError: for inputs that f does not take, or that are missing.
-            ValueError: where torch exports an adaptive layer, which has no grid; and as `solve`.
+            ValueError: where torch exports an adaptive layer, which has no grid; for a block's other outputs where
+                there is no last step to take them from; and as `solve`.
         """
-        solve = self._solve_in_force()
-        return self._solve(solve, z0, solve.last, args, kwargs)[0]
+        solve, block = self._solve_in_force(), self.field.dynamics
+        if not isinstance(block, Block):
+            return self._solve(solve, z0, solve.last, args, kwargs)[0]
+        discrete = isinstance(solve, OnGrid) and isinstance(self.adjoint, Backprop | DiscreteAdjoint)
+        further = Further(drop=block.outputs == "drop") if discrete else None
+        z = self._solve(solve, z0, solve.last, args, kwargs, further)[0]
+        if further is not None:
+            return tupled(further.structure, z, further.join())
+        if block.structure is not None and block.outputs == "last":
+            raise ValueError(
+                f"a {type(block.module).__name__} returns {block.structure[1]} values, and those behind the state are "
+                "there on a fixed grid with DiscreteAdjoint() or Backprop() alone: drop them by outputs='drop'"
+            )
+        return tupled(block.structure, z, None)
 
     def trajectory(
         self, z0: Activation, t: Times, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -293,10 +306,14 @@ class CoupledODE(nn.Module):
         wanted: TimeRow,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] | None,
+        further: Further | None = None,
     ) -> list[Tensor]:
         """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
         with with_inputs(self.field, args, kwargs) as field:
-            z, self.stats = solve.states(field, z0, wanted, self.adjoint)
+            if isinstance(solve, OnGrid) and further is not None:
+                z, self.stats = solve.states(field, z0, wanted, self.adjoint, further)
+            else:
+                z, self.stats = solve.states(field, z0, wanted, self.adjoint)
         return z
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._substitution import noticing
+from neuralode_coupled._substitution import DynamicsError, noticing
 from neuralode_coupled._times import Scalar, TimeRow, times_at
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import (
     Backprop,
@@ -30,7 +33,7 @@ from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusa
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.evolution import NonFiniteWeights, check_finite, check_follows_time, finite_path, named
-from neuralode_coupled.field import CoupledField
+from neuralode_coupled.field import CoupledField, Further
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.odeint.times import too_short, unresolved
 from neuralode_coupled.runge_kutta import increment, step
@@ -74,20 +77,31 @@ class OnGrid:
         check(adjoint, GridProblem(field, self.scheme, None, ()))
 
     def states(
-        self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
+        self,
+        field: CoupledField,
+        z0: Activation,
+        wanted: TimeRow,
+        adjoint: GradientMethod,
+        further: Further | None = None,
     ) -> tuple[list[Activation], Stats]:
-        """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
+        """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`.
+
+        ``further`` gets what a `Block` returns besides the state in the last step.
+        """
         field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
         if field.follows_time:
             _check_resolved(grid, z0.dtype)
         places = [_Place.of(grid, time, t) for time, t in zip(wanted.numbers, wanted.scalars, strict=True)]
         save = {n for place in places for n in (place.base, place.low, place.high)}
-        problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)))
+        problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)), further)
         problem.check_times()
-        saved, stats = adjoint.integrate(problem)
+        with _unchanged(field, adjoint):
+            saved, stats = adjoint.integrate(problem)
         stats.accepted = grid.steps
-        found = {n: state[0] for n, state in zip(problem.save, saved, strict=True)}
+        found = {n: state[0] for n, state in zip(problem.save, saved, strict=further is None)}
+        if further is not None:
+            further.tensors = [state[0] for state in saved[len(problem.save) :]]
         return [place.state(found) for place in places], stats
 
     def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
@@ -139,6 +153,23 @@ class _Place:
         return z[self.low] if self.low == self.high else torch.lerp(z[self.low], z[self.high], self.fraction)
 
 
+@contextmanager
+def _unchanged(field: CoupledField, adjoint: GradientMethod) -> Iterator[None]:
+    """Raise `DynamicsError` for a solve that changes an object among its inputs, such as a cache, and that a backward
+    pass would repeat: it would be changed once more."""
+    inputs = field.inputs
+    if inputs is None or isinstance(adjoint, Backprop) or not torch.is_grad_enabled() or tracing():
+        yield
+        return
+    before = inputs.seen()
+    yield
+    if inputs.seen() != before:
+        raise DynamicsError(
+            "dynamics changes an object among its inputs (a cache), and the backward pass, which repeats steps, would "
+            "change it again: solve under torch.no_grad() to fill it, leave it out in training, or use Backprop()"
+        )
+
+
 def _check_resolved(grid: Grid, dtype: torch.dtype) -> None:
     """Raise the ValueError for steps that f, which sees the time as a number of a dtype, could not tell apart."""
     if abs(grid.h) <= torch.finfo(dtype).eps * max(abs(grid.t0), abs(grid.t1)):
@@ -156,11 +187,20 @@ class GridProblem:
         scheme: the discretisation.
         z0: the initial activations; None where only `refusal` is asked.
         save: the grid points whose states are wanted.
+        further: what a `Block` returns besides the state in the last step is emitted behind them, if it is wanted.
     """
 
     tolerances: tuple[float, float] | None = None
 
-    def __init__(self, field: CoupledField, scheme: Scheme, z0: Tensor | None, save: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        field: CoupledField,
+        scheme: Scheme,
+        z0: Tensor | None,
+        save: tuple[int, ...],
+        further: Further | None = None,
+    ) -> None:
+        self._further = further
         self.z0 = torch.empty(0) if z0 is None else z0
         # The ends of the grid, where gradients flow to them: in front of what all steps share.
         self.ends = tuple([end.to(self.z0.device) for end in scheme.grid.ends])
@@ -214,9 +254,8 @@ class GridProblem:
 
         def advance(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
             theta, after = own.advance(self._within(shared), n, y[1:], shared[constant:])
-            (z,), _ = self._step(n, y[:1], (*theta, *inputs), shared[:constant], buffers)
-            y = (z, *after)
-            return y, ((y,) if n + 1 in self.save else ())
+            (z,), emitted = self._step(n, y[:1], (*theta, *inputs), shared[:constant], buffers)
+            return (z, *after), tuple([(*state, *after) for state in emitted])
 
         shared = (*always, *own.shared)
         return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared, self.field.captured)
@@ -305,6 +344,7 @@ class GridProblem:
             stats=Stats(evaluations=steps * stages),
             listener=listener(steps),
             overlooked=self.stages.overlooked,
+            more=self._further is not None,
         )
 
     def _within(self, shared: State) -> Scheme:
@@ -314,9 +354,14 @@ class GridProblem:
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
         grid = self._within(shared).grid
-        slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers)
-        y, _ = step(slope, y, grid.length, self.scheme.method)
-        return y, ((y,) if n + 1 in self.save else ())
+        applied = self.stages.applies(self.scheme.method, grid.length)
+        further: list[Any] | None = [] if self._further is not None and n + 1 == grid.steps else None
+        slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers, applied, further)
+        y = slope(0, y) if applied else step(slope, y, grid.length, self.scheme.method)[0]
+        emitted = (y,) if n + 1 in self.save else ()
+        if self._further is None or not further:
+            return y, emitted
+        return y, (*emitted, *[(tensor,) for tensor in self._further.split(further[-1])])
 
     def _increment(
         self, backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
@@ -328,9 +373,20 @@ class GridProblem:
         return increment(slope, y, h, self.scheme.method), ()
 
     def _slopes(
-        self, n: int, start: Scalar, h: Scalar, inputs: State, shared: State, buffers: State
+        self,
+        n: int,
+        start: Scalar,
+        h: Scalar,
+        inputs: State,
+        shared: State,
+        buffers: State,
+        applied: bool = False,
+        further: list[Any] | None = None,
     ) -> Callable[[int, State], State]:
-        """f at the stages of a step of length ``h`` from ``start``."""
+        """f at the stages of a step of length ``h`` from ``start``.
+
+        Of a block its own state, if it is to be ``applied``; all that it returns is added to ``further``.
+        """
         stages, moving, c = self.stages, self.stages.moving, self.scheme.method.c
         theta = [weights.unbind() for weights in inputs[: len(moving)]]
         tensors = stages.named(shared[len(self.ends) :], inputs[len(moving) :], buffers)
@@ -338,7 +394,12 @@ class GridProblem:
         def slope(i: int, stage: State) -> State:
             for name, rows in zip(moving, theta, strict=True):
                 tensors[name] = rows[i] if i < len(rows) else rows[-1]
-            t = stages.time(start + c[i] * h, stage[0])
-            return (stages.evaluate(t, stage[0], tensors, first=n == 0 and i == 0),)
+            t, first = stages.time(start + c[i] * h, stage[0]), n == 0 and i == 0
+            if not applied and further is None:
+                return (stages.evaluate(t, stage[0], tensors, first),)
+            found, result = stages.whole(t, stage[0], tensors, first, applied)
+            if further is not None:
+                further.append(result)
+            return (found,)
 
         return slope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._types import State
-from neuralode_coupled.field import CoupledField, check_slope
+from neuralode_coupled.field import Block, CoupledField, check_slope
+from neuralode_coupled.runge_kutta import Tableau
 
 Rows = tuple[State, ...]
 Members = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
@@ -92,12 +94,31 @@ class Stages:
         """A time as f or an input takes it, on the device and of the dtype of z; None where none does."""
         return time_like(t, z) if self.field.follows_time else None
 
+    def applies(self, method: Tableau, length: Scalar) -> bool:
+        """Whether a step of this length is one application of a block: neither subtracts nor adds its input."""
+        block, euler = type(self.field.dynamics) is Block, method.stages == 1 and method.b == (1.0,)
+        return block and euler and not isinstance(length, Tensor) and length == 1.0
+
     def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
-        """f at one stage. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
+        """f at one stage."""
+        return check_slope(self._evaluate(t, z, tensors, first), z).to(z.dtype)
+
+    def whole(
+        self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool
+    ) -> tuple[Tensor, Any]:
+        """Of a `Block`: f at one stage, or where it is ``applied`` the state itself, and all that it returns."""
+        found, result = self._evaluate(t, z, tensors, first, applied)
+        return check_slope(found, z).to(z.dtype), result
+
+    def _evaluate(
+        self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool | None = None
+    ) -> Any:
+        """What dynamics return. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
         if z.requires_grad and not torch.is_grad_enabled():
             z = z.detach()  # f may ask whether there is a graph, and have marked z so itself, at an earlier evaluation
         try:
-            dz = self.field.evaluate(t, z, tensors, bool(self.moving), begun=True)
+            # Under autocast f may return another precision; the state keeps its own.
+            return self.field.evaluate(t, z, tensors, bool(self.moving), begun=True, applied=applied)
         except (RuntimeError, ValueError, IndexError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise
@@ -105,8 +126,6 @@ class Stages:
             raise ValueError(
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
-        # Under autocast f may return another precision; the state keeps its own.
-        return check_slope(dz, z).to(z.dtype)
 
     def check_follows_time(self, z: Tensor, t: Tensor, span: float) -> None:
         """Raise ValueError for dynamics that make a number of the time, where a time requires a gradient.

@@ -1,19 +1,25 @@
 """The coupled system as one vector field."""
 
 from neuralode_coupled.field.assignment import ByPattern, Evolution, Evolve
+from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tupled
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.per_step import PerStep
 
 __all__ = [
+    "Block",
+    "Branch",
     "ByPattern",
     "CoupledField",
     "Evolution",
     "Evolve",
     "FlatField",
+    "Further",
+    "Outputs",
     "PerStep",
     "check_activation",
     "check_slope",
+    "tupled",
     "with_inputs",
 ]

@@ -28,6 +28,7 @@ from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import Static, check_evolved
 from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
+from neuralode_coupled.field.block import Whole
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.inputs import Inputs, Signature
 from neuralode_coupled.field.per_step import per_step_modules
@@ -283,13 +284,16 @@ class CoupledField(nn.Module):
         tensors: Mapping[str, Tensor],
         moving: bool | None = None,
         begun: bool = False,
-    ) -> Tensor:
+        applied: bool | None = None,
+    ) -> Any:
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers.
 
         ``moving`` says whether any weight's theta is not w0; by default it is looked up. ``begun`` says that `begin`
-        has looked at the dynamics as they are.
+        has looked at the dynamics as they are. ``applied`` asks a `Block` for all that it returns, see `Whole`.
         """
-        arguments = (t, z) if self.takes_time else (z,)
+        arguments: tuple[Any, ...] = (t, z) if self.takes_time else (z,)
+        if applied is not None:
+            arguments = (Whole(z, applied),)
         if self._aliases:
             tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
         run = partial(call, self.dynamics, tensors, arguments, begun=begun)
@@ -306,7 +310,9 @@ class CoupledField(nn.Module):
         self, inputs: Inputs, t: Tensor | None, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...], begun: bool
     ) -> Any:
         args, kwargs = inputs.at(t)
-        return call(self.dynamics, tensors, (*arguments, *args), begun=begun, keywords=kwargs)
+        result = call(self.dynamics, tensors, (*arguments, *args), begun=begun, keywords=kwargs)
+        inputs.check_kept((args, kwargs))
+        return result
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
         """``(*w, *memory)`` as the weights and the memory of each."""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from enum import Enum
+from operator import is_not
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError
 from neuralode_coupled._torch import flattened, tracing, versions
 from neuralode_coupled._types import State
+from neuralode_coupled.field.block import Block
 from neuralode_coupled.field.reachable import captured
+
+_UNCHANGING = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
 class Inputs:
@@ -36,6 +42,9 @@ class Inputs:
             self._buffers += [b for module in modules for b in module.buffers()]
         self.captured: State = tuple({id(tensor): tensor for tensor in found}.values())
         self.follow_time = len(self._paths) > 0
+        self._objects = [x for x in self._leaves if not callable(x) and not isinstance(x, _UNCHANGING)]
+        given = [*args, *kwargs.values()]
+        self._nested = len(self._leaves) != len(given) or any(map(is_not, given, self._leaves))
 
     def at(self, t: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs at a time, a scalar tensor.
@@ -53,6 +62,39 @@ class Inputs:
             )
         return self._restore(leaves)
 
+    def check_kept(self, given: tuple[Any, ...]) -> None:
+        """Raise `DynamicsError` for containers that f has changed: they are its own copies, and would be lost."""
+        if not self._nested or tracing():
+            return
+        leaves, _ = flattened(given)
+        same = len(leaves) == len(self._leaves) and all(
+            leaf is before
+            for i, (leaf, before) in enumerate(zip(leaves, self._leaves, strict=True))
+            if i not in self._paths
+        )
+        if not same:
+            raise DynamicsError(
+                "dynamics changes a container among its inputs (a cache that is a list or a dict), which a solve would "
+                "lose: return what is new, or give an object of a class of its own"
+            )
+
+    def seen(self) -> list[tuple[int, int]]:
+        """What tensors the inputs of classes of their own, such as caches, hold now, and their versions."""
+        found: list[Tensor] = []
+        queue, known = list(self._objects), dict[int, Any]()
+        while queue:
+            thing = queue.pop()
+            if id(thing) in known:
+                continue
+            known[id(thing)] = thing
+            if isinstance(thing, Tensor):
+                found.append(thing)
+            elif isinstance(thing, list | tuple | dict):
+                queue.extend(thing.values() if isinstance(thing, dict) else thing)
+            else:
+                queue.extend(getattr(thing, "__dict__", {}).values())
+        return list(zip(map(id, found), versions(found), strict=True))
+
     def described(self) -> str:
         """Their shapes, for an error."""
         shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in self._leaves]
@@ -63,14 +105,22 @@ class Signature:
     """How the forward method of dynamics takes time, state and inputs.
 
     It takes the time if its first parameter is named exactly ``t``, or if ``takes_time`` says so; the number of its
-    parameters decides nothing.
+    parameters decides nothing. A `Block` takes what its block takes, and no time.
 
     Raises:
         TypeError: for a forward method without a parameter for the state.
+        ValueError: for a block that is to take the time.
     """
 
     def __init__(self, dynamics: nn.Module, takes_time: bool | None = None) -> None:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if isinstance(dynamics, Block):
+            if takes_time:
+                raise ValueError(
+                    "a block is applied to the state, and takes no time: leave takes_time=True out, and give what "
+                    "depends on time as an input, a function c(t)"
+                )
+            dynamics, takes_time = dynamics.module, False
         self._parameters = inspect.signature(dynamics.forward)
         parameters = list(self._parameters.parameters.values())
         named = [p for p in parameters if p.kind in kinds]

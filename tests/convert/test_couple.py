@@ -192,7 +192,7 @@ def test_a_plain_network_is_a_row_of_euler_steps():
     model = nc.couple(copy.deepcopy(plain), "2", nc.ReactionDiffusionAdvection(), skip="none")
     assert_same(model, plain, torch.randn(7, 2))
     model = nc.couple(copy.deepcopy(plain), "3", skip="none")
-    with pytest.raises(ValueError, match=r"keep the shape.*\(7, 1\) of it\. Leave this layer"):
+    with pytest.raises(ValueError, match=r"keep the shape.*made \(7, 1\) of \(7, 6\)\. Leave this layer"):
         model(torch.randn(7, 2))
 
 
@@ -306,16 +306,13 @@ class Conditioned(nn.Module):
         return (x + self.other(x)) * c
 
 
-@pytest.mark.parametrize("skip", ["auto", "inside", "around", "none"])
-@pytest.mark.parametrize(
-    ("make", "inputs"), [(Conditioned, "x, c"), (lambda: nn.TransformerDecoderLayer(6, 2, 8), "tgt, memory")]
-)
-def test_a_block_of_two_inputs_is_refused(skip, make, inputs):
-    model = nn.ModuleList([make()])
-    before = list(model.modules())
-    with pytest.raises(ValueError, match=f"target '0': .* takes \\({inputs}\\), .* one input.* name a module inside"):
-        nc.couple(model, "0", nc.Static(), skip=skip)
-    assert list(model.modules()) == before
+def test_a_block_of_two_inputs_is_taken_apart():
+    original = Conditioned()
+    model = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0", nc.ReactionDiffusionAdvection())[0]
+    assert len(nc.models.coupled_layers(model)) == 2
+    assert_same(model, original, torch.randn(5, 6), torch.randn(5, 6))
+    with pytest.raises(TypeError, match=r"takes \(c\) behind the state: c missing"):
+        model(torch.randn(5, 6))
 
 
 class Besides(nn.Module):

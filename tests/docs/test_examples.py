@@ -45,6 +45,23 @@ def test_a_resnet_a_transformer_and_an_mlp_are_converted():
     assert [script.stem.removeprefix("convert_") for script in CONVERSIONS] == ["mlp", "resnet", "transformer"]
 
 
+LOOPS = {
+    "loop_gpt2": "four steps are four applications",
+    "loop_llama": "the last one's keys and values are returned",
+    "loop_dit": "three steps are three applications, with a gradient",
+    "controlled_gru": "gradients reach every sample of the path: True",
+    "sample_gradients": "the gradients of 16 samples add up to that of the batch",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_blocks_and_inputs_in_under_thirty_lines(name, capsys):
+    script = FOLDER / f"{name}.py"
+    assert len(script.read_text().splitlines()) < 30
+    runpy.run_path(str(script), run_name="__main__")
+    assert LOOPS[name] in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_from_conversion_to_onnx_on_two_processes(tmp_path):
     options = ["--epochs", 1, "--limit", 64, "--accelerator", "cpu", "--devices", 2, "--strategy", "ddp"]

@@ -1,0 +1,91 @@
+"""What takes the place of a block: residual stages, or whole blocks, in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from neuralode_coupled._types import Activation
+
+
+class Row(nn.Module):
+    """The stages of a block in a row, each of which gets the block's inputs; made by `nc.couple`.
+
+    Args:
+        parts: ``coupled0``, ``after0``, ``coupled1``, ... as far as they are there.
+        inputs: the names of the inputs behind the state.
+        fixed: optional parameters of the block, which have their defaults here.
+        outputs: for each part, the places behind the state of what it returns behind its own.
+        constants: the rest of the block's result; None if it returns the state alone.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, nn.Module],
+        inputs: Sequence[str],
+        fixed: Mapping[str, Any],
+        outputs: Mapping[str, tuple[int, ...]],
+        constants: tuple[Any, ...] | None,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.fixed = tuple(inputs), dict(fixed)
+        self.outputs, self.constants = dict(outputs), constants
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
+        """The state behind the last stage, as the block returned it: alone, or in front of its other outputs.
+
+        Raises TypeError for inputs that are missing or unknown, ValueError for an optional one, which was traced at
+        its default.
+        """
+        inputs = self._bound(args, kwargs)
+        rest: list[Any] = list(self.constants or ())
+        for name, part in self.named_children():
+            places = self.outputs.get(name, ())
+            z = part(z, *inputs)
+            if places:
+                z, *more = z
+                for i, value in zip(places, more, strict=True):
+                    rest[i] = value
+        return z if self.constants is None else (z, *rest)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The inputs in their order."""
+        order = (*self.inputs, *self.fixed)
+        if len(args) > len(order):
+            raise TypeError(
+                f"the block takes {len(order)} inputs behind the state ({', '.join(order)}), got {len(args)}"
+            )
+        given = dict(zip(order, args, strict=False))
+        for name, value in kwargs.items():
+            if name not in order or name in given:
+                what = "twice" if name in given else f"which is none of ({', '.join(order)})"
+                raise TypeError(f"the block was given {name!r}, {what}")
+            given[name] = value
+        for name, default in self.fixed.items():
+            value = given.get(name, default)
+            if value is not default and not (isinstance(value, bool | int | float | str) and value == default):
+                raise ValueError(
+                    f"the block was taken apart with {name}={default!r}, its default, and is called with another one: "
+                    "convert it as a whole, by branch='block', which takes every input"
+                )
+        missing = [name for name in self.inputs if name not in given]
+        if missing:
+            raise TypeError(
+                f"the block takes ({', '.join(self.inputs)}) behind the state: {', '.join(missing)} missing"
+            )
+        return [given[name] for name in self.inputs]
+
+
+class Run(nn.Sequential):
+    """Blocks in a row as one block, each of which gets the same inputs; the outputs are those of the last."""
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
+        """What the last block returns."""
+        result: Any = z
+        for block in self:
+            result = block(result[0] if isinstance(result, tuple | list) else result, *args, **kwargs)
+        return result
