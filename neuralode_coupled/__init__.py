@@ -19,6 +19,7 @@ from neuralode_coupled.coupled.layer import CoupledODE, bake
 from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.coupled.solving import Solution, solve
 from neuralode_coupled.evolution import (
+    BasisEvolution,
     ConvEvolution,
     EvolutionOperator,
     HyperNetwork,
@@ -51,6 +52,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "BasisEvolution",
     "Box",
     "ContinuousAdjoint",
     "ConvEvolution",
