@@ -20,11 +20,16 @@ Start = Mapping[str, Tensor]
 SUBSTEPS = 4
 """Of the classical Runge-Kutta method from one time to the next, for an operator without a closed form."""
 
-ITERATIONS = 400
-"""Of L-BFGS from each start, at most."""
+ROUNDS = 12
+"""Of `ITERATIONS` of L-BFGS from each start, at most."""
 
-ENOUGH = 1e-11
-"""A relative error below it is none: no further start is tried."""
+ITERATIONS = 25
+
+ENOUGH = 1e-5
+"""A relative error below it is none: the search is at its end."""
+
+GAIN = 0.01
+"""A round that makes the error smaller by less than this part of it is the last one."""
 
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
@@ -124,14 +129,11 @@ def fit_coefficients(operator: nn.Module, t: Tensor, path: WeightPath, starts: S
         with torch.no_grad():
             for name, value in start.items():
                 parameters[name].copy_(value)
-        for search in (False, True):
-            if search:
-                _search(worker, [parameters[name] for name in start], t, path)
-            error = _error(worker, t, path)
-            if error < best:
-                best, chosen = error, {name: parameters[name].detach().clone() for name in start}
-            if best < ENOUGH:
-                break
+        error = _error(worker, t, path)
+        if error > ENOUGH:
+            error = _search(worker, [parameters[name] for name in start], t, path)
+        if error < best:
+            best, chosen = error, {name: parameters[name].detach().clone() for name in start}
         if best < ENOUGH:
             break
     if chosen is None:
@@ -175,8 +177,8 @@ def _error(operator: nn.Module, t: Tensor, path: WeightPath) -> float:
     return error if error == error else float("inf")
 
 
-def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath) -> None:
-    """L-BFGS on the squared error relative to how far the weights get."""
+def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath) -> float:
+    """L-BFGS on the squared error relative to how far the weights get; the relative error at its end."""
     scale = float((path - path[0]).square().sum()) or 1.0
     optimizer = torch.optim.LBFGS(
         parameters,
@@ -200,5 +202,11 @@ def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimizer.step(closure)
+    error = float("inf")
+    for _ in range(ROUNDS):
+        with torch.enable_grad():
+            optimizer.step(closure)
+        before, error = error, _error(operator, t, path)
+        if error < ENOUGH or not error < (1 - GAIN) * before:
+            break
+    return error
