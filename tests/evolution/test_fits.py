@@ -91,8 +91,8 @@ def test_what_is_not_determined_is_of_least_norm(name, shape):
     operator, path = own_path(OPERATORS[name], UNIFORM, 0.2, shape)
     fresh = OPERATORS[name]()
     assert fresh.fit(UNIFORM, path) < 1e-4
-    assert sum(float(p.square().sum()) for p in fresh.parameters()) < 2 * sum(
-        float(p.square().sum()) for p in operator.parameters()
+    assert sum(float(p.detach().square().sum()) for p in fresh.parameters()) < 2 * sum(
+        float(p.detach().square().sum()) for p in operator.parameters()
     )
 
 
