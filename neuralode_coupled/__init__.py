@@ -20,6 +20,7 @@ from neuralode_coupled.coupled.layer import CoupledODE, bake
 from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.coupled.solving import Solution, solve
 from neuralode_coupled.evolution import (
+    BasisEvolution,
     ConvEvolution,
     EvolutionOperator,
     HyperNetwork,
@@ -55,6 +56,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Backprop",
+    "BasisEvolution",
     "Block",
     "Box",
     "ContinuousAdjoint",

@@ -19,7 +19,7 @@ from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Memory, Operands, Plan, Stats, check
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
-from neuralode_coupled.evolution import check_finite, check_follows_time
+from neuralode_coupled.evolution import check_finite, check_follows_time, check_interval, no_flow
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
@@ -69,6 +69,11 @@ class Adaptive:
                 f"dynamics.{name} has parameters for single steps (PerStep), and {self.method!r} has its own: solve "
                 "with steps=..., or use one normalisation for all times"
             )
+        for name in field.moving():
+            check_interval(field.operator(name), name, self.ends[0], self.ends[1])
+            refusal = no_flow(field.operator(name), name, f"{self.method!r}")
+            if refusal is not None:
+                raise ValueError(refusal)
         kernel = field.kernel
         if isinstance(kernel, DensityKernel):
             kernel.check(1, (), 1, self.ends[1] - self.ends[0])

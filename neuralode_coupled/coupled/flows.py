@@ -15,14 +15,19 @@ from neuralode_coupled._substitution import Held, alone, call, places
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow
 from neuralode_coupled.coupled.stages import Stages
-from neuralode_coupled.evolution import NonFiniteWeights, check_finite
-from neuralode_coupled.kernels import SampleAndHold, TimeKernel
+from neuralode_coupled.evolution import NonFiniteWeights, check_finite, no_flow
+from neuralode_coupled.field import CoupledField
+from neuralode_coupled.kernels import SampleAndHold
 
 
-def flow_refusal(kernel: TimeKernel) -> str | None:
-    """Why a kernel gives no flow; None if it does."""
-    if kernel.memory is not None or isinstance(kernel, SampleAndHold):
+def flow_refusal(field: CoupledField) -> str | None:
+    """Why a field gives no flow, by its kernel or an operator; None if it does."""
+    kernel = field.kernel
+    if isinstance(kernel, SampleAndHold):
         return None
+    if kernel.memory is not None:
+        reasons = [no_flow(field.operator(name), name, "ContinuousAdjoint") for name in field.moving()]
+        return next(filter(None, reasons), None)
     return (
         f"ContinuousAdjoint needs a kernel with finite memory (Dirac, Exponential and Erlang have one) or "
         f"SampleAndHold, got {kernel}: use DiscreteAdjoint(), which takes every kernel"

@@ -32,7 +32,15 @@ from neuralode_coupled.coupled.flows import augmented_flow, flow_refusal, held_f
 from neuralode_coupled.coupled.own_weights import OwnWeights, own_weights_refusal
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.coupled.stages import Stages
-from neuralode_coupled.evolution import NonFiniteWeights, check_finite, check_follows_time, finite_path, named
+from neuralode_coupled.evolution import (
+    NonFiniteWeights,
+    check_finite,
+    check_follows_time,
+    check_interval,
+    finite_path,
+    jumps,
+    named,
+)
 from neuralode_coupled.field import CoupledField, Further
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.odeint.times import too_short, unresolved
@@ -69,8 +77,22 @@ class OnGrid:
                     f"{steps}: solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer "
                     "on that grid by nc.with_steps"
                 )
+        for name in field.moving():
+            check_interval(field.operator(name), name, scheme.grid.t0, scheme.grid.t1)
+            self._check_no_own_grid(field, name)
         if not scheme.together(field.kernel):
             field.kernel.check(steps, scheme.method.c, scheme.weight_grid.steps, scheme.grid.span)
+
+    def _check_no_own_grid(self, field: CoupledField, name: str) -> None:
+        """Raise ValueError for a grid of their own for weights that jump: its points do not say which step they are
+        for."""
+        scheme, operator = self.scheme, field.operator(name)
+        if field.kernel.memory == 0 and jumps(operator) and not scheme.together(field.kernel):
+            raise ValueError(
+                f"{operator}, the operator of {name!r}, is known at every stage, and weight_steps="
+                f"{scheme.weight_grid.steps} with weight_method={scheme.weight_method.name!r} has no effect but at the "
+                "borders of its pieces, where it would take the wrong one: leave both out"
+            )
 
     def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
         """Raise ValueError for a gradient method that cannot solve this."""
@@ -229,7 +251,7 @@ class GridProblem:
     def refusal(self, form: Form) -> str | None:
         """See `Problem`."""
         if form == "continuous":
-            return flow_refusal(self.field.kernel)
+            return flow_refusal(self.field)
         if form in ("advancing", "reversible, own weights"):
             return own_weights_refusal(self.field, self.scheme, backwards=form != "advancing")
         return None

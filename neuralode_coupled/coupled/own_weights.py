@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from neuralode_coupled._substitution import Held, alone, call, observed, places_of
 from neuralode_coupled._types import State
 from neuralode_coupled.coupled.scheme import Scheme
-from neuralode_coupled.evolution import all_at_once, check_finite, named
+from neuralode_coupled.evolution import all_at_once, check_finite, named, within_steps
 from neuralode_coupled.field import CoupledField
 
 
@@ -55,6 +57,7 @@ class OwnWeights:
         self._operators = {name: field.operator(name) for name in field.moving()}
         every = {name: all_at_once(q) for name, q in self._operators.items()}
         self._at_once = {name: trajectory for name, trajectory in every.items() if trajectory is not None}
+        self._jumping = {name: within_steps(self._operators[name]) for name in self._at_once}
         self._carried = [name for name in self._operators if name not in self._at_once]
         self._fractions = {
             (name, back): scheme.stage_fractions(w0[name], back)
@@ -94,8 +97,11 @@ class OwnWeights:
         theta, after = {}, []
         with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
             for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):
-                elapsed = (self._fractions[name, backwards] + n) * scheme.weight_grid.length
-                theta[name] = named(name, trajectory, w, elapsed)
+                h, fractions, jumping = scheme.weight_grid.length, self._fractions[name, backwards], self._jumping[name]
+                reach = trajectory
+                if jumping is not None:
+                    reach = partial(jumping, middles=(torch.full_like(fractions, 0.5) + n) * h)
+                theta[name] = named(name, reach, w, (fractions + n) * h)
             for name, w in zip(self._carried, carried, strict=True):
                 w_next, theta[name] = named(name, scheme.stages_from, self._operators[name], w, n)
                 after.append(w_next)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._times import Scalar, TimeRow, check_followed, time_like, time_vector
 from neuralode_coupled._types import StageWeights, State, Weight, WeightPath
-from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps
+from neuralode_coupled.evolution import all_at_once, check_evolved, closed_form_for_many_steps, within_steps
 from neuralode_coupled.evolution.base import Propagate, Trajectory
 from neuralode_coupled.kernels import Connection, TimeKernel
 from neuralode_coupled.runge_kutta import Tableau, step
@@ -161,7 +161,7 @@ class Scheme:
         """w at the stage times of every step: (M, stages, *weight)."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            return self._reached(trajectory, w0, self.weight_method.c)
+            return self._reached(operator, trajectory, w0, self.weight_method.c)
         w, stages, propagate = w0, [], closed_form_for_many_steps(operator, w0)
         lengths = self._lengths(self.weight_grid.length)
         for n in range(self.weight_grid.steps):
@@ -184,7 +184,7 @@ class Scheme:
         """w at the given fractions of every step: (M, fractions, *weight)."""
         trajectory = all_at_once(operator)
         if trajectory is not None:
-            return self._reached(trajectory, w0, fractions)
+            return self._reached(operator, trajectory, w0, fractions)
         grid = self.weight_grid
         places = [(n, fraction) for n in range(grid.steps) for fraction in fractions]
         if grid.ends:
@@ -193,9 +193,15 @@ class Scheme:
             path = self.at(operator, w0, TimeRow(tuple([grid.time(*place) for place in places])))
         return path.unflatten(0, (grid.steps, len(fractions)))
 
-    def _reached(self, trajectory: Trajectory, w0: Weight, fractions: tuple[float, ...]) -> StageWeights:
+    def _reached(
+        self, operator: nn.Module, trajectory: Trajectory, w0: Weight, fractions: tuple[float, ...]
+    ) -> StageWeights:
         """The same by a closed form that reaches every time at once."""
-        path = trajectory(w0, self._times(w0, fractions, last=False))
+        times, jumping = self._times(w0, fractions, last=False), within_steps(operator)
+        if jumping is None:
+            path = trajectory(w0, times)
+        else:
+            path = jumping(w0, times, self._times(w0, (0.5,) * len(fractions), last=False))
         return path.unflatten(0, (self.weight_grid.steps, len(fractions)))
 
     def _at_places(self, operator: nn.Module, w0: Weight, places: list[tuple[int, float]]) -> WeightPath:

@@ -16,6 +16,7 @@ from neuralode_coupled._types import Weight, WeightPath
 Propagate = Callable[[Tensor, Scalar], Tensor]
 Trajectory = Callable[[Tensor, Tensor], Tensor]
 Advance = Callable[[Tensor], Tensor]
+PathFrom = Callable[..., Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -39,6 +40,12 @@ class EvolutionOperator(nn.Module):
     * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, where much of ``propagate`` depends
       on ``dt`` alone: a solve makes one for each length of step that it has, and calls it at every step. ``like`` is a
       weight of the shape, dtype and device of ``w``.
+    * ``path_from(w, start, times, middles=None) -> w`` at some times, ``(len(times), *weight)``, of the path that has
+      the value ``w`` at ``start``, where q depends on the time and there is a closed form all the same. Times count
+      from the start of the solve; ``middles`` are those of the steps that they belong to. Such an operator has a
+      ``trajectory`` and no ``propagate``.
+    * ``check_interval(t0, t1)``, which raises ValueError for a solve that it is not made for.
+    * ``jumps``, true where its path is not continuous, so that there is no q(t, w): it is then solved on grids alone.
 
     Where a time requires a gradient, what these make must be differentiable in their times: an operator that makes
     numbers of them (``math.exp(float(dt))``) raises a ValueError at the solve, for the gradient would be lost.
@@ -109,6 +116,49 @@ def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate |
 def all_at_once(operator: nn.Module) -> Trajectory | None:
     """The operator's ``trajectory``, or None where it can only go from step to step."""
     return cast("Trajectory | None", getattr(operator, "trajectory", None))
+
+
+def within_steps(operator: nn.Module) -> PathFrom | None:
+    """``(w0, times, middles) -> w`` at stages of steps, of an operator whose path jumps; None for others."""
+    if not jumps(operator):
+        return None
+    path_from = cast("PathFrom", operator.path_from)
+
+    def reach(w0: Tensor, times: Tensor, middles: Tensor) -> Tensor:
+        return path_from(w0, times.new_zeros(()), times, middles)
+
+    return reach
+
+
+def path_from(operator: nn.Module) -> PathFrom | None:
+    """The operator's ``path_from``, or None where its closed form does not depend on the time, or there is none."""
+    return cast("PathFrom | None", getattr(operator, "path_from", None))
+
+
+def jumps(operator: nn.Module) -> bool:
+    """Whether an operator's path is not continuous."""
+    return isinstance(operator, EvolutionOperator) and bool(getattr(operator, "jumps", False))
+
+
+def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None:
+    """Raise the ValueError for an operator, that of parameter ``name``, which is made for another interval."""
+    check = cast("Callable[[float, float], None] | None", getattr(operator, "check_interval", None))
+    if isinstance(operator, EvolutionOperator) and check is not None:
+        try:
+            check(t0, t1)
+        except ValueError as error:
+            raise ValueError(f"parameter {name!r}: {error}") from error
+
+
+def no_flow(operator: nn.Module, name: str, who: str) -> str | None:
+    """Why ``who``, which integrates q(t, w), cannot evolve parameter ``name`` by the operator; None if it can."""
+    if not jumps(operator):
+        return None
+    return (
+        f"{who} integrates q(t, w), which {operator}, the operator of {name!r}, does not have: its weights jump from "
+        "piece to piece. Solve with steps=... and a fixed-grid method under DiscreteAdjoint(), or take "
+        "BasisEvolution('bspline', ...)"
+    )
 
 
 def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import Times
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 from neuralode_coupled.evolution.exponential import exponential
+from neuralode_coupled.evolution.fitting import fit_coefficients, read_path
+from neuralode_coupled.evolution.starts import beside, generators, low_rank
 
 LinearScope = Literal["pixels", "channels"]
 Per = Literal["layer", "filter"]
@@ -87,6 +91,42 @@ class LinearEvolution(EvolutionOperator):
         self.left = nn.Parameter(random / math.sqrt(layout[0]))
         self.right = nn.Parameter(weight.new_zeros(layout[0], self.rank))
         return self
+
+    def fit(self, times: Times, weights: Tensor | Sequence[Tensor]) -> float:
+        """Take the A whose path from the first weight is nearest to weights at some times, in least squares.
+
+        A search begins at the A of two linear least-squares problems: the logarithm of the map from one time to the
+        next, where they are equidistant (a path ``exp(A t) w0`` that turns by less than half a circle from time to time
+        is found by it alone), and that of differences; and at zero. What the weights do not determine they leave zero:
+        A is of least norm there. Over channels A is then cut to the rank.
+
+        Args:
+            times: strictly monotone times, at least two.
+            weights: the weights at them, (len(times), *weight), or a row of them.
+
+        Returns:
+            The relative error of the path, ``|w - given| / |given|`` over all times.
+
+        Raises:
+            TypeError: for what are no times or real weights.
+            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one for each
+                time, or of another shape than before.
+        """
+        t, path = read_path(times, weights, None, 2, f"{self}, a flow,")
+        check_layout(
+            self.bind(weights[0]), self._layout(tuple(path.shape[1:])), self.layout or (), tuple(path.shape[1:])
+        )
+        # Columns that one matrix is applied to: pixels by fields, or channels by the rest.
+        columns = path.flatten(2) if self.matrix is None else torch.stack([self._fields(w).mT for w in path])
+        before, after, dt = columns[:-1], columns[1:], t.diff()
+        starts = []
+        for a in generators(before, after, dt):
+            if self.rank is None:
+                starts.append({"matrix": a})
+            else:
+                left, right = low_rank(a, self.rank, beside(before))
+                starts.append({"left": left, "right": right})
+        return fit_coefficients(self, t, path, starts)
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt = A w, of the shape of ``w``."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._checks import Times
 from neuralode_coupled._files import takes_scalars
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
+from neuralode_coupled.evolution.fitting import fit_coefficients, read_path
 from neuralode_coupled.evolution.spectral import Spectrum
+from neuralode_coupled.evolution.starts import spectral_terms
 
 Form = Literal["ode", "propagator"]
 Scope = Literal["layer", "filter", "kernel"]
@@ -127,6 +131,49 @@ class ReactionDiffusionAdvection(EvolutionOperator):
                 zeros = torch.zeros(shapes[term], dtype=weight.dtype, device=weight.device)
                 self.register_parameter(term, nn.Parameter(zeros))
         return self
+
+    def fit(self, times: Times, weights: Tensor | Sequence[Tensor]) -> float:
+        """Take the coefficients whose path from the first weight is nearest to weights at some times, in least squares.
+
+        A search begins at those that the growth and the turn of each Fourier mode from one time to the next suggest,
+        at those of differences, and at zero. Advection by half a pattern or more from time
+        to time is ambiguous. With another sigma than the identity the propagator takes one step from time to time.
+        What the weights do not determine is zero.
+
+        Args:
+            times: strictly monotone times, at least two.
+            weights: the weights at them, (len(times), *weight), or a row of them.
+
+        Returns:
+            The relative error of the path, ``|w - given| / |given|`` over all times.
+
+        Raises:
+            TypeError: for what are no times or real weights.
+            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one for each
+                time, or of another shape than before.
+        """
+        t, path = read_path(times, weights, self.weight_shape, 2, f"{self}, a flow,")
+        self.bind(weights[0])
+        before, after = path[:-1], path[1:]
+        if self.sigma in _INVERSES:
+            inverse, dt = _INVERSES[self.sigma], t.diff().reshape(-1, *[1] * (path.ndim - 1))
+            # Where sigma has been undone, what is left is a linear flow.
+            after = inverse(after) if self.form == "propagator" else before + dt * inverse((after - before) / dt)
+        spectrum = Spectrum(self.spectrum.pixels, torch.float64)
+        before, after = [torch.stack([self._group(w) for w in states]) for states in (before, after)]
+        present = [term for term, there in self.terms.items() if there]
+        starts = []
+        for start in spectral_terms(spectrum, before, after, t.diff(), present):
+            if self.nonnegative_diffusion and "diffusion" in start:
+                start["diffusion"] = start["diffusion"].clamp(min=0)
+            starts.append({term: value.reshape(getattr(self, term).shape) for term, value in start.items()})
+        if self.form == "ode" and self.sigma is None:  # the same flow, without steps
+            twin = copy.deepcopy(self)
+            twin.form = "propagator"
+            error = fit_coefficients(twin, t, path, starts)
+            self.load_state_dict(twin.state_dict())
+            return error
+        return fit_coefficients(self, t, path, starts)
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is no flow."""
@@ -244,6 +291,13 @@ def _activation_name(sigma: Callable[[Tensor], Tensor] | None) -> str:
     """As the user gave it: a name in quotes, or the function's own."""
     known = next((repr(name) for name, function in ACTIVATIONS.items() if function is sigma), None)
     return known or getattr(sigma, "__name__", repr(sigma))
+
+
+_INVERSES: dict[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]] = {
+    torch.tanh: lambda x: x.clamp(-1 + 1e-9, 1 - 1e-9).atanh(),
+    torch.sigmoid: lambda x: x.logit(1e-9),
+}
+"""Of activations, where they have one."""
 
 
 def _group_name(group: int, groups: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ from neuralode_coupled._substitution import (
 )
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
-from neuralode_coupled.evolution import Static, check_evolved
+from neuralode_coupled.evolution import check_evolved, keeps_weights
 from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
 from neuralode_coupled.field.block import Whole
 from neuralode_coupled.field.checks import check_activation, check_slope
@@ -195,7 +195,7 @@ class CoupledField(nn.Module):
         return [name for name in self.names if self._moves(name)]
 
     def _moves(self, name: str) -> bool:
-        return not (self.kernel.keeps_constants and isinstance(self.operator(name), Static))
+        return not (self.kernel.keeps_constants and keeps_weights(self.operator(name)))
 
     def resample(self, steps: int) -> None:
         """Put per-step modules on a grid of so many steps; see `PerStep.resample`."""

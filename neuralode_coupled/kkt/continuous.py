@@ -34,7 +34,7 @@ def why_not_continuous(layer: CoupledODE) -> str:
         return "the dynamics has parameters for every single step (PerStep), and so no continuous form"
     if scheme.grid.steps < degree:
         return f"integrals of order {degree} need as many steps, got steps={scheme.grid.steps}"
-    time = torch.zeros(())
+    time = torch.tensor(scheme.grid.t0)
     for name, w in field.evolving().items():
         try:
             field.operator(name)(time.to(w), w.detach())

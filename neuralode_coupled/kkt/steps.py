@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from neuralode_coupled._checks import is_differentiable
 from neuralode_coupled._substitution import Held, call, places
+from neuralode_coupled._times import time_vector
 from neuralode_coupled._types import State, Weight
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.scheme import Scheme
-from neuralode_coupled.evolution import closed_form
+from neuralode_coupled.evolution import closed_form, path_from
 from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.runge_kutta import step
@@ -109,6 +110,13 @@ def _weight_step(scheme: Scheme, operator: nn.Module, w: Weight, m: int) -> tupl
     propagate = closed_form(operator)
     if propagate is not None:
         return propagate(w, grid.h), [propagate(w, fraction * grid.h) if fraction else w for fraction in method.c]
+
+    moved = path_from(operator)
+    if moved is not None:
+        start, middle, *inner = [(m + fraction) * grid.h for fraction in (0.0, 0.5, *method.c)]
+        of = time_vector([*inner], w)
+        stages = moved(w, time_tensor(start, w), of, torch.full_like(of, middle))
+        return moved(w, time_tensor(start, w), time_vector([start + grid.h], w))[0], list(stages.unbind())
 
     def q(i: int, y: State) -> State:
         return (operator(time_tensor(grid.time(m, method.c[i]), w), y[0]),)

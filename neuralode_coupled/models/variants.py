@@ -12,7 +12,13 @@ from torch import nn
 from neuralode_coupled._checks import choice, positive, shown, whole
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod, ReversibleAdjoint
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.evolution import EvolutionOperator, LinearEvolution, ReactionDiffusionAdvection, Static
+from neuralode_coupled.evolution import (
+    BasisEvolution,
+    EvolutionOperator,
+    LinearEvolution,
+    ReactionDiffusionAdvection,
+    Static,
+)
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
 from neuralode_coupled.models.branch import Branch
@@ -68,6 +74,10 @@ EVOLUTIONS: dict[str, Callable[[], EvolutionOperator]] = {
     "advection": lambda: ReactionDiffusionAdvection(diffusion=False, reaction=False),
     "linear": LinearEvolution,
     "low-rank": lambda: LinearEvolution("channels", rank=2),
+    "legendre": lambda: BasisEvolution("legendre", 3),
+    "bspline": lambda: BasisEvolution("bspline", 4),
+    "piecewise": lambda: BasisEvolution("piecewise", 3),
+    "fourier": lambda: BasisEvolution("fourier", 2),
 }
 """Evolution operators by name, for the command line and the benchmarks; `build` takes any other as an object."""
 

@@ -253,3 +253,15 @@ def test_numbers_that_make_no_network_are_refused(network, variant, name, value)
 def test_tolerances_are_checked_for_the_baseline_too(name):
     with pytest.raises(ValueError, match=rf"{name} must be positive and finite, got {name}=-1"):
         nc.models.build("resnet4", **{name: -1})
+
+
+@pytest.mark.parametrize("name", ["legendre", "bspline", "piecewise", "fourier"])
+@pytest.mark.parametrize("variant", ["anodev2-1", "anodev2-2"])
+def test_weights_in_a_basis_by_name(name, variant):
+    model = nc.models.build("resnet4", variant, evolution=nc.models.EVOLUTIONS[name]())
+    layers = nc.models.coupled_layers(model).values()
+    operators = [operator for layer in layers for operator in layer.field.evolution.values()]
+    assert operators
+    assert all(isinstance(q, nc.BasisEvolution) and q.basis == name and 2 <= q.size <= 4 for q in operators)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(q.coefficients.grad.isfinite().all() and q.coefficients.grad.any() for q in operators)
