@@ -379,7 +379,10 @@ class GridProblem:
         applied = self.stages.applies(self.scheme.method, grid.length)
         further: list[Any] | None = [] if self._further is not None and n + 1 == grid.steps else None
         slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers, applied, further)
-        y = slope(0, y) if applied else step(slope, y, grid.length, self.scheme.method)[0]
+        if applied:  # a block itself is the step
+            y = slope(0, y)
+        else:
+            y, _ = step(slope, y, grid.length, self.scheme.method)
         emitted = (y,) if n + 1 in self.save else ()
         if self._further is None or not further:
             return y, emitted

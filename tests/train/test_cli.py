@@ -85,7 +85,7 @@ def test_train_continues_an_unfinished_run_only_with_resume(quick, tmp_path):
     ("options", "message"),
     [
         (["--model", "vgg"], "unknown model 'vgg': choose one of alexnet, resnet4, resnet10"),
-        (["--variant", "node2"], "unknown variant 'node2': choose one of baseline, node, anode, anodev2-1, anodev2-2"),
+        (["--variant", "node2"], "unknown variant 'node2': choose one of baseline, untied, node, anode"),
         (["--method", "leapfrog"], "unknown method 'leapfrog': choose one of euler, midpoint"),
         (["--data", "mnist"], "unknown data set 'mnist': choose one of digits, cifar10, folder"),
         (["--data", "folder"], "data set 'folder' needs a root"),
