@@ -45,6 +45,17 @@ def test_a_resnet_a_transformer_and_an_mlp_are_converted():
     assert [script.stem.removeprefix("convert_") for script in CONVERSIONS] == ["mlp", "resnet", "transformer"]
 
 
+def test_networks_of_timm_are_converted(capsys):
+    pytest.importorskip("timm")
+    script = FOLDER / "auto_timm.py"
+    assert len(script.read_text().splitlines()) < 30
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "vit_tiny_patch16_224: 24 coupled layers, difference 0.0",
+        "convnext_atto: 12 coupled layers, difference 0.0",
+    ]
+
+
 LOOPS = {
     "loop_gpt2": "four steps are four applications",
     "loop_llama": "the last one's keys and values are returned",
