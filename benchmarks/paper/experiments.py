@@ -34,17 +34,7 @@ def schedule_name(experiment: Experiment) -> str:
     """A folder name for what all runs of one table have in common."""
     parts = [f"epochs{experiment.epochs}", "all" if experiment.limit is None else f"images{experiment.limit}"]
     plain = Experiment()
-    for name in (
-        "validation",
-        "batch_size",
-        "lr",
-        "schedule",
-        "method",
-        "dynamics",
-        "evolution",
-        "evolution_lr",
-        "precision",
-    ):
+    for name in _NAMED:
         value = getattr(experiment, name)
         if value not in (getattr(plain, name), 256 if name == "batch_size" else None):
             parts.append(f"{name.replace('_', '-')}-{value}")
