@@ -17,23 +17,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 import neuralode_coupled as nc
 from benchmarks.lib.clock import quartiles
 from benchmarks.lib.results import write
 from neuralode_coupled.train.allocator import LEFT_ALONE
 from neuralode_coupled.train.experiment import Experiment
-from neuralode_coupled.train.fast import CHOSEN, fastest
+from neuralode_coupled.train.fast import CHOSEN, fastest, training_step
 
 DEFAULTS, ALLOCATOR, FAST = "defaults", "allocator", "fast"
 TRAINING, INFERENCE, BAKED = "training step", "inference", "baked, bfloat16"
 CLASSES = 10
 SIZE = 256
+
+
+def experiment(model: str, **choices: Any) -> Experiment:
+    """What is timed."""
+    return Experiment(model=model, variant="anodev2-1", batch_size=SIZE, accelerator="cpu", **choices)
 
 
 def images() -> torch.Tensor:
@@ -43,22 +46,7 @@ def images() -> torch.Tensor:
 
 def training(model: str, choices: dict[str, Any]) -> Callable[[], object]:
     """A training step, as the command line takes it."""
-    adjoint = nc.models.by_name("adjoint", choices.get("adjoint"), nc.models.ADJOINTS)
-    network = nc.models.build(model, "anodev2-1", adjoint=adjoint)
-    batch, labels = images(), torch.randint(CLASSES, (SIZE,))
-    if choices.get("layout") == "contiguous":
-        batch = batch.contiguous()
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
-    half = choices.get("precision") == "bf16-mixed"
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            loss = functional.cross_entropy(network(batch), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return training_step(experiment(model, **choices), torch.device("cpu"), CLASSES, SIZE)
 
 
 def inference(model: str, baked: bool) -> Callable[[], object]:
@@ -96,8 +84,7 @@ def in_a_process(what: str, model: str, choices: dict[str, Any], allocator: bool
 def choices_of(model: str) -> dict[str, Any]:
     """What ``--fast`` takes here."""
     torch.set_num_threads(1)
-    asked = Experiment(model=model, variant="anodev2-1", batch_size=SIZE, accelerator="cpu")
-    found = fastest(asked, torch.device("cpu"), CLASSES).experiment
+    found = fastest(experiment(model), torch.device("cpu"), CLASSES).experiment
     return {name: getattr(found, name) for name in CHOSEN}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from neuralode_coupled._checks import choice
+from neuralode_coupled.train.layouts import LAYOUTS
 from neuralode_coupled.train.schedules import SCHEDULES
 
 _HOW_NOT_WHAT = frozenset({"compile", "layout", "accelerator", "strategy", "threads"})
@@ -152,7 +153,7 @@ class Experiment:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         choice("schedule", self.schedule, SCHEDULES)
         if self.layout is not None:
-            choice("layout", self.layout, ("channels-last", "contiguous"))
+            choice("layout", self.layout, LAYOUTS)
         largest = torch.finfo(torch.float32).max
         for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
             if value > largest:

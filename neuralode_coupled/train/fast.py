@@ -13,9 +13,9 @@ from torch.nn import functional
 from neuralode_coupled.adjoint import DiscreteAdjoint
 from neuralode_coupled.models import VARIANTS
 from neuralode_coupled.train.building import build_data, build_model
-from neuralode_coupled.train.data import LAYOUTS, has_group_norm, memory_format
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.layouts import LAYOUTS, has_group_norm, memory_format
 from neuralode_coupled.train.memory import PeakMemory, available
 from neuralode_coupled.train.trainer import build_trainer, without_idle_warnings
 
@@ -140,7 +140,7 @@ def _fits(experiment: Experiment, device: torch.device, classes: int) -> bool:
     """Whether a step takes at most half of the memory that is free: of a few images it is measured."""
     whole = experiment.batch_size or 1
     few = min(4, whole)
-    step = _step(replace(experiment, batch_size=few), device, classes)
+    step = training_step(experiment, device, classes, few)
     step()
     peak = PeakMemory(device)
     step()
@@ -149,38 +149,33 @@ def _fits(experiment: Experiment, device: torch.device, classes: int) -> bool:
 
 def _seconds(experiment: Experiment, device: torch.device, classes: int, limit: float = math.inf) -> float:
     """The time of a training step, the best of three; of the first alone where that exceeds the limit."""
-    step = _step(experiment, device, classes)
+    step = training_step(experiment, device, classes, min(experiment.batch_size or 1, _MOST))
     taken = _clocked(step, device)
     if taken > limit:
         return taken
     return min(_clocked(step, device) for _ in range(3))
 
 
-def _step(experiment: Experiment, device: torch.device, classes: int) -> Callable[[], None]:
-    """A training step on noise."""
+def training_step(experiment: Experiment, device: torch.device, classes: int, images: int) -> Callable[[], None]:
+    """A training step of the experiment's model, layout, precision and gradient, on so many images of noise."""
     model = build_model(experiment, classes).to(device)
     if experiment.precision == "64-true":
         model.double()
     dtype = next(model.parameters()).dtype
     layout = memory_format(experiment.layout, device, model)
-    images = torch.randn(_batch(experiment), 3, 32, 32, device=device, dtype=dtype).contiguous(memory_format=layout)
-    labels = torch.randint(classes, (len(images),), device=device)
+    noise = torch.randn(images, 3, 32, 32, device=device, dtype=dtype).contiguous(memory_format=layout)
+    labels = torch.randint(classes, (images,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     half = _AUTOCAST.get(experiment.precision)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, half, enabled=half is not None):
-            loss = functional.cross_entropy(model(images), labels)
+            loss = functional.cross_entropy(model(noise), labels)
         loss.backward()
         optimizer.step()
 
     return step
-
-
-def _batch(experiment: Experiment) -> int:
-    assert experiment.batch_size is not None
-    return min(experiment.batch_size, _MOST)
 
 
 def _clocked(step: Callable[[], None], device: torch.device) -> float:

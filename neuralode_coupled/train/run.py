@@ -14,9 +14,10 @@ import torch
 from neuralode_coupled._extras import needs
 from neuralode_coupled.train.building import build_classifier, build_data, function_evaluations, resolve
 from neuralode_coupled.train.callbacks import Report
-from neuralode_coupled.train.data import ImageData, memory_format
+from neuralode_coupled.train.data import ImageData
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import NotWritten, RunFolder, as_folder
+from neuralode_coupled.train.layouts import memory_format
 from neuralode_coupled.train.learner import Classifier
 from neuralode_coupled.train.loading import finished_epochs
 from neuralode_coupled.train.locks import Lock

@@ -17,7 +17,8 @@ from torch import nn
 from neuralode_coupled.train import Experiment, RunFolder, fast, train
 from neuralode_coupled.train.allocator import LEFT_ALONE
 from neuralode_coupled.train.building import resolve
-from neuralode_coupled.train.data import ImageData, memory_format
+from neuralode_coupled.train.data import ImageData
+from neuralode_coupled.train.layouts import memory_format
 from tests.helpers.cli import complaint, run
 from tests.helpers.images import image_folder
 
