@@ -19,7 +19,7 @@ from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import adaptive_options, check_times
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.equal import equal_steps_of, paired
-from neuralode_coupled.odeint.linked import Found, at_start
+from neuralode_coupled.odeint.linked import Found, at_start, evaluated
 from neuralode_coupled.odeint.request import Request
 from neuralode_coupled.odeint.roots import first_root
 from neuralode_coupled.odeint.times import time_tensor
@@ -222,9 +222,6 @@ def _slope_by(dynamics: Dynamics) -> Callable[[Tensor, State], State]:
 
     def slope(t: Tensor, y: State) -> State:
         scratch = tuple([buffer.clone() for buffer in dynamics.buffers])
-        with torch.enable_grad():  # func may differentiate
-            leaves = tuple([part.detach().requires_grad_() for part in y])
-            found = dynamics.within(dynamics.shared, scratch, lambda: dynamics(t, leaves))
-        return tuple([part.detach() for part in found])
+        return evaluated(lambda y: dynamics.within(dynamics.shared, scratch, lambda: dynamics(t, y)), y)
 
     return slope

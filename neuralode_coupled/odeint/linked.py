@@ -103,6 +103,13 @@ def at_start(
     return Found(t0.detach(), at, y, measure, slope, states)
 
 
+def evaluated(f: Callable[[State], State], y: State) -> State:
+    """``f(y)`` as constants. There is a graph meanwhile: f may differentiate."""
+    with torch.enable_grad():
+        found = f(tuple([part.detach().requires_grad_() for part in y]))
+    return tuple([part.detach() for part in found])
+
+
 class _EventTime(torch.autograd.Function):
     """The time of an event, which moves against the condition at a fixed time: dt* = -dg / rate."""
 

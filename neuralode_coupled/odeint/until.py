@@ -13,7 +13,7 @@ from neuralode_coupled._types import State
 from neuralode_coupled.odeint.arguments import check_args, check_state, check_time
 from neuralode_coupled.odeint.dto import odeint_dto
 from neuralode_coupled.odeint.events import Event, solve_until
-from neuralode_coupled.odeint.linked import Found
+from neuralode_coupled.odeint.linked import Found, evaluated
 from neuralode_coupled.odeint.request import Request
 
 
@@ -104,10 +104,7 @@ def _linked(
     which = event.nearest(at, tuple([part.detach() for part in end])) if event.held is None else event.held
 
     def slope(t: Tensor, y: State) -> State:
-        with torch.enable_grad():  # func may differentiate
-            leaves = tuple([part.detach().requires_grad_() for part in y])
-            found = func(t, leaves if is_tuple else leaves[0])
-        return tuple([part.detach() for part in (found if is_tuple else (found,))])
+        return evaluated(lambda y: func(t, y) if is_tuple else (func(t, y[0]),), y)
 
     return _moved(Found(time, at, end, event.measure(which), slope, states), is_tuple)
 

@@ -25,6 +25,7 @@ from neuralode_coupled._files import draft
 from neuralode_coupled.models import coupled_layers
 from neuralode_coupled.train.folder import RunFolder, as_folder
 from neuralode_coupled.train.image_sources import SIZE
+from neuralode_coupled.train.loggers import quieter
 from neuralode_coupled.train.recogniser import Recogniser, load_recogniser
 
 OPSET = 20
@@ -236,14 +237,7 @@ def _check_file(path: Path, opset: int | None) -> None:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without what exporters say about their own inside."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    with warnings.catch_warnings(), quieter(names, logging.ERROR):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

@@ -19,6 +19,7 @@ from neuralode_coupled.train.callbacks import AtomicCheckpoints, Checkpoint, Epo
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.first_batches import FirstBatches
 from neuralode_coupled.train.folder import RunFolder
+from neuralode_coupled.train.loggers import quieter
 from neuralode_coupled.train.processes import tolerate_unused_parameters
 
 with needs("train"):
@@ -100,21 +101,13 @@ def versions() -> dict[str, str]:
 @contextmanager
 def without_idle_warnings() -> Iterator[None]:
     """Without what Lightning says about choices that are ours, or advertises."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
+    with quieter(("pytorch_lightning", "lightning_fabric"), logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")  # refused soon after
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
 
 
 @contextmanager
