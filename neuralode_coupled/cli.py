@@ -266,6 +266,7 @@ def predict(
     run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
     table: Annotated[Path | None, typer.Option("--out", help="Write the table to this file, NAME.csv.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
+    allocator: Allocator = True,
 ) -> None:
     """Say what a trained network takes images for.
 
@@ -275,6 +276,8 @@ def predict(
     with _bad_input():
         from neuralode_coupled.train import predicting
 
+        if allocator:
+            _keep_freed_memory()
         if table is not None:
             predicting.check_table(table)
         found = predicting.predict(run, images, checkpoint)

@@ -245,6 +245,11 @@ def test_no_allocator_leaves_it(experiment, tmp_path, monkeypatch):
         done = run(*options, "--epochs", 1, "--batch-size", 8, *more, "--out", tmp_path / f"run{expected}")
         assert done.exit_code == 0, done.output
         assert len(calls) == expected
+    images = f"{experiment.data_root}/test"
+    for more, expected in (["--no-allocator"], 1), ([], 2):
+        done = run("predict", "--run", tmp_path / "run1", images, *more)
+        assert done.exit_code == 0, done.output
+        assert len(calls) == expected
 
 
 def test_an_unknown_schedule_or_layout_is_one_line(tmp_path):
