@@ -22,9 +22,9 @@ def memory_format(layout: str | None, device: torch.device, model: nn.Module | N
         model: what is to be trained on them.
 
     Raises:
-        ValueError: for an unknown layout, and for channels-last with a GroupNorm on the CPU. There PyTorch (2.13, 2.14)
-            computes the variance as E[x^2] - E[x]^2 in float32: for activations of mean 100 and deviation 0.1 outputs
-            and gradients are 7% off, contiguous 5e-5.
+        ValueError: for an unknown layout, and for channels-last with a GroupNorm on the CPU. There PyTorch (2.14)
+            computes the variance as E[x^2] - E[x]^2 in float32, which is wrong where the mean is large: see the page
+            on precision.
     """
     wrong = device.type == "cpu" and model is not None and has_group_norm(model)
     if layout is None:
