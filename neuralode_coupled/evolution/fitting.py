@@ -31,6 +31,15 @@ ENOUGH = 1e-5
 GAIN = 0.01
 """A round that makes the error smaller by less than this part of it is the last one."""
 
+NEAR = 0.01
+"""Below it a relative error is made smaller by Gauss-Newton steps, where gradients alone no longer get on."""
+
+POLISHING = 40
+"""Such steps, at most."""
+
+LARGEST = 4_000_000
+"""Numbers of the Jacobian that such a step solves with, at most."""
+
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
 
@@ -132,6 +141,8 @@ def fit_coefficients(operator: nn.Module, t: Tensor, path: WeightPath, starts: S
         error = _error(worker, t, path)
         if error > ENOUGH:
             error = _search(worker, [parameters[name] for name in start], t, path)
+        if ENOUGH < error < NEAR:
+            error = _polished(worker, [parameters[name] for name in start], t, path, error)
         if error < best:
             best, chosen = error, {name: parameters[name].detach().clone() for name in start}
         if best < ENOUGH:
@@ -210,3 +221,45 @@ def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path
         if error < ENOUGH or not error < (1 - GAIN) * before:
             break
     return error
+
+
+def _polished(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath, error: float) -> float:
+    """Levenberg and Marquardt's steps from where the parameters are; the relative error at their end.
+
+    Least squares that are nearly linear there have narrow valleys, which a quasi-Newton method follows slowly.
+    """
+    count = sum(p.numel() for p in parameters)
+    if count * (path[1:].numel() + count) > LARGEST:
+        return error
+    damping = 1e-3
+    for _ in range(POLISHING):
+        residuals, jacobian = _linearised(operator, parameters, t, path)
+        scale = damping * float(jacobian.square().sum(0).max()) ** 0.5
+        damped = torch.cat([jacobian, scale * torch.eye(count, dtype=jacobian.dtype)])
+        change = torch.linalg.lstsq(damped, torch.cat([-residuals, residuals.new_zeros(count)])[:, None]).solution[:, 0]
+        before = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, part in zip(parameters, change.split([p.numel() for p in parameters]), strict=True):
+                p.add_(part.view_as(p))
+        found = _error(operator, t, path)
+        if found < error:
+            error, damping = found, damping / 10
+        else:
+            with torch.no_grad():
+                for p, own in zip(parameters, before, strict=True):
+                    p.copy_(own)
+            damping *= 10
+        if error < ENOUGH or damping > 1:
+            break
+    return error
+
+
+def _linearised(
+    operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath
+) -> tuple[Tensor, Tensor]:
+    """What is missing of the path, (n,), and its derivative by all parameters, (n, parameters)."""
+    with torch.enable_grad():
+        residuals = (predicted(operator, t, path[0]) - path)[1:].flatten()
+    rows = torch.eye(len(residuals), dtype=residuals.dtype)
+    columns = torch.autograd.grad(residuals, parameters, rows, is_grads_batched=True, materialize_grads=True)
+    return residuals.detach(), torch.cat([part.flatten(1) for part in columns], 1)
