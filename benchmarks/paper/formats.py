@@ -1,10 +1,11 @@
 """Whether training in bfloat16 ends where training in float32 does.
 
-    python -m benchmarks.paper.formats
+    python -m benchmarks.paper.formats --data folder --data-root DIR --limit 10000
 
-ResNet-4 of configuration two on the digits, one-cycle, every graph stored (autocast's cache is off in a solve: each use
-of a weight has a cast of its own). Both formats train from the same seeds, three of them; the table has the paired
-differences with their 95% intervals. A seed that has a line in results/formats.jsonl is not trained again.
+ResNet-4 of configuration two on 10,000 images of CIFAR-10, or on the digits if no data are named; one-cycle, every
+graph stored (autocast's cache is off in a solve: each use of a weight has a cast of its own). Both formats train from
+the same seeds, three of them; the table has the paired differences with their 95% intervals. A seed that has a line in
+results/formats.jsonl is not trained again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ PLAIN = Experiment(
 )
 
 
+def described(experiment: Experiment) -> dict[str, Any]:
+    """What a record says of it; paths of this machine are not kept."""
+    return {name: value for name, value in asdict(experiment).items() if name != "data_root"}
+
+
 def one(experiment: Experiment) -> dict[str, Any]:
     """Train it, and give its record."""
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +45,12 @@ def one(experiment: Experiment) -> dict[str, Any]:
         last = RunFolder(Path(folder) / "run").rows()[-1]
     measured = {"accuracy": result.final_accuracy, "loss": last["train/loss"], "test loss": last["test/loss"]}
     capability = torch.backends.cpu.get_cpu_capability()
-    return {"experiment": asdict(experiment), **measured, "capability": capability, "environment": environment("cpu")}
+    return {
+        "experiment": described(experiment),
+        **measured,
+        "capability": capability,
+        "environment": environment("cpu"),
+    }
 
 
 def difference(records: Sequence[dict[str, Any]], name: str, scale: float = 1.0) -> Difference | None:
@@ -63,16 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=PLAIN.epochs)
+    parser.add_argument("--data", default=PLAIN.data, help="digits, cifar10 (downloaded) or folder")
+    parser.add_argument("--data-root")
+    parser.add_argument("--limit", type=int, help="so many training images")
     parser.add_argument("--results", type=Path, default=RESULTS / "formats.jsonl")
-    chosen = parser.parse_args(arguments)
-    fields = asdict(PLAIN) | {"epochs": chosen.epochs}
-    for seed in range(chosen.seeds):
-        for precision in FORMATS:
-            asked = Experiment(**fields | {"seed": seed, "precision": precision})
-            if not any(record["experiment"] == asdict(asked) for record in jsonl.read(chosen.results)):
-                jsonl.append(chosen.results, one(asked))
-    wanted = [fields | {"seed": seed, "precision": p} for seed in range(chosen.seeds) for p in FORMATS]
-    sys.stdout.write(table([r for r in jsonl.read(chosen.results) if r["experiment"] in wanted]))
+    chosen = vars(parser.parse_args(arguments))
+    results, seeds = chosen.pop("results"), range(chosen.pop("seeds"))
+    planned = [replace(PLAIN, **chosen, seed=seed, precision=precision) for seed in seeds for precision in FORMATS]
+    for asked in planned:
+        if not any(record["experiment"] == described(asked) for record in jsonl.read(results)):
+            jsonl.append(results, one(asked))
+    wanted = [described(asked) for asked in planned]
+    sys.stdout.write(table([record for record in jsonl.read(results) if record["experiment"] in wanted]))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_what_has_a_line_is_not_trained_again(tmp_path, monkeypatch, capsys):
 
     def one(experiment):
         trained.append((experiment.seed, experiment.precision))
-        return {"experiment": formats.asdict(experiment), "accuracy": 0.5, "loss": 1.0}
+        return {"experiment": formats.described(experiment), "accuracy": 0.5, "loss": 1.0}
 
     monkeypatch.setattr(formats, "one", one)
     for _ in range(2):
@@ -42,6 +42,7 @@ def test_a_record_says_what_was_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(formats, "environment", lambda device: {})
     asked = formats.Experiment(**formats.asdict(formats.PLAIN) | {"epochs": 1, "limit": 64, "variant": "baseline"})
     found = formats.one(asked)
+    assert "data_root" not in found["experiment"]
     assert found["experiment"]["limit"] == 64
     assert 0 <= found["accuracy"] <= 1
     assert found["loss"] > 0
