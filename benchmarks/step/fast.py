@@ -4,7 +4,8 @@
 
 ResNet-4 and ResNet-10 of configuration one, batches of 256, one thread. Each candidate is timed in a process of its
 own, because the allocator is a process's; the candidates take turns in shuffled rounds. The numbers are ratios of
-process time to the defaults of the same round: median and quartiles. Writes results/fast.json.
+process time to the defaults of the same round: median and quartiles. Beside inference stands what the network's
+convolutions alone take. Writes results/fast.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 import neuralode_coupled as nc
 from benchmarks.lib.clock import quartiles
@@ -30,6 +32,7 @@ from neuralode_coupled.train.fast import CHOSEN, fastest, training_step
 
 DEFAULTS, ALLOCATOR, FAST = "defaults", "allocator", "fast"
 TRAINING, INFERENCE, BAKED = "training step", "inference", "baked, bfloat16"
+CONVOLUTIONS, CONVOLUTIONS_HALF = "convolutions alone", "convolutions alone, bfloat16"
 CLASSES = 10
 SIZE = 256
 
@@ -49,21 +52,40 @@ def training(model: str, choices: dict[str, Any]) -> Callable[[], object]:
     return training_step(experiment(model, **choices), torch.device("cpu"), CLASSES, SIZE)
 
 
-def inference(model: str, baked: bool) -> Callable[[], object]:
-    """The logits of a batch, of a layer or of plain blocks in bfloat16."""
+def inference(model: str, what: str) -> Callable[[], object]:
+    """The logits of a batch, of a layer or of plain blocks in bfloat16; or no more than the blocks' convolutions."""
     network = nc.models.build(model, "anodev2-1").eval()
     batch = images()
-    if baked:
-        network = nc.bake(network).to(torch.bfloat16)
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (torch takes it)
-        batch = batch.bfloat16()
-    return torch.inference_mode()(lambda: network(batch))
+    if what != INFERENCE:
+        network = nc.bake(network).to(memory_format=torch.channels_last)
+    if what in (BAKED, CONVOLUTIONS_HALF):
+        network, batch = network.to(torch.bfloat16), batch.bfloat16()
+    if what in (INFERENCE, BAKED):
+        return torch.inference_mode()(lambda: network(batch))
+    given = convolved(network, batch)
+    return torch.inference_mode()(lambda: [convolution(x) for convolution, x in given])
+
+
+def convolved(network: nn.Module, batch: torch.Tensor) -> list[tuple[nn.Conv2d, torch.Tensor]]:
+    """The network's convolutions, each with what it is given."""
+    given: list[tuple[nn.Conv2d, torch.Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, nn.Conv2d)
+        given.append((module, args[0]))
+
+    hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        network(batch)
+    for hook in hooks:
+        hook.remove()
+    return given
 
 
 def seconds(what: str, model: str, choices: dict[str, Any], repeats: int) -> float:
     """Process time of one, the best of some, in this process."""
     torch.set_num_threads(1)
-    run = training(model, choices) if what == TRAINING else inference(model, what == BAKED)
+    run = training(model, choices) if what == TRAINING else inference(model, what)
     taken = []
     for _ in range(repeats + 1):  # one to warm up
         begin = time.process_time()
@@ -94,7 +116,9 @@ def measure(what: str, model: str, choices: dict[str, Any], rounds: int, repeats
     if what == TRAINING:
         candidates[FAST] = (what, model, choices, True)
     else:
-        candidates[BAKED] = (BAKED, model, {}, True)
+        # What is left when all else costs nothing bounds every other way to compute the network.
+        for name in (BAKED, CONVOLUTIONS, CONVOLUTIONS_HALF):
+            candidates[name] = (name, model, {}, True)
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         taken = {

@@ -30,9 +30,17 @@ def test_choices_are_taken():
 
 
 def test_the_baked_network_is_plain_and_in_bfloat16():
-    out = fast.inference("resnet4", baked=True)()
+    out = fast.inference("resnet4", fast.BAKED)()
     assert out.dtype == torch.bfloat16
     assert out.shape == (2, 10)
+
+
+def test_the_convolutions_are_those_of_the_network():
+    maps = fast.inference("resnet4", fast.CONVOLUTIONS_HALF)()
+    assert {out.dtype for out in maps} == {torch.bfloat16}
+    # The stem, and two of the branch in each of five steps.
+    assert [tuple(out.shape[1:]) for out in maps] == [(16, 32, 32)] * len(maps)
+    assert len(maps) == 1 + 2 * 5
 
 
 def test_ratios_are_to_the_defaults_of_the_round(monkeypatch):
