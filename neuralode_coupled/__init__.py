@@ -6,6 +6,7 @@
 discretise-then-optimise gradients.
 """
 
+from neuralode_coupled._version import __version__
 from neuralode_coupled.adjoint import (
     Backprop,
     ContinuousAdjoint,
@@ -17,6 +18,7 @@ from neuralode_coupled.adjoint import (
 from neuralode_coupled.convert.coupling import convertible, couple
 from neuralode_coupled.convert.plain import load_plain
 from neuralode_coupled.coupled.layer import CoupledODE, bake
+from neuralode_coupled.coupled.references import citation
 from neuralode_coupled.coupled.regridding import with_steps
 from neuralode_coupled.coupled.solving import Solution, solve
 from neuralode_coupled.evolution import (
@@ -51,9 +53,6 @@ from neuralode_coupled.runge_kutta import PIController, StepController
 
 from . import kkt, models  # isort: skip  (after the layers that they are made of)
 
-__version__ = "0.1.0"
-"""The one place of the version; the distribution takes it from here."""
-
 __all__ = [
     "Backprop",
     "BasisEvolution",
@@ -87,7 +86,9 @@ __all__ = [
     "Stats",
     "StepController",
     "TimeKernel",
+    "__version__",
     "bake",
+    "citation",
     "convertible",
     "couple",
     "kkt",
