@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 DEMO_OUT ?= runs/demo
 DEMO_EPOCHS ?= 8
 
-.PHONY: help demo test lint types docs clean
+.PHONY: help demo test test-only lint types docs clean
 
 help:
 	@echo "make demo   create the environment, train and compare four ResNet-4 variants on the digits"
 	@echo "make test   create the environment, lint, type-check, run the tests"
+	@echo "make test-only   the same without lint and types"
 	@echo "make docs   build the documentation into site/"
 	@echo "make clean  remove the environment and every build output (runs/ is kept)"
 
@@ -24,7 +25,9 @@ demo: $(VENV)/.installed
 	$(BIN)/neuralode-coupled compare --model resnet4 --variants baseline,anode,anodev2-1,anodev2-2 \
 		--data digits --seeds 0 --epochs $(DEMO_EPOCHS) --out $(DEMO_OUT)
 
-test: lint types
+test: lint types test-only
+
+test-only: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed

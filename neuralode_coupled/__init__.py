@@ -4,55 +4,62 @@
 
 (ANODEV2, NeurIPS 2019), as one augmented vector field for torchdiffeq and torchdyn, and as a layer with exact
 discretise-then-optimise gradients.
+
+The names are loaded when they are asked for: PyTorch takes seconds, and the command line answers before it needs it.
 """
 
-from neuralode_coupled.adjoint import (
-    Backprop,
-    ContinuousAdjoint,
-    DiscreteAdjoint,
-    GradientMethod,
-    ReversibleAdjoint,
-    Stats,
-)
-from neuralode_coupled.convert.coupling import convertible, couple
-from neuralode_coupled.convert.plain import load_plain
-from neuralode_coupled.coupled.layer import CoupledODE, bake
-from neuralode_coupled.coupled.regridding import with_steps
-from neuralode_coupled.coupled.solving import Solution, solve
-from neuralode_coupled.evolution import (
-    BasisEvolution,
-    ConvEvolution,
-    EvolutionOperator,
-    HyperNetwork,
-    LinearEvolution,
-    MLPEvolution,
-    NonFiniteWeights,
-    ReactionDiffusionAdvection,
-    Static,
-)
-from neuralode_coupled.field import CoupledField, FlatField
-from neuralode_coupled.field.block import Block
-from neuralode_coupled.field.per_step import PerStep
-from neuralode_coupled.figures.progress_bars import progress
-from neuralode_coupled.kernels import (
-    Box,
-    DensityKernel,
-    Dirac,
-    Erlang,
-    Exponential,
-    MatrixKernel,
-    SampleAndHold,
-    TimeKernel,
-)
-from neuralode_coupled.odeint.dense import DenseSolution, odeint_dense
-from neuralode_coupled.odeint.dto import odeint_dto
-from neuralode_coupled.odeint.until import odeint_event
-from neuralode_coupled.runge_kutta import PIController, StepController
+from __future__ import annotations
 
-from . import kkt, models  # isort: skip  (after the layers that they are made of)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-"""The one place of the version; the distribution takes it from here."""
+from neuralode_coupled._version import __version__
+
+if TYPE_CHECKING:
+    from neuralode_coupled import kkt, models
+    from neuralode_coupled.adjoint import (
+        Backprop,
+        ContinuousAdjoint,
+        DiscreteAdjoint,
+        GradientMethod,
+        ReversibleAdjoint,
+        Stats,
+    )
+    from neuralode_coupled.convert.coupling import convertible, couple
+    from neuralode_coupled.convert.plain import load_plain
+    from neuralode_coupled.coupled.layer import CoupledODE, bake
+    from neuralode_coupled.coupled.references import citation
+    from neuralode_coupled.coupled.regridding import with_steps
+    from neuralode_coupled.coupled.solving import Solution, solve
+    from neuralode_coupled.evolution import (
+        BasisEvolution,
+        ConvEvolution,
+        EvolutionOperator,
+        HyperNetwork,
+        LinearEvolution,
+        MLPEvolution,
+        NonFiniteWeights,
+        ReactionDiffusionAdvection,
+        Static,
+    )
+    from neuralode_coupled.field import CoupledField, FlatField
+    from neuralode_coupled.field.block import Block
+    from neuralode_coupled.field.per_step import PerStep
+    from neuralode_coupled.figures.progress_bars import progress
+    from neuralode_coupled.kernels import (
+        Box,
+        DensityKernel,
+        Dirac,
+        Erlang,
+        Exponential,
+        MatrixKernel,
+        SampleAndHold,
+        TimeKernel,
+    )
+    from neuralode_coupled.odeint.dense import DenseSolution, odeint_dense
+    from neuralode_coupled.odeint.dto import odeint_dto
+    from neuralode_coupled.odeint.until import odeint_event
+    from neuralode_coupled.runge_kutta import PIController, StepController
 
 __all__ = [
     "Backprop",
@@ -87,7 +94,9 @@ __all__ = [
     "Stats",
     "StepController",
     "TimeKernel",
+    "__version__",
     "bake",
+    "citation",
     "convertible",
     "couple",
     "kkt",
@@ -100,3 +109,65 @@ __all__ = [
     "solve",
     "with_steps",
 ]
+
+_HOMES = {
+    "Backprop": "adjoint",
+    "BasisEvolution": "evolution",
+    "Block": "field.block",
+    "Box": "kernels",
+    "ContinuousAdjoint": "adjoint",
+    "ConvEvolution": "evolution",
+    "CoupledField": "field",
+    "CoupledODE": "coupled.layer",
+    "DenseSolution": "odeint.dense",
+    "DensityKernel": "kernels",
+    "Dirac": "kernels",
+    "DiscreteAdjoint": "adjoint",
+    "Erlang": "kernels",
+    "EvolutionOperator": "evolution",
+    "Exponential": "kernels",
+    "FlatField": "field",
+    "GradientMethod": "adjoint",
+    "HyperNetwork": "evolution",
+    "LinearEvolution": "evolution",
+    "MLPEvolution": "evolution",
+    "MatrixKernel": "kernels",
+    "NonFiniteWeights": "evolution",
+    "PIController": "runge_kutta",
+    "PerStep": "field.per_step",
+    "ReactionDiffusionAdvection": "evolution",
+    "ReversibleAdjoint": "adjoint",
+    "SampleAndHold": "kernels",
+    "Solution": "coupled.solving",
+    "Static": "evolution",
+    "Stats": "adjoint",
+    "StepController": "runge_kutta",
+    "TimeKernel": "kernels",
+    "bake": "coupled.layer",
+    "citation": "coupled.references",
+    "convertible": "convert.coupling",
+    "couple": "convert.coupling",
+    "load_plain": "convert.plain",
+    "odeint_dense": "odeint.dense",
+    "odeint_dto": "odeint.dto",
+    "odeint_event": "odeint.until",
+    "progress": "figures.progress_bars",
+    "solve": "coupled.solving",
+    "with_steps": "coupled.regridding",
+}
+"""The module of each name."""
+
+_ROOMS = frozenset({home.split(".")[0] for home in _HOMES.values()} | {"kkt", "models", "train", "transport"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

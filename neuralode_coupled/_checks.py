@@ -1,16 +1,26 @@
-"""Every check of an argument, once. Each returns what it has checked, or raises one line that says what to give."""
+"""Every check of an argument, once. Each returns what it has checked, or raises one line that says what to give.
+
+This file does not import torch, which takes seconds: the command line refuses a mistyped value before that.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Times = Sequence[float | Tensor] | Tensor
+    Times = Sequence[float | Tensor] | Tensor
+else:
+    Times = Any
 """Times in a row: numbers, scalar tensors, or a tensor of one axis."""
+
+_ROUNDING = 2.0**-23
+"""That of float32."""
 
 _LONGEST = 100
 
@@ -26,11 +36,19 @@ def shown(value: object) -> str:
     text = " ".join(repr(value).split())
     if len(text) <= _LONGEST:
         return text
-    return f"a Tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{text[: _LONGEST - 3]}..."
+    return f"a Tensor of shape {tuple(value.shape)}" if is_tensor(value) else f"{text[: _LONGEST - 3]}..."
+
+
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor. Where torch is not loaded there are none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def check_model(model: object) -> None:
     """Raise TypeError for what is no model."""
+    from torch import nn
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
@@ -75,7 +93,7 @@ def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
     Raises ValueError unless there are enough, all finite and strictly monotone.
     """
     try:
-        values = tuple([_number(value) for value in (t.detach().tolist() if isinstance(t, Tensor) else t)])
+        values = tuple([_number(value) for value in (t.detach().tolist() if is_tensor(t) else t)])
     except (TypeError, ValueError) as error:
         raise TypeError(f"t must be a row of numbers, such as (0.0, 1.0), got {shown(t)}") from error
     except RuntimeError as error:  # there is no number to read
@@ -91,7 +109,7 @@ def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
 
 
 def _number(value: float | Tensor) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)
+    return float(value.detach() if is_tensor(value) else value)
 
 
 def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, ...]:
@@ -100,7 +118,7 @@ def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, 
     What lies beyond an end by no more than a rounding to float32 (of `torch.linspace`, say) is that end.
     """
     wanted, low, high = times(t, fewest=1), min(ends), max(ends)
-    slack = min(torch.finfo(torch.float32).eps * max(abs(low), abs(high)), 1e-6 * (high - low))
+    slack = min(_ROUNDING * max(abs(low), abs(high)), 1e-6 * (high - low))
     if min(wanted) < low - slack or max(wanted) > high + slack:
         raise ValueError(f"times must lie in the {whose}'s interval {ends}, got {list(wanted)}")
     return tuple([min(max(time, low), high) for time in wanted])

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from neuralode_coupled._checks import is_tensor
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @contextmanager
@@ -51,5 +54,5 @@ def _with_an_axis(
 ) -> None:
     for name in names:
         found, own = state_dict.get(prefix + name), getattr(module, name)
-        if isinstance(found, Tensor) and found.ndim == 0 and own is not None and own.shape == (1,):
+        if is_tensor(found) and found.ndim == 0 and own is not None and own.shape == (1,):
             state_dict[prefix + name] = found.reshape(1)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 from neuralode_coupled import __version__
+from neuralode_coupled._checks import choice
 from neuralode_coupled._extras import needs
-from neuralode_coupled.models import evolution_named, kernel_named
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import NotWritten, RunFolder
 from neuralode_coupled.train.interruptions import Interrupted, end_with_standard_input, interruptible
+from neuralode_coupled.train.names import FIXED, VELOCITIES, check_name, folder_root
 from neuralode_coupled.train.result import Result
 
 with needs("train"):
@@ -90,9 +91,7 @@ def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
             given["data_root"] = str(given["data_root"])
         with _bad_input():
             experiment = Experiment(**given)
-            # Before Lightning, which takes seconds to load.
-            evolution_named(experiment.evolution)
-            kernel_named(experiment.kernel)
+            _check_own(experiment)
         command(experiment=experiment, **options)
 
     own = [p for name, p in signature(command, eval_str=True).parameters.items() if name != "experiment"]
@@ -101,6 +100,17 @@ def _with_experiment(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__signature__ = Signature(options)  # pyright: ignore[reportAttributeAccessIssue]
     wrapper.__annotations__ = {option.name: option.annotation for option in options}
     return wrapper
+
+
+def _check_own(experiment: Experiment) -> None:
+    """Look for the images, and make what is the user's own, before Lightning, which takes seconds to load."""
+    if experiment.data == "folder":
+        folder_root(experiment.data_root)
+    if ":" in (experiment.evolution or "") + (experiment.kernel or ""):
+        from neuralode_coupled.models import evolution_named, kernel_named
+
+        evolution_named(experiment.evolution)
+        kernel_named(experiment.kernel)
 
 
 def _show_version(wanted: bool) -> None:
@@ -245,6 +255,8 @@ def compare(
     evolving over time.
     """
     with _bad_input():
+        for variant in _names(variants):
+            check_name("variant", variant)
         from neuralode_coupled.train import compare as comparison
         from neuralode_coupled.train.table import present
 
@@ -274,6 +286,7 @@ def predict(
     Images are resized to 32x32 and normalised as in training.
     """
     with _bad_input():
+        RunFolder(run).trained(checkpoint)
         from neuralode_coupled.train import predicting
 
         if allocator:
@@ -309,6 +322,7 @@ def export(
     1 and 8 images and compared with the network before it is kept.
     """
     with _bad_input():
+        RunFolder(run).trained(checkpoint)
         from neuralode_coupled.train import exporting
 
         try:
@@ -335,6 +349,8 @@ def check(
     differs from unrolled autograd by more than rounding.
     """
     with _bad_input():
+        for field, name in (("model", model), ("variant", variant), ("method", method)):
+            check_name(field, name)
         from neuralode_coupled.train.layers_to_check import layers_and_inputs
 
         cases = layers_and_inputs(model, variant, steps, method, dtype, seed)
@@ -365,6 +381,8 @@ def filters(
     layer too (learned-LAYER.png).
     """
     with _bad_input():
+        if run is not None:
+            RunFolder(run).trained()
         from neuralode_coupled.figures import gallery
 
         gallery.gaussian(size)  # a size that will not do is refused before anything is written
@@ -394,10 +412,13 @@ def transport(
     a table, a picture (transport.png) and an animation (transport.gif).
     """
     with _bad_input():
+        chosen = _names(velocities)
+        for name in chosen:
+            choice("velocity", name, VELOCITIES)
+        choice("method", method, FIXED)
         from neuralode_coupled import transport as problem
 
         config = problem.Config(seed, steps, method, iterations)
-        chosen = _names(velocities)
         problem.check(chosen)
         done = {} if fresh else {name: problem.load(folder, name, config) for name in chosen}
         folder.mkdir(parents=True, exist_ok=True)

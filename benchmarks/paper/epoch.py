@@ -1,6 +1,6 @@
 """What an epoch of training costs and where it goes, for every variant of ResNet-4 on CIFAR-10.
 
-    python -m benchmarks.paper.epoch --data folder --data-root DIR --page docs/reproduction.md
+    python -m benchmarks.paper.epoch --data folder --data-root DIR --page docs/dev/epoch.md
 
 Real training runs of two epochs on a part of the images, of which the second is looked at: the variants take turns in
 shuffled rounds, and each ratio is to the baseline of the same round. Lightning's SimpleProfiler says which phase of an
@@ -144,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=5120, help="training images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--page", type=Path, help=f"write the table into this page, such as {DOCS.name}/reproduction.md"
-    )
+    parser.add_argument("--page", type=Path, help=f"write the table into this page, such as {DOCS.name}/dev/epoch.md")
     chosen = vars(parser.parse_args(arguments))
     page, rounds = chosen.pop("page"), chosen.pop("rounds")
     # Everything is stored, as in the tables.

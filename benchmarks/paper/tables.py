@@ -1,6 +1,6 @@
 """Tables 1 to 4 of the paper beside what `benchmarks.paper.cifar10` measured, and what becomes of the paper's claims.
 
-python -m benchmarks.paper.tables epochs20-images10000 --page docs/reproduction.md
+python -m benchmarks.paper.tables epochs20-images10000 --page docs/dev/reproduction-tables.md
 """
 
 from __future__ import annotations

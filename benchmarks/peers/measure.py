@@ -15,7 +15,7 @@ TF32, and a candidate that cannot run there is left out with its words.
 
 Packages that are not installed are skipped with a word. Every finding is added to results/peers.json (peers_cuda.json)
 as it comes; parts can be run one by one. ``python -m benchmarks.peers.page`` then writes tables and figures into
-docs/benchmarks.md, of the CPU's.
+docs/dev/benchmark-tables.md, of the CPU's.
 """
 
 from __future__ import annotations

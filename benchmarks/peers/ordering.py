@@ -5,7 +5,7 @@
 
 For every pair of candidates that both runs have on one grid: whether the other one is the faster now, by the medians,
 and whether the quartiles of both runs are apart, so that the two runs contradict each other. Compiled candidates are
-left out: how they are compiled has changed. Writes its table into docs/benchmarks.md.
+left out: how they are compiled has changed. Writes its table into docs/dev/benchmark-tables.md.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="results/peers.json of another day")
-    parser.add_argument("--page", type=Path, default=DOCS / "benchmarks.md")
+    parser.add_argument("--page", type=Path, default=DOCS / "dev" / "benchmark-tables.md")
     options = parser.parse_args(arguments)
     try:
         before = json.loads(options.before.read_text())["parts"]["time"]

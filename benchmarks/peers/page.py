@@ -1,10 +1,9 @@
-"""Tables and a figure for docs/benchmarks.md out of what `benchmarks.peers`, `step.inference` and `step.scaling`
-measured.
+"""The tables and the figure of what `benchmarks.peers`, `step.inference` and `step.scaling` measured.
 
     python -m benchmarks.peers.page
 
-Each table goes between its markers on the page, with the targets beside what was reached; what was not measured is left
-out of the tables, and said to be missing among the targets. Writes docs/benchmarks.md and docs/figures/peers.png.
+Each table goes between its markers: a summary to docs/benchmarks.md, all else to docs/dev/benchmark-tables.md. What was
+not measured is left out of the tables, and said to be missing among the targets. Writes docs/figures/peers.png, too.
 """
 
 from __future__ import annotations
@@ -23,9 +22,11 @@ from benchmarks.lib.pages import DOCS, machine, put, ratio
 from benchmarks.lib.results import read
 from benchmarks.peers.candidates import CANDIDATES
 
-PAGE = DOCS / "benchmarks.md"
+PAGE = DOCS / "dev" / "benchmark-tables.md"
+SUMMARY = DOCS / "benchmarks.md"
 FIGURE = DOCS / "figures" / "peers.png"
 GROUPS = ("z0", "w0", "p", "static")
+PARTS = ("time", "memory", "gradients")
 KEPT = "DiscreteAdjoint, products kept, compiled"
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -182,6 +183,34 @@ def table(columns: Sequence[tuple[str, dict[str, Any]]], cell: Callable[[Any], s
     return lines
 
 
+SHORT = {
+    "Backprop": "`nc.Backprop()`",
+    "DiscreteAdjoint": "`nc.DiscreteAdjoint(None)`",
+    "DiscreteAdjoint, 4 states": "`nc.DiscreteAdjoint(4)`",
+    "ReversibleAdjoint, own weights": '`nc.ReversibleAdjoint(weights="recomputed")`',
+    KEPT: '`nc.DiscreteAdjoint(keep="products")`, compiled',
+    "torchdiffeq odeint_adjoint": "torchdiffeq `odeint_adjoint`",
+    "torchdyn adjoint": "torchdyn `adjoint`",
+    "diffrax recursive": "diffrax `RecursiveCheckpointAdjoint`",
+}
+"""The rows of the summary."""
+
+
+def summary(parts: Results, solver: str = "euler", steps: int = 20) -> list[str]:
+    """Time, memory and the largest error of some candidates, at one number of steps."""
+    time, memory, errors = (parts.get(part, {}).get(solver, {}).get(str(steps), {}) for part in PARTS)
+    lines = ["| | time | MiB | gradient error |", "|---|---:|---:|---:|"]
+    for name, shown in SHORT.items():
+        cells = [
+            f"{time[name]['median']:.2f}" if name in time else "",
+            f"{memory[name] / 2**20:.0f}" if name in memory else "",
+            f"{max(errors[name].values()):.0e}" if name in errors else "",
+        ]
+        if any(cells):
+            lines.append(f"| {shown} | {' | '.join(cells)} |")
+    return lines
+
+
 def _columns(part: dict[str, dict[str, Any]], solvers: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (f"{solver}, {steps} steps" if solver != "dopri5" else solver, part[solver][steps])
@@ -320,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--summary", type=Path, default=SUMMARY, help="the page of the short table")
     parser.add_argument("--figure", type=Path, default=FIGURE)
     parser.add_argument("--steps", type=int, default=20, help="the number of steps of the figure")
     options = parser.parse_args(arguments)
@@ -328,8 +358,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("there are no results yet: run python -m benchmarks.peers")
     for name, lines in made.items():
         put(options.page, name, "\n".join([*lines, ""]))
+    parts: Results = read("peers").get("parts", {})
+    if parts:
+        put(options.summary, "summary", "\n".join([*summary(parts), ""]))
     options.figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(read("peers").get("parts", {}), options.steps).savefig(options.figure, dpi=150)
+    draw(parts, options.steps).savefig(options.figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The coupled block by Euler's method, five steps. *Operations*: what torch's prof
 operations of the hand-written loop's step, medians over shuffled rounds. *Forward pass*: the hand-written loop without
 a graph, by its whole step, on the clock. *Small state*: the same step for one image of 4x4 pixels, by the hand-written
 loop's step on the whole state: Python, autograd and the launching of operations. Writes results/anatomy.json and its
-table into docs/benchmarks.md.
+table into docs/dev/engine.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     write("anatomy", measured(options.steps, options.rounds), "cpu")
     shown = table(read("anatomy"))
-    put(DOCS / "benchmarks.md", "anatomy", shown)
+    put(DOCS / "dev" / "engine.md", "anatomy", shown)
     sys.stdout.write(shown)
 
 

@@ -73,20 +73,22 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
 
 
 def _asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor) -> nn.Module:
-    """The operator that a function has for a parameter. Raises TypeError for a function that is q(t, w) itself."""
-    advice = (
-        "a function is asked (name, weight) for an operator, and a q of your own is an nn.Module with forward(t, w)"
-    )
+    """The operator that a function chooses for a parameter. Raises TypeError for a function that is q(t, w) itself."""
+    called = f"evolution, called as a function ({name!r}, weight),"
+    advice = "write q as an nn.Module with forward(t, w); a function must be (name, weight) -> such a module"
     try:
         operator = choose(name, weight)
     except (TypeError, AttributeError) as error:
-        what = f"evolution, asked for the operator of {name!r}, raised {type(error).__name__}"
-        raise TypeError(f"{what} ({shown(error)}): {advice}") from error
-    if not isinstance(operator, nn.Module):
         raise TypeError(
-            f"the evolution operator of {name!r} must be an nn.Module q(t, w), got {shown(operator)}: {advice}"
+            f"evolution, called as a function ({name!r}, weight), raised {shown(error)}: {advice}"
+        ) from error
+    if isinstance(operator, nn.Module):
+        return operator
+    if isinstance(choose, ByPattern):
+        raise TypeError(
+            f"the evolution operator of {name!r} must be an nn.Module with forward(t, w), got {shown(operator)}"
         )
-    return operator
+    raise TypeError(f"{called} returned {shown(operator)}: {advice}")
 
 
 class ByPattern:

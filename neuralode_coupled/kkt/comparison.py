@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,11 +36,12 @@ class Group:
     errors: dict[str, float | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Check:
-    """Four gradients side by side; as text it is a small table.
+    """Four gradients side by side.
 
-    In the table each group has a line of slopes along a random direction, and a line of errors relative to autograd.
+    As text it is `table`. If `check` has printed the table already, the text is its last line, so that
+    ``print(nc.kkt.check(layer, z0))`` shows the table once.
 
     Attributes:
         groups: the comparison for ``"z0"``, ``"w0"``, ``"p"`` (of the evolution, and of a learnable kernel),
@@ -48,11 +49,13 @@ class Check:
             tensors.
         tolerance: the relative error that rounding may make in this precision.
         reason: why the continuous adjoint is not defined; empty where it is.
+        shown: whether the table was printed.
     """
 
     groups: dict[str, Group]
     tolerance: float
     reason: str = ""
+    shown: bool = field(default=False, compare=False)
 
     @property
     def exact(self) -> bool:
@@ -62,6 +65,20 @@ class Check:
         return all(error is not None and error <= self.tolerance for error in errors)
 
     def __str__(self) -> str:
+        return self.verdict if self.shown else self.table
+
+    __repr__ = __str__  # what a notebook shows below a cell
+
+    @property
+    def verdict(self) -> str:
+        """In one line: whether DTO equals autograd."""
+        if self.exact:
+            return f"DTO equals autograd up to rounding (relative error at most {self.tolerance:.0e})"
+        return f"DTO DIFFERS from autograd by more than rounding (relative error {self.tolerance:.0e})"
+
+    @property
+    def table(self) -> str:
+        """Each group in two lines: the slopes along a random direction, and the errors relative to autograd."""
         head = f"{'':<8}{'size':>9}{'norm':>12}" + "".join(f"{method:>14}" for method in METHODS)
         lines = [head]
         for name, group in self.groups.items():
@@ -69,11 +86,7 @@ class Check:
             errors = "".join(_cell(group.errors[method], ".1e") for method in METHODS[1:])
             lines.append(f"{name:<8}{group.size:>9}{group.norm:>12.4e}{slopes}")
             lines.append(f"{'':<8}{'':>9}{'error':>12}{'':>14}{errors}")
-        lines.append(
-            f"DTO equals autograd up to rounding (relative error at most {self.tolerance:.0e})"
-            if self.exact
-            else f"DTO DIFFERS from autograd by more than rounding (relative error {self.tolerance:.0e})"
-        )
+        lines.append(self.verdict)
         if self.reason:
             lines.append(f"continuous adjoint not defined: {self.reason}")
         return "\n".join(lines)
@@ -115,9 +128,9 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
         if members:
             chosen = {method: None if found is None else pick(found, members) for method, found in others.items()}
             groups[name] = _compare(layer, z0, loss, pick(exact, members), chosen, floor)
-    result = Check(groups, 1e4 * torch.finfo(z0.dtype).eps, reason)
+    result = Check(groups, 1e4 * torch.finfo(z0.dtype).eps, reason, shown=show)
     if show:
-        print(result)  # noqa: T201 (what it is asked for)
+        print(result.table)  # noqa: T201 (what it is asked for)
     return result
 
 

@@ -187,6 +187,11 @@ class ProgressBar(RichProgressBar):
         self._accuracy = float(trainer.callback_metrics["test/accuracy"])
         super().on_validation_end(trainer, pl_module)
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """The epoch as in the log, 1/3 to 3/3. Lightning counts from 0, and has no public name for this text."""
+        description = f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        return description.ljust(len(self.validation_description))  # one length, or the bar would flicker
+
 
 def evolution_norms(model: nn.Module) -> dict[str, float]:
     """The Euclidean norms of the evolution coefficients, all layers together, as ``evolution/<coefficient>``."""

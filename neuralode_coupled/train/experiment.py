@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-import torch
-
 from neuralode_coupled._checks import choice
-from neuralode_coupled.train.layouts import LAYOUTS
+from neuralode_coupled.train.names import CHECKED, check_name
 from neuralode_coupled.train.schedules import SCHEDULES
+
+_LARGEST = 2.0**128 - 2.0**104
+"""The largest number of float32."""
 
 _HOW_NOT_WHAT = frozenset({"compile", "layout", "accelerator", "strategy", "threads"})
 """What an experiment may differ in and still be the same: it changes no more than round-off."""
@@ -23,9 +24,9 @@ class Experiment:
     What an option means stands in the ``metadata`` of its field, under ``"help"``; the command line shows it.
 
     Raises:
-        ValueError: for epochs, batch size, limit, validation, nodes or threads below 1 or above what 64 bits hold, a
-            negative seed, an unknown schedule or layout, or a learning rate or tolerance that is not positive, or too
-            large.
+        ValueError: for epochs, batch size, steps, limit, validation, nodes or threads below 1 or above what 64 bits
+            hold, a negative seed, a name of something that there is not, devices that are no numbers, or a learning
+            rate or tolerance that is not positive, or too large.
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
@@ -139,7 +140,7 @@ class Experiment:
     threads: int | None = field(default=None, metadata={"help": "CPU threads; by default what torch chooses."})
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr_epochs", "limit", "validation", "batch_size", "nodes", "threads"):
+        for name in ("epochs", "lr_epochs", "limit", "validation", "batch_size", "steps", "nodes", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -152,12 +153,11 @@ class Experiment:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         choice("schedule", self.schedule, SCHEDULES)
-        if self.layout is not None:
-            choice("layout", self.layout, LAYOUTS)
-        largest = torch.finfo(torch.float32).max
+        for name in CHECKED:
+            check_name(name, getattr(self, name))
         for name, value in (("lr", self.lr), ("lr times evolution_lr", self.lr * self.evolution_lr)):
-            if value > largest:
-                raise ValueError(f"{name} must be at most {largest}, what float32 holds, got {value}")
+            if value > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, what float32 holds, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
         """Where another experiment is not this one: a ``"name: this value, that value"`` each."""

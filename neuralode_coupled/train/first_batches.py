@@ -1,4 +1,4 @@
-"""A word on how long an epoch will take, where no progress bar shows it."""
+"""How long an epoch will take, in one line, where no progress bar shows it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PATIENCE, SHORT = 2.0, 10.0
 
 
 class FirstBatches(pl.Callback):
-    """Reports once, within the first epoch: how many batches have taken how long, and what that makes of an epoch.
+    """Reports once, within the first epoch: how many batches took how long, and how long an epoch will take.
 
     Args:
-        report: is told, in one line, by the first process.
+        report: gets the line, from the first process.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -41,12 +41,13 @@ class FirstBatches(pl.Callback):
             self._report = None
         elif seconds >= PATIENCE and seconds * batches / done >= SHORT:
             if trainer.is_global_zero:
-                self._report(said(trainer.current_epoch + 1, done, batches, seconds))
+                epoch = f"{trainer.current_epoch + 1}/{trainer.max_epochs}"
+                self._report(said(epoch, done, batches, seconds))
             self._report = None
 
 
-def said(epoch: int, done: int, batches: int, seconds: float) -> str:
+def said(epoch: str, done: int, batches: int, seconds: float) -> str:
     """How far an epoch is, in a line."""
     whole = seconds * batches / done
     amount = f"{whole:.0f} s" if whole < 120 else f"{whole / 60:.0f} min" if whole < 7200 else f"{whole / 3600:.1f} h"
-    return f"epoch {epoch}: {done} of {batches} batches in {seconds:.1f} s, which makes about {amount} an epoch"
+    return f"epoch {epoch}: {done} of {batches} batches in {seconds:.1f} s, about {amount} per epoch"

@@ -17,15 +17,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neuralode_coupled._checks import some
+from neuralode_coupled._checks import choice, some
 from neuralode_coupled._files import write_atomically
-from neuralode_coupled._types import Row
 from neuralode_coupled.train import metrics_file
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.locks import Lock
 from neuralode_coupled.train.result import Result
+
+if TYPE_CHECKING:
+    from neuralode_coupled._types import Row
 
 _SHOWN = 3
 
@@ -66,6 +68,26 @@ class RunFolder:
             return None
         with self._reading_config() as content:
             return Experiment(**content["experiment"])
+
+    def trained(self, checkpoint: str = "best") -> tuple[Experiment, Path]:
+        """The experiment and the file of a checkpoint, ``"best"`` or ``"last"``.
+
+        Raises ValueError for another name, if there is no such folder, it holds no run, or no checkpoint yet.
+        """
+        choice("checkpoint", checkpoint, ("best", "last"))
+        advice = "train one with `neuralode-coupled train --out`"
+        if not self.path.is_dir():
+            raise ValueError(f"there is no run folder {str(self.path)!r}: {advice}")
+        experiment = self.experiment()
+        if experiment is None:
+            raise ValueError(f"{self.path} holds no trained model: {advice}")
+        path = self.best if checkpoint == "best" else self.last
+        if not path.exists():
+            raise ValueError(
+                f"the run in {self.path} has no {checkpoint} checkpoint, which its first epoch leaves when it is "
+                "finished: wait for that, or continue the run with `neuralode-coupled train --resume`"
+            )
+        return experiment, path
 
     def class_names(self) -> list[str]:
         """The names of the classes that the run's model tells apart, in the order of its logits.

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from neuralode_coupled._extras import MissingExtra, needs
+from neuralode_coupled.train.names import folder_root
 from neuralode_coupled.train.small_sets import batch_size_for, warn_of_few, warn_of_sizes
 
 with needs("train"):
@@ -181,15 +182,6 @@ def _cifar10(root: Path | None, split: str, choose: Choice) -> ImageSet:
     chosen = choose(labels)
     pixels = torch.from_numpy(dataset.data)[chosen].permute(0, 3, 1, 2).contiguous()
     return ImageSet(pixels, labels[chosen])
-
-
-def _folder_root(root: str | Path | None) -> Path:
-    if root is None:
-        raise ValueError("data set 'folder' needs a root: the folder with train/<class>/* and test/<class>/*")
-    found = Path(root).expanduser()
-    if not found.is_dir():
-        raise ValueError(f"there is no folder {str(root)!r}: give the one with train/<class>/* and test/<class>/*")
-    return found
 
 
 def _folder_class_names(root: Path | None) -> tuple[str, ...]:
@@ -367,5 +359,5 @@ def _download_cifar10(root: Path | None) -> None:
 SOURCES: dict[str, Source] = {
     "digits": Source(64, False, _digits_root, lambda root: tuple("0123456789"), _nothing, _digits),
     "cifar10": Source(256, True, _cifar10_root, lambda root: _CIFAR10_CLASSES, _download_cifar10, _cifar10),
-    "folder": Source(256, True, _folder_root, _folder_class_names, _nothing, _folder, _folder_count),
+    "folder": Source(256, True, folder_root, _folder_class_names, _nothing, _folder, _folder_count),
 }

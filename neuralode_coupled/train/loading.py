@@ -6,13 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from neuralode_coupled._checks import choice
 from neuralode_coupled.train import weights_file
 from neuralode_coupled.train.building import build_model, origin
 from neuralode_coupled.train.folder import RunFolder, as_folder
 from neuralode_coupled.train.learner import Classifier
-
-CHECKPOINTS = ("best", "last")
 
 
 def load_model(folder: RunFolder | str | Path, checkpoint: str = "best") -> nn.Module:
@@ -27,18 +24,7 @@ def load_model(folder: RunFolder | str | Path, checkpoint: str = "best") -> nn.M
             checkpoint yet, or one that is damaged, or of another model or a version whose models had other weights.
     """
     folder = as_folder(folder)
-    choice("checkpoint", checkpoint, CHECKPOINTS)
-    if not folder.path.is_dir():
-        raise ValueError(f"there is no run folder {str(folder.path)!r}: train one with `neuralode-coupled train --out`")
-    experiment = folder.experiment()
-    if experiment is None:
-        raise ValueError(f"{folder.path} holds no trained model: train one with `neuralode-coupled train --out`")
-    path = folder.best if checkpoint == "best" else folder.last
-    if not path.exists():
-        raise ValueError(
-            f"the run in {folder.path} has no {checkpoint} checkpoint, which its first epoch leaves when it is "
-            "finished: wait for that, or continue the run with `neuralode-coupled train --resume`"
-        )
+    experiment, path = folder.trained(checkpoint)
     classifier = Classifier(build_model(experiment, len(folder.class_names())), epochs=experiment.epochs)
     content = weights_file.read(path)
     weights_file.check(path, content, classifier, origin(experiment))

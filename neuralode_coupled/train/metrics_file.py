@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from neuralode_coupled._types import Row
+if TYPE_CHECKING:
+    from neuralode_coupled._types import Row
 
 
 def written(rows: Sequence[Row]) -> str:

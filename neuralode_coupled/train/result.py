@@ -6,10 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuralode_coupled._checks import is_whole, some
-from neuralode_coupled._types import Row
+
+if TYPE_CHECKING:
+    from neuralode_coupled._types import Row
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,6 @@ with needs("train"):
     from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-"""Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
-
 
 def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Trainer:
     """The trainer, without what depends on where the run goes on: see `log_epochs`.
@@ -47,8 +44,6 @@ def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> 
     ]
     if progress:
         callbacks.append(ProgressBar())
-    if experiment.precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {experiment.precision!r}: choose one of {', '.join(PRECISIONS)}")
     try:
         trainer = pl.Trainer(
             max_epochs=experiment.epochs,

@@ -237,6 +237,12 @@ def test_the_progress_bar_shows_the_last_accuracy():
     assert measured.reads == 1
 
 
+def test_the_progress_bar_counts_epochs_as_the_log_does():
+    bar = callbacks.ProgressBar()
+    bar._trainer = pl.Trainer(max_epochs=3, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert [bar._get_train_description(epoch).strip() for epoch in range(3)] == ["Epoch 1/3", "Epoch 2/3", "Epoch 3/3"]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_models_forward_pass_on_claimed_cuda_copies_nothing(claimed, variant):
     model = nc.models.build("resnet4", variant).train()

@@ -18,7 +18,8 @@ import neuralode_coupled as nc
 from neuralode_coupled import cli, figures, train
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "dev").glob("*.md"))]
+REFERENCE = [ROOT / "docs" / "api.md", *sorted((ROOT / "docs" / "api").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -100,6 +101,32 @@ def public_names() -> set[str]:
 
 
 def test_every_public_name_is_in_the_reference():
-    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    reference = [name for page in REFERENCE for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
     assert len(reference) == len(set(reference))
     assert public_names() <= set(reference)
+
+
+def texts_of_the_package() -> str:
+    """All strings of the package, one a line; what an f-string fills in is an ellipsis."""
+    found = []
+    for path in sorted(Path(nc.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(" ".join(text.split()) for text in found)
+
+
+def test_messages_that_the_page_of_errors_explains_exist():
+    page = (ROOT / "docs" / "faq.md").read_text()
+    headings = [line for line in page.splitlines() if line.startswith("### `")]
+    messages = [message for line in headings for message in re.findall(r"`([^`]+)`", line)]
+    assert len(messages) > 15
+    texts = texts_of_the_package().replace("`", "")
+    for message in messages:
+        # The parts of a message may stand in several strings.
+        parts = [part.strip(" ,:") for part in re.split("…|: ", message)]
+        assert max(map(len, parts)) > 8, message
+        assert all(part in texts for part in parts), message

@@ -16,6 +16,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -106,6 +107,18 @@ def test_all_is_everything_that_a_user_may_want(wheel):
     parts = {text for extra in ("train", "figures", "torchdyn", "export") for text in requirements(wheel, extra)}
     assert set(requirements(wheel, "all")) == parts
     assert parts <= set(requirements(wheel, "dev"))
+
+
+def test_the_hosted_workflow_runs_what_the_package_supports(wheel):
+    """Every Python of the classifiers, the oldest torch that pip may take, and the newest."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    classifiers = metadata(wheel).get_all("Classifier", [])
+    pythons = {name for text in classifiers if (name := text.rpartition(" :: ")[2]).startswith("3.")}
+    assert {row["python"] for row in matrix} == pythons
+    (torch,) = [Requirement(text) for text in requirements(wheel) if Requirement(text).name == "torch"]
+    (oldest,) = [text for text in torch.specifier if text.operator == ">="]
+    assert {row["torch"] for row in matrix} == {"torch", f"torch=={oldest.version}.*"}
 
 
 def test_the_wheel_holds_the_package_and_its_marker_of_types(wheel):

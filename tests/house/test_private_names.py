@@ -20,7 +20,7 @@ from neuralode_coupled import _torch
 
 PRIVATE = re.compile(
     r"\btorch\._(?!dynamo\b|functorch\b|_version__)\w+|\bfrom torch\.?\w* import .*\b_\w+|torchdiffeq\._impl"
-    r"|\._version\b|\._schema\b|\btorch\.utils\._\w+"
+    r"|(?<!coupled)\._version\b|\._schema\b|\btorch\.utils\._\w+"
 )
 
 

@@ -320,7 +320,9 @@ def test_check_compares_and_prints(z0, capsys):
     layer = smooth_layer(4, "rk4")
     result = kkt.check(layer, z0)
     printed = capsys.readouterr().out
-    assert printed == f"{result}\n"
+    assert printed == f"{result.table}\n"
+    # What print(nc.kkt.check(layer, z0)), or a notebook, shows after that.
+    assert str(result) == repr(result) == result.verdict == printed.splitlines()[-1]
     for word in ("z0", "w0", "static", *kkt.METHODS, "DTO equals autograd up to rounding"):
         assert word in printed
     assert result.exact
@@ -331,7 +333,7 @@ def test_check_compares_and_prints(z0, capsys):
         assert group.errors["DTO"] < 1e-13
         assert 1e-10 < group.errors["continuous"] < 1e-2
         assert group.errors["differences"] < 1e-4
-    kkt.check(layer, z0, show=False)
+    assert str(kkt.check(layer, z0, show=False)) == result.table
     assert capsys.readouterr().out == ""
 
 

@@ -108,17 +108,17 @@ def test_a_run_by_dopri5_says_early_how_long_an_epoch_takes(tmp_path, monkeypatc
     done = run(*options, "--batch-size", 5, "--accelerator", "cpu", "--threads", 1, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     first, *epochs, _ = done.stdout.splitlines()
-    assert first.startswith("epoch 1: 1 of 2 batches in ")
-    assert ", which makes about " in first
+    assert first.startswith("epoch 1/1: 1 of 2 batches in ")
+    assert " s, about " in first
     assert [line.split(":")[0] for line in epochs] == ["epoch 1/1"]
     kept = json.loads((tmp_path / "run" / "config.json").read_text())["experiment"]
     assert (kept["rtol"], kept["atol"]) == (RTOL, ATOL)
 
 
 def test_what_is_said_of_the_first_batches():
-    assert first_batches.said(1, 3, 23, 6.0) == ("epoch 1: 3 of 23 batches in 6.0 s, which makes about 46 s an epoch")
-    assert "about 10 min an epoch" in first_batches.said(1, 1, 100, 6.0)
-    assert "about 2.8 h an epoch" in first_batches.said(1, 1, 1000, 10.0)
+    assert first_batches.said("1/9", 3, 23, 6.0) == "epoch 1/9: 3 of 23 batches in 6.0 s, about 46 s per epoch"
+    assert "about 10 min per epoch" in first_batches.said("1/9", 1, 100, 6.0)
+    assert "about 2.8 h per epoch" in first_batches.said("1/9", 1, 1000, 10.0)
 
 
 @pytest.mark.parametrize("limit", ["PATIENCE", "SHORT"])

@@ -33,7 +33,10 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     names = ("targets", "time", "memory", "accuracy", "adaptive")
     page.write_text("\n".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->" for name in names))
-    shown.main(["--page", str(page), "--figure", str(tmp_path / "peers.png")])
+    short = tmp_path / "short.md"
+    short.write_text("<!-- summary -->\nold\n<!-- end of summary -->")
+    shown.main(["--page", str(page), "--summary", str(short), "--figure", str(tmp_path / "peers.png")])
+    assert "old" not in short.read_text()
     text = page.read_text()
     assert "old" not in text
     assert "On cpu, torch's threads 2, Python 3, . By `python -m benchmarks.peers`." in text
@@ -44,6 +47,13 @@ def test_every_target_stands_beside_what_was_reached(tmp_path, monkeypatch):
     assert "| time: the same, compiled | 0.9 | not measured | |" in text
     assert "| DiscreteAdjoint | 1.30 (1.20 to 1.40) |" in text
     assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_the_summary_is_that_of_the_record():
+    text = shown.SUMMARY.read_text()
+    lines = shown.summary(shown.read("peers")["parts"])
+    assert len(lines) == 2 + len(shown.SHORT) == 10
+    assert "\n".join(lines) in text
 
 
 def test_a_page_without_results_is_refused(monkeypatch, capsys):
