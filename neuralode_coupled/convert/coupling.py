@@ -32,7 +32,7 @@ _Layer = Callable[[nn.Module], CoupledODE]
 _CONVERTED = "converted already"
 _LAYER = "a single layer"
 _LAYERS = "adds to what it makes of its input; modules inside of it can be converted"
-_BEHIND = ", behind what it makes of its input"
+_BEHIND = ", after a transformation of its input"
 _SHOWN = 20
 """So many names of submodules are shown in a message."""
 
@@ -102,22 +102,22 @@ def couple(
     together: bool = False,
     per_step: bool = True,
 ) -> nn.Module:
-    """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
+    """Turn residual branches of a model into coupled layers, in place. The model's weights become w0.
 
-    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
-    model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
-    operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
-    pretrained weights before converting, or by `load_plain` afterwards, because names in the state dict change.
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted model
+    computes what the original computes, to round-off; with more steps it computes the flow. Every target gets its own
+    operators and kernel. Parameters stay the same objects, so optimisers and tied weights stay valid. Names in the
+    state dict change: load pretrained weights before the conversion, or by `load_plain` after it.
 
     Args:
         model: any module, in float32 or float64.
         targets: names of submodules, or patterns (``"layer*.1"``; a star does not reach over a dot, unless nothing
             matches otherwise). A target is a block that adds its input itself
-            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
-            a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
-            ``"auto"`` are all that `convertible` finds.
-        evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
-            for in all targets together. `Static` by default.
+            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, your own), or
+            a branch whose result the module around it adds. ``""`` is the model itself; then use the returned model.
+            ``"auto"``: all that `convertible` finds.
+        evolution: q, see `CoupledField`; parameter names are relative to the branch. Each entry of a mapping must match
+            in some target. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
         steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
@@ -135,12 +135,12 @@ def couple(
             all of the target but its input, so that Euler's method with ``t=(0, N)``, ``steps=N`` applies it N times,
             see `Block`. Or f itself: a module, or a function of the target that gives one. Names of parameters of a
             block, and of a given f, begin with ``module.``.
-        outputs: of a target that returns a tuple with the state in front, what stands behind it: ``"last"``, as the
-            last step returned it, or ``"drop"``, None in every place.
-        together: make one block of all targets, which are consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
-            and get the same inputs: the first one's place takes the layer, the others are removed.
-        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. Without
-            it all steps share one; general-purpose solvers need that.
+        outputs: for a target that returns a tuple that begins with the state, what follows it: ``"last"``, what the
+            last step returned, or ``"drop"``, None in every place.
+        together: make one block of all targets, which must be consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
+            and get the same inputs. The layer replaces the first; the others are removed.
+        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. If False,
+            all steps share one, as general-purpose solvers need.
 
     Returns:
         The model.
@@ -223,9 +223,9 @@ class Candidates(tuple[Candidate, ...]):
 def convertible(model: nn.Module) -> Candidates:
     """Which of a model's modules `nc.couple` can convert, found by tracing them; the model stays as it is.
 
-    No row lies inside of one that can be converted. Containers and single layers are no rows, unless the code
-    around them adds their input. A branch that changes the shape of the state by broadcasting shows in the first
-    forward pass of the converted model only.
+    No row lies inside of one that can be converted. Containers and single layers have no row, unless the code around
+    them adds their input. A branch that changes the shape of the state by broadcasting is found only in the first
+    forward pass of the converted model.
 
     Args:
         model: any module.

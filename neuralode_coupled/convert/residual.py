@@ -70,7 +70,7 @@ def taken_apart(block: nn.Module) -> Residual:
     end = result[0] if isinstance(result, tuple | list) and result else result
     if code.start is None or not isinstance(end, fx.Node):
         takes = ", ".join(inspect.signature(block.forward).parameters) or "nothing"
-        raise NotResidual(f"a {_kind(block)} takes ({takes}) and returns {code.shown(result)}, no state of one")
+        raise NotResidual(f"a {_kind(block)} takes ({takes}) and returns {code.shown(result)}, not a state")
     code.check_nothing_besides([end, *[node for node in rest if isinstance(node, fx.Node)]])
     found = _stages(code, end, dict(enumerate(rest)))
     constants = tuple([None if isinstance(part, fx.Node) else part for part in rest])
@@ -99,7 +99,7 @@ def _stages(code: _Code, end: fx.Node, rest: dict[int, Any]) -> list[Stage]:
     if rest:
         what = ", ".join(code.describe(part) for part in rest.values())
         raise NotResidual(
-            f"a {_kind(block)} returns, behind the state, {what}, which none of its residual branches makes"
+            f"a {_kind(block)} returns, after the state, {what}, which none of its residual branches computes"
         )
     return found[::-1]
 
@@ -131,7 +131,7 @@ class _Code:
         variadic = [node for node in placeholders if str(node.target).startswith("*")]
         if any(node.users for node in variadic):
             raise NotResidual(
-                f"a {_kind(block)} hands on {', '.join(str(n.target) for n in variadic)}, whatever that is"
+                f"a {_kind(block)} passes on {', '.join(str(n.target) for n in variadic)}, which tracing cannot follow"
             )
         given = set(inspect.signature(block.forward).parameters) - set(self.fixed)
         found = [node for node in placeholders if str(node.target) in given]

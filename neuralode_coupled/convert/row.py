@@ -57,7 +57,7 @@ class Row(nn.Module):
         order = (*self.inputs, *self.fixed)
         if len(args) > len(order):
             raise TypeError(
-                f"the block takes {len(order)} inputs behind the state ({', '.join(order)}), got {len(args)}"
+                f"the block takes {len(order)} inputs after the state ({', '.join(order)}), got {len(args)}"
             )
         given = dict(zip(order, args, strict=False))
         for name, value in kwargs.items():
@@ -74,9 +74,7 @@ class Row(nn.Module):
                 )
         missing = [name for name in self.inputs if name not in given]
         if missing:
-            raise TypeError(
-                f"the block takes ({', '.join(self.inputs)}) behind the state: {', '.join(missing)} missing"
-            )
+            raise TypeError(f"the block takes ({', '.join(self.inputs)}) after the state: {', '.join(missing)} missing")
         return [given[name] for name in self.inputs]
 
 

@@ -33,6 +33,6 @@ def check_slope(dz: Tensor, z: Tensor) -> Tensor:
     if dz.shape != z.shape:
         raise ValueError(
             f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
-            "the shape before the layer or behind it"
+            "the shape before the layer or after it"
         )
     return dz

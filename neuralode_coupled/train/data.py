@@ -45,12 +45,12 @@ class ImageData(pl.LightningDataModule):
             ``"folder"`` (``root/{train,test}/<class>/*``, resized to 32x32: regular files, at any depth; links are not
             followed, and a warning says how many there were).
         root: where the images are; not for digits.
-        batch_size: images a batch on each device; by default 64 for digits, 256 for CIFAR-10, and for a folder what
-            makes about 20 steps an epoch, from 8 to 256.
-        limit: use only so many training images, every class in proportion; all by default. The choice does not depend
-            on ``seed``, and a smaller limit is a part of a larger one.
-        validation: keep so many of the training images back and test on them, in place of the test images. Which ones
-            depends neither on ``seed`` nor on ``limit``. For every choice that is made by looking at the accuracy.
+        batch_size: images per batch on each device; by default 64 for digits, 256 for CIFAR-10, and for a folder from 8
+            to 256, for about 20 steps per epoch.
+        limit: the number of training images to use, all classes in proportion; all by default. The choice does not
+            depend on ``seed``, and a smaller limit is a subset of a larger one.
+        validation: the number of training images to hold out and test on, in place of the test images. The choice
+            depends neither on ``seed`` nor on ``limit``. Use it for every decision that is made by accuracy.
         seed: of the order of the batches.
         layout: the memory format of the images, see `memory_format`.
 
@@ -101,7 +101,7 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Decode the images, once.
 
-        Warns of links and other things that are passed over, of classes with few images, and of sizes that are changed.
+        Warns of links and other files that are ignored, of classes with few images, and of resized images.
         Raises ValueError for more images than there are
         (``limit``, ``validation``), or an image that is broken, has more than 8 bits a channel, or would be left out
         because of its extension; OSError for a folder that cannot be read.
@@ -144,7 +144,7 @@ class ImageData(pl.LightningDataModule):
         return images.contiguous(memory_format=memory_format(self.layout, images.device, module)), labels
 
     def normalise(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 32 32"]:
-        """Float images of which the training set has mean 0 and variance 1 in every channel."""
+        """Float images, normalised so that the training set has mean 0 and variance 1 in every channel."""
         if pixels.device not in self._statistics:
             mean, deviation = self.statistics
             self._statistics[pixels.device] = mean.to(pixels.device), deviation.to(pixels.device)

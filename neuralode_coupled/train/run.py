@@ -203,7 +203,7 @@ def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
 
 
 def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
-    """`prepare` and run; a finished run is not repeated: its result is returned."""
+    """`prepare` and run. A finished run is not repeated; its result is returned."""
     folder = as_folder(folder)
     folder.check(resolve(experiment, folder.experiment()), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()

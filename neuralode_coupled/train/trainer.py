@@ -130,7 +130,7 @@ def _check_processes(experiment: Experiment, trainer: pl.Trainer) -> None:
         cores = os.cpu_count() or 1
         if trainer.num_devices > cores:
             raise ValueError(
-                f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}: ask for no more"
+                f"{_refused(experiment)}: on a CPU every process needs a core, and there are {cores}: ask for no more"
             )
         if experiment.precision == "16-mixed":
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")

@@ -19,7 +19,7 @@ SNAPSHOTS = 4
 
 
 class WeightLog:
-    """Writes the evolution coefficients of every layer, each epoch, and pictures of filters over time, now and then.
+    """Writes the evolution coefficients of every layer in each epoch, and pictures of filters over time in some.
 
     A coefficient, say ``diffusion``, of the weight ``0.weight`` of the layer ``3`` is the scalar
     ``evolution of 3 0.weight/|diffusion|`` (its Euclidean norm) and the histogram ``evolution of 3 0.weight/diffusion``
@@ -27,8 +27,9 @@ class WeightLog:
     do not evolve write nothing.
 
     Args:
-        model: whose layers are looked at.
-        epochs: of the run. Filters are drawn after the first, after the last, and in between so that there are about
+        model: the model.
+        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, so that there
+            are about
             `SNAPSHOTS`.
     """
 
