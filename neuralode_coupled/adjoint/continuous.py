@@ -142,7 +142,7 @@ class _Once(torch.autograd.Function):
 
 
 def _check_one_dtype(tensors: State) -> None:
-    """Raise the ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
+    """Raise ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
     dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
     if len(dtypes) > 1:
         raise ValueError(

@@ -304,7 +304,7 @@ def _automatic(model: nn.Module, how: _How) -> list[str]:
 def _converted_together(
     model: nn.Module, names: list[str], how: _How, layer: _Layer, by_pattern: ByPattern | None
 ) -> nn.Module:
-    """The model with one looped block in the place of several consecutive ones."""
+    """The model with one looped block in place of several consecutive ones."""
     parent = names[0].rpartition(".")[0]
     holder = model.get_submodule(parent)
     keys = list(holder._modules)
@@ -494,7 +494,7 @@ def _check_no_hooks(target: nn.Module) -> None:
 
 
 def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> nn.Module:
-    """The stages in a row, with a coupled layer in the place of each sum."""
+    """The stages in a row, with a coupled layer in place of each sum."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     outputs: dict[str, tuple[int, ...]] = {}
     for i, stage in enumerate(found.stages):

@@ -120,7 +120,7 @@ def solve(
 
 
 def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:
-    """Raise the ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
+    """Raise ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
     if tracing():  # it hides the numbers
         return
     for state, t in zip(z, wanted, strict=True):

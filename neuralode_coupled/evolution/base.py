@@ -140,7 +140,7 @@ def jumps(operator: nn.Module) -> bool:
 
 
 def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None:
-    """Raise the ValueError for an operator, that of parameter ``name``, which is made for another interval."""
+    """Raise ValueError for an operator, that of parameter ``name``, which is made for another interval."""
     check = cast("Callable[[float, float], None] | None", getattr(operator, "check_interval", None))
     if isinstance(operator, EvolutionOperator) and check is not None:
         try:
@@ -161,7 +161,7 @@ def no_flow(operator: nn.Module, name: str, who: str) -> str | None:
 
 
 def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
-    """What an operator made of ``w``, or the ValueError that a user should see if that is no weight of its shape."""
+    """The operator's result for ``w``; raises ValueError if it does not have the shape of ``w``."""
     if not isinstance(found, Tensor) or found.shape != w.shape:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
@@ -172,7 +172,7 @@ def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
 
 
 def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Raise the ValueError that a user should see for an operator shared with a parameter that it does not fit.
+    """Raise ValueError for an operator shared with a parameter that it does not fit.
 
     Args:
         operator: the operator, with parameters for earlier weights.
@@ -188,7 +188,7 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
 
 
 def check_real(weight: Tensor, whose: str) -> None:
-    """Raise the ValueError that a user should see for a weight that an operator of ours cannot evolve."""
+    """Raise ValueError for a weight that the operators of this package cannot evolve."""
     if not weight.is_floating_point():
         raise ValueError(
             f"{whose} evolves real weights, got {weight.dtype}: leave it out of `evolve`, or give it another operator"

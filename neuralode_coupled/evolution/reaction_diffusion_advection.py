@@ -263,7 +263,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
 
 def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation, or the error that a user should see for one that is not a function of single entries."""
+    """The activation; raises an error for one that is not a function of single entries."""
     if not callable(activation) or isinstance(activation, type):
         raise TypeError(
             f"activation must be one of {', '.join(ACTIVATIONS)} or a function (of a class, one instance), "

@@ -86,7 +86,7 @@ def solve_backwards(steps: Steps, loss: Loss) -> Multipliers:
 
 
 def check_shapes(found: Multipliers, steps: Steps) -> None:
-    """Raise the ValueError that a user should see for multipliers of another layer, grid or batch."""
+    """Raise ValueError for multipliers of another layer, grid or batch."""
     expected = {"alpha": (len(steps.z), *steps.z[0].shape)}
     got = {"alpha": tuple(found.alpha.shape)}
     for name, theta in steps.theta_of_w.items():

@@ -45,7 +45,7 @@ def resolve(experiment: Experiment, there: Experiment | None = None) -> Experime
 
 
 def _defaults(experiment: Experiment, root: Path | None) -> dict[str, Any]:
-    """What stands for options that were not chosen."""
+    """The values of options that were not chosen."""
     batch_size = source(experiment.data).default_batch_size(root, experiment.limit, experiment.validation)
     exact = experiment.method not in ADAPTIVE or experiment.precision == "64-true"
     return {"batch_size": batch_size} | ({} if exact else {"rtol": RTOL, "atol": ATOL})

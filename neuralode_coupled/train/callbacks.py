@@ -183,7 +183,7 @@ class ProgressBar(RichProgressBar):
         return {} if self._accuracy is None else {"test accuracy": f"{100 * self._accuracy:.2f}%"}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the accuracy: once an epoch and not with every batch, for which the host would wait."""
+        """Read the accuracy once per epoch: with every batch the host would wait."""
         self._accuracy = float(trainer.callback_metrics["test/accuracy"])
         super().on_validation_end(trainer, pl_module)
 

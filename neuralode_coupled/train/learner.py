@@ -149,7 +149,7 @@ class Classifier(pl.LightningModule):
         self.log_dict(
             {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
             on_step=False,
-            on_epoch=True,  # added up on the device, and read once an epoch
+            on_epoch=True,  # summed on the device, and read once per epoch
             logger=False,  # `EpochLog` writes one row per epoch
             sync_dist=True,
             batch_size=len(labels),
@@ -171,5 +171,5 @@ class Classifier(pl.LightningModule):
 
 
 def _looks(kind: str, step: int) -> bool:
-    """Whether a step on such a device looks at the loss."""
+    """Whether a step on such a device reads the loss."""
     return kind == "cpu" or step % _CHECK_EVERY == 0

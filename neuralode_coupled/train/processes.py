@@ -58,7 +58,7 @@ def agree(trainer: pl.Trainer, done: int) -> None:
 
 
 def tolerate_unused_parameters(trainer: pl.Trainer) -> None:
-    """Let some processes leave out parameters that others use in a step, unless the strategy says otherwise.
+    """Let processes use different parameters in a step, unless the strategy forbids it.
 
     Plain DDP waits for the gradient of every parameter: the processes that have none would keep the others waiting
     forever. Asking which have none is a walk over autograd's graph, in which a whole coupled solve is one node.
