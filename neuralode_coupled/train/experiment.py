@@ -25,8 +25,8 @@ class Experiment:
 
     Raises:
         ValueError: for epochs, batch size, steps, limit, validation, nodes or threads below 1 or above what 64 bits
-            hold, a negative seed, a name of something that there is not, devices that are no numbers, or a learning
-            rate or tolerance that is not positive, or too large.
+            hold, a negative seed, an unknown name, devices that are not numbers, or a learning rate or tolerance that
+            is not positive, or too large.
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
@@ -160,7 +160,7 @@ class Experiment:
                 raise ValueError(f"{name} must be at most {_LARGEST}, what float32 holds, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
-        """Where another experiment is not this one: a ``"name: this value, that value"`` each."""
+        """The differences to another experiment: one ``"name: this value, that value"`` each."""
         return [
             f"{name}: {mine!r} there, {theirs!r} asked for"
             for name, mine, theirs in ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))

@@ -28,8 +28,7 @@ class WeightLog:
 
     Args:
         model: the model.
-        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, so that there
-            are about
+        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, so that there are about
             `SNAPSHOTS`.
     """
 
@@ -39,7 +38,7 @@ class WeightLog:
         self._every = -(-epochs // SNAPSHOTS)
 
     def write(self, writer: SummaryWriter, epoch: int) -> None:
-        """What there is to see after the epoch (from 1)."""
+        """Write coefficients, and in some epochs pictures, after the epoch (from 1)."""
         draws = epoch == 1 or epoch == self._epochs or epoch % self._every == 0
         for name, layer in self._layers.items():
             self._write_coefficients(writer, name, layer, epoch)
