@@ -1,4 +1,4 @@
-"""Converting existing models: residual branches become coupled layers, with the weights that are there as w0."""
+"""Converting existing models: residual branches become coupled layers, whose w0 are the model's weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 @dataclass(frozen=True)
 class _How:
-    """How targets are taken; see `couple`."""
+    """How targets are converted; see `couple`."""
 
     skip: Skip
     branch: BranchOf
@@ -77,7 +77,7 @@ class AddedAround(nn.Module):
         self.layer = layer
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
-        """What is to be added to z, of its shape."""
+        """The term that is added to z, of its shape."""
         return self.layer(z, *args, **kwargs) - z
 
 
@@ -263,7 +263,7 @@ def _outermost(rows: list[Candidate]) -> list[Candidate]:
 
 
 def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | None:
-    """The row of one module; None for one that nobody asks about."""
+    """The row of one module; None for a module without a row."""
     if isinstance(module, CoupledODE | CoupledEncoderLayer):
         return Candidate(name, "", _CONVERTED)
     if next(module.parameters(), None) is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -411,7 +411,7 @@ def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
 
 def _patterns(targets: str | Iterable[str]) -> list[str]:
-    """The targets as a list; raises TypeError or ValueError for what are none."""
+    """The targets as a list; raises TypeError or ValueError for anything else."""
     if isinstance(targets, str):
         return [targets]
     patterns: list[Any] = list(targets) if isinstance(targets, Iterable) else [targets]
@@ -482,7 +482,7 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
 
 
 def _check_no_hooks(target: nn.Module) -> None:
-    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    """Raise ValueError for hooks on a target that is taken apart, because nothing would call them any more."""
     kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
     hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
     if hooks:
@@ -517,7 +517,7 @@ def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> 
 
 
 def _after(converted: nn.Module) -> list[Any]:
-    """The modules behind a coupled layer that change their input in place."""
+    """The modules after a coupled layer that change their input in place."""
     rows = [converted] if type(converted) in (nn.Sequential, Row) else []
     parts = [part for row in rows for name, part in row.named_children() if name.startswith("after")]
     return [module for part in parts for module in part.modules() if getattr(module, "inplace", False)]
@@ -538,7 +538,7 @@ def _added_around(model: nn.Module, name: str) -> bool:
 
 
 def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
-    """The branch with every BatchNorm in it as one of its own a step."""
+    """The branch, with its own BatchNorm for every step in place of each BatchNorm."""
     if isinstance(branch, _BATCH_NORMS):
         return PerStep(branch, steps)
     norms = {id(m): PerStep(m, steps) for m in branch.modules() if isinstance(m, _BATCH_NORMS)}

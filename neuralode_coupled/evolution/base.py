@@ -1,4 +1,4 @@
-"""What an evolution operator q is (Eq. 5c), and the trivial one."""
+"""The base class of evolution operators q (Eq. 5c), and the trivial operator."""
 
 from __future__ import annotations
 

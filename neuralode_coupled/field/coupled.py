@@ -182,8 +182,8 @@ class CoupledField(nn.Module):
             )
 
     def _check_exported(self) -> None:
-        """Say what becomes of training mode in an exported program: in a warning, or in a ValueError where torch reads
-        the code itself (``strict=True``), and warnings are not heard."""
+        """Warn of training mode in an exported program; a ValueError if torch reads the code itself (``strict=True``),
+        which hides warnings."""
         if not any(module.training for module in self.dynamics.modules()):
             return
         if torch.compiler.is_dynamo_compiling():
@@ -374,7 +374,7 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
 
 
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every place of each tensor that the module holds at several, by the first of them."""
+    """All places of each tensor that the module holds in several, by the first of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in places(dynamics):
         names.setdefault(id(tensor), []).append(name)

@@ -1,4 +1,4 @@
-"""What f takes besides time and state: constants of a solve, and functions of its time."""
+"""The inputs of f besides time and state: constants of a solve, and functions of time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a time kernel is."""
+"""The base class of time kernels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TimeKernel(nn.Module):
     def _checked(
         self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar, device: torch.device | None
     ) -> Tensor:
-        """kappa, of the shape that it has to have."""
+        """kappa, if it has the required shape."""
         rows = self.kappa(steps, c, weight_steps, span, device)
         wanted = (steps, len(c), weight_steps + 1)
         if not isinstance(rows, Tensor) or rows.shape not in (wanted, (steps, 1, weight_steps + 1)):

@@ -1,4 +1,4 @@
-"""The Lagrange multipliers: (7a) to (7c) solved backwards over the grid, and the gradients that they make."""
+"""The Lagrange multipliers: (7a) to (7c) solved backwards over the grid, and the gradients that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far (7a) to (7e) are from holding, in their discrete and in their continuous form."""
+"""The residuals of (7a) to (7e), in their discrete and in their continuous form."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class WeightLog:
 
     Args:
         model: the model.
-        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, about `SNAPSHOTS`
-            times in all.
+        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, about
+            `SNAPSHOTS` times in all.
     """
 
     def __init__(self, model: nn.Module, epochs: int) -> None:
