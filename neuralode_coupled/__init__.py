@@ -5,7 +5,7 @@
 (ANODEV2, NeurIPS 2019), as one augmented vector field for torchdiffeq and torchdyn, and as a layer with exact
 discretise-then-optimise gradients.
 
-The names are loaded when they are asked for: PyTorch takes seconds, and the command line answers before it needs it.
+Names are loaded when they are first used: PyTorch takes seconds, and the command line answers before it needs it.
 """
 
 from __future__ import annotations

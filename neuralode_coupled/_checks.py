@@ -32,7 +32,7 @@ def some(names: Sequence[str], most: int) -> str:
 
 
 def shown(value: object) -> str:
-    """A value in a message, in a line: the numbers of a tensor can be hundreds of lines."""
+    """A value for a message, in one line: the numbers of a tensor can fill hundreds of lines."""
     text = " ".join(repr(value).split())
     if len(text) <= _LONGEST:
         return text
@@ -46,7 +46,7 @@ def is_tensor(value: object) -> TypeGuard[Tensor]:
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError for what is no model."""
+    """Raise TypeError if this is not a model."""
     from torch import nn
 
     if not isinstance(model, nn.Module):
@@ -71,7 +71,7 @@ def whole(name: str, value: int, least: int = 1) -> int:
 
 
 def positive(name: str, value: float) -> float:
-    """A positive finite number; raises TypeError for what is no number, ValueError for others."""
+    """A positive finite number; raises TypeError if it is not a number, ValueError for other numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not 0 < value < math.inf:
@@ -80,7 +80,7 @@ def positive(name: str, value: float) -> float:
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """One of some names; raises ValueError for others."""
+    """A name out of some; raises ValueError for others."""
     known = tuple(choices)
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
@@ -88,7 +88,7 @@ def choice(name: str, value: str, choices: Iterable[str]) -> str:
 
 
 def times(t: Times, fewest: int = 2) -> tuple[float, ...]:
-    """Times as numbers; raises TypeError for what are none.
+    """Times as numbers; raises TypeError if they are not numbers.
 
     Raises ValueError unless there are enough, all finite and strictly monotone.
     """

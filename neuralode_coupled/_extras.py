@@ -1,4 +1,4 @@
-"""Packages that the core does not need. One that is missing is an error that says what installs it."""
+"""Packages that the core does not need. If one is missing, the error says how to install it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class needs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Raise `MissingExtra` for a package that is not there. One that is there and broken speaks for itself."""
+        """Raise `MissingExtra` for a missing package. A broken package raises its own error."""
         if isinstance(error, ModuleNotFoundError) and error.name is not None and "." not in error.name:
             raise MissingExtra(
                 f'{error.name} is not installed: run `pip install "neuralode-coupled[{self._extra}]"`', name=error.name

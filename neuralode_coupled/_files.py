@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all; states of earlier versions."""
+"""Files that are written completely or not at all; state dicts of earlier versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place at the end, or is gone if the writing fails.
+    """A file beside ``path`` to write to. It replaces ``path`` at the end, or is removed if the writing fails.
 
     Readers, and the next run after a kill, find the old content of ``path`` or the new, never a part.
 

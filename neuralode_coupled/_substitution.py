@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class DynamicsError(ValueError):
-    """A module does what a solve with it cannot follow: the message says what, and what to do instead."""
+    """A module does something that a solve cannot follow. The message says what, and what to do instead."""
 
 
 def call(
@@ -72,7 +72,7 @@ def call(
 
 
 def _members(module: nn.Module, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
-    """Where the module holds its parameters and buffers of these names.
+    """The places in which the module holds the parameters and buffers of these names.
 
     Looked for once: doing so at every evaluation, as ``torch.func.functional_call`` does, takes as long as a small
     product. `alone` ``anew``, at the beginning of a solve, looks again.
@@ -127,7 +127,7 @@ def check_surroundings(module: nn.Module) -> None:
 def untouched(
     module: Callable[..., Any], state: Sequence[Tensor], run: Callable[..., Result], *arguments: Any
 ) -> Result:
-    """``run(*arguments)``, or the `DynamicsError` that a user should see if it overwrites the
+    """``run(*arguments)``, or `DynamicsError` if it overwrites the
     state, which the solve needs again.
 
     With inference tensors nothing is noticed: they do not count their changes.
@@ -169,7 +169,7 @@ def noticing(module: Callable[..., Any], run: Callable[P, Result], *args: P.args
 
 
 def check_no_sample_gradients(module: nn.Module, instead: str = "") -> None:
-    """Raise the `DynamicsError` for parameters that hooks are to give gradients of every sample, as Opacus' are.
+    """Raise `DynamicsError` for parameters that hooks are to give gradients of every sample, as Opacus' are.
 
     Such hooks look for the module's own parameters, in whose place a solve has others. ``instead`` says what else may
     do, beside torch.func.
@@ -245,7 +245,7 @@ _THREAD = _Thread()
 
 
 class _Lock:
-    """A lock that its holder, and who serves its holder, may take again."""
+    """A lock that its holder, and a thread that works for its holder, may take again."""
 
     def __init__(self) -> None:
         self._lock, self._holder, self._depth = Lock(), 0, 0

@@ -45,7 +45,7 @@ class TimeRow:
 
 
 def joined(*rows: TimeRow) -> TimeRow:
-    """Rows behind one another."""
+    """Rows, concatenated."""
     numbers = tuple([x for row in rows for x in row.numbers])
     known = next((row.tensors[0] for row in rows if row.tensors), None)
     if known is None:
@@ -77,7 +77,7 @@ def time_row(
 
 
 def refuse_to_compile() -> None:
-    """Raise the ValueError for times that are tensors inside of ``torch.compile``."""
+    """Raise ValueError for times that are tensors inside of ``torch.compile``."""
     if torch.compiler.is_compiling():
         raise ValueError(
             "torch.compile and torch.export take times that are numbers, got a tensor, whose gradient would be lost: "
@@ -137,7 +137,7 @@ def check_followed(
     scale: float | Tensor,
     key: object = None,
 ) -> None:
-    """Raise the ValueError for a function of time that reads numbers off the times: no gradient would reach them.
+    """Raise ValueError for a function of time that reads numbers off the times: no gradient would reach them.
 
     It is one whose value changes with the time, though its graph does not lead there. What does not change does not
     depend on the time; what jumps has no derivative there. Random numbers are drawn alike every time.

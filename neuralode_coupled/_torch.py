@@ -67,7 +67,7 @@ add_many, add_many_ = _foreach_add, _foreach_add_
 
 
 def tracing() -> Literal["transform", "compile"] | None:
-    """Who looks at what runs instead of computing it: ``torch.func`` transforms and forward-mode differentiation, or
+    """What traces the code instead of computing: ``torch.func`` transforms and forward-mode differentiation, or
     torch.compile; None where numbers are numbers.
 
     Nothing can be learnt then from versions, values and hooks. A transform comes first: inside of torch.compile too it
@@ -79,12 +79,12 @@ def tracing() -> Literal["transform", "compile"] | None:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether somebody gets to see the tensors that autograd saves."""
+    """Whether hooks see the tensors that autograd saves."""
     return _top_saved_tensors_default_hooks(True) is not None
 
 
 class UnknownError(Exception):
-    """Nobody can tell what a graph holds."""
+    """The content of a graph cannot be determined."""
 
 
 def saved_by(node: Any) -> list[Tensor]:
@@ -115,7 +115,7 @@ _RAW: dict[type, tuple[str, ...]] = {}
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether somebody changes, or looks at, the gradient that arrives at a tensor."""
+    """Whether hooks change, or read, the gradient that arrives at a tensor."""
     return bool(tensor._backward_hooks)
 
 
@@ -214,12 +214,12 @@ def caches_parametrizations() -> bool:
 
 
 def written(tensor: Tensor) -> bool:
-    """Whether an operation in place has written into the tensor; of an inference tensor nobody knows."""
+    """Whether an in-place operation has written into the tensor; unknown for an inference tensor."""
     return tensor.is_inference() or tensor._version > 0
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
-    """How often operations in place have changed each tensor. Inference tensors do not count: 0."""
+    """How often in-place operations have changed each tensor; 0 for inference tensors."""
     found = []
     for tensor in tensors:
         found.append(0 if tensor.is_inference() else tensor._version)

@@ -46,15 +46,13 @@ err = Console(stderr=True, highlight=False)
 BAD_INPUT, FAILED = 2, 1
 """Exit codes: the command cannot be carried out as it stands; a run started and did not end well."""
 
-Progress = Annotated[
-    bool, typer.Option("--progress/--no-progress", help="Show a progress bar. A terminal is needed for it.")
-]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Show a progress bar, in a terminal.")]
 
 Allocator = Annotated[
     bool,
     typer.Option(
         "--allocator/--no-allocator",
-        help="Keep the memory that tensors leave for the next ones (glibc's malloc); it is faster so.",
+        help="Keep freed memory for the next tensors (glibc's malloc): this is faster.",
     ),
 ]
 
@@ -155,11 +153,11 @@ def train(
 ) -> None:
     """Train one network.
 
-    The folder gets metrics.csv (one row an epoch), the same for TensorBoard,
+    The folder gets metrics.csv (one row per epoch), the same for TensorBoard,
     the best and the last checkpoint, and at the end result.json. A finished
-    run is not repeated; one that was killed continues with --resume. With
-    --extend a finished run goes on to --epochs epochs in all; the options that
-    are not given are then the run's own.
+    run is not repeated. --resume continues a run that was killed. --extend
+    continues a finished run to --epochs epochs in all; options that you do
+    not give are then those of the run.
     """
     with _interruptible("continue the run with --resume"):
         if end_with_stdin:
@@ -240,9 +238,9 @@ def compare(
     *,
     folder: Annotated[Path, typer.Option("--out", help="The folder of the runs, the table and the figures.")],
     variants: Annotated[
-        str, typer.Option(help="Which, separated by commas; see train.")
+        str, typer.Option(help="Variants, separated by commas; see train.")
     ] = "baseline, anode, anodev2-1, anodev2-2",
-    seeds: Annotated[str, typer.Option(help="Each variant is trained once for each, separated by commas.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas; one run per variant and seed.")] = "0",
     allocator: Allocator = True,
     progress: Progress = True,
     experiment: Experiment,
@@ -250,9 +248,9 @@ def compare(
     """Train several variants of one network, and compare them.
 
     Each run has its own process, and its folder OUT/MODEL-VARIANT-seedN.
-    Finished runs are not repeated, unfinished ones continue. Then come a table
-    (table.csv, table.md) and two figures: the learning curves, and filters
-    evolving over time.
+    Finished runs are not repeated; unfinished ones continue. The results are a
+    table (table.csv, table.md) and two figures: the learning curves, and
+    filters that evolve over time.
     """
     with _bad_input():
         for variant in _names(variants):
@@ -261,7 +259,7 @@ def compare(
         from neuralode_coupled.train.table import present
 
         chosen = comparison.plan(folder, experiment, _names(variants), _seeds(seeds))
-    with _interruptible("the same command goes on from here"):
+    with _interruptible("the same command continues from here"):
         failures = comparison.run(chosen, progress=progress, allocator=allocator, report=_line)
         for failure in failures:
             err.print(f"[red]failed:[/red] {escape(failure)}", soft_wrap=True)
@@ -275,14 +273,14 @@ def compare(
 def predict(
     *,
     images: Annotated[list[Path], typer.Argument(help="Image files, and folders of them.", show_default=False)],
-    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    run: Annotated[Path, typer.Option(help="The folder of a run with at least one finished epoch.")],
     table: Annotated[Path | None, typer.Option("--out", help="Write the table to this file, NAME.csv.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
     allocator: Allocator = True,
 ) -> None:
-    """Say what a trained network takes images for.
+    """Classify images with a trained network.
 
-    Each image gets its most probable class and the probability of that.
+    Each image gets its most probable class, with the probability.
     Images are resized to 32x32 and normalised as in training.
     """
     with _bad_input():
@@ -306,20 +304,20 @@ def predict(
 @app.command(epilog="Example: neuralode-coupled export --run runs/digits --out model.onnx")
 def export(
     *,
-    run: Annotated[Path, typer.Option(help="The folder of a run with an epoch at least.")],
+    run: Annotated[Path, typer.Option(help="The folder of a run with at least one finished epoch.")],
     file: Annotated[Path, typer.Option("--out", help="The file: NAME.onnx (ONNX) or NAME.pt2 (torch.export).")],
     checkpoint: Annotated[str, typer.Option(help="best (by test accuracy) or last.")] = "best",
     opset: Annotated[
         int | None, typer.Option(help="Version of ONNX's operators, by default 20; GroupNorm is refused from 21 on.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the ODE blocks; by default those of training.")] = None,
-    method: Annotated[str | None, typer.Option(help="Their solver, with --steps, as for a run of dopri5.")] = None,
+    method: Annotated[str | None, typer.Option(help="Their solver, with --steps; for a run with dopri5, say.")] = None,
 ) -> None:
     """Write a trained network as a file for other runtimes.
 
-    It takes pixels (uint8, RGB, 32x32, any batch size), normalises them as in
-    training, and gives the probabilities of the classes. The file is run with
-    1 and 8 images and compared with the network before it is kept.
+    The file takes pixels (uint8, RGB, 32x32, any batch size), normalises them as
+    in training, and returns the probabilities of the classes. It is run with 1
+    and 8 images, and compared with the network, before it is kept.
     """
     with _bad_input():
         RunFolder(run).trained(checkpoint)
@@ -340,13 +338,13 @@ def check(
     steps: Annotated[int | None, _option("steps")] = Experiment.steps,
     method: Annotated[str, _option("method")] = Experiment.method,
     dtype: Annotated[str, typer.Option(help="float64 or float32.")] = "float64",
-    seed: Annotated[int, typer.Option(help="Of weights, coefficients of the evolution and images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights, coefficients of the evolution, and images.")] = 0,
 ) -> None:
     """Compare the gradients of a network's coupled layers.
 
-    For each layer, on random images: by DTO, by unrolled autograd, by the
-    continuous adjoint and by finite differences. The exit code is 1 if DTO
-    differs from unrolled autograd by more than rounding.
+    Each layer gets random images. Its gradient is computed by DTO, by unrolled
+    autograd, by the continuous adjoint and by finite differences. The exit code
+    is 1 if DTO differs from unrolled autograd by more than rounding.
     """
     with _bad_input():
         for field, name in (("model", model), ("variant", variant), ("method", method)):
@@ -370,15 +368,15 @@ def check(
 def filters(
     *,
     folder: Annotated[Path, typer.Option("--out", help="The folder of the pictures.")],
-    size: Annotated[int, typer.Option(help="Pixels a side of the Gaussian filter; an odd number.")] = 33,
-    run: Annotated[Path | None, typer.Option(help="Draw the evolving filters of this trained run as well.")] = None,
+    size: Annotated[int, typer.Option(help="Pixels per side of the Gaussian filter; an odd number.")] = 33,
+    run: Annotated[Path | None, typer.Option(help="Also draw the evolving filters of this trained run.")] = None,
 ) -> None:
     """Draw filters that evolve.
 
     A Gaussian filter under diffusion, advection, reaction and all three, as a
     picture (filters.png) and as an animation (filters.gif), and under the
-    other operators (operators.png); with --run the learned filters of each
-    layer too (learned-LAYER.png).
+    other operators (operators.png). --run adds the learned filters of each
+    layer (learned-LAYER.png).
     """
     with _bad_input():
         if run is not None:
@@ -396,20 +394,21 @@ def transport(
     *,
     folder: Annotated[Path, typer.Option("--out", help="The folder of the results and the pictures.")],
     velocities: Annotated[
-        str, typer.Option(help="constant, linear, exponential, sinusoidal, sign-changing; some, separated by commas.")
+        str, typer.Option(help="Some of constant, linear, exponential, sinusoidal, sign-changing, separated by commas.")
     ] = "constant, linear, exponential, sinusoidal, sign-changing",
-    seed: Annotated[int, typer.Option(help="Of the signals and the initial weights.")] = 0,
-    steps: Annotated[int, typer.Option(help="Activation steps; a multiple of 4, the observed times.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the signals and the initial weights.")] = 0,
+    steps: Annotated[int, typer.Option(help="Activation steps; a multiple of 4, the number of observed times.")] = 16,
     method: Annotated[str, _option("method")] = "rk4",
-    iterations: Annotated[int, typer.Option(help="Of L-BFGS, at most.")] = 150,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Learn again what is in --out already.")] = False,
+    iterations: Annotated[int, typer.Option(help="Iterations of L-BFGS, at most.")] = 150,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what is already in --out.")] = False,
 ) -> None:
     """Learn transport with a velocity that changes in time (the paper's Fig. 2).
 
     One convolution learns dz/dt = c(t) dz/dx from four observed times: with
     constant weights (Neural ODE, ANODE), and with weights that evolve. Each
-    velocity gets a file of results; finished ones are not repeated. Then come
-    a table, a picture (transport.png) and an animation (transport.gif).
+    velocity gets a file of results; finished ones are not repeated. The command
+    prints a table, and draws a picture (transport.png) and an animation
+    (transport.gif).
     """
     with _bad_input():
         chosen = _names(velocities)

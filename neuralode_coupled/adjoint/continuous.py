@@ -25,25 +25,24 @@ class ContinuousAdjoint:
     """The adjoint equations (7) as a differential equation of their own, solved backwards with the state
     (``torchdiffeq.odeint_adjoint``).
 
-    Cost: about the forward pass and its vector-Jacobian products, once more a stage. Memory: the final state, and in
+    Cost: about the forward pass and its vector-Jacobian products again, at every stage. Memory: the final state, and in
     the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
     Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. Times that
-    require a gradient get that of the continuous problem, too. One more evaluation looks which tensors the dynamics
-    reach besides their parameters.
+    require a gradient get that of the continuous problem too. One extra evaluation finds the tensors that the dynamics
+    use besides their parameters.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
         atol: absolute tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
-        method: the adjoint solve's method, a name of torchdiffeq's; None for the method of the forward solve.
+        method: the adjoint solve's method, by torchdiffeq's name; None for the method of the forward solve.
 
     Raises:
-        TypeError, ValueError: for tolerances that are no positive finite numbers; where a layer is made, for tolerances
-            that the fixed steps of the adjoint's method have no use for, a kernel that has neither finite memory nor
-            samples to hold, or a method that torchdiffeq does not have (such as ``"rk4_classic"``); at the solve, for
-            an operator that is a map and no flow, or parameters of another dtype than the state's that require a
-            gradient.
+        TypeError, ValueError: for tolerances that are not positive finite numbers. When a layer is made: for tolerances
+            if the adjoint's method has fixed steps, for a kernel with neither finite memory nor samples to hold, or a
+            method that torchdiffeq does not have (such as ``"rk4_classic"``). At the solve: for an operator that is a
+            map and not a flow, or parameters that require a gradient and have another dtype than the state.
     """
 
     rtol: float | None = None
@@ -143,7 +142,7 @@ class _Once(torch.autograd.Function):
 
 
 def _check_one_dtype(tensors: State) -> None:
-    """Raise the ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
+    """Raise ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
     dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
     if len(dtypes) > 1:
         raise ValueError(

@@ -62,7 +62,7 @@ def checkpointed(plan: Plan, operands: Operands, memory: Memory, keep: Keep | No
     if unrolled():
         return unroll(plan, operands)
     if keep is not None:
-        raise ValueError(f"keep={keep!r} has an effect inside of torch.compile alone: leave it out, or compile")
+        raise ValueError(f"keep={keep!r} works only inside of torch.compile: leave it out, or compile")
     return arranged(_Forward(plan, operands, memory).run(), len(operands.y0))
 
 
@@ -94,7 +94,7 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
         return unroll(plan, operands)
     if memory.checkpoints not in (None, "auto") or memory.storage != "device":
         raise ValueError(
-            f"torch.compile takes DiscreteAdjoint() alone, got checkpoints={memory.checkpoints!r}, "
+            f"torch.compile takes only DiscreteAdjoint(), got checkpoints={memory.checkpoints!r}, "
             f"storage={memory.storage!r}: leave them out, or do not compile the layer"
         )
     contexts = selective_contexts(keep)

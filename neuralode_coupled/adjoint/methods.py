@@ -19,8 +19,8 @@ from neuralode_coupled.adjoint.stores import Storage
 class Backprop:
     """Autograd through the unrolled solve.
 
-    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. Not for
-    solves whose graph does not fit into memory: use `DiscreteAdjoint`. It has no errors of its own.
+    Cost: one backward pass. Memory: every intermediate of all steps, O(L N_t). Exact for the discrete map. If the graph
+    does not fit into memory, use `DiscreteAdjoint`. It raises no errors of its own.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:
@@ -37,43 +37,45 @@ class Backprop:
 class DiscreteAdjoint:
     """Discretise-then-optimise (DTO) with checkpointing: the paper's choice, after ANODE (arXiv:1902.10298).
 
-    By default the graphs of the first steps are kept, as far as they fit into ``memory`` bytes, and the others are
-    recomputed from stored states: small states cost what `Backprop` costs, large ones one more forward pass. Memory:
+    By default it keeps the graphs of the first steps, as many as fit into ``memory`` bytes, and recomputes the other
+    steps from stored states. Small states cost what `Backprop` costs, large ones one more forward pass. Memory:
     ``memory`` bytes, the stored states and one step's graph, O(L) + O(N_t). With ``checkpoints=None`` each step is
-    recomputed once; with fewer states more steps are, the fewest possible. A kept graph serves one backward pass, and
-    none is kept under somebody's hooks on saved tensors, or where an operation of C++ hides what it holds. Exact for
-    the discrete map, to the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
+    recomputed once; with fewer states more steps are, the fewest possible. A kept graph serves one backward pass. None
+    is kept under hooks on saved tensors, or if an operation in C++ hides what it holds. Exact for the discrete map, to
+    the rounding of `Backprop`. Random numbers, buffers, autocast and train/eval flags of
     the forward pass are reproduced; a second backward (``retain_graph=True``) and a double backward
     (``create_graph=True``, which stores the unrolled graph) are exact too. With an adaptive method the discrete map is
     that of the accepted steps; while they are chosen, every accepted state is on the device. With fewer checkpoints
-    than steps each state goes after its last use, and a second backward costs one more forward pass. Not for dynamics
-    whose forward pass has other side effects: they happen once more at every recomputation.
+    than steps each state is freed after its last use, and a second backward costs one more forward pass. Not for
+    dynamics with other side effects in the forward pass: every recomputation repeats them.
 
-    With ``keep="products"``, inside of ``torch.compile`` alone, the outputs of convolutions, matrix products and
-    attention without dropout are kept as well, and only normalisation, activation and the rest are recomputed.
+    With ``keep="products"``, inside of ``torch.compile`` only, it also keeps the outputs of convolutions, matrix
+    products and attention without dropout, and recomputes only normalisation, activation and the rest.
 
     The weights of all steps, their gradients and the graph of their evolution are stored by default: a few times the
     evolving weights for each step, which is little beside the states of a batch and much beside few checkpoints, or for
-    large weights. With ``weights="recomputed"`` each step makes its own weights, and their gradients go back to w0 and
-    p at once: memory does not grow with the steps then, and weights that an operator reaches step by step only are part
-    of the state. It costs the operator's evaluation in every step and recomputed step, and takes the Dirac kernel with
-    the weights on the activations' own grid. Not for operators that draw random numbers or update themselves.
+    large weights. With ``weights="recomputed"`` each step computes its own weights, and their gradients go back to w0
+    and p at once, so this memory does not grow with the steps. Weights that an operator reaches only step by step
+    become part of the state.
+    It costs an evaluation of the operator in every step and recomputed step. It requires the Dirac kernel, with the
+    weights on the activations' grid. Not for operators that draw random numbers or update themselves.
 
-    With ``keep_last=k`` the graphs of the last k steps stay from the forward pass to the backward pass, which then
-    recomputes the steps before them only. A graph of the last step is there in any case, later, so that ``keep_last=1``
-    does not raise a layer's peak; but in a network of several layers each holds its own. With all steps it is
-    `Backprop`. A second backward makes the graphs again. Forward hooks fire once for these steps.
+    With ``keep_last=k`` the graphs of the last k steps are kept, and the backward pass recomputes only the steps before
+    them. It needs a graph of the last step in any case, so ``keep_last=1`` does not raise a layer's peak; but in a
+    network of several layers each keeps its own. With all steps it is `Backprop`. A second backward makes the graphs
+    again. Forward hooks fire once for these steps.
 
     Args:
-        checkpoints: ``"auto"`` to keep graphs as far as they fit into ``memory``. Or how many states to store, the
-            initial one included, and no graphs: None for every step's, ``m`` for Revolve's schedule with m states, 1
+        checkpoints: ``"auto"`` to keep as many graphs as fit into ``memory``. Or the number of states to store, with
+            the initial one, and no graphs: None for every step's, ``m`` for Revolve's schedule with m states, 1
             for the initial state alone (then N (N + 1) / 2 of N steps are recomputed).
-        storage: where: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a temporary folder).
+        storage: where to store states: ``"device"``, ``"cpu"`` (pinned memory, asynchronous copies) or ``"disk"`` (a
+            temporary folder).
         keep: ``"products"`` for compiled layers, or None to recompute everything.
         weights: ``"stored"`` or ``"recomputed"``.
-        keep_last: of how many steps, the last ones, the graph is kept, whatever its size; ``"auto"`` then means None.
-        memory: the bytes that kept graphs may take in each solve, counted by the sizes of what the first step's holds
-            besides operands and states. An adaptive step whose graph is larger is gone back through in parts.
+        keep_last: the number of last steps whose graphs are kept, whatever their size; ``"auto"`` then means None.
+        memory: the bytes for kept graphs in each solve, counted by what the first step's graph holds besides operands
+            and states. The backward pass takes an adaptive step whose graph is larger in parts.
 
     Raises:
         TypeError, ValueError: for checkpoints below 1, memory that is negative or not finite, keep_last below 0, an
@@ -103,7 +105,7 @@ class DiscreteAdjoint:
         require(problem, "discrete" if self.weights == "stored" else "advancing")
         if self.keep is not None and problem.tolerances is not None:
             raise ValueError(
-                f"keep={self.keep!r} has an effect inside of torch.compile alone, and {problem.method!r} chooses its "
+                f"keep={self.keep!r} works only inside of torch.compile, and {problem.method!r} chooses its "
                 "steps outside of it: leave it out, or give steps=... and a fixed-grid method"
             )
 

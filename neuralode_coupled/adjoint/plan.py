@@ -23,9 +23,9 @@ class Stats:
         evaluations: evaluations of the dynamics in the forward pass.
         recomputed: evaluations repeated by backward passes so far.
         accepted: steps taken.
-        rejected: steps tried and thrown away by an adaptive method.
+        rejected: steps that an adaptive method tried and rejected.
         kept: steps whose graph was kept from the forward pass to the backward pass.
-        kept_bytes: what these graphs hold besides operands and states, as far as it can be counted.
+        kept_bytes: the bytes that these graphs hold besides operands and states, as far as they can be counted.
     """
 
     evaluations: int = 0
@@ -228,8 +228,8 @@ class Problem(Protocol):
 class GradientMethod(Protocol):
     """How gradients come back through a solve: one object with one method.
 
-    An object that cannot solve a problem raises a ValueError in `integrate`, which says what can. It may say so before,
-    when a layer is made, by a method ``check(problem)``.
+    If it cannot solve a problem, `integrate` raises a ValueError that says which method can. A method
+    ``check(problem)`` may raise it earlier, when a layer is made.
     """
 
     def integrate(self, problem: Problem) -> tuple[list[State], Stats]:

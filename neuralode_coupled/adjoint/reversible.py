@@ -33,14 +33,14 @@ class ReversibleAdjoint:
         y_{n+1} = c y_n + (1 - c) v_n + Psi_h(t_n, v_n),        v_{n+1} = v_n - Psi_{-h}(t_{n+1}, y_{n+1}),
 
     which can be solved for (y_n, v_n): the backward pass reconstructs the states instead of storing them. The solution
-    differs from the method's own by its error; the gradient is exact for this discrete map, but for the rounding of the
-    reconstruction, which grows like c^-N.
+    differs from the method's own by its error; the gradient is exact for this discrete map, except for the rounding of
+    the reconstruction, which grows like c^-N.
 
     Cost: twice the evaluations of the method forward, and as many recomputed. Memory: two states and half a step's
-    graph, whatever the number of steps; the weights of all half steps and their gradients come on top, unless each
-    makes its own (``weights="recomputed"``, as in `DiscreteAdjoint`, for operators that reach any time at once). Random
+    graph, for any number of steps; and the weights of all half steps with their gradients, unless each step computes
+    its own (``weights="recomputed"``, as in `DiscreteAdjoint`, for operators with a closed form for any time). Random
     numbers, buffers, autocast and train/eval flags are replayed. A double backward is exact and stores the unrolled
-    graph; a second backward costs one more forward pass, because the first has used up the final states.
+    graph; a second backward costs one more forward pass, because the first consumes the final states.
 
     Stability: for dy/dt = a y the step has determinant c and trace G = 1 + c - (1 - c) s - s r, with r and s the
     method's increments for h a and -h a; for real G it is stable if c < 1 and |G| < 1 + c. By Euler's method that is

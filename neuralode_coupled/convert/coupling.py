@@ -1,4 +1,4 @@
-"""Converting existing models: residual branches become coupled layers, with the weights that are there as w0."""
+"""Converting existing models: residual branches become coupled layers, whose w0 are the model's weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Layer = Callable[[nn.Module], CoupledODE]
 _CONVERTED = "converted already"
 _LAYER = "a single layer"
 _LAYERS = "adds to what it makes of its input; modules inside of it can be converted"
-_BEHIND = ", behind what it makes of its input"
+_BEHIND = ", after a transformation of its input"
 _SHOWN = 20
 """So many names of submodules are shown in a message."""
 
@@ -41,7 +41,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 @dataclass(frozen=True)
 class _How:
-    """How targets are taken; see `couple`."""
+    """How targets are converted; see `couple`."""
 
     skip: Skip
     branch: BranchOf
@@ -77,7 +77,7 @@ class AddedAround(nn.Module):
         self.layer = layer
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
-        """What is to be added to z, of its shape."""
+        """The term that is added to z, of its shape."""
         return self.layer(z, *args, **kwargs) - z
 
 
@@ -102,22 +102,22 @@ def couple(
     together: bool = False,
     per_step: bool = True,
 ) -> nn.Module:
-    """Turn residual branches of a model into coupled layers, in place, with the weights that are there as w0.
+    """Turn residual branches of a model into coupled layers, in place. The model's weights become w0.
 
-    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted
-    model computes what the original computes, to round-off; with more steps it computes the flow. Every target gets
-    operators and a kernel of its own. Parameters stay the same objects, so optimisers and tied weights stay valid; load
-    pretrained weights before converting, or by `load_plain` afterwards, because names in the state dict change.
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted model
+    computes what the original computes, to round-off; with more steps it computes the flow. Every target gets its own
+    operators and kernel. Parameters stay the same objects, so optimisers and tied weights stay valid. Names in the
+    state dict change: load pretrained weights before the conversion, or by `load_plain` after it.
 
     Args:
         model: any module, in float32 or float64.
         targets: names of submodules, or patterns (``"layer*.1"``; a star does not reach over a dot, unless nothing
             matches otherwise). A target is a block that adds its input itself
-            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, one's own), or
-            a branch whose result the module around it adds. ``""`` is the model itself; then use what is returned.
-            ``"auto"`` are all that `convertible` finds.
-        evolution: q, see `CoupledField`; names of parameters count from the branch. The entries of a mapping are looked
-            for in all targets together. `Static` by default.
+            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, your own), or
+            a branch whose result the module around it adds. ``""`` is the model itself; then use the returned model.
+            ``"auto"``: all that `convertible` finds.
+        evolution: q, see `CoupledField`; parameter names are relative to the branch. Each entry of a mapping must match
+            in some target. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
         steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
@@ -135,12 +135,12 @@ def couple(
             all of the target but its input, so that Euler's method with ``t=(0, N)``, ``steps=N`` applies it N times,
             see `Block`. Or f itself: a module, or a function of the target that gives one. Names of parameters of a
             block, and of a given f, begin with ``module.``.
-        outputs: of a target that returns a tuple with the state in front, what stands behind it: ``"last"``, as the
-            last step returned it, or ``"drop"``, None in every place.
-        together: make one block of all targets, which are consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
-            and get the same inputs: the first one's place takes the layer, the others are removed.
-        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. Without
-            it all steps share one; general-purpose solvers need that.
+        outputs: for a target that returns a tuple that begins with the state, what follows it: ``"last"``, what the
+            last step returned, or ``"drop"``, None in every place.
+        together: make one block of all targets, which must be consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
+            and get the same inputs. The layer replaces the first; the others are removed.
+        per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. If False,
+            all steps share one, as general-purpose solvers need.
 
     Returns:
         The model.
@@ -223,9 +223,9 @@ class Candidates(tuple[Candidate, ...]):
 def convertible(model: nn.Module) -> Candidates:
     """Which of a model's modules `nc.couple` can convert, found by tracing them; the model stays as it is.
 
-    No row lies inside of one that can be converted. Containers and single layers are no rows, unless the code
-    around them adds their input. A branch that changes the shape of the state by broadcasting shows in the first
-    forward pass of the converted model only.
+    No row lies inside of one that can be converted. Containers and single layers have no row, unless the code around
+    them adds their input. A branch that changes the shape of the state by broadcasting is found only in the first
+    forward pass of the converted model.
 
     Args:
         model: any module.
@@ -263,7 +263,7 @@ def _outermost(rows: list[Candidate]) -> list[Candidate]:
 
 
 def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | None:
-    """The row of one module; None for one that nobody asks about."""
+    """The row of one module; None for a module without a row."""
     if isinstance(module, CoupledODE | CoupledEncoderLayer):
         return Candidate(name, "", _CONVERTED)
     if next(module.parameters(), None) is None or isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -304,7 +304,7 @@ def _automatic(model: nn.Module, how: _How) -> list[str]:
 def _converted_together(
     model: nn.Module, names: list[str], how: _How, layer: _Layer, by_pattern: ByPattern | None
 ) -> nn.Module:
-    """The model with one looped block in the place of several consecutive ones."""
+    """The model with one looped block in place of several consecutive ones."""
     parent = names[0].rpartition(".")[0]
     holder = model.get_submodule(parent)
     keys = list(holder._modules)
@@ -411,7 +411,7 @@ def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
 
 def _patterns(targets: str | Iterable[str]) -> list[str]:
-    """The targets as a list; raises TypeError or ValueError for what are none."""
+    """The targets as a list; raises TypeError or ValueError for anything else."""
     if isinstance(targets, str):
         return [targets]
     patterns: list[Any] = list(targets) if isinstance(targets, Iterable) else [targets]
@@ -482,7 +482,7 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
 
 
 def _check_no_hooks(target: nn.Module) -> None:
-    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    """Raise ValueError for hooks on a target that is taken apart, because nothing would call them any more."""
     kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
     hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
     if hooks:
@@ -494,7 +494,7 @@ def _check_no_hooks(target: nn.Module) -> None:
 
 
 def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> nn.Module:
-    """The stages in a row, with a coupled layer in the place of each sum."""
+    """The stages in a row, with a coupled layer in place of each sum."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     outputs: dict[str, tuple[int, ...]] = {}
     for i, stage in enumerate(found.stages):
@@ -517,7 +517,7 @@ def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> 
 
 
 def _after(converted: nn.Module) -> list[Any]:
-    """The modules behind a coupled layer that change their input in place."""
+    """The modules after a coupled layer that change their input in place."""
     rows = [converted] if type(converted) in (nn.Sequential, Row) else []
     parts = [part for row in rows for name, part in row.named_children() if name.startswith("after")]
     return [module for part in parts for module in part.modules() if getattr(module, "inplace", False)]
@@ -538,7 +538,7 @@ def _added_around(model: nn.Module, name: str) -> bool:
 
 
 def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
-    """The branch with every BatchNorm in it as one of its own a step."""
+    """The branch, with its own BatchNorm for every step in place of each BatchNorm."""
     if isinstance(branch, _BATCH_NORMS):
         return PerStep(branch, steps)
     norms = {id(m): PerStep(m, steps) for m in branch.modules() if isinstance(m, _BATCH_NORMS)}

@@ -1,4 +1,4 @@
-"""``torch.nn.TransformerEncoderLayer`` with coupled layers in the place of its two residual branches."""
+"""``torch.nn.TransformerEncoderLayer`` with coupled layers in place of its two residual branches."""
 
 from __future__ import annotations
 

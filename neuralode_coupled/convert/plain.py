@@ -65,18 +65,18 @@ def noted(model: nn.Module) -> list[Renamed]:
 def load_plain(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     """Load a state dict of the unconverted model into a converted one, in place.
 
-    What belongs to the conversion (coefficients of operators, rates of kernels, learned times) stays as it is. Per-step
-    modules get the one entry in all of their copies.
+    What the conversion added (coefficients of operators, rates of kernels, learned times) stays as it is. All copies of
+    a per-step module get the same entry.
 
     Args:
-        model: what `nc.couple` has made, or a model with converted parts.
+        model: a model with parts converted by `nc.couple`.
         state_dict: of the model as it was before, such as pretrained weights.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: if the model is not a module, or the state dict no mapping.
+        TypeError: if the model is not a module, or the state dict is not a mapping.
         ValueError: for a model without converted parts, and for entries that are missing, unknown, or of another
             shape. The model is then as it was.
     """
@@ -122,6 +122,6 @@ def _check(chosen: Mapping[str, str], own: Mapping[str, Any], state_dict: Mappin
     for name, former in chosen.items():
         theirs, mine = state_dict[former], own[name]
         if not isinstance(theirs, Tensor) or not isinstance(mine, Tensor):
-            raise ValueError(f"{former!r} is a {type(theirs).__name__}, and only tensors are loaded: put it in by hand")
+            raise ValueError(f"{former!r} is a {type(theirs).__name__}, and only tensors are loaded: set it yourself")
         if theirs.shape != mine.shape:
             raise ValueError(f"{former!r} has shape {tuple(theirs.shape)}, the model's has {tuple(mine.shape)}")

@@ -21,7 +21,7 @@ _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
 class NotResidual(ValueError):
-    """A module is no row of residual stages; the message says what was found in its place."""
+    """A module is not a row of residual stages; the message says what was found."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Stage:
     Attributes:
         branch: f, with the names that its parameters have in the block; None for a stage that adds nothing.
         after: what follows the sum; None for nothing.
-        outputs: which of the block's outputs the branch returns behind f(u), by their places behind the state.
+        outputs: which of the block's outputs the branch returns after f(u), by their places after the state.
     """
 
     branch: nn.Module | None
@@ -44,10 +44,10 @@ class Residual:
     """A block as residual stages in a row.
 
     Attributes:
-        stages: in order. Their modules take the state and, by position, the inputs behind it.
-        inputs: the names of the inputs behind the state.
+        stages: in order. Their modules take the state and, by position, the inputs after it.
+        inputs: the names of the inputs after the state.
         fixed: the optional parameters, which have their defaults.
-        constants: what stands behind the state in the block's result, where it is no tensor of a stage; None if the
+        constants: what follows the state in the block's result, where it is not a tensor of a stage; None if the
             block returns the state alone.
     """
 
@@ -70,7 +70,7 @@ def taken_apart(block: nn.Module) -> Residual:
     end = result[0] if isinstance(result, tuple | list) and result else result
     if code.start is None or not isinstance(end, fx.Node):
         takes = ", ".join(inspect.signature(block.forward).parameters) or "nothing"
-        raise NotResidual(f"a {_kind(block)} takes ({takes}) and returns {code.shown(result)}, no state of one")
+        raise NotResidual(f"a {_kind(block)} takes ({takes}) and returns {code.shown(result)}, not a state")
     code.check_nothing_besides([end, *[node for node in rest if isinstance(node, fx.Node)]])
     found = _stages(code, end, dict(enumerate(rest)))
     constants = tuple([None if isinstance(part, fx.Node) else part for part in rest])
@@ -99,7 +99,7 @@ def _stages(code: _Code, end: fx.Node, rest: dict[int, Any]) -> list[Stage]:
     if rest:
         what = ", ".join(code.describe(part) for part in rest.values())
         raise NotResidual(
-            f"a {_kind(block)} returns, behind the state, {what}, which none of its residual branches makes"
+            f"a {_kind(block)} returns, after the state, {what}, which none of its residual branches computes"
         )
     return found[::-1]
 
@@ -115,7 +115,7 @@ def adds_around(parent: nn.Module, name: str) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into one module's own forward, and takes every module that it calls as it is."""
+    """Traces one module's own forward, and leaves every module that it calls as it is."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -131,7 +131,7 @@ class _Code:
         variadic = [node for node in placeholders if str(node.target).startswith("*")]
         if any(node.users for node in variadic):
             raise NotResidual(
-                f"a {_kind(block)} hands on {', '.join(str(n.target) for n in variadic)}, whatever that is"
+                f"a {_kind(block)} passes on {', '.join(str(n.target) for n in variadic)}, which tracing cannot follow"
             )
         given = set(inspect.signature(block.forward).parameters) - set(self.fixed)
         found = [node for node in placeholders if str(node.target) in given]
@@ -272,7 +272,7 @@ class _Code:
         return self.block.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _through_identities(self, node: fx.Node) -> fx.Node:
-        """The node that an ``nn.Identity`` in a shortcut hands on."""
+        """The node that an ``nn.Identity`` in a shortcut passes on."""
         return (
             self._through_identities(node.all_input_nodes[0]) if isinstance(self._module(node), nn.Identity) else node
         )

@@ -1,4 +1,4 @@
-"""What takes the place of a block: residual stages, or whole blocks, in a row."""
+"""The replacements of blocks: residual stages, or whole blocks, in a row."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Row(nn.Module):
 
     Args:
         parts: ``coupled0``, ``after0``, ``coupled1``, ... as far as they are there.
-        inputs: the names of the inputs behind the state.
+        inputs: the names of the inputs after the state.
         fixed: optional parameters of the block, which have their defaults here.
-        outputs: for each part, the places behind the state of what it returns behind its own.
+        outputs: for each part, the places after the state of what it returns after its own.
         constants: the rest of the block's result; None if it returns the state alone.
     """
 
@@ -36,7 +36,7 @@ class Row(nn.Module):
             self.add_module(name, part)
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
-        """The state behind the last stage, as the block returned it: alone, or in front of its other outputs.
+        """The state after the last stage, as the block returns it: alone, or followed by its other outputs.
 
         Raises TypeError for inputs that are missing or unknown, ValueError for an optional one, which was traced at
         its default.
@@ -57,7 +57,7 @@ class Row(nn.Module):
         order = (*self.inputs, *self.fixed)
         if len(args) > len(order):
             raise TypeError(
-                f"the block takes {len(order)} inputs behind the state ({', '.join(order)}), got {len(args)}"
+                f"the block takes {len(order)} inputs after the state ({', '.join(order)}), got {len(args)}"
             )
         given = dict(zip(order, args, strict=False))
         for name, value in kwargs.items():
@@ -74,9 +74,7 @@ class Row(nn.Module):
                 )
         missing = [name for name in self.inputs if name not in given]
         if missing:
-            raise TypeError(
-                f"the block takes ({', '.join(self.inputs)}) behind the state: {', '.join(missing)} missing"
-            )
+            raise TypeError(f"the block takes ({', '.join(self.inputs)}) after the state: {', '.join(missing)} missing")
         return [given[name] for name in self.inputs]
 
 

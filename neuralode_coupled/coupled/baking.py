@@ -178,7 +178,7 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
 
 
 def _branch(field: CoupledField, n: int, memo: Memo) -> nn.Module:
-    """A copy of the dynamics with step ``n``'s copies of per-step modules, and other tensors in the place of its own.
+    """A copy of the dynamics with step ``n``'s copies of per-step modules, and other tensors in place of its own.
 
     Copying looks every object up in ``memo`` by its identity; so tied tensors stay tied.
     """

@@ -39,16 +39,16 @@ class CoupledODE(nn.Module):
     """``z0 -> z(t1)`` of the coupled system (Eq. 5), for use inside ``nn.Sequential``.
 
     Args:
-        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z, with inputs behind the state if it
-            takes some: ``layer(z0, c)`` solves ``dz/dt = f(z, c)``.
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. It may take inputs after the state:
+            ``layer(z0, c)`` solves ``dz/dt = f(z, c)``.
         evolution: q; `Static` by default. See `CoupledField` for mappings and callables.
         kernel: K; `Dirac` by default.
         steps: the number of activation steps; None with an adaptive method.
         t: the interval of time, as numbers or tensors. Gradients flow to a tensor that requires one (see `solve`). A
-            parameter is one of the layer, ``t0`` or ``t1`` (``ends`` where one holds both), and so learned, moved and
-            stored with it; another tensor that requires a gradient is used as it is (one that is computed from others
-            serves one backward pass, and is then set anew). Each forward pass reads the numbers, for which the host
-            waits where they are on a device. Such a layer is not compiled.
+            parameter becomes one of the layer, ``t0`` or ``t1`` (``ends`` if one holds both): it is learned, moved and
+            stored with it. Another tensor that requires a gradient is used as it is; if it is computed from others, set
+            it again after each backward pass. Each forward pass reads the numbers; if they are on a device, the host
+            waits. Such a layer cannot be compiled.
         method: the Runge-Kutta method, see `solve`.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
@@ -56,17 +56,17 @@ class CoupledODE(nn.Module):
         atol: the absolute tolerance of an adaptive method.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
         evolve: which parameters evolve, see `CoupledField`.
-        takes_time: whether f takes the time in front of the state; by default if its first parameter is named ``t``.
+        takes_time: whether f takes the time before the state; by default if its first parameter is named ``t``.
 
     Attributes:
         field: the `CoupledField`.
         discretisation: the steps or tolerances; `discretise` chooses others.
-        stats: what the last forward pass cost, and the backward passes through it since; None before the first.
+        stats: the cost of the last forward pass and of the backward passes through it; None before the first.
 
     Raises:
-        TypeError, ValueError: as `CoupledField` and `solve` do, also for a gradient method that does not take the
-            layer's grid, method or kernel. The forward pass raises what concerns z0, an operator that is a map where a
-            vector field is needed, and a gradient method that does not take what was changed later.
+        TypeError, ValueError: as `CoupledField` and `solve`, and if the gradient method does not take the layer's grid,
+            method or kernel. The forward pass raises errors about z0, about an operator that is a map if a vector field
+            is needed, and about a gradient method that does not take what you changed later.
     """
 
     steps = _chosen("steps")
@@ -106,7 +106,7 @@ class CoupledODE(nn.Module):
     def t(self) -> tuple[float, ...]:
         """The interval of time, as numbers. Setting it checks the layer again.
 
-        ``layer.t = layer.t`` makes numbers of times that are tensors.
+        ``layer.t = layer.t`` turns times that are tensors into numbers.
         """
         t = self._times()
         return self._numbers or tuple([as_number(time) for time in (t.unbind() if isinstance(t, Tensor) else t)])
@@ -116,7 +116,7 @@ class CoupledODE(nn.Module):
         self._choose(self.discretisation, t)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module. As ``t`` it is the interval, whose two times it holds."""
+        """As for any module. A parameter named ``t`` is the interval and holds its two times."""
         if name == "t" and param is not None:  # torch does not ask the property
             self._choose(self.discretisation, param)
         else:
@@ -125,7 +125,7 @@ class CoupledODE(nn.Module):
     def discretise(self, discretisation: Discretisation) -> None:
         """Choose other steps or tolerances.
 
-        Raises ValueError, and leaves the layer as it is, if the field or the gradient method does not fit them.
+        Raises ValueError, and does not change the layer, if they do not fit the field or the gradient method.
         """
         self._choose(discretisation, self._times())
 
@@ -173,17 +173,17 @@ class CoupledODE(nn.Module):
         return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
     def forward(self, z0: Activation, *args: Any, **kwargs: Any) -> Any:
-        """z(t1), of the shape of z0. Of a `Block` that returns a tuple, such a tuple with z(t1) in front.
+        """z(t1), of the shape of z0. For a `Block` that returns a tuple, a tuple that begins with z(t1).
 
         Args:
             z0: the initial activations.
-            args: the inputs of f behind the state, see `CoupledField.bind`.
+            args: the inputs of f after the state, see `CoupledField.bind`.
             kwargs: the same by name.
 
         Raises:
             TypeError: for inputs that f does not take, or that are missing.
-            ValueError: where torch exports an adaptive layer, which has no grid; for a block's other outputs where
-                there is no last step to take them from; and as `solve`.
+            ValueError: if torch exports an adaptive layer, which has no grid; for a block's other outputs if there is
+                no last step to take them from; and as `solve`.
         """
         solve, block = self._solve_in_force(), self.field.dynamics
         if not isinstance(block, Block):
@@ -195,8 +195,8 @@ class CoupledODE(nn.Module):
             return tupled(further.structure, z, further.join())
         if block.structure is not None and block.outputs == "last":
             raise ValueError(
-                f"a {type(block.module).__name__} returns {block.structure[1]} values, and those behind the state are "
-                "there on a fixed grid with DiscreteAdjoint() or Backprop() alone: drop them by outputs='drop'"
+                f"a {type(block.module).__name__} returns {block.structure[1]} values, and those after the state need "
+                "a fixed grid with DiscreteAdjoint() or Backprop(): drop them by outputs='drop'"
             )
         return tupled(block.structure, z, None)
 
@@ -205,9 +205,9 @@ class CoupledODE(nn.Module):
     ) -> Trajectory:
         """z at the given times of the layer's interval: (len(t), *shape of z0).
 
-        They may run either way. Gradients flow to those that are tensors and require one, as in `solve`; ``args`` and
-        ``kwargs`` are inputs. Raises TypeError for what are no times or inputs of f, ValueError for times outside of
-        the interval or out of order.
+        Times may increase or decrease. Gradients flow to times that are tensors and require one, as in `solve`.
+        ``args`` and ``kwargs`` are inputs. Raises TypeError if ``t`` holds no times or f does not take the inputs,
+        ValueError for times outside of the interval or out of order.
         """
         solve = self._solve_in_force()
         return torch.stack(self._solve(solve, z0, self._within(solve, t), args, kwargs))
@@ -215,7 +215,7 @@ class CoupledODE(nn.Module):
     def weight_trajectory(self, t: Times) -> dict[str, WeightPath]:
         """w(t) of every evolving parameter, by name: (len(t), *weight).
 
-        Gradients flow to times that are tensors and require one. Raises TypeError for what are no times, ValueError
+        Gradients flow to times that are tensors and require one. Raises TypeError if ``t`` holds no times, ValueError
         for times outside of the interval or out of order, and on the CPU for weights that are not finite.
         """
         solve = self._solve_in_force()
@@ -226,21 +226,21 @@ class CoupledODE(nn.Module):
     ) -> Tensor:
         """R(w0, p) = (w0 |w0|^2 + p |p|^2 + kinetic int |dw/dt|^2 dt + displacement |w(t1) - w(t0)|^2) / 2 (Eq. 5a).
 
-        Regularisation acts on w0 and p, not on theta(t); the two terms on the path are functions of them. The kinetic
-        energy is that of w between the points of its own grid, ``sum_m |w_{m+1} - w_m|^2 / h_w``.
+        Regularisation acts on w0 and p, not on theta(t); the two terms on the path are functions of w0 and p. The
+        kinetic energy is computed between the points of the weights' grid, ``sum_m |w_{m+1} - w_m|^2 / h_w``.
 
         Args:
             w0: the weight of the initial weights' part.
             p: the weight of the part of the evolution operators' parameters.
             kinetic: the weight of the kinetic energy of the evolving weights.
-            displacement: the weight of how far they get.
+            displacement: the weight of the squared distance from w(t0) to w(t1).
 
         Returns:
             A scalar, differentiable in w0 and p, and in times that require a gradient.
 
         Raises:
-            ValueError: if a weight is negative, infinite or not a number, for a term on the path of an adaptive layer,
-                which has no grid, or on the CPU for one on a path that is not finite.
+            ValueError: if a weight is negative, infinite or not a number; for a term on the path of an adaptive layer,
+                which has no grid; on the CPU, if the path is not finite.
         """
         for name, weight in {"w0": w0, "p": p, "kinetic": kinetic, "displacement": displacement}.items():
             if not isinstance(weight, int | float | Tensor) or not 0 <= weight < math.inf:
@@ -262,7 +262,7 @@ class CoupledODE(nn.Module):
     def bake(self) -> nn.Sequential:
         """The layer as it is now in plain PyTorch: a residual block of fixed weights for each step, no ODE in it.
 
-        It takes the layer's inputs, but for functions of time.
+        It takes the layer's inputs, except functions of time.
 
         After training theta does not depend on the data. The result computes what the layer computes (in its present
         train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient, and its

@@ -193,7 +193,7 @@ def _unchanged(field: CoupledField, adjoint: GradientMethod) -> Iterator[None]:
 
 
 def _check_resolved(grid: Grid, dtype: torch.dtype) -> None:
-    """Raise the ValueError for steps that f, which sees the time as a number of a dtype, could not tell apart."""
+    """Raise ValueError for steps that f, which sees the time as a number of a dtype, could not tell apart."""
     if abs(grid.h) <= torch.finfo(dtype).eps * max(abs(grid.t0), abs(grid.t1)):
         points = [grid.time(n) for n in range(grid.steps + 1)]
         n = unresolved(points[:-1], points[1:], dtype)

@@ -18,26 +18,26 @@ Model = TypeVar("Model", bound=nn.Module)
 def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     """A copy of a coupled layer, or of a model with coupled layers, that takes ``steps`` steps in each of them.
 
-    The activation ODE (5b) and the weights theta(t) are functions of time, so that the same trained layer can be
-    solved on any grid: with h = (t1 - t0) / steps,
+    The activation ODE (5b) and the weights theta(t) are functions of time, so the same trained layer can be solved on
+    any grid: with h = (t1 - t0) / steps,
 
         z_{n+1} = z_n + h sum_i b_i f(z_{n,i}, theta(t_n + c_i h)),        n = 0 .. steps - 1.
 
-    The weights' own grid stays as it is where the layer has one (``weight_steps``), and otherwise follows. Per-step
-    modules are functions of time too, constant over each step that they were trained for: step n uses the copy in
-    force at t_n, see `PerStep.resample`. With the trained number of steps and method the copy computes what the model
+    The weights' own grid (``weight_steps``) stays as it is; without one, the weights use the new grid. Per-step modules
+    are functions of time too, constant over each step of the training: step n uses the copy in force at t_n, see
+    `PerStep.resample`. With the trained number of steps and method the copy computes what the model
     does, bit for bit.
 
-    Parameters (and times that require a gradient) are the model's own: training the copy trains the model. Buffers are
-    the copy's own. The running statistics of BatchNorm are those of the trained steps, which are not those of the
-    states on the new grid; ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them anew, without gradients
-    and without touching the model's.
+    The copy shares the model's parameters (and times that require a gradient), so training the copy trains the model.
+    It has its own buffers. The running statistics of BatchNorm belong to the trained steps, and not to the states on
+    the new grid; ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them again, without gradients and without
+    changing the model's.
 
     Args:
         model: a `CoupledODE`, or a module that contains some.
         steps: the number of activation steps.
-        method: the Runge-Kutta method; by default each layer's own. An adaptive layer, whose tolerances the copy does
-            without, needs one.
+        method: the Runge-Kutta method; by default each layer's own. Required for an adaptive layer, whose tolerances
+            the copy drops.
 
     Returns:
         The copy, of the model's type and in its train/eval mode.

@@ -44,8 +44,8 @@ class Solution:
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
-        Differentiable in these times and in those of the solve, where they are tensors that require a gradient. Raises
-        TypeError for what are no times, ValueError for times out of order or outside of the solve's interval, and on
+        Differentiable in these times and in those of the solve, if they are tensors that require a gradient. Raises
+        TypeError if ``t`` holds no times, ValueError for times out of order or outside of the solve's interval, and on
         the CPU for weights that are not finite.
         """
         read = partial(times_within, ends=self._solve.ends, whose="solve")
@@ -69,42 +69,43 @@ def solve(
 ) -> Solution:
     """Solve the coupled system (Eq. 5) on a fixed grid, or with an adaptive method by tolerances.
 
-    An adaptive method solves weights and activations as one system under one error control. Its steps are those that
-    torchdiffeq accepts; `DiscreteAdjoint` and `Backprop` give exactly their gradient, with their lengths held fixed.
+    An adaptive method solves weights and activations as one system under one error control. It takes the steps that
+    torchdiffeq accepts. `DiscreteAdjoint` and `Backprop` give the exact gradient of these steps, with their lengths
+    held fixed.
 
     Args:
         field: the coupled field.
         z0: the initial activations, any shape with a batch axis; their dtype and device must be the weights'.
-        t: strictly monotone times, the first being that of z0; ``Solution.z`` then has one entry a time, with linear
-            interpolation between grid points as in torchdiffeq. None: from 0 to 1, and only the end is returned.
+        t: strictly monotone times; the first is that of z0. ``Solution.z`` then has one entry per time, with linear
+            interpolation between grid points, as in torchdiffeq. None: solve from 0 to 1 and return only the end.
             Gradients flow to every time that is a tensor and requires one: through the grid, the weights on it and the
-            interpolation; by tolerances as in `odeint_dto`, with the lengths of the steps held fixed. At a grid point
-            between the ends, where the interpolation has a corner, the derivative is the mean of both sides.
+            interpolation; with an adaptive method as in `odeint_dto`, with the lengths of the steps held fixed. At an
+            inner grid point, where the interpolation has a corner, the derivative is the mean of both sides.
         steps: the number of equal steps from the first to the last time; None with an adaptive method.
         method: ``"euler"``, ``"midpoint"``, ``"rk4"`` (torchdiffeq's 3/8 rule), ``"rk4_classic"``, ``"heun2"``,
             ``"heun3"``; or adaptive: ``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``,
             ``"tsit5"``.
-        weight_steps: the number of steps of the weights' own grid; by default the activations' where the kernel
-            allows it. Kernels that average over the past err at second order in the length of these steps.
-        weight_method: the method on it, where an operator has no closed form; by default that of the activations.
+        weight_steps: the number of steps of the weights' own grid; by default that of the activations if the kernel
+            allows it. The error of kernels that average over the past is of second order in the length of these steps.
+        weight_method: the method on it, for operators without a closed form; by default that of the activations.
         rtol: the relative tolerance of an adaptive method; torchdiffeq's 1e-7 by default.
         atol: the absolute tolerance of an adaptive method; torchdiffeq's 1e-9 by default.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
-        args: the inputs of f behind the state, ``f(z, *args, **kwargs)``: constants of the solve, or functions of its
-            time; see `CoupledField.bind`. Gradients flow to their tensors.
+        args: the inputs of f after the state, ``f(z, *args, **kwargs)``: constants of the solve, or functions of time;
+            see `CoupledField.bind`. Gradients flow to their tensors.
         kwargs: the same by name.
 
     Returns:
-        The solution; ``solution.z`` has the shape of z0, or (len(t), *shape of z0) where ``t`` was given.
+        The solution; ``solution.z`` has the shape of z0, or (len(t), *shape of z0) if ``t`` was given.
 
     Raises:
-        TypeError: if z0 is not a floating-point tensor, ``t`` no row of numbers, ``adjoint`` no gradient method, or
-            ``args`` no tuple, and for inputs that f does not take or that are missing.
+        TypeError: if z0 is not a floating-point tensor, ``t`` is not a row of numbers, ``adjoint`` is not a gradient
+            method, or ``args`` is not a tuple; if f does not take the inputs, or needs others.
         ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
             out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that change
             the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that
-            cannot go on, or, on the CPU, a state that is not finite. For a time that requires a gradient: where
-            dynamics, an operator or a kernel makes a number of it, or inside of ``torch.compile``.
+            cannot go on, or, on the CPU, a state that is not finite. For a time that requires a gradient: if dynamics,
+            an operator or a kernel turns it into a number, or inside of ``torch.compile``.
     """
     at = time_row((0.0, 1.0) if t is None else t, field.device)
     ends = at.pick(0, -1)
@@ -119,7 +120,7 @@ def solve(
 
 
 def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:
-    """Raise the ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
+    """Raise ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
     if tracing():  # it hides the numbers
         return
     for state, t in zip(z, wanted, strict=True):

@@ -1,4 +1,4 @@
-"""What an evolution operator q is (Eq. 5c), and the trivial one."""
+"""The base class of evolution operators q (Eq. 5c), and the trivial operator."""
 
 from __future__ import annotations
 
@@ -22,42 +22,41 @@ T = TypeVar("T")
 
 
 class NonFiniteWeights(ValueError):
-    """Evolving weights left the range of their dtype: the message says which and where."""
+    """Evolving weights became NaN or infinite. The message says which and where."""
 
 
 class EvolutionOperator(nn.Module):
     """The right-hand side q of the evolution ODE ``dw/dt = q(w; p)`` (Eq. 5c) of one parameter.
 
     A subclass writes ``forward(t, w) -> dw/dt``, with ``t`` a scalar tensor and ``w`` and the result of the shape of
-    the evolving parameter. Any other ``nn.Module`` with that ``forward`` serves as an operator too, and may have the
-    same optional methods (None says, as leaving them out does, that there is none):
+    the evolving parameter. Any other ``nn.Module`` with that ``forward`` is an operator too, and may have the same
+    optional methods (a method that is None counts as missing):
 
     * ``propagate(w, dt) -> w(t + dt)`` solves the operator's own equation; a solve then takes no numerical steps.
-      ``dt`` is a number; where a time of the solve requires a gradient, it is a scalar tensor of the dtype and device
-      of ``w``.
-    * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, where ``propagate`` is a flow
-      with the semigroup property.
-    * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, where much of ``propagate`` depends
-      on ``dt`` alone: a solve makes one for each length of step that it has, and calls it at every step. ``like`` is a
-      weight of the shape, dtype and device of ``w``.
-    * ``path_from(w, start, times, middles=None) -> w`` at some times, ``(len(times), *weight)``, of the path that has
-      the value ``w`` at ``start``, where q depends on the time and there is a closed form all the same. Times count
-      from the start of the solve; ``middles`` are those of the steps that they belong to. Such an operator has a
-      ``trajectory`` and no ``propagate``.
-    * ``check_interval(t0, t1)``, which raises ValueError for a solve that it is not made for.
-    * ``jumps``, true where its path is not continuous, so that there is no q(t, w): it is then solved on grids alone.
+      ``dt`` is a number; if a time of the solve requires a gradient, it is a scalar tensor of the dtype and device of
+      ``w``.
+    * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, if ``propagate`` is a flow with
+      the semigroup property.
+    * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, if much of ``propagate`` depends on
+      ``dt`` alone. A solve makes one for each length of step, and calls it at every step. ``like`` has the shape, dtype
+      and device of ``w``.
+    * ``path_from(w, start, times, middles=None) -> w`` at some times, ``(len(times), *weight)``, on the path with the
+      value ``w`` at ``start``, for a q that depends on time and has a closed form. Times count from the start of the
+      solve; ``middles`` are the middles of their steps. Such an operator has a ``trajectory`` and no ``propagate``.
+    * ``check_interval(t0, t1)`` raises ValueError for a solve over another interval than its own.
+    * ``jumps``: true if its path is not continuous. There is no q(t, w) then, and only grids can solve it.
 
-    Where a time requires a gradient, what these make must be differentiable in their times: an operator that makes
-    numbers of them (``math.exp(float(dt))``) raises a ValueError at the solve, for the gradient would be lost.
+    If a time requires a gradient, the results must be differentiable in the times. An operator that turns them into
+    numbers (``math.exp(float(dt))``) raises a ValueError at the solve, because the gradient would be lost.
 
-    An operator refuses a weight that it cannot evolve with a ValueError from ``bind``; the field puts the parameter's
-    name in front.
+    An operator refuses a weight that it cannot evolve by a ValueError from ``bind``. The field adds the parameter's
+    name.
     """
 
     def bind(self, weight: Weight) -> Self:
-        """Create whatever coefficients depend on the shape, dtype and device of the parameter; return self.
+        """Create the coefficients that depend on the shape, dtype and device of the parameter; return self.
 
-        Called once for every parameter that the operator evolves. The default needs nothing.
+        Called once for every parameter that the operator evolves. The default does nothing.
         """
         return self
 
@@ -141,7 +140,7 @@ def jumps(operator: nn.Module) -> bool:
 
 
 def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None:
-    """Raise the ValueError for an operator, that of parameter ``name``, which is made for another interval."""
+    """Raise ValueError for an operator, that of parameter ``name``, which is made for another interval."""
     check = cast("Callable[[float, float], None] | None", getattr(operator, "check_interval", None))
     if isinstance(operator, EvolutionOperator) and check is not None:
         try:
@@ -162,7 +161,7 @@ def no_flow(operator: nn.Module, name: str, who: str) -> str | None:
 
 
 def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
-    """What an operator made of ``w``, or the ValueError that a user should see if that is no weight of its shape."""
+    """The operator's result for ``w``; raises ValueError if it does not have the shape of ``w``."""
     if not isinstance(found, Tensor) or found.shape != w.shape:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
@@ -173,7 +172,7 @@ def check_evolved(found: Tensor, w: Weight, operator: nn.Module) -> Tensor:
 
 
 def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Raise the ValueError that a user should see for an operator shared with a parameter that it does not fit.
+    """Raise ValueError for an operator shared with a parameter that it does not fit.
 
     Args:
         operator: the operator, with parameters for earlier weights.
@@ -189,7 +188,7 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
 
 
 def check_real(weight: Tensor, whose: str) -> None:
-    """Raise the ValueError that a user should see for a weight that an operator of ours cannot evolve."""
+    """Raise ValueError for a weight that the operators of this package cannot evolve."""
     if not weight.is_floating_point():
         raise ValueError(
             f"{whose} evolves real weights, got {weight.dtype}: leave it out of `evolve`, or give it another operator"

@@ -24,10 +24,10 @@ BEYOND = 1.0
 
 
 class BasisEvolution(EvolutionOperator):
-    """``w(t) = w0 + sum_k c_k (phi_k(t) - phi_k(t0))``, k = 1 .. size: weights as any functions of the time.
+    """``w(t) = w0 + sum_k c_k (phi_k(t) - phi_k(t0))``, k = 1 .. size: weights as any functions of time.
 
-    The functions have no constant among them, so that w(t0) = w0 and no direction is there twice. All c_k start at
-    zero, as `Static`, which ``size=0`` is. With s = (t - t0) / (t1 - t0):
+    No function is a constant, so w(t0) = w0 and no direction occurs twice. All c_k start at zero, which is `Static`, as
+    is ``size=0``. With s = (t - t0) / (t1 - t0):
 
     * ``"legendre"``: the Legendre polynomials P_1 .. P_size of 2 s - 1.
     * ``"bspline"``: cubic B-splines on ``size - 2`` equal intervals but the first one (below three functions
@@ -37,15 +37,15 @@ class BasisEvolution(EvolutionOperator):
       its step is in. There is no q(t, w): it is solved on grids alone.
     * ``"fourier"``: cos(2 pi s), sin(2 pi s), cos(4 pi s), ... The path is periodic: w(t1) = w0.
 
-    A solve reaches every time at once, ``dw/dt = sum_k c_k phi_k'(t)`` is for general-purpose solvers.
+    A solve evaluates every time at once. General-purpose solvers use ``dw/dt = sum_k c_k phi_k'(t)``.
 
     Args:
         basis: the name of the functions.
         size: how many c_k there are.
-        rank: None for c_k of the weight's shape each. A number r for ``c_k = U_k V_k^T`` of the weight as a matrix of
-            its first axis by all others, ``(out, rest)``, with U_k ``(out, r)`` random and V_k ``(rest, r)`` zero at
+        rank: None: each c_k has the weight's shape. A number r: ``c_k = U_k V_k^T``, for the weight as a matrix of its
+            first axis by all others, ``(out, rest)``, with U_k ``(out, r)`` random and V_k ``(rest, r)`` zero at
             the start: size * r * (out + rest) numbers.
-        t: the interval [t0, t1] of the solve, in which time may run backwards. A solve over another one is refused.
+        t: the interval [t0, t1] of the solve; time may run backwards. A solve over another interval is refused.
 
     Attributes:
         coefficients: c, (size, *weight); None with a rank, or without functions.
@@ -56,7 +56,7 @@ class BasisEvolution(EvolutionOperator):
         TypeError: for an interval that is no pair of numbers.
         ValueError: for an unknown basis, a size below 0 or a rank below 1 that are no whole numbers, a rank that the
             weight does not have, times outside of the interval, or when bound to a parameter of another shape than
-            before; for ``"piecewise"`` where q(t, w) is asked for.
+            before; for ``"piecewise"``, if a solver needs q(t, w).
     """
 
     coefficients: nn.Parameter | None
@@ -154,11 +154,11 @@ class BasisEvolution(EvolutionOperator):
         return (self.left @ self.right.mT).unflatten(-1, self.weight_shape[1:])
 
     def project(self, times: Times, weights: Tensor | Sequence[Tensor]) -> Projection:
-        """Take the coefficients whose path is nearest to weights at some times: the L2 projection onto the basis.
+        """Set the coefficients whose path is nearest to given weights: the L2 projection onto the basis.
 
-        The integral is the trapezoidal rule's over the given times, w(t0) is free. A path that is one of the basis is
-        found again to rounding, whatever its times. With a rank each c_k is then the nearest one of that rank: exact
-        where they have it. A parameter in training keeps no gradient or optimizer state that belongs to its new values.
+        The integral is the trapezoidal rule over the given times; w(t0) is free. A path in the basis is recovered to
+        rounding, at any times. With a rank each c_k is then replaced by the nearest one of that rank; this is exact if
+        the c_k have that rank. Gradients and optimizer states of the parameter belong to its old values.
 
         Args:
             times: strictly monotone times of the interval, at least ``size + 1``, in every piece one.
@@ -192,10 +192,10 @@ class BasisEvolution(EvolutionOperator):
         return Projection(w0.to(like.device, like.dtype), relative_error(fitted, path))
 
     def refine(self, size: int) -> Self:
-        """Take more functions, and leave the path as it is; return self.
+        """Use more functions, and keep the path; return self.
 
-        Zeros are added to Legendre polynomials and Fourier modes; pieces and knots are divided. The coefficients are
-        new parameters: give them to the optimizer anew.
+        Legendre polynomials and Fourier modes get zeros; pieces and knots are divided. The coefficients are new
+        parameters: give them to the optimizer.
 
         Args:
             size: how many c_k there shall be. ``size + 1`` pieces must be a multiple of those there are, and so must
@@ -214,7 +214,7 @@ class BasisEvolution(EvolutionOperator):
         return self._resize(size, exactly=True)
 
     def coarsen(self, size: int) -> Self:
-        """Take fewer functions, and the path from the same w0 that is nearest in L2 on the interval; return self.
+        """Use fewer functions, and the path from the same w0 that is nearest in L2 on the interval; return self.
 
         With a rank each c_k is then the nearest one of that rank. The coefficients are new parameters.
 
@@ -296,8 +296,8 @@ class BasisEvolution(EvolutionOperator):
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt = sum_k c_k phi_k'(t), of the shape of ``w``; it does not depend on ``w``.
 
-        An adaptive solver looks beyond the end before it interpolates: up to one more length of the interval on both
-        sides the functions go on. Raises ValueError for times further out (on the CPU), and for ``"piecewise"``.
+        An adaptive solver evaluates beyond the end before it interpolates, so the functions continue by one length of
+        the interval on both sides. Raises ValueError for times further out (on the CPU), and for ``"piecewise"``.
         """
         if self.size == 0:
             return torch.zeros_like(w)

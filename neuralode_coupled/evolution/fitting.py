@@ -95,7 +95,7 @@ def read_path(
 
 
 def _stacked(weights: object) -> Tensor:
-    """Weights in a row as one tensor. Raises TypeError for what is none."""
+    """A row of weights as one tensor. Raises TypeError for anything else."""
     rows = [row for row in weights if isinstance(row, Tensor)] if isinstance(weights, list | tuple) else []
     if (
         not isinstance(weights, list | tuple)
@@ -224,7 +224,7 @@ def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path
 
 
 def _polished(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath, error: float) -> float:
-    """Levenberg and Marquardt's steps from where the parameters are; the relative error at their end.
+    """Levenberg and Marquardt's steps from the present parameters; the relative error at their end.
 
     Least squares that are nearly linear there have narrow valleys, which a quasi-Newton method follows slowly.
     """
@@ -257,7 +257,7 @@ def _polished(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, pa
 def _linearised(
     operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath
 ) -> tuple[Tensor, Tensor]:
-    """What is missing of the path, (n,), and its derivative by all parameters, (n, parameters)."""
+    """The residual of the path, (n,), and its derivative by all parameters, (n, parameters)."""
     with torch.enable_grad():
         residuals = (predicted(operator, t, path[0]) - path)[1:].flatten()
     rows = torch.eye(len(residuals), dtype=residuals.dtype)

@@ -27,18 +27,18 @@ MOST_PIXELS = 1024
 class LinearEvolution(EvolutionOperator):
     """``dw/dt = A w``: the linear case of Eq. 5c, with its closed form ``w(t) = exp(A t) w(0)``.
 
-    Over ``"pixels"`` A is a full matrix that acts on the pixels of every kernel; it contains
-    reaction-diffusion-advection with the identity activation (there A is circulant with few coefficients). Over
+    Over ``"pixels"`` A is a full matrix that acts on the pixels of every kernel. Reaction-diffusion-advection with the
+    identity activation is a special case (a circulant A with few coefficients). Over
     ``"channels"`` A is ``U V^T`` of low rank and mixes the output channels; its exponential is
     ``I + U t phi(t V^T U) V^T`` with ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
 
-    The flow starts as the identity: A is zero; of ``U V^T``, U is random and V zero, so that gradients flow.
-    ``torch.linalg.matrix_exp`` makes the host wait on CUDA: a solve with this operator cannot be captured in a graph.
+    The flow starts as the identity: A is zero. In ``U V^T``, U is random and V zero, so that gradients flow. On CUDA
+    the host waits for ``torch.linalg.matrix_exp``, so a solve with this operator cannot be captured in a graph.
 
     Args:
         scope: ``"pixels"``, for weights ``(out, in, *pixels)`` (a linear layer ``(out, in)`` is one field of
             ``out * in`` pixels), or ``"channels"``, for weights ``(out, ...)``.
-        rank: the rank of A over channels, needed there and only there.
+        rank: the rank of A over channels; required there, and only there.
         per: whether one matrix over pixels serves the whole ``"layer"``, or every output ``"filter"`` has its own.
 
     Attributes:
@@ -93,12 +93,12 @@ class LinearEvolution(EvolutionOperator):
         return self
 
     def fit(self, times: Times, weights: Tensor | Sequence[Tensor]) -> float:
-        """Take the A whose path from the first weight is nearest to weights at some times, in least squares.
+        """Set the A whose path from the first weight is nearest to given weights, in least squares.
 
-        A search begins at the A of two linear least-squares problems: the logarithm of the map from one time to the
-        next, where they are equidistant (a path ``exp(A t) w0`` that turns by less than half a circle from time to time
-        is found by it alone), and that of differences; and at zero. What the weights do not determine they leave zero:
-        A is of least norm there. Over channels A is then cut to the rank.
+        The search starts from the A of two linear least-squares problems, and from zero. The problems are the logarithm
+        of the map from one time to the next, if times are equidistant (it alone finds a path ``exp(A t) w0`` that turns
+        by less than half a circle between two times), and that of differences. What the weights do not determine is
+        zero: A has the least norm. Over channels A is then cut to the rank.
 
         Args:
             times: strictly monotone times, at least two.

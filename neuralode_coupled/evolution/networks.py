@@ -28,7 +28,7 @@ class ConvEvolution(EvolutionOperator):
     Args:
         hidden: the channels between the two convolutions.
         kernel_size: the size of both convolutions, odd, along every axis.
-        padding: what lies beyond a filter's edge: the filter again (``"circular"``, the boundary of
+        padding: the values beyond a filter's edge: the filter again (``"circular"``, the boundary of
             reaction-diffusion-advection) or ``"zeros"``.
 
     Raises:
@@ -142,16 +142,17 @@ class MLPEvolution(EvolutionOperator):
 class HyperNetwork(EvolutionOperator):
     """``q(t, w) = g(e) - w``: a network g turns an embedding e into weights, and w moves towards them.
 
-    One Euler step of size 1 arrives, whatever w0: ``w0 + 1 * (g(e) - w0) = g(e)``. That is the static hypernetwork of
-    Ha, Dai and Le (arXiv:1609.09106), and this is the layer in which theta is g(e) throughout::
+    One Euler step of size 1 reaches g(e) from any w0: ``w0 + 1 * (g(e) - w0) = g(e)``. That is the static hypernetwork
+    of
+    Ha, Dai and Le (arXiv:1609.09106), and in this layer theta is always g(e)::
 
         nc.CoupledODE(f, nc.HyperNetwork(4, 16), nc.SampleAndHold(1), steps=N, weight_steps=1, weight_method="euler")
 
-    With more steps w approaches ``g(e)`` as ``w(t) = g(e) + exp(-t) (w0 - g(e))``, and w0 counts.
+    With more steps w approaches ``g(e)`` as ``w(t) = g(e) + exp(-t) (w0 - g(e))``, and depends on w0.
 
     g has their two linear layers: for every input channel i of a weight ``(out, in, *pixels)`` an own
-    ``a_i = W_i e + B_i`` of ``hidden`` entries, and one layer for all, ``g(e)[:, i] = W_out a_i + B_out``. The weights
-    that it generates at first are about as large as w0 (in the root mean square). An operator that serves several
+    ``a_i = W_i e + B_i`` of ``hidden`` entries, and one layer for all, ``g(e)[:, i] = W_out a_i + B_out``. At the start
+    the generated weights are about as large as w0 (in the root mean square). An operator that is shared by several
     parameters of one shape has one g and, as in the paper, an embedding for each.
 
     Args:

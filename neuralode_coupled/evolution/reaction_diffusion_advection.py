@@ -33,19 +33,20 @@ class ReactionDiffusionAdvection(EvolutionOperator):
     ``w(t + dt) = sigma(F^-1[exp((-tau |k|^2 + i k.upsilon + rho) dt) F[w]])`` (Eq. 9).
 
     With ``sigma`` the identity the two are the same flow, one integrated and one exact; with another ``sigma`` they
-    are different models. Space is measured in pixels: ``tau`` in pixels^2 a unit of time, ``upsilon`` in pixels a
+    are different models. Space is measured in pixels: ``tau`` in pixels^2 per unit of time, ``upsilon`` in pixels per
     unit of time (positive: the pattern moves towards lower indices), ``rho`` in 1 / time. All coefficients start at
-    zero, so that with the identity training starts from the Neural ODE. Along an axis with an even number of pixels the
-    mode that alternates from pixel to pixel is not advected: a real flow cannot move it.
+    zero, so with the identity, training starts from the Neural ODE. Along an axis with an even number of pixels the
+    mode that alternates from pixel to pixel does not move: no real flow can move it.
 
-    The field is what remains of a weight behind its two channel axes: a convolution ``(out, in, *pixels)`` of any
+    The operator acts on the axes after a weight's two channel axes: a convolution ``(out, in, *pixels)`` of any
     dimension holds ``out * in`` fields; a linear layer ``(out, in)`` is one two-dimensional field, for which the
     three scopes coincide.
 
     Args:
         form: ``"propagator"`` (Eq. 9, exact in time) or ``"ode"`` (Eq. 8, integrated by the solver).
         activation: sigma, by name or an elementwise function (one with parameters, an ``nn.Module``, is trained too).
-        scope: who shares coefficients: the whole ``"layer"``, every output ``"filter"``, or every single ``"kernel"``.
+        scope: what has coefficients of its own: the whole ``"layer"``, every output ``"filter"``, or every single
+            ``"kernel"``.
         diffusion: whether there is the term tau Lap w.
         advection: whether there is the term upsilon . grad w.
         reaction: whether there is the term rho w.
@@ -54,8 +55,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
     Attributes:
         diffusion: tau, of shape ``(1,)``, ``(out,)`` or ``(out, in)`` by ``scope``; None where the term is absent.
         advection: upsilon, ``(d,)``, ``(out, d)`` or ``(out, in, d)`` on d spatial axes; None where the term is absent.
-        reaction: rho, of the shape of ``diffusion``; None where the term is absent. State dicts of versions in which
-            ``diffusion`` and ``reaction`` had no axis with ``scope="layer"`` load as ever.
+        reaction: rho, of the shape of ``diffusion``; None where the term is absent. State dicts of older versions, in
+            which ``diffusion`` and ``reaction`` had no axis with ``scope="layer"``, still load.
 
     Raises:
         TypeError: for an activation that is neither a name nor a function.
@@ -133,12 +134,11 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return self
 
     def fit(self, times: Times, weights: Tensor | Sequence[Tensor]) -> float:
-        """Take the coefficients whose path from the first weight is nearest to weights at some times, in least squares.
+        """Set the coefficients whose path from the first weight is nearest to given weights, in least squares.
 
-        A search begins at those that the growth and the turn of each Fourier mode from one time to the next suggest,
-        at those of differences, and at zero. Advection by half a pattern or more from time
-        to time is ambiguous. With another sigma than the identity the propagator takes one step from time to time.
-        What the weights do not determine is zero.
+        The search starts from the growth and the turn of each Fourier mode between the times, from differences, and
+        from zero. Advection by half a pattern or more between two times is ambiguous. If sigma is not the identity, the
+        propagator takes one step between two times. Coefficients that the weights do not determine are zero.
 
         Args:
             times: strictly monotone times, at least two.
@@ -263,7 +263,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
 
 def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation, or the error that a user should see for one that is not a function of single entries."""
+    """The activation; raises an error for one that is not a function of single entries."""
     if not callable(activation) or isinstance(activation, type):
         raise TypeError(
             f"activation must be one of {', '.join(ACTIVATIONS)} or a function (of a class, one instance), "

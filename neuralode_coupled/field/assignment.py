@@ -125,4 +125,4 @@ class ByPattern:
                 names = ", ".join(dict.fromkeys(self.asked)) or "none"
                 raise ValueError(f"evolution: {entry!r} matches none of the evolving parameters, which are {names}")
             if entry in behind:
-                raise ValueError(f"evolution: {entry!r} stands behind '*', which takes all of its own: put '*' last")
+                raise ValueError(f"evolution: {entry!r} comes after '*', which takes all parameters: put '*' last")

@@ -38,13 +38,13 @@ class Block(nn.Module):
     the block itself, and neither subtracts nor adds its input. Any other step, and every other method, subtracts, in
     float32 at least. Weights of the block evolve from step to step, or are the same in all (`Static`).
 
-    A block may return a tuple whose first entry is the state, with attention weights or caches behind it. The layer
-    then returns such a tuple too. (`nc.solve` and ``layer.trajectory`` give states alone.)
+    A block may return a tuple whose first entry is the state, followed by attention weights or caches. The layer then
+    returns such a tuple too. (`nc.solve` and ``layer.trajectory`` give states alone.)
 
     Args:
-        module: the block; its first parameter is the state, behind which it may take inputs.
-        outputs: what stands behind the state in the layer's tuple: ``"last"``, what the last evaluation of the last
-            step returned, with gradients; or ``"drop"``, None in every place.
+        module: the block; its first parameter is the state. It may take inputs after it.
+        outputs: what follows the state in the layer's tuple: ``"last"``, what the last evaluation of the last step
+            returned, with gradients; or ``"drop"``, None in every place.
 
     Attributes:
         module: the block.
@@ -53,7 +53,7 @@ class Block(nn.Module):
             Inside of ``torch.compile`` it stays what it was.
 
     Raises:
-        TypeError: if ``module`` is no module. A call raises it for a block that returns no state.
+        TypeError: if ``module`` is not a module. A call raises it if the block returns no state.
         ValueError: for an unknown choice. A call raises it for a block that changes the shape of the state.
     """
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
-    """Raise the TypeError or ValueError that a user should see for a z0 that no parameter of dynamics goes with."""
+    """Raise TypeError or ValueError for a z0 that fits no parameter of the dynamics."""
     if not isinstance(z0, Tensor) or not z0.is_floating_point():
         what = z0.dtype if isinstance(z0, Tensor) else type(z0).__name__
         raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
@@ -27,12 +27,12 @@ def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
 
 
 def check_slope(dz: Tensor, z: Tensor) -> Tensor:
-    """dz, or the TypeError or ValueError that a user should see for dynamics that give no state of its shape."""
+    """dz; raises TypeError or ValueError if the dynamics do not return a state of its shape."""
     if not isinstance(dz, Tensor):
         raise TypeError(f"dynamics must return a tensor, got {type(dz).__name__}: wrap it in a module that returns one")
     if dz.shape != z.shape:
         raise ValueError(
             f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
-            "the shape before the layer or behind it"
+            "the shape before the layer or after it"
         )
     return dz

@@ -52,18 +52,18 @@ class CoupledField(nn.Module):
     A kernel with finite memory adds the ODEs of its convolution: no more states for `Dirac`, one for each weight for
     `Exponential`, k for `Erlang` of order k. Give the field to
     ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor states
-    see `FlatField`; `nc.solve` takes advantage of the structure, and takes every kernel.
+    see `FlatField`. `nc.solve` uses the structure of the system, and takes every kernel.
 
     Args:
-        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z, with inputs behind the state if it
-            takes some (see `bind`). Its evolving parameters are w0, its other parameters are static.
+        dynamics: f, a module ``f(z)`` or ``f(t, z)`` that keeps the shape of z. It may take inputs after the state (see
+            `bind`). Its evolving parameters are w0; its other parameters are static.
         evolution: q. One operator, copied for each evolving parameter; or a mapping from parameter name or pattern to
-            operator, in which the same object named twice is shared, every entry matches something and ``"*"`` is for
-            the rest; or a callable ``(name, weight) -> operator``.
+            operator, in which one object given twice is shared, every entry must match something, and ``"*"`` stands
+            for all others; or a callable ``(name, weight) -> operator``.
         kernel: K; `Dirac` by default.
         evolve: which parameters evolve: names or patterns (``"conv*.weight"``), or a predicate ``(name, weight)``.
             By default every real floating-point parameter with at least two axes; tables of whole numbers never do.
-        takes_time: whether f takes the time in front of the state; by default if its first parameter is named ``t``.
+        takes_time: whether f takes the time before the state; by default if its first parameter is named ``t``.
 
     Raises:
         TypeError: if ``dynamics`` or an operator is not a module, or ``dynamics`` takes neither ``z`` nor ``(t, z)``.
@@ -125,18 +125,19 @@ class CoupledField(nn.Module):
     def bind(self, *args: Any, **kwargs: Any) -> CoupledField:
         """This field with inputs besides the state: ``dz/dt = f(z, theta(t), *args, **kwargs)``.
 
-        It has the field's own modules and parameters, and is a field of ``(t, state)`` for every solver; the field
-        itself keeps nothing. (For torchdiffeq's ``odeint_adjoint`` name the inputs that want a gradient in
-        ``adjoint_params``; it looks for none.)
+        The result shares the field's modules and parameters, and is a field of ``(t, state)`` for every solver. The
+        field itself stores nothing. (For torchdiffeq's ``odeint_adjoint`` name the inputs that need a gradient in
+        ``adjoint_params``, because it does not look for them.)
 
         Args:
-            args: behind the state: tensors, nests of them (tuples, lists, dicts, registered pytrees), or other values.
-                A tensor is a constant of the solve, of its own dtype. What is indexed by time is a function of time,
-                ``c(t)`` of a scalar tensor, a module or any callable: f gets its value at each stage.
+            args: the inputs after the state: tensors, nests of them (tuples, lists, dicts, registered pytrees), or
+                other values. A tensor is a constant of the solve, and keeps its dtype. For an input that changes in
+                time give a function ``c(t)`` of a scalar tensor, a module or any callable: f gets its value at each
+                stage.
             kwargs: the same by name.
 
         Raises:
-            TypeError: for inputs that f does not take, or some that it needs and that are missing.
+            TypeError: if f does not take the inputs, or needs others.
         """
         self._signature.check(args, kwargs)
         bound = copy.copy(self)
@@ -181,8 +182,8 @@ class CoupledField(nn.Module):
             )
 
     def _check_exported(self) -> None:
-        """Say what becomes of training mode in an exported program: in a warning, or in a ValueError where torch reads
-        the code itself (``strict=True``), and warnings are not heard."""
+        """Warn of training mode in an exported program; a ValueError if torch reads the code itself (``strict=True``),
+        which hides warnings."""
         if not any(module.training for module in self.dynamics.modules()):
             return
         if torch.compiler.is_dynamo_compiling():
@@ -206,12 +207,12 @@ class CoupledField(nn.Module):
     def initial_state(self, z0: Activation) -> State:
         """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
 
-        The memory of a weight is w0 again, or zeros where the kernel's history is zero; see `TimeKernel`.
+        The memory of a weight starts at w0, or at zeros if the kernel's history is zero; see `TimeKernel`.
 
         Raises:
             TypeError: if z0 is not a floating-point tensor.
             ValueError: if its dtype or device is not that of the weights, the kernel has no finite realisation, or
-                dynamics have lost an evolving parameter (pruned since, say).
+                dynamics have lost an evolving parameter (by pruning, say).
         """
         self._require_realisation()
         self.begin(z0)
@@ -373,7 +374,7 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
 
 
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Every place of each tensor that the module holds at several, by the first of them."""
+    """All places of each tensor that the module holds in several, by the first of them."""
     names: dict[int, list[str]] = {}
     for name, tensor in places(dynamics):
         names.setdefault(id(tensor), []).append(name)

@@ -1,4 +1,4 @@
-"""What f takes besides time and state: constants of a solve, and functions of its time."""
+"""The inputs of f besides time and state: constants of a solve, and functions of time."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Signature:
         if len(named) < 1 + self.takes_time:
             takes = [p.name for p in named]
             found = takes or "no named argument (as torch.compile makes it: compile the layer or the model instead)"
-            raise TypeError(f"dynamics must be f(z) or f(t, z), with inputs behind that, but its forward takes {found}")
+            raise TypeError(f"dynamics must be f(z) or f(t, z), with inputs after that, but its forward takes {found}")
         self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
         rest = [p for p in parameters if p not in named[: 1 + self.takes_time]]
         empty = inspect.Parameter.empty
@@ -148,7 +148,7 @@ class Signature:
                 f"an input besides the state, give it: layer(z0, {second}) or solve(..., args=({second},))"
             )
         raise TypeError(
-            f"dynamics takes ({takes}), and {', '.join(self._needed)} is missing: give inputs behind the state, as in "
+            f"dynamics takes ({takes}), and {', '.join(self._needed)} is missing: give inputs after the state, as in "
             "layer(z0, c) or solve(..., args=(c,))"
         )
 
@@ -160,6 +160,6 @@ class Signature:
         except TypeError as error:
             given = [f"{len(args)} by position"] * bool(args) + [", ".join(kwargs)] * bool(kwargs)
             raise TypeError(
-                f"dynamics takes ({', '.join(self.names)}), the inputs behind the state are {' and '.join(given)}: "
+                f"dynamics takes ({', '.join(self.names)}), the inputs after the state are {' and '.join(given)}: "
                 f"{error}"
             ) from None

@@ -18,7 +18,7 @@ class PerStep(nn.Module):
 
     Made for BatchNorm inside an ODE block: each step of the discrete map has its own statistics and affine parameters.
     `nc.solve` and `nc.CoupledODE` choose the copy by the index of the step (all Runge-Kutta stages of a step share it).
-    Outside a solve the module is its first copy.
+    Outside of a solve the module acts as its first copy.
 
     Args:
         module: the module to copy; copies start equal.
@@ -40,8 +40,8 @@ class PerStep(nn.Module):
         """The same function of time on another grid: step ``n`` of ``steps`` uses the copy that is in force at its
         start ``t_n = n / steps``, which is copy ``floor(t_n len(self))`` (piecewise constant in time).
 
-        The copies of the result share the parameters of those that they come from, also where several steps come from
-        one; buffers, such as BatchNorm's statistics, are each step's own, and start as they are here. With
+        The copies of the result share the parameters of the copies that they come from, even if several steps come from
+        one. Every step has its own buffers, such as BatchNorm's statistics; they start as copies. With
         ``steps == len(self)`` the result computes what this module does.
 
         Raises:

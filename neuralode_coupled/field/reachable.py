@@ -1,4 +1,4 @@
-"""What a plain callable uses without being given it: modules and tensors in closures, globals and attributes."""
+"""What a plain callable uses besides its arguments: modules and tensors in closures, globals and attributes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Figures of training runs and of evolving filters. Needs the extra ``figures``.
 
-The names are loaded when they are asked for: progress bars of solves are here too, and need no matplotlib.
+Names are loaded when they are first used: progress bars of solves are here too, and need no matplotlib.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Row]]]) -> Figure:
 
 
 def memory_against_steps(peaks: Mapping[str, Mapping[int, int]], title: str = "") -> Figure:
-    """Peak memory of a training step against the number of steps, both logarithmic, a line a gradient method.
+    """Peak memory of a training step against the number of steps, both logarithmic, one line per gradient method.
 
     Args:
         peaks: for each method, bytes by number of steps.
@@ -90,7 +90,8 @@ def memory_against_steps(peaks: Mapping[str, Mapping[int, int]], title: str = ""
 
 
 def errors_against_steps(errors: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    """Relative errors of gradients against the number of steps, both logarithmic: a panel a solver, a line a method.
+    """Relative errors of gradients against the number of steps, both logarithmic: a panel per solver, a line per
+    method.
 
     Args:
         errors: for each solver and each gradient method, the error by number of steps.
@@ -133,7 +134,8 @@ def _against_steps(axes: Axes, lines: Mapping[str, Mapping[int, float]]) -> None
 
 
 def multipliers_over_time(multipliers: Multipliers) -> Figure:
-    """The norms of alpha, beta and gamma (Eq. 7) against time, a panel each; of beta and gamma, a line a parameter.
+    """The norms of alpha, beta and gamma (Eq. 7) against time, a panel each; for beta and gamma, one line per
+    parameter.
 
     alpha belongs to the points of the activation grid, and beta to those of the weights' own. gamma is that of the
     continuous system, the sum over a step's stages divided by its length, at the middle of the step.
@@ -166,10 +168,10 @@ def filters_over_time(
     times: Sequence[float] | None = None,
     filters: Sequence[int] | None = None,
 ) -> Figure:
-    """A few filters of an evolving convolution, a row each, at several times, a column each.
+    """A few filters of an evolving convolution at several times: a row per filter, a column per time.
 
-    Of each filter the input channel that changes most is shown. Every row has its own symmetric colour scale. Where
-    filters hardly change, the change w(t) - w(0) follows in a row below.
+    It shows the input channel of each filter that changes most. Every row has its own symmetric colour scale. If
+    filters hardly change, another row shows the change w(t) - w(0).
 
     Args:
         layer: a coupled layer.
@@ -209,7 +211,8 @@ def evolving_filters(layer: CoupledODE) -> list[str]:
 
 
 def filter_gallery(paths: Mapping[str, Float[np.ndarray, "time height width"]], times: Sequence[float]) -> Figure:
-    """Filters that evolve under several operators: a row each, a column a time, and cuts through the filter at the end.
+    """Filters that evolve under several operators: a row per operator, a column per time, and cuts through the filter
+    at the end.
 
     All pictures have one grey scale and the same contours; darker is larger.
 
@@ -242,7 +245,7 @@ def filter_gallery(paths: Mapping[str, Float[np.ndarray, "time height width"]], 
 def filter_gallery_frames(
     paths: Mapping[str, Float[np.ndarray, "time height width"]], times: Sequence[float]
 ) -> list[Image.Image]:
-    """The frames of the same as an animation, one a time, the operators side by side.
+    """The same as an animation: one frame per time, the operators side by side.
 
     Write them with ``frames[0].save("x.gif", save_all=True, append_images=frames[1:])``. Arguments and errors are
     those of `filter_gallery`.

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(description: str = "solving", console: Console | None = None) -> Iterator[Progress]:
-    """Show how far the solves inside of the ``with`` block are, forward and backward: two bars, in steps.
+    """Show the progress of solves inside of the ``with`` block, forward and backward: two bars, in steps.
 
         with progress("one long solve"):
             nc.solve(field, z0, steps=10_000).z.sum().backward()
 
-    Every solve on a fixed grid starts the bars again; so does the layer of a model whose turn it is. Solves by
+    Every solve on a fixed grid starts the bars again, and so does each layer of a model. Solves by
     `ContinuousAdjoint` and compiled solves show nothing. Backward, a step counts when the gradient arrives at its end.
 
     Args:
-        description: what stands before the bars.
+        description: the text before the bars.
         console: where they are shown; standard error by default. Without a terminal only their end is written.
 
     Yields:

@@ -1,4 +1,4 @@
-"""What a time kernel is."""
+"""The base class of time kernels."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Connection = Callable[[WeightPath], StageWeights]
 class TimeKernel(nn.Module):
     """A kernel K, as a matrix on a grid and, where ``memory`` is a number, as states of the augmented vector field.
 
-    A subclass writes `kappa` and `kappa_at`; `DensityKernel` has both for a K given as a probability density. One with
-    memory writes `memory_derivative` and `theta` too, and `initial_memory` if that is not w0.
+    A subclass defines `kappa` and `kappa_at`; `DensityKernel` has both for a K that is a probability density. A kernel
+    with memory also defines `memory_derivative` and `theta`, and `initial_memory` if that is not w0.
 
-    Spans are numbers. Where a time of the solve requires a gradient they are scalar tensors (float64), and so are the
-    fractions of `kappa_at`; a kernel that depends on them must be differentiable in them. One that makes numbers of
-    them raises a ValueError at the solve, for the gradient would be lost.
+    Spans are numbers. If a time of the solve requires a gradient, they are scalar tensors (float64), and so are the
+    fractions of `kappa_at`. A kernel must be differentiable in them. A kernel that turns them into numbers raises a
+    ValueError at the solve, because the gradient would be lost.
 
     Attributes:
-        memory: how many extra states a weight needs in the augmented vector field (0: theta is w itself), or None where
-            no finite number will do; general-purpose solvers cannot then integrate the field, `nc.solve` can.
-        keeps_constants: whether weights that do not evolve come out as they are.
+        memory: how many extra states a weight needs in the augmented vector field (0: theta is w itself), or None if no
+            finite number is enough; then `nc.solve` can integrate the field, and general-purpose solvers cannot.
+        keeps_constants: whether weights that do not evolve stay unchanged.
     """
 
     memory: int | None = None
     keeps_constants: bool = True
 
     def weight_steps(self, steps: int) -> int:
-        """The number of steps of the weight grid, where the user chose none."""
+        """The number of steps of the weight grid, if the user chose none."""
         return steps
 
     def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: Scalar = 1.0) -> StageWeights:
@@ -68,13 +68,13 @@ class TimeKernel(nn.Module):
         return lambda path: torch.tensordot(rows.to(path), path, dims=1)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """Raise the ValueError that a user should see for grids that the kernel cannot connect."""
+        """Raise ValueError for grids that the kernel cannot connect."""
         self._checked(steps, c, weight_steps, span, None)
 
     def _checked(
         self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar, device: torch.device | None
     ) -> Tensor:
-        """kappa, of the shape that it has to have."""
+        """kappa, if it has the required shape."""
         rows = self.kappa(steps, c, weight_steps, span, device)
         wanted = (steps, len(c), weight_steps + 1)
         if not isinstance(rows, Tensor) or rows.shape not in (wanted, (steps, 1, weight_steps + 1)):
@@ -95,7 +95,7 @@ class TimeKernel(nn.Module):
     ) -> Float[Tensor, "steps stages nodes"]:
         """The kernel as a matrix of shape (N, stages, M + 1), or (N, 1, M + 1) where all stages of a step share a row.
 
-        Raises ValueError where the grids do not fit.
+        Raises ValueError if the grids do not fit.
         """
         raise NotImplementedError(f"{type(self).__name__} must define kappa(steps, c, weight_steps, span, device)")
 

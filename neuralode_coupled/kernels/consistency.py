@@ -1,4 +1,4 @@
-"""Whether the methods of a kernel of one's own are those of one kernel."""
+"""Whether the methods of your own kernel belong to one kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def check_consistent(kernel: Any, span: float) -> None:
-    """Raise the ValueError for a `DensityKernel` whose methods do not belong together, up to the age ``span``.
+    """Raise ValueError for a `DensityKernel` whose methods do not belong together, up to the age ``span``.
 
     What it cannot look at, it takes for consistent: numbers on a device, or hidden by torch.compile and torch.func.
     """

@@ -20,9 +20,9 @@ History = Literal["constant", "zero"]
 
 
 class DensityKernel(TimeKernel):
-    """A kernel that is a probability density of the age ``s >= 0`` of what is remembered.
+    """A kernel that is a probability density over the age ``s >= 0`` of a weight.
 
-    A subclass writes `cumulative` and `cumulative_integral`. With w piecewise linear between its grid points,
+    A subclass defines `cumulative` and `cumulative_integral`. With w piecewise linear between its grid points,
 
         theta(t) = b w_0 + int F(t - s) w'(s) ds = b w_0 + sum_m (w_{m+1} - w_m) * mean of F(t - s) over cell m
 
@@ -31,13 +31,13 @@ class DensityKernel(TimeKernel):
 
     Args:
         history: w before t0. ``"constant"``: w0 (above, b = 1), so that theta(t0) = w0 and every row of kappa sums to
-            one. ``"zero"``: nothing, the paper's integral from t0 (b = F(t - t0)), so that theta(t0) = 0.
+            one. ``"zero"``: zero, the paper's integral from t0 (b = F(t - t0)), so that theta(t0) = 0.
 
     Raises:
-        ValueError: for an unknown history; later, for an interval that runs backwards in time, or where two methods of
-            a subclass are not those of one kernel: ``cumulative_integral`` has to be the integral of ``cumulative``,
-            and the memory's answer to a step ``cumulative`` itself. That is looked at once for each length of interval,
-            where a layer is made or a solve begins, on the CPU.
+        ValueError: for an unknown history; later, for an interval that runs backwards in time, or if two methods of a
+            subclass contradict each other: ``cumulative_integral`` must be the integral of ``cumulative``, and the
+            memory's answer to a step must be ``cumulative``. This is checked once for each length of interval, when a
+            layer is made or a solve begins, on the CPU.
     """
 
     def __init__(self, history: History = "constant") -> None:
@@ -152,7 +152,7 @@ class Erlang(DensityKernel):
 class Exponential(Erlang):
     """``K(s) = rate e^(-rate s)``: theta is an exponential moving average of w.
 
-    One extra state a weight realises it: ``dm/dt = rate (w - m)``, ``theta = m``. It is `Erlang` of order one.
+    It needs one extra state per weight: ``dm/dt = rate (w - m)``, ``theta = m``. It is `Erlang` of order one.
 
     Args:
         rate: in units of 1 / t, above 0; the average remembers for about ``1 / rate``.

@@ -13,20 +13,20 @@ from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 class MatrixKernel(TimeKernel):
     """Any matrix: activation step n uses ``theta_n = sum_m matrix[n, m] w_m`` at all of its stages.
 
-    It fixes both grids: N rows are N activation steps, M + 1 columns the points of a weight grid of M steps. Nothing
-    normalises it: rows that sum to one make of weights that do not evolve the same weights. ``torch.eye(N, N + 1)`` is
+    It fixes both grids: N rows are N activation steps, M + 1 columns the points of a weight grid of M steps. It is not
+    normalised: only with rows that sum to one do weights that do not evolve stay unchanged. ``torch.eye(N, N + 1)`` is
     `Dirac` under Euler's method.
 
     Args:
         matrix: of shape (N, M + 1), floating-point and finite; an ``nn.Parameter`` is learned as it is.
         learnable: make a parameter of a copy of the matrix.
-        causal: whether step n may only use weights up to its own start, ``m / M <= n / N``. Entries beyond then have to
-            be zero, and stay zero while the rest is learned.
+        causal: whether step n may only use weights up to its own start, ``m / M <= n / N``. Entries beyond must be
+            zero, and stay zero while the others are learned.
 
     Raises:
         TypeError: if the matrix is not a floating-point tensor.
         ValueError: if it has another number of axes, fewer than one row or two columns, entries that are not finite, or
-            is not causal though it has to be; later, if the solve has other grids.
+            is not causal although ``causal`` is set; later, if the solve has other grids.
     """
 
     keeps_constants = False

@@ -42,7 +42,8 @@ class Dirac(SelectingKernel):
     """``K = delta``: theta(t) = w(t) (configuration one). The weights are their own memory.
 
     Raises:
-        ValueError: at the solve, for a weight grid without a point at every stage time; the message names a multiple.
+        ValueError: at the solve, if the weight grid has no point at some stage time; the message names a multiple that
+            has.
     """
 
     memory = 0
@@ -81,8 +82,8 @@ class SampleAndHold(SelectingKernel):
     (configuration two).
 
     Over ``[k / S, (k + 1) / S)`` of the interval theta is ``w(k / (S - 1))``: the first and the last state for two
-    samples, the evolved ``w(1)`` for one. No finite number of memory states realises it: general-purpose solvers
-    need a solve in segments, which `nc.solve` makes.
+    samples, the evolved ``w(1)`` for one. It has no finite number of memory states. General-purpose solvers would have
+    to solve in segments, as `nc.solve` does.
 
     Args:
         samples: S, at least 1. The number of activation steps must be a multiple of it.
@@ -99,7 +100,7 @@ class SampleAndHold(SelectingKernel):
         return f"samples={self.samples}"
 
     def weight_steps(self, steps: int) -> int:
-        """The fewest, but not fewer than ``steps``, that have every sample on the grid."""
+        """The smallest number, at least ``steps``, with every sample on the grid."""
         gaps = max(self.samples - 1, 1)
         return -(-steps // gaps) * gaps
 

@@ -1,4 +1,4 @@
-"""The Lagrange multipliers: (7a) to (7c) solved backwards over the grid, and the gradients that they make."""
+"""The Lagrange multipliers: (7a) to (7c) solved backwards over the grid, and the gradients that follow from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from neuralode_coupled.kkt.tensors import Loss, Tensors, minus
 
 @dataclass(frozen=True)
 class Multipliers:
-    """The Lagrange multipliers of a coupled layer on its grids, and the gradients of J that they make.
+    """The Lagrange multipliers of a coupled layer on its grids, and the gradients of J that follow from them.
 
     Attributes:
         t: the N + 1 times of the activation grid.
         alpha: of the activation ODE at each of them: (N + 1, *shape of z0).
         beta: of the evolution ODE, by evolving parameter, at the points of the weight grid: (M + 1, *weight).
-        gamma: of the convolution, by evolving parameter: (N, stages, *weight). A step's length is part of it: it
-            approximates ``h gamma(t)`` of the continuous system, shared out over the stages.
+        gamma: of the convolution, by evolving parameter: (N, stages, *weight). It includes the step's length: it
+            approximates ``h gamma(t)`` of the continuous system, distributed over the stages.
         p: dJ/dp of the evolution operators' parameters, and of a learnable kernel's, by their names in the layer.
         static: dJ of all other parameters of the dynamics, by their names in the layer.
     """
@@ -44,10 +44,10 @@ class Multipliers:
 
 def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
     """Solve the discrete optimality system (7a) to (7e) for the loss J, step by step by explicit vector-Jacobian
-    products. The layer's times are numbers here, also where they are learned.
+    products. The layer's times are numbers here, even if they are learned.
 
-    The layer is left as it is (running statistics, gradients, random numbers). All steps' graphs are kept at once, as
-    in `Backprop`: this is for understanding and checking, not for training.
+    The layer does not change (running statistics, gradients, random numbers). All steps' graphs are kept at once, as in
+    `Backprop`: use this to understand and to check, not to train.
 
     Args:
         layer: the coupled layer; its gradient method does not matter here.
@@ -86,7 +86,7 @@ def solve_backwards(steps: Steps, loss: Loss) -> Multipliers:
 
 
 def check_shapes(found: Multipliers, steps: Steps) -> None:
-    """Raise the ValueError that a user should see for multipliers of another layer, grid or batch."""
+    """Raise ValueError for multipliers of another layer, grid or batch."""
     expected = {"alpha": (len(steps.z), *steps.z[0].shape)}
     got = {"alpha": tuple(found.alpha.shape)}
     for name, theta in steps.theta_of_w.items():

@@ -22,7 +22,7 @@ TOLERANCE = 1e-2
 
 @torch.no_grad()
 def check_closed_forms(layer: CoupledODE) -> None:
-    """Raise the ValueError for an operator whose ``propagate``, ``propagator`` or ``trajectory`` does not do over one
+    """Raise ValueError for an operator whose ``propagate``, ``propagator`` or ``trajectory`` does not do over one
     weight step (over the whole interval, for an adaptive layer) what integrating its ``forward`` does.
 
     Operators that are maps, with a ``forward`` that raises ValueError or NotImplementedError, have nothing to be

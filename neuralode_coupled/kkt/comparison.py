@@ -96,19 +96,19 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
     """Four gradients side by side: DTO, unrolled autograd, the continuous adjoint, and central finite differences
     along random directions.
 
-    The layer is left as it is. The continuous adjoint (OTD) is expected to differ by the discretisation error, and is
+    The layer does not change. The continuous adjoint (OTD) is expected to differ by the discretisation error, and is
     "not defined" for kernels without a continuous form and operators that are discrete maps.
 
     Args:
-        layer: the coupled layer. A `DiscreteAdjoint` of its own is the one that is checked, else the default one.
+        layer: the coupled layer. If it has a `DiscreteAdjoint`, that one is checked, else the default one.
         z0: the initial activations.
         loss: from z(t1) to a scalar; by default a fixed random linear functional.
         show: print the table.
 
     Raises:
         TypeError, ValueError: for a z0 that the layer refuses, a loss that is not a scalar tensor, or an operator whose
-            ``propagate`` (``propagator``, ``trajectory``) does not solve ``dw/dt = forward(t, w)``: no comparison of
-            gradients would show that.
+            ``propagate`` (``propagator``, ``trajectory``) does not solve ``dw/dt = forward(t, w)``, which no comparison
+            of gradients would show.
     """
     check_layer(layer)
     layer.field.begin(z0)

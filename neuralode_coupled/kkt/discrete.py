@@ -1,4 +1,4 @@
-"""How far the discrete form of (7a) to (7e) is from holding."""
+"""The residuals of the discrete form of (7a) to (7e)."""
 
 from __future__ import annotations
 

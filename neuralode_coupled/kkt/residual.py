@@ -1,4 +1,4 @@
-"""How far (7a) to (7e) are from holding, in their discrete and in their continuous form."""
+"""The residuals of (7a) to (7e), in their discrete and in their continuous form."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from neuralode_coupled.kkt.tensors import Loss, Regularizer, Tensors, as_leaf, b
 
 @dataclass(frozen=True)
 class Residuals:
-    """How far each equation of (7) is from holding, relative to its terms.
+    """How far each equation of (7) is violated, relative to its terms.
 
     Attributes:
-        discrete: of ``"7a"`` to ``"7e"`` in their discrete form: rounding, if all is well.
+        discrete: for ``"7a"`` to ``"7e"`` in their discrete form: rounding, if all is well.
         continuous: of the same in their continuous form. ``"7a"``, ``"7b"`` and ``"7c"`` are integrated from every
             point of the grid to the end; in ``"7d"`` and ``"7e"`` the gradients meet the integrals of (7c)'s and
             (7e)'s right-hand sides over the interval. All shrink at the method's order as the grids are refined; with
             a `DensityKernel` at most at second order in the two steps, because kappa is of second order in the step
             of the weights. (Under a `Box` with a zero history theta has a kink and its derivative in the width jumps:
             of first order there.) Empty where they are not defined.
-        reason: why they are not; empty where they are.
+        reason: why the continuous form is not defined; empty if it is.
     """
 
     discrete: dict[str, float]
@@ -43,13 +43,14 @@ def residuals(
     *,
     inserted: Multipliers | None = None,
 ) -> Residuals:
-    """How far (7a) to (7e) are from holding for multipliers, and for the gradients that the layer's adjoint delivers.
+    """How well multipliers, and the gradients of the layer's own gradient method, satisfy (7a) to (7e).
 
     In the discrete form (7a), (7b) and (7c) are evaluated at the multipliers, (7d) and (7e) at the multipliers and
-    autograd's g_w0 and g_p of ``loss(layer(z0)) + regularizer()`` by the layer's own gradient method, whose gradient
-    in z0 has to be -alpha_0 in (7a) too. They vanish for the exact methods; with `ContinuousAdjoint` the gradients'
-    discretisation error shows. The continuous form is evaluated for K = delta and for kernels with a density (the
-    finite memories `Exponential` and `Erlang`, `Box`, one's own), operators that are a flow, no parameters of single
+    autograd's g_w0 and g_p of ``loss(layer(z0)) + regularizer()`` by the layer's own gradient method, whose gradient in
+    z0 must also be -alpha_0 in (7a). The residuals vanish for exact methods; with `ContinuousAdjoint` they show the
+    discretisation error of the gradients. The continuous form is evaluated for K = delta and for kernels with a density
+    (the finite memories `Exponential` and `Erlang`, `Box`, your own), operators that are a flow, no parameters of
+    single
     steps, and for K = delta at least as many steps as the method's order.
 
     Args:

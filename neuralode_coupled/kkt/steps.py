@@ -139,7 +139,7 @@ def scheme_of(layer: CoupledODE) -> Scheme:
 
 
 def check_layer(layer: object) -> None:
-    """Raise the TypeError that a user should see for what is no coupled layer."""
+    """Raise TypeError if this is not a coupled layer."""
     if not isinstance(layer, CoupledODE):
         raise TypeError(
             f"layer must be a CoupledODE, got {type(layer).__name__}: of a model give one of "

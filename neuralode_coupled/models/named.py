@@ -1,6 +1,6 @@
 """Evolution operators and kernels by what a command line can say: a name, with arguments, or an import path.
 
-An operator or a kernel of one's own is ``module:function``, a function or a class that makes it and takes no arguments.
+Your own operator or kernel is ``module:function``: a function or a class that makes it and takes no arguments.
 Modules are looked for in the current folder too, as with ``python -m``.
 """
 

@@ -97,7 +97,7 @@ _T = TypeVar("_T")
 
 
 def by_name(what: str, name: str | None, choices: dict[str, Callable[[], _T]]) -> _T | None:
-    """A new object of that name, or None for None. Raises ValueError that shows the names there are."""
+    """A new object of that name, or None for None. Raises ValueError, which lists the names, for another name."""
     if name is None:
         return None
     if name not in choices:
@@ -135,14 +135,14 @@ def build(
         atol: the absolute tolerance of an adaptive method.
         dynamics: the parts of the ODE blocks' f, joined by hyphens, in place of the network's own: ``conv``, ``relu``,
             ``norm`` (a BatchNorm for each step), ``shared`` (one for all steps), ``group`` (a GroupNorm).
-        evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients a filter by default.
-        kernel: K of the variants that evolve, in place of the variant's own; each block has a copy of it.
+        evolution: q of the variants that evolve; reaction-diffusion-advection with coefficients per filter by default.
+        kernel: K of the variants that evolve, in place of the variant's own; each block gets a copy.
         adjoint: how gradients come back, in place of the variant's own.
         channels: the images' channels.
         classes: the number of logits.
 
     Raises:
-        TypeError: for tolerances that are no numbers, or a kernel that is none.
+        TypeError: for tolerances that are not numbers, or a kernel that is not one.
         ValueError: for an unknown name, variant or part of the dynamics, for channels, classes or steps that are no
             whole numbers of at least 1, or what `CoupledODE` cannot solve.
     """
@@ -185,7 +185,7 @@ def build(
 
 
 def coupled_layers(model: nn.Module) -> dict[str, CoupledODE]:
-    """The coupled layers of a model, by their names in it, in its order; empty where it has none (no error).
+    """The coupled layers of a model, by name, in its order; empty if there are none.
 
     Args:
         model: any module; a `CoupledODE` itself has the name ``""``.

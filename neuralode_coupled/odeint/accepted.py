@@ -146,7 +146,7 @@ class AdaptiveSolve:
                 return
 
     def _check_resolved(self, watched: _Watched, step: Step) -> None:
-        """Raise the ValueError for a time that func uses and does not see move."""
+        """Raise ValueError for a time that func uses and does not see move."""
         real = self.y0[0].dtype.to_real()
         if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
             raise too_short(step.start, step.end, real)
@@ -300,7 +300,7 @@ class _Watched:
         return slope if graph else tuple([part.detach() for part in slope])
 
     def check(self, adaptive: bool) -> None:
-        """Raise the ValueError for dynamics that draw random numbers again and again."""
+        """Raise ValueError for dynamics that draw random numbers again and again."""
         if any(drawn_from(self._generators, self._random)):
             where, instead = "the exact gradient of a solve up to an event does not allow", ""
             if adaptive:

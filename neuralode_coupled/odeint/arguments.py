@@ -128,7 +128,7 @@ def check_method(method: str | None, options: Mapping[str, Any] | None, event: b
 
 
 def unknown_method(name: object) -> ValueError:
-    """The error that a user should see for a method that there is not."""
+    """The ValueError for an unknown method."""
     return ValueError(f"unknown method {name!r}: choose one of {', '.join((*METHODS, *ADAPTIVE))}")
 
 
@@ -272,7 +272,7 @@ def check_grid(points: Any, times: list[float]) -> Tensor:
 
 
 def check_finite(outputs: State, times: list[float]) -> None:
-    """Raise the ValueError for a state that is not finite; on the CPU, where looking does not make anybody wait."""
+    """Raise ValueError for a state that is not finite; on the CPU, where looking does not make anybody wait."""
     for part in (output.detach() for output in outputs):
         # What is not finite survives in the sum, which takes a tenth of the time; so does a sum that overflows.
         if part.device.type != "cpu" or cmath.isfinite(part.sum().item()) or torch.isfinite(part).all():

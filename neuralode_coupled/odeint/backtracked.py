@@ -115,7 +115,7 @@ def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
 
 
 def _check_rounding(steps: int, coupling: float, precision: float) -> None:
-    """Raise the ValueError for steps whose reconstruction is worth nothing: its errors grow like coupling^-steps."""
+    """Raise ValueError for steps whose reconstruction is worth nothing: its errors grow like coupling^-steps."""
     if steps * -math.log(coupling) > math.log(LOST / precision):
         least = math.exp(-math.log(LOST / precision) / steps)
         raise ValueError(

@@ -24,11 +24,11 @@ from neuralode_coupled.runge_kutta import Step
 class DenseSolution:
     """``solution(t)``: the state at any times between the ends of a solve; what `odeint_dense` returns.
 
-    Within each step it is the polynomial by which the method interpolates, told by its values at some times of the
-    step. It is differentiable in t, and in all that the solve is.
+    Within each step it is the method's interpolating polynomial, stored by its values at some times of the step. It is
+    differentiable in t, and in everything in which the solve is.
 
     Attributes:
-        t0, t1: the ends, as numbers; time runs backwards where t1 is the smaller one.
+        t0, t1: the ends, as numbers; time runs backwards if t1 is smaller.
         knots: the ends of the steps, from t0 on; the last may lie beyond t1.
     """
 
@@ -45,8 +45,8 @@ class DenseSolution:
         """The states at times t of any shape: (*shape of t, *shape of y0), or a tuple of such tensors.
 
         Raises:
-            TypeError: if t is no number and no floating tensor.
-            ValueError: if one of them lies outside of the solve's interval.
+            TypeError: if t is neither a number nor a floating tensor.
+            ValueError: if a time lies outside of the solve's interval.
         """
         t = self._checked(t)
         numbers = [self._inside(time) for time in t.detach().reshape(-1).tolist()]
@@ -113,23 +113,23 @@ def odeint_dense(
     memory: float = MEMORY,
     params: Iterable[Tensor] | None = None,
 ) -> DenseSolution:
-    """Solve ``dy/dt = func(t, y)``, ``y(t0) = y0`` as far as t1, for a solution that is a function of time.
+    """Solve ``dy/dt = func(t, y)``, ``y(t0) = y0`` up to t1, and return the solution as a function of time.
 
-    A drop-in for ``torchdiffeq.odeint_dense``, by every method, for tuples, and in either direction of time; outside of
-    its interval it is an error. (torchdiffeq's is for dopri5 alone, answers beyond t1 as far as its last step reaches,
-    and takes the times of a solve that runs backwards by their negatives.) ``solution(t)`` is what `odeint_dto` gives
-    at t, to rounding: the polynomials of an adaptive method, or what ``options={"interp": ...}`` says on a fixed grid,
+    A drop-in for ``torchdiffeq.odeint_dense``, with every method, for tuples, and in either direction of time. Times
+    outside of its interval are an error. (torchdiffeq's works with dopri5 only, answers beyond t1 up to the end of its
+    last step, and takes negative times for a solve that runs backwards.) ``solution(t)`` is the result of `odeint_dto`
+    at t, to rounding: the polynomials of an adaptive method, or on a fixed grid those of ``options={"interp": ...}``,
     by default straight lines.
 
     Its gradients are those of `odeint_dto`: exact for the discrete solve, in y0, in what func uses, in ``args``, in t0
-    of an adaptive method, and in the times that it is asked for, along its polynomials. They have no share of t1, which
-    only says where the solve ends. On a fixed grid t0 and t1 must not require a gradient.
+    of an adaptive method, and in the times t, along its polynomials. There is no gradient in t1, which only ends the
+    solve. On a fixed grid t0 and t1 must not require a gradient.
 
-    It costs the solve, and memory for the values that tell the polynomials: 4 states a step of an adaptive method, 1 on
-    a grid with ``"linear"``, 3 with ``"cubic"``.
+    Cost: the solve, and memory for the polynomials: 4 states per step of an adaptive method, 1 on a grid with
+    ``"linear"``, 3 with ``"cubic"``.
 
     Args:
-        func: as in `odeint_dto`, and likewise those that are not listed here.
+        func: as in `odeint_dto`; so are the arguments not listed here.
         y0: the state at t0.
         t0: the start, a floating tensor of one number, or a number.
         t1: the end, likewise; on either side of t0.

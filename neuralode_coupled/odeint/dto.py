@@ -42,80 +42,79 @@ def odeint_dto(
     """Solve ``dy/dt = func(t, y)``, ``y(t[0]) = y0``, with the exact gradient of the discrete solve.
 
     A drop-in for ``torchdiffeq.odeint``: the same arguments and (to rounding) values and gradients, but the backward
-    pass recomputes steps from stored states where the graph of all would be more than ``memory`` bytes. Unlike
+    pass recomputes steps from stored states if the graph of all steps would exceed ``memory`` bytes. Unlike
     ``odeint_adjoint`` it solves no second ODE, so the gradient has no error of its own.
 
     Cost: one more evaluation, in the backward pass, of each accepted step whose graph was not kept, and another of the
     earlier parts of an adaptive step of more than four stages whose graph does not fit into ``memory``. Memory: that,
     one state for each other step (or ``checkpoints`` states) and the graph of one step, or part of a step, besides the
     outputs. Gradients of any order (those above the first store the unrolled graph); ``torch.func`` transforms with the
-    fixed-grid methods. With ``event_fn`` neither: first derivatives alone, and no transforms.
+    fixed-grid methods. With ``event_fn`` only first derivatives, and no transforms.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
-    ``"rk4_classic"``): the grid is ``t``, or what ``options`` make of it: ``step_size``, or
+    ``"rk4_classic"``): the grid is ``t``, or set by ``options``: ``step_size``, or
     ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them; ``interp`` (``"linear"`` or
-    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does; an output that lies on the grid
-    moves along func (in torchdiffeq, with linear interpolation, not at all).
+    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does. An output on the grid moves along func (in
+    torchdiffeq, with linear interpolation, it does not move).
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
-    ``"tsit5"``, which torchdiffeq 0.2.5 has not): the steps are those that torchdiffeq accepts, by its options
+    ``"tsit5"``, which torchdiffeq 0.2.5 does not have): the steps are those that torchdiffeq accepts, with its options
     ``norm``, ``first_step``, ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``,
     ``step_t``, ``jump_t`` and ``dtype``. ``controller``, in place of the three factors, is another control of the step
-    size, such as `PIController`. A step that overflows is rejected, where torchdiffeq gives up, and one that happens
-    to end at a time of ``jump_t`` is cut there, where torchdiffeq looks past it.
+    size, such as `PIController`. A step that overflows is rejected; torchdiffeq gives up. A step that happens to end at
+    a time of ``jump_t`` is cut there; torchdiffeq evaluates beyond it.
 
-    The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs along
-    their steps' interpolating polynomials, and ``t[0]`` moves all steps together, up to the first that was cut short to
-    end at a time of ``step_t`` or ``jump_t``: that end stays. During the forward pass every accepted state is held,
-    whatever ``checkpoints`` is.
+    The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs along the
+    interpolating polynomials of their steps. ``t[0]`` moves all steps together, up to the first that was cut short to
+    end at a time of ``step_t`` or ``jump_t``, which stays. During the forward pass every accepted state is held, for
+    any ``checkpoints``.
 
-    *Up to an event*, as ``torchdiffeq.odeint`` with ``event_fn``: from t[0] in the direction of t[1], which says
-    nothing else, until ``event_fn(t, y)`` becomes 0. What comes back is ``(event_t, solution)``, the solution at t[0]
-    and at the event. The gradient of ``event_t`` is exact; that of ``solution`` is the one at a time that is held
-    fixed, which is what ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with
-    the event call `odeint_event`, which also says what an event is. A fixed-step method takes steps of ``step_size``,
+    *Up to an event*, as ``torchdiffeq.odeint`` with ``event_fn``: from t[0] in the direction of t[1] (which has no
+    other meaning), until ``event_fn(t, y)`` becomes 0. It returns ``(event_t, solution)``, with the solution at t[0]
+    and at the event. The gradient of ``event_t`` is exact. That of ``solution`` holds the time fixed, as
+    ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with the event call
+    `odeint_event`, which also defines what an event is. A fixed-step method takes steps of ``step_size``,
     without ``perturb``; ``max_num_steps`` is an option of every method then, 20,000 by default.
 
     Args:
-        func: ``func(t, y) -> dy/dt``, a module or any callable, on a scalar tensor ``t`` of y's real dtype. It must
+        func: ``func(t, y) -> dy/dt``, a module or any callable, with a scalar tensor ``t`` of y's real dtype. It must
             keep the state's structure, shapes and dtype. Its ``callback_step``, ``callback_accept_step`` and
             ``callback_reject_step`` are called in the forward pass as torchdiffeq calls them. With ``args`` it is
             ``func(t, y, *args)``.
         y0: the initial state, a tensor or a tuple of tensors of any shapes; one floating or complex dtype, one device.
-        t: (times,), floating, strictly increasing or decreasing; on the CPU it makes no device wait.
+        t: (times,), floating, strictly increasing or decreasing. If it is on the CPU, no device has to wait.
         rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0. A
             fixed grid ignores it, as in torchdiffeq.
         atol: the absolute tolerance, likewise.
-        method: its name.
-        options: those of the method, see above.
+        method: the name of the method.
+        options: the options of the method, see above.
         event_fn: ends the solve, see above; t then holds two times.
-        args: what func takes besides, a tuple, constant over the solve. Gradients flow to the tensors in it, and in
-            tuples, lists and dicts there, whatever ``params`` are.
-        checkpoints: ``"auto"`` to keep the graphs of as many steps as fit into ``memory``. Or how many states to keep
-            for the backward pass, and no graphs: None for every step's, ``m`` for the recomputation schedule with the
+        args: a tuple of further arguments of func, constant over the solve. Gradients flow to the tensors in it, and in
+            tuples, lists and dicts in it, for any ``params``.
+        checkpoints: ``"auto"`` to keep the graphs of as many steps as fit into ``memory``. Or the number of states to
+            keep for the backward pass, and no graphs: None for every step's, ``m`` for the recomputation schedule with
+            the
             fewest steps, 1 for y0 alone.
         memory: the bytes that graphs may take between the passes, see `DiscreteAdjoint`.
         params: the tensors that gradients flow to besides y0 and t. None: all that func uses. These are the parameters
-            of func, or of the modules that a plain callable's closure, globals and attributes hold, the buffers and
-            the tensors there that require gradients, and what else the first evaluation of each solve is seen to use;
-            a tensor that a later step alone uses, and that was in none of these places, is an error of the backward
-            pass.
+            of func, or of the modules in a plain callable's closure, globals and attributes; buffers and tensors there
+            that require gradients; and the tensors that the first evaluation of each solve uses. If only a later step
+            uses a tensor that is in none of these places, the backward pass raises an error.
         adjoint: `ReversibleAdjoint` to solve by its reversible scheme on the steps that an adaptive method accepts.
-            Then nothing is kept between the passes but the final states and the lengths of the steps, so memory does
-            not grow with their number. Steps end at all t, which must not require gradients. It takes two further
-            evaluations a stage in each pass. The solution is another one within the tolerances; one that is more than
-            100 of them away is an error, as the scheme is unstable for what decays fast, and so are more steps than its
-            coupling can be traced back through, see there.
-        adjoint_rtol: that of the second ODE that torchdiffeq's ``odeint_adjoint`` solves. There is none here: it has no
-            effect, of which a warning tells.
+            Then only the final states and the lengths of the steps are kept between the passes, so memory does not grow
+            with the number of steps. Steps end at all t, which must not require gradients. Each pass takes two more
+            evaluations per stage. The solution differs within the tolerances. It is an error if it is more than 100
+            tolerances away (the scheme is unstable for dynamics that decay fast), or if its coupling cannot trace back
+            so many steps, see there.
+        adjoint_rtol: for the second ODE of torchdiffeq's ``odeint_adjoint``. There is none here, so it has no effect; a
+            warning says so.
         adjoint_atol: likewise.
         adjoint_method: likewise.
         adjoint_options: likewise.
-        adjoint_params: another name of ``params``, which means what it means there: gradients flow to these, and to no
-            others.
+        adjoint_params: another name of ``params``, with the same meaning: gradients flow to these, and to no others.
 
     Returns:
-        The states at all t, the first being y0: (times, *shape of y0), or a tuple of such tensors. With ``event_fn``
+        The states at all t, beginning with y0: (times, *shape of y0), or a tuple of such tensors. With ``event_fn``
         the event's time, a scalar tensor of t's dtype, and (2, *shape of y0) or a tuple.
 
     Raises:

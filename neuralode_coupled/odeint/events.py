@@ -208,11 +208,11 @@ def _equal_length(name: str, options: dict[str, Any]) -> float:
     """The step size of a fixed-step method, which has no grid."""
     if options.get("step_size") is None:
         raise ValueError(
-            f"method {name!r} needs options={{'step_size': ...}} with event_fn: nobody knows beforehand where its grid "
-            "ends"
+            f"method {name!r} needs options={{'step_size': ...}} with event_fn, because the end of its grid is not "
+            "known"
         )
     if options.get("perturb", False):
-        raise ValueError(f"option 'perturb' of {name!r} is not there with event_fn: leave it out, or take 'dopri5'")
+        raise ValueError(f"option 'perturb' of {name!r} is not available with event_fn: leave it out, or take 'dopri5'")
     length = options["step_size"]
     return float(length.detach().item() if isinstance(length, Tensor) else length)
 

@@ -152,7 +152,7 @@ class _Moved(torch.autograd.Function):
 
 
 def _refuse_another() -> None:
-    """Raise the ValueError for a gradient that is to be differentiated again: rates and slopes are constants here."""
+    """Raise ValueError for a gradient that is to be differentiated again: rates and slopes are constants here."""
     if torch.is_grad_enabled():
         raise ValueError(
             "events have first derivatives only: call backward without create_graph=True, or detach the event's time "

@@ -34,31 +34,31 @@ def odeint_event(
 
         dt* = -(dg/dy dy + dg/dp dp) / (dg/dt + dg/dy f),      dy* = dy + f dt*,
 
-    where dy is the exact gradient of the discrete solve at a time that is held fixed. It reaches y0, t0, what func
-    uses, and p: what event_fn uses, such as its parameters, which need not be in the state (in torchdiffeq they must).
-    There are first derivatives only; a second one is an error.
+    where dy is the exact gradient of the discrete solve at a fixed time. Gradients reach y0, t0, what func uses, and p,
+    what event_fn uses, such as its parameters. These need not be in the state (in torchdiffeq they must). There are
+    first derivatives only; a second derivative is an error.
 
     *What an event is.* With several numbers in ``event_fn(t, y)`` the first of them to become 0 or to change its sign
-    is the event. It is looked for at the end of each accepted step, so two changes of sign of one number within one
-    step are missed: where that may be, bound the steps by ``options={"max_step": ...}``. Then it is found to rounding,
-    on the step's dense output (whatever ``atol`` is), and told at the end of its bracket at which it has come to hold.
-    That output is torchdiffeq's: for ``bosh3``, ``fehlberg2``, ``adaptive_heun`` and the fixed-step methods with
+    is the event. The solve looks for it at the end of each accepted step, so it misses two changes of sign of one
+    number within one step. If that can happen, bound the steps by ``options={"max_step": ...}``. The event is then
+    found to rounding, on the step's dense output (for any ``atol``), and reported at the end of its bracket at which it
+    holds. That output is torchdiffeq's: for ``bosh3``, ``fehlberg2``, ``adaptive_heun`` and the fixed-step methods with
     ``interp="linear"`` it is of a lower order than the steps.
 
-    *At the start.* An event that holds at ``t0`` already ends the solve there, by every method: t* is t0, and the
-    solution holds y0 twice. (torchdiffeq does so by its adaptive methods alone.) To go on after an event, move the
-    state off it before.
+    *At the start.* An event that already holds at ``t0`` ends the solve there, with every method: t* is t0, and the
+    solution holds y0 twice. (torchdiffeq does so with its adaptive methods only.) To continue after an event, first
+    move the state away from it.
 
     Args:
         func: as in `odeint_dto`.
         y0: likewise.
-        t0: the start, a floating tensor of one number, or a number, which is one of float64.
+        t0: the start, a floating tensor of one number, or a number (taken as float64).
         event_fn: ``event_fn(t, y)`` returns a real floating tensor, of any shape, that passes through 0 at the event.
             It takes t and y as func does, without ``args``.
-        reverse_time: whether the event lies before t0.
-        odeint_interface: what solves, with ``event_fn`` in its arguments: `odeint_dto`, which is the default, or
-            torchdiffeq's ``odeint`` or ``odeint_adjoint``.
-        arguments: the others of `odeint_dto`, or of what solves. A fixed-step method needs
+        reverse_time: whether to look for the event before t0.
+        odeint_interface: the solver, which takes ``event_fn``: `odeint_dto`, the default, or torchdiffeq's ``odeint``
+            or ``odeint_adjoint``.
+        arguments: the other arguments of the solver. A fixed-step method needs
             ``options={"step_size": ...}``.
 
     Returns:
@@ -66,9 +66,9 @@ def odeint_event(
 
     Raises:
         TypeError: as in `odeint_dto`, and for an event_fn that cannot be called or returns no real floating tensor.
-        ValueError: as in `odeint_dto`, and for values of event_fn that are not finite; for an event that has not come
-            after ``options={"max_num_steps": ...}`` steps, 20,000 by default, with the time up to which it was looked
-            for; and, in the backward pass, for one at which ``dg/dt + dg/dy f`` is 0.
+        ValueError: as in `odeint_dto`, and for values of event_fn that are not finite; if no event is found after
+            ``options={"max_num_steps": ...}`` steps, 20,000 by default (the message has the time reached); and, in the
+            backward pass, for an event at which ``dg/dt + dg/dy f`` is 0.
     """
     start = check_time("t0", t0)
     ahead = start.detach().abs().clamp(min=1.0)

@@ -107,7 +107,7 @@ class Counts(Protocol):
 
 @dataclass
 class Tally:
-    """`Counts` of one's own: evaluations of f, accepted and rejected steps."""
+    """The `Counts` of one solve: evaluations of f, accepted and rejected steps."""
 
     evaluations: int = 0
     accepted: int = 0
@@ -423,7 +423,7 @@ class _Ode:
         return self._method.powers(self._t)
 
     def check(self, y: State, slope: State, at: float) -> None:
-        """Raise the ValueError for a state or slope that is not finite."""
+        """Raise ValueError for a state or slope that is not finite."""
         if not _finite(y):
             raise ValueError(
                 f"the state is not finite at t = {self.shown(at)}: func overflows before it, or y0 holds nan or inf"

@@ -13,19 +13,19 @@ the norm of its estimated error in units of the tolerances: at most 1 is within 
 
 
 class StepController(Protocol):
-    """Decides which steps an adaptive solve accepts, and how long the next is: one object with one method.
+    """Decides which steps an adaptive solve accepts, and the length of the next: one object with one method.
 
-    It is given in ``options={"controller": ...}`` of `neuralode_coupled.odeint_dto`. Whatever it decides, ``min_step``
-    and ``max_step`` bound the lengths, and a step of ``min_step`` is accepted.
+    Pass it in ``options={"controller": ...}`` to `neuralode_coupled.odeint_dto`. In any case ``min_step`` and
+    ``max_step`` bound the lengths, and a step of ``min_step`` is accepted.
     """
 
     def begin(self, order: int) -> Decide:
         """The decisions of one solve, by a method of that order.
 
-        Called once a solve, so that what it remembers of earlier steps is of this solve alone. The function that it
-        returns is called once a tried step, as ``decide(ratio, length) -> (accept, next length)``: ``length`` is that
-        of the step, positive in either direction of time, and ``ratio`` its estimated error in units of the tolerances
-        (nan where the step overflowed). The next length must be positive.
+        Called once per solve, so that its memory of earlier steps belongs to this solve. It returns a function that is
+        called once per tried step, as ``decide(ratio, length) -> (accept, next length)``: ``length`` is that of the
+        step, positive in either direction of time, and ``ratio`` its estimated error in units of the tolerances (nan if
+        the step overflowed). The next length must be positive.
         """
         ...
 
@@ -67,14 +67,14 @@ class IntegralController:
 
 @dataclass(frozen=True)
 class PIController:
-    """Proportional-integral control: smoother lengths, and fewer rejections where stability bounds them.
+    """Proportional-integral control: smoother lengths, and fewer rejections if stability limits the steps.
 
     With ``k`` the method's order, the next length is
 
         safety * ratio ** (-(integral + proportional) / k) * previous ** (proportional / k)
 
     times the last, where ``previous`` is the ratio of the last accepted step (1 before there is one). After a rejection
-    the integral control ``safety * ratio ** (-1 / k)`` takes over, and the step behind it does not grow. For
+    the integral control ``safety * ratio ** (-1 / k)`` takes over, and the next step does not grow. For
     ``options={"controller": nc.PIController()}`` of `neuralode_coupled.odeint_dto`.
 
     Sources: K. Gustafsson 1991, ACM Transactions on Mathematical Software 17, 533-554; Hairer and Wanner, Solving
@@ -86,7 +86,7 @@ class PIController:
         proportional: the gain on its change. Gustafsson's is 0.4; 0 with ``integral=1`` is integral control.
         safety: the part of the length that is expected to meet the tolerances just so.
         ifactor: the most that a length grows by.
-        dfactor: the factor that a length shrinks by at most.
+        dfactor: the smallest factor by which a length shrinks.
 
     Raises:
         ValueError: for an ``integral`` that is not positive, a negative ``proportional``, numbers that are not finite,

@@ -36,7 +36,7 @@ class Tableau:
     def __post_init__(self) -> None:
         if not len(self.a) == len(self.b) == len(self.c):
             raise ValueError(
-                f"{self.name}: a, b and c must have one row a stage, got {len(self.a)}, {len(self.b)}, {len(self.c)}"
+                f"{self.name}: a, b and c must have one row per stage, got {len(self.a)}, {len(self.b)}, {len(self.c)}"
             )
         for i, (row, c) in enumerate(zip(self.a, self.c, strict=True)):
             if len(row) != i:

@@ -1,6 +1,6 @@
-"""Experiments: training, comparing, and what a run leaves behind. Needs the extra ``train``.
+"""Experiments: training, comparing, and the files of a run. Needs the extra ``train``.
 
-The names are loaded when they are asked for: Lightning takes seconds, and the command line does not always need it.
+Names are loaded when they are first used: Lightning takes seconds, and the command line does not always need it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the C library gives out the memory of tensors on the CPU."""
+"""How the C library allocates the memory of tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _SET_BY_USERS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_",
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what tensors leave for the next ones, in this process from now on; says whether it does.
+    """Have glibc keep freed memory for the next tensors, in this process from now on; returns whether it does.
 
-    Otherwise it takes every tensor above 32 MiB, and the first ones above 128 KiB, from the system and gives them back
-    after their last use, and what is free at the heap's end too; the system then clears each page again. What is kept
-    counts as the process's memory; `PeakMemory` hands back what is free before it measures.
+    By default it takes every tensor above 32 MiB, and the first ones above 128 KiB, from the system, and returns them
+    after their last use, as it does with free memory at the end of the heap. The system then clears each page again.
+    Kept memory counts as the process's; `PeakMemory` returns free memory before it measures.
 
-    Nothing is changed, and the answer is False, where the C library is another one, and where the environment says
-    how memory is given out: ``NEURALODE_COUPLED_ALLOCATOR=0``, ``GLIBC_TUNABLES``, ``MALLOC_...``, or ``LD_PRELOAD``
+    It changes nothing and returns False with another C library, and if the environment chooses the allocation:
+    ``NEURALODE_COUPLED_ALLOCATOR=0``, ``GLIBC_TUNABLES``, ``MALLOC_...``, or ``LD_PRELOAD``
     for another allocator.
     """
     if os.environ.get(LEFT_ALONE) == "0" or any(os.environ.get(name) for name in _SET_BY_USERS):

@@ -1,4 +1,4 @@
-"""What an experiment is made of: its images, its model, and the model as Lightning trains it."""
+"""The parts of an experiment: its images, its model, and the model as Lightning trains it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ times as many evaluations: most of them to follow rounding."""
 
 
 def resolve(experiment: Experiment, there: Experiment | None = None) -> Experiment:
-    """The experiment with what was left open filled in, the batch size and tolerances, and an absolute root.
+    """The experiment with defaults filled in (batch size and tolerances), and an absolute root.
 
-    What a run that is ``there`` already has of these is kept. Raises ValueError for an unknown data set, a root that it
-    cannot have, or more threads than there are cores.
+    A run that is already ``there`` keeps its own. Raises ValueError for an unknown data set, a root that it cannot
+    have, or more threads than cores.
     """
     cores = os.cpu_count() or 1
     if experiment.threads is not None and experiment.threads > cores:
@@ -45,7 +45,7 @@ def resolve(experiment: Experiment, there: Experiment | None = None) -> Experime
 
 
 def _defaults(experiment: Experiment, root: Path | None) -> dict[str, Any]:
-    """What stands for options that were not chosen."""
+    """The values of options that were not chosen."""
     batch_size = source(experiment.data).default_batch_size(root, experiment.limit, experiment.validation)
     exact = experiment.method not in ADAPTIVE or experiment.precision == "64-true"
     return {"batch_size": batch_size} | ({} if exact else {"rtol": RTOL, "atol": ATOL})
@@ -83,7 +83,7 @@ def build_model(experiment: Experiment, classes: int) -> nn.Module:
 
 
 def build_classifier(experiment: Experiment, classes: int) -> Classifier:
-    """The experiment's model, ready to be trained. Raises ValueError for one that cannot be."""
+    """The experiment's model, ready for training. Raises ValueError if it cannot be trained."""
     classifier = Classifier(
         build_model(experiment, classes),
         epochs=experiment.lr_epochs or experiment.epochs,
@@ -105,8 +105,8 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
 def compile_model(model: nn.Module, backend: str = "inductor") -> None:
     """Have torch compile the whole model, at its first forward pass, in place: its parameters keep their names.
 
-    Raises ValueError for gradient methods that cannot be compiled, and methods that choose their steps: of these every
-    length of a step would be compiled anew.
+    Raises ValueError for gradient methods that cannot be compiled, and for adaptive methods, which would compile again
+    for every length of a step.
     """
     for name, layer in nc.models.coupled_layers(model).items():
         if layer.method in ADAPTIVE:
@@ -124,7 +124,7 @@ def compile_model(model: nn.Module, backend: str = "inductor") -> None:
 
 
 def origin(experiment: Experiment) -> dict[str, Any]:
-    """What decides over the names and shapes of the model's weights, and the version that made them."""
+    """What determines the names and shapes of the model's weights, and the version that made them."""
     decisive = ("model", "variant", "steps", "dynamics", "evolution", "kernel")
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
@@ -132,8 +132,8 @@ def origin(experiment: Experiment) -> dict[str, Any]:
 def function_evaluations(model: nn.Module, batch: int) -> tuple[int, int]:
     """How often one training step evaluates the model's residual branches: forward, and recomputed in backward.
 
-    Coupled layers count their dynamics themselves; a plain residual block is one evaluation. The model is untouched.
-    Graphs are kept as with ``batch`` images: two are tried, with that share of the memory for graphs.
+    Coupled layers count their dynamics; a plain residual block is one evaluation. The model does not change. Graphs are
+    kept as with ``batch`` images: it runs two images, with the same share of the memory for graphs.
     """
     probe = copy.deepcopy(model)
     for layer in nc.models.coupled_layers(probe).values():
@@ -146,7 +146,7 @@ def function_evaluations(model: nn.Module, batch: int) -> tuple[int, int]:
 
 
 def _compiles(adjoint: nc.GradientMethod) -> bool:
-    """Whether `torch.compile` takes a layer with it."""
+    """Whether `torch.compile` takes a layer with this gradient method."""
     if isinstance(adjoint, nc.DiscreteAdjoint):
         return adjoint.checkpoints in (None, "auto") and adjoint.storage == "device"
     return isinstance(adjoint, nc.Backprop)
@@ -157,7 +157,7 @@ _TRIED = 2
 
 
 def _try(probe: nn.Module, backward: bool = False) -> None:
-    """Show two empty images to a copy of a model, as in training. Raises as the model does."""
+    """Run a copy of the model on two empty images, as in training. Raises as the model does."""
     probe.cpu().float().train()
     with torch.random.fork_rng(devices=[]):
         logits = probe(torch.zeros(_TRIED, 3, 32, 32))

@@ -37,13 +37,13 @@ class EpochLog(pl.Callback):
 
     TensorBoard gets what `WeightLog` writes too.
 
-    A run that is killed between the two loses its checkpoint and does the epoch again: so rows after the checkpoint
-    that training resumed from are dropped.
+    A run that is killed between the two loses its checkpoint and repeats the epoch. So rows after the checkpoint from
+    which training resumed are dropped.
 
     Args:
-        folder: whose ``metrics.csv`` it is.
-        done: how many epochs the run had finished when it was resumed.
-        report: is told each epoch in one line.
+        folder: the run's folder.
+        done: the number of epochs that were finished when the run was resumed.
+        report: gets one line per epoch.
     """
 
     def __init__(self, folder: RunFolder, done: int = 0, report: Report | None = None) -> None:
@@ -54,11 +54,11 @@ class EpochLog(pl.Callback):
         self._began = self._seconds = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """See that all processes resume from the same epoch, before the first of them reads a checkpoint."""
+        """Check that all processes resume from the same epoch, before the first of them reads a checkpoint."""
         agree(trainer, self.done)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the rows that are there."""
+        """Continue with the existing rows."""
         self.rows = [row for row in self.folder.rows() if row["epoch"] <= self.done]
         assert isinstance(pl_module, Classifier)
         self._weights = WeightLog(pl_module.model, trainer.max_epochs or pl_module.epochs)
@@ -130,7 +130,8 @@ class Checkpoint(ModelCheckpoint):
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints as drafts in their own folder.
 
-    Lightning's own go through the system's folder of temporary files, and from another file system come piece by piece.
+    Lightning writes them to the system's folder of temporary files; from another file system they would arrive piece by
+    piece.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -147,7 +148,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
-    """torch.save; a file that takes no more raises OSError, over which torch puts a RuntimeError of its own."""
+    """torch.save. A full disk raises OSError, which torch wraps in a RuntimeError."""
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
@@ -159,8 +160,8 @@ def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
 class OwnSignals(pl.Callback):
     """Leaves SIGTERM to the handler that was there before Lightning's.
 
-    Lightning's lets the run end as if all were well, exit code 0, and among several processes waits for an exchange
-    that the others are not in.
+    With Lightning's the run ends with exit code 0, as if all were well, and one of several processes waits for an
+    exchange that the others have left.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -183,7 +184,7 @@ class ProgressBar(RichProgressBar):
         return {} if self._accuracy is None else {"test accuracy": f"{100 * self._accuracy:.2f}%"}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the accuracy: once an epoch and not with every batch, for which the host would wait."""
+        """Read the accuracy once per epoch: with every batch the host would wait."""
         self._accuracy = float(trainer.callback_metrics["test/accuracy"])
         super().on_validation_end(trainer, pl_module)
 

@@ -33,17 +33,17 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended: its exit code, and the last line of what it had to complain about."""
+    """How a process ended: its exit code, and the last line of its error output."""
 
     code: int
     complaint: str
 
 
 def plan(out: Path, experiment: Experiment, variants: Sequence[str], seeds: Sequence[int]) -> list[Planned]:
-    """The runs of a comparison, after a look at everything that can be wrong before the first of them starts.
+    """The runs of a comparison. Checks everything that can be wrong before the first of them starts.
 
     Args:
-        out: the folder of the comparison; all runs in it are of one experiment, but for variant and seed.
+        out: the folder of the comparison; all its runs are of one experiment, except for variant and seed.
         experiment: what the runs have in common.
         variants: names of variants.
         seeds: each variant is trained once for each.
@@ -81,9 +81,9 @@ def run(
     allocator: bool = True,
     launch: Callable[[list[str]], Outcome] | None = None,
 ) -> list[str]:
-    """Train what is not finished, one process after another, and return what failed, a line each.
+    """Train unfinished runs, one process after another, and return the failures, one line each.
 
-    A process of its own gives each run a clean peak memory, and takes no other run along when it crashes.
+    In its own process each run has a clean peak memory, and a crash does not end other runs.
     """
     failures = []
     for number, planned in enumerate(runs, 1):
@@ -113,7 +113,7 @@ def command(planned: Planned, progress: bool = True, allocator: bool = True) -> 
 
 
 def launch_process(arguments: list[str]) -> Outcome:
-    """Run ``neuralode-coupled`` with these arguments in a process of its own. What it complains of is passed on."""
+    """Run ``neuralode-coupled`` with these arguments in its own process. Its error output is passed on."""
     # Threads that wait actively are up to ten times slower where another program wants a core too.
     environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
     # The pipe to its standard input ends with this process, however that ends, and then so does the other.
@@ -132,7 +132,7 @@ def launch_process(arguments: list[str]) -> Outcome:
 
 
 def _neighbours(out: Path) -> list[RunFolder]:
-    """The runs that are in the comparison's folder already."""
+    """The runs that are already in the comparison's folder."""
     return [RunFolder(path.parent) for path in sorted(out.glob("*/config.json"))]
 
 

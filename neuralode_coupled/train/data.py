@@ -1,4 +1,4 @@
-"""Images in batches, on the device that trains: shared out, augmented and normalised."""
+"""Images in batches, on the device that trains: distributed, augmented and normalised."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class ImageData(pl.LightningDataModule):
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 images, embedded), ``"cifar10"`` (downloaded to ``root``) or
             ``"folder"`` (``root/{train,test}/<class>/*``, resized to 32x32: regular files, at any depth; links are not
-            followed, and a warning says how many there were).
+            followed; a warning counts them).
         root: where the images are; not for digits.
-        batch_size: images a batch on each device; by default 64 for digits, 256 for CIFAR-10, and for a folder what
-            makes about 20 steps an epoch, from 8 to 256.
-        limit: use only so many training images, every class in proportion; all by default. The choice does not depend
-            on ``seed``, and a smaller limit is a part of a larger one.
-        validation: keep so many of the training images back and test on them, in place of the test images. Which ones
-            depends neither on ``seed`` nor on ``limit``. For every choice that is made by looking at the accuracy.
+        batch_size: images per batch on each device; by default 64 for digits, 256 for CIFAR-10, and for a folder from 8
+            to 256, for about 20 steps per epoch.
+        limit: the number of training images to use, all classes in proportion; all by default. The choice does not
+            depend on ``seed``, and a smaller limit is a subset of a larger one.
+        validation: the number of training images to hold out and test on, in place of the test images. The choice
+            depends neither on ``seed`` nor on ``limit``. Use it for every decision that is made by accuracy.
         seed: of the order of the batches.
         layout: the memory format of the images, see `memory_format`.
 
@@ -101,10 +101,9 @@ class ImageData(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Decode the images, once.
 
-        Warns of links and other things that are passed over, of classes with few images, and of sizes that are changed.
-        Raises ValueError for more images than there are
-        (``limit``, ``validation``), or an image that is broken, has more than 8 bits a channel, or would be left out
-        because of its extension; OSError for a folder that cannot be read.
+        Warns of links and other files that are ignored, of classes with few images, and of resized images.
+        Raises ValueError for more images than there are (``limit``, ``validation``), or an image that is broken, has
+        more than 8 bits per channel, or an unknown extension; OSError for a folder that cannot be read.
         """
         if self.train is None:
             kept_back = self.validation
@@ -119,17 +118,18 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """The training images' mean and deviation, by which `normalise` goes: see `channel_statistics`. Once set up."""
+        """The training images' mean and deviation, which `normalise` uses: see `channel_statistics`. Available after
+        `setup`."""
         return self._statistics[torch.device("cpu")]
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of a new order each epoch, shared out among the devices."""
+        """Batches in a new order in each epoch, distributed over the devices."""
         images = self._on_device("train")
         order = DistributedSampler(images, *self._shards(), shuffle=True, seed=self.seed)
         return _loader(images, DeviceBatches(order, self.batch_size, images.pixels.device))
 
     def val_dataloader(self) -> DataLoader:
-        """The test images, each once, shared out among the devices."""
+        """The test images, each once, distributed over the devices."""
         images = self._on_device("test")
         return _loader(images, EvenBatches(len(images), self.batch_size, *self._shards(), images.pixels.device))
 
@@ -144,7 +144,7 @@ class ImageData(pl.LightningDataModule):
         return images.contiguous(memory_format=memory_format(self.layout, images.device, module)), labels
 
     def normalise(self, pixels: UInt8[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 3 32 32"]:
-        """Float images of which the training set has mean 0 and variance 1 in every channel."""
+        """Float images, normalised so that the training set has mean 0 and variance 1 in every channel."""
         if pixels.device not in self._statistics:
             mean, deviation = self.statistics
             self._statistics[pixels.device] = mean.to(pixels.device), deviation.to(pixels.device)
@@ -170,13 +170,13 @@ def _loader(images: ImageSet, batches: Sampler[Any]) -> DataLoader:  # of tensor
 
 
 class DeviceBatches(Sampler[Tensor]):
-    """The indices that a sampler draws, a batch at a time: those of an epoch go to a device at once.
+    """The indices that a sampler draws, batch by batch. Those of an epoch go to the device at once.
 
     Copied batch by batch they would make every step wait for the device.
 
     Args:
         sampler: draws an epoch's indices. Lightning tells it the epoch, where it is found under this name.
-        batch_size: indices a batch; the last may have fewer.
+        batch_size: indices per batch; the last may have fewer.
         device: where the images are.
     """
 
@@ -193,7 +193,7 @@ class DeviceBatches(Sampler[Tensor]):
 class EvenBatches(Sampler[Tensor]):
     """One device's share of ``count`` images in batches of nearly equal size.
 
-    Every device gets the same number of batches, so that none waits for another, and every image comes once.
+    Every device gets the same number of batches, so none waits for another. Every image occurs once.
     """
 
     def __init__(self, count: int, batch_size: int, devices: int, rank: int, device: Device = "cpu") -> None:
@@ -210,7 +210,7 @@ class EvenBatches(Sampler[Tensor]):
 
 
 def augment(pixels: UInt8[Tensor, "batch 3 32 32"], *, flip: bool) -> UInt8[Tensor, "batch 3 32 32"]:
-    """Each image cropped at random from its zero-padded self, and mirrored with probability 1/2 if ``flip``.
+    """Each image, padded with zeros and cropped at random, and mirrored with probability 1/2 if ``flip``.
 
     Draws from the global generator of the images' device.
     """

@@ -21,12 +21,12 @@ _HOW_NOT_WHAT = frozenset({"compile", "layout", "accelerator", "strategy", "thre
 class Experiment:
     """One training run. The fields are the options of ``neuralode-coupled train``.
 
-    What an option means stands in the ``metadata`` of its field, under ``"help"``; the command line shows it.
+    The ``metadata`` of each field has its meaning, under ``"help"``; the command line shows it.
 
     Raises:
         ValueError: for epochs, batch size, steps, limit, validation, nodes or threads below 1 or above what 64 bits
-            hold, a negative seed, a name of something that there is not, devices that are no numbers, or a learning
-            rate or tolerance that is not positive, or too large.
+            hold, a negative seed, an unknown name, devices that are not numbers, or a learning rate or tolerance that
+            is not positive, or too large.
     """
 
     model: str = field(default="resnet4", metadata={"help": "alexnet, resnet4 or resnet10."})
@@ -43,36 +43,36 @@ class Experiment:
     )
     lr_epochs: int | None = field(
         default=None,
-        metadata={"help": "Let the learning rate fall as in a run of so many epochs, and then stay; by default all."},
+        metadata={"help": "Let the learning rate fall as in a run of this many epochs, and then stay; by default all."},
     )
-    seed: int = field(default=0, metadata={"help": "Of weights, order and augmentation."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
     limit: int | None = field(
-        default=None, metadata={"help": "Use only so many training images, all classes in proportion."}
+        default=None, metadata={"help": "Use only this many training images, all classes in proportion."}
     )
     validation: int | None = field(
         default=None,
-        metadata={"help": "Keep so many training images back, and test on them in place of the test images."},
+        metadata={"help": "Hold out this many training images, and test on them in place of the test images."},
     )
     batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Images a batch on each device; by default 64 for digits, 256 for cifar10, and for folder 8 to "
-            "256, for about 20 steps an epoch."
+            "help": "Images per batch on each device; by default 64 for digits, 256 for cifar10, and for folder 8 to "
+            "256, for about 20 steps per epoch."
         },
     )
     lr: float = field(default=0.1, metadata={"help": "The highest learning rate."})
     schedule: str = field(
         default="steps",
         metadata={
-            "help": "Of the learning rate: steps (the paper's: a tenth after 3/7 of the epochs, a hundredth after "
-            "5/7), one-cycle (up from a 25th in the first 30% of the run, and down to 0) or cosine (down to 0)."
+            "help": "Schedule of the learning rate: steps (the paper's: a tenth after 3/7 of the epochs, a hundredth "
+            "after 5/7), one-cycle (up from a 25th in the first 30% of the run, and down to 0) or cosine (down to 0)."
         },
     )
     method: str = field(
         default="euler",
         metadata={
-            "help": "Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic, or one "
-            "that chooses its steps, such as dopri5."
+            "help": "Solver of the ODE blocks: euler, midpoint, heun2, heun3, rk4 (3/8 rule), rk4_classic, or an "
+            "adaptive one, such as dopri5."
         },
     )
     steps: int | None = field(default=None, metadata={"help": "Steps of the ODE blocks; by default the variant's own."})
@@ -103,7 +103,7 @@ class Experiment:
         metadata={
             "help": "Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
             "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank; or "
-            "module:function, which makes one of your own."
+            "module:function for one of your own."
         },
     )
     kernel: str | None = field(
@@ -128,7 +128,7 @@ class Experiment:
     layout: str | None = field(
         default=None,
         metadata={
-            "help": "The images' memory format: channels-last (by default on a CPU) or contiguous (on a GPU, and for "
+            "help": "The images' memory format: channels-last (the default on a CPU) or contiguous (on a GPU, and for "
             "models with a GroupNorm)."
         },
     )
@@ -137,7 +137,7 @@ class Experiment:
     devices: str = field(default="1", metadata={"help": "How many devices of each machine, or which: 2, or 0,3."})
     nodes: int = field(default=1, metadata={"help": "How many machines train together; each runs this command."})
     strategy: str = field(default="auto", metadata={"help": "auto, ddp ..."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default what torch chooses."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; by default torch's choice."})
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr_epochs", "limit", "validation", "batch_size", "steps", "nodes", "threads"):
@@ -160,7 +160,7 @@ class Experiment:
                 raise ValueError(f"{name} must be at most {_LARGEST}, what float32 holds, got {value}")
 
     def differences(self, other: Experiment, ignore: Sequence[str] = ()) -> list[str]:
-        """Where another experiment is not this one: a ``"name: this value, that value"`` each."""
+        """The differences to another experiment: one ``"name: this value, that value"`` each."""
         return [
             f"{name}: {mine!r} there, {theirs!r} asked for"
             for name, mine, theirs in ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))

@@ -94,7 +94,7 @@ def export(
         path: the file, which is written whole or not at all.
         checkpoint: ``"best"`` or ``"last"``.
         opset: the version of ONNX's operators; 20 by default, at least 18. From 21 on GroupNorm is refused.
-        steps: solve the coupled layers in so many steps; by default those of the training.
+        steps: solve the coupled layers in this many steps; by default those of the training.
         method: the Runge-Kutta method, with ``steps``.
 
     Raises:
@@ -168,7 +168,7 @@ def _runs_program(path: Path) -> Run:
 
 
 def _described(class_names: list[str]) -> dict[str, str]:
-    """What a user of the file has to know, kept in it."""
+    """What a user of the file has to know, stored in it."""
     return {"classes": json.dumps(class_names), INPUT: DESCRIPTION, "version": nc.__version__}
 
 
@@ -236,7 +236,7 @@ def _check_file(path: Path, opset: int | None) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what exporters say about their own inside."""
+    """Without the messages of exporters about their internals."""
     names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
     with warnings.catch_warnings(), quieter(names, logging.ERROR):
         warnings.simplefilter("ignore")

@@ -47,7 +47,7 @@ class FirstBatches(pl.Callback):
 
 
 def said(epoch: str, done: int, batches: int, seconds: float) -> str:
-    """How far an epoch is, in a line."""
+    """The progress of an epoch, in one line."""
     whole = seconds * batches / done
     amount = f"{whole:.0f} s" if whole < 120 else f"{whole / 60:.0f} min" if whole < 7200 else f"{whole / 3600:.1f} h"
     return f"epoch {epoch}: {done} of {batches} batches in {seconds:.1f} s, about {amount} per epoch"

@@ -49,7 +49,7 @@ class RunFolder:
     """The files of one run.
 
     Args:
-        path: the folder; made by `claim`.
+        path: the folder; `claim` makes it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,7 +63,7 @@ class RunFolder:
         self._lock = self.path / ".lock"
 
     def experiment(self) -> Experiment | None:
-        """The experiment whose folder this is; None if it is nobody's. Raises ValueError if it cannot be read."""
+        """The experiment in this folder; None if there is none. Raises ValueError if it cannot be read."""
         if not self.config.exists():
             return None
         with self._reading_config() as content:
@@ -90,7 +90,7 @@ class RunFolder:
         return experiment, path
 
     def class_names(self) -> list[str]:
-        """The names of the classes that the run's model tells apart, in the order of its logits.
+        """The names of the classes of the run's model, in the order of its logits.
 
         Raises ValueError if they cannot be read.
         """
@@ -101,7 +101,7 @@ class RunFolder:
             return names
 
     def statistics(self) -> Statistics | None:
-        """By what the images were normalised; None for a run of a version that did not write it down.
+        """The statistics that normalised the images; None for a run of a version that did not store them.
 
         Raises ValueError if it cannot be read.
         """
@@ -122,13 +122,13 @@ class RunFolder:
             yield json.loads(self.config.read_text())
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.config} is damaged, or no run's of this version ({error}): choose another folder"
+                f"{self.config} is damaged, or not from a run of this version ({error}): choose another folder"
             ) from error
 
     def result(self) -> Result | None:
         """The result; None for a run that is not finished, or was killed while it wrote its result.
 
-        Raises ValueError, which names the field, for a result with something else than its numbers.
+        Raises ValueError, which names the field, for a damaged result.
         """
         path = self.path / "result.json"
         try:
@@ -164,7 +164,7 @@ class RunFolder:
             )
 
     def lock(self) -> Lock:
-        """The folder for one process alone, which makes it if need be. Raises as `Lock`."""
+        """The folder, locked for one process, which makes it if necessary. Raises as `Lock`."""
         self.path.mkdir(parents=True, exist_ok=True)
         return Lock(self._lock)
 
@@ -195,8 +195,8 @@ class RunFolder:
         missing = [str(epoch) for epoch in range(1, done + 1) if epoch not in found]
         if missing:
             raise ValueError(
-                f"{self.metrics} has no rows of the epochs {some(missing, _SHOWN)}, which the last checkpoint has "
-                "behind it: restore it, or train again in another folder"
+                f"{self.metrics} has no rows of the epochs {some(missing, _SHOWN)}, which the last checkpoint comes "
+                "after: restore it, or train again in another folder"
             )
 
     def claim(
@@ -226,7 +226,7 @@ class RunFolder:
         write_atomically(self.path / "result.json", json.dumps(asdict(result), indent=2) + "\n")
 
     def reopen(self) -> None:
-        """Take the result away: the run goes on."""
+        """Remove the result, so that the run can continue."""
         (self.path / "result.json").unlink(missing_ok=True)
 
     def rows(self) -> list[Row]:

@@ -203,7 +203,7 @@ def _subfolders(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink()))
     if not names:
         raise ValueError(
-            f"{str(folder)!r} has no classes: put the images into one folder a class, <class>/* "
+            f"{str(folder)!r} has no classes: put the images into one folder per class, <class>/* "
             "(links are not followed)"
         )
     return names
@@ -324,7 +324,7 @@ def decode_with_size(path: str) -> tuple[np.ndarray, tuple[int, int]]:
     if mode.startswith(_CLIPPED):
         raise ValueError(
             f"the image {path!r} has the mode {mode}, of which only values from 0 to 255 would be kept: "
-            "convert it to 8 bits a channel"
+            "convert it to 8 bits per channel"
         )
     size = image.size
     if size != (SIZE, SIZE):

@@ -44,11 +44,11 @@ class Classifier(pl.LightningModule):
     """Cross entropy by SGD with momentum 0.9 and weight decay 5e-4, and one of `SCHEDULES` of the learning rate.
 
     Logs ``train/loss``, ``train/accuracy``, ``test/loss`` and ``test/accuracy`` (means over the images of an epoch).
-    Everything random in an epoch follows from the seed and the number of the epoch.
+    All random numbers of an epoch follow from the seed and the number of the epoch.
 
     Args:
         model: images (batch, 3, 32, 32) to logits (batch, classes).
-        epochs: the length of the schedule. In epochs after it the learning rate is that of its last batch.
+        epochs: the length of the schedule. After it the learning rate stays that of its last batch.
         lr: the highest learning rate.
         evolution_lr: the factor on it for the parameters of the evolution operators.
         seed: of dropout and augmentation.
@@ -138,7 +138,7 @@ class Classifier(pl.LightningModule):
             group["lr"] = group["factor"] * rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose weights they are."""
+        """Store what the weights belong to."""
         checkpoint[weights_file.ORIGIN] = self.origin
 
     def _measure(self, batch: tuple[Tensor, Tensor], split: str) -> Tensor:
@@ -149,7 +149,7 @@ class Classifier(pl.LightningModule):
         self.log_dict(
             {f"{split}/loss": loss.detach(), f"{split}/accuracy": accuracy},
             on_step=False,
-            on_epoch=True,  # added up on the device, and read once an epoch
+            on_epoch=True,  # summed on the device, and read once per epoch
             logger=False,  # `EpochLog` writes one row per epoch
             sync_dist=True,
             batch_size=len(labels),
@@ -171,5 +171,5 @@ class Classifier(pl.LightningModule):
 
 
 def _looks(kind: str, step: int) -> bool:
-    """Whether a step on such a device looks at the loss."""
+    """Whether a step on such a device reads the loss."""
     return kind == "cpu" or step % _CHECK_EVERY == 0

@@ -33,7 +33,7 @@ def load_model(folder: RunFolder | str | Path, checkpoint: str = "best") -> nn.M
 
 
 def finished_epochs(folder: RunFolder, classifier: Classifier | None = None) -> int:
-    """How many epochs the last checkpoint has behind it; 0 without one.
+    """The number of epochs before the last checkpoint; 0 without one.
 
     Raises ValueError for one that is damaged, does not fit ``classifier``, or cannot be continued from.
     """

@@ -1,4 +1,4 @@
-"""What a trained run makes of images: the command ``predict``."""
+"""Images classified by a trained run: the command ``predict``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model takes an image for.
+    """The class that a model predicts for an image.
 
     Attributes:
-        image: the path, as it was given or found.
+        image: the path, as given or found.
         class_name: the most probable class.
         probability: that of this class, between 0 and 1.
     """
@@ -51,8 +51,8 @@ def predict(
         checkpoint: ``"best"`` or ``"last"``.
 
     Raises:
-        ValueError: as `load_recogniser`; for a path that is not there, a folder without images, or a file that is no
-            image. Of the first two before the first image is looked at, of the last when its turn comes.
+        ValueError: as `load_recogniser`; for a path that does not exist, a folder without images, or a file that is not
+            an image. The first two are raised before the first image is read, the last when its turn comes.
     """
     folder = as_folder(folder)
     recogniser, names = load_recogniser(folder, checkpoint), folder.class_names()

@@ -27,10 +27,10 @@ _PATIENCE = 10.0
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run is gone, so that this one cannot go on.
+    """Another process of the run is gone, so this one cannot continue.
 
     Attributes:
-        explained: whether that process has told its user why.
+        explained: whether that process has told the user why.
     """
 
     def __init__(self, explained: bool) -> None:
@@ -44,7 +44,7 @@ class ProcessLost(RuntimeError):
 
 
 class FolderNotShared(RuntimeError):
-    """This process does not see the checkpoint that the run is resumed from."""
+    """This process does not see the checkpoint from which the run resumes."""
 
 
 def agree(trainer: pl.Trainer, done: int) -> None:
@@ -58,7 +58,7 @@ def agree(trainer: pl.Trainer, done: int) -> None:
 
 
 def tolerate_unused_parameters(trainer: pl.Trainer) -> None:
-    """Let some processes leave out parameters that others use in a step, unless the strategy says otherwise.
+    """Let processes use different parameters in a step, unless the strategy forbids it.
 
     Plain DDP waits for the gradient of every parameter: the processes that have none would keep the others waiting
     forever. Asking which have none is a walk over autograd's graph, in which a whole coupled solve is one node.

@@ -58,7 +58,7 @@ def _computed_again(folder: RunFolder) -> Statistics:
         folder.check_data(data.class_names, len(data.train))
     except (ValueError, OSError, ImportError) as error:
         raise ValueError(
-            f"the run in {folder.path} is of a version that did not write the statistics of its training images down, "
+            f"the run in {folder.path} is of a version that did not store the statistics of its training images, "
             f"and they cannot be computed again ({error}): put the images back, or train again"
         ) from error
     mean, deviation = (tensor.flatten().tolist() for tensor in data.statistics)

@@ -22,12 +22,12 @@ class Result:
         parameters: trainable parameters of the model.
         best_accuracy: the highest test accuracy of any epoch, a fraction.
         final_accuracy: the test accuracy after the last epoch, a fraction.
-        seconds: seconds an epoch of training (without testing), the median.
+        seconds: the median seconds per epoch of training (without testing).
         evaluations: evaluations of residual branches in one forward pass: those of the dynamics that coupled layers
             count, and one for each plain residual block.
-        recomputed: how many of them a backward pass repeats.
+        recomputed: the number of them that a backward pass repeats.
         memory: peak memory of training in bytes, see `PeakMemory`.
-        epochs: how many there were.
+        epochs: the number of epochs.
         device: where it ran.
         precision: in which precision.
     """

@@ -49,9 +49,9 @@ class Training:
     lock: Lock | None
 
     def run(self) -> Result:
-        """Train what is left to train, write the result, and let others have the folder.
+        """Train the remaining epochs, write the result, and release the folder.
 
-        Several processes give the same result, and end together when one of them fails.
+        Several processes return the same result, and end together if one of them fails.
 
         Raises:
             Diverged: if the loss becomes NaN or infinite; the checkpoints of earlier epochs are kept.
@@ -104,9 +104,9 @@ def prepare(
     progress: bool = False,
     report: Report | None = None,
 ) -> Training:
-    """Everything before the first step: what the user got wrong shows here.
+    """Everything before the first step. Mistakes of the user are found here.
 
-    From here to the end of `Training.run` the folder is locked, or as long as the `Training` is kept.
+    The folder is locked from here to the end of `Training.run`, or as long as the `Training` exists.
 
     Args:
         experiment: what to run.
@@ -114,7 +114,7 @@ def prepare(
         resume: continue an unfinished run of this experiment, if the folder holds one.
         extends: the finished run in the folder that this experiment has more epochs than, see `extending`.
         progress: show a progress bar.
-        report: is told each epoch in one line.
+        report: gets one line per epoch.
 
     Raises:
         ValueError: for an unknown model, variant, method, data set, precision or accelerator, a solve that the gradient
@@ -195,7 +195,7 @@ def _locked(folder: RunFolder, failing: ExitStack) -> Lock:
 
 
 def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
-    """Look at the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
+    """Check the model, the devices and the precision, and make nothing. Raises ValueError as `prepare`."""
     with without_idle_warnings():
         classifier = build_classifier(experiment, classes)
         trainer = build_trainer(experiment, folder, progress=False)
@@ -203,7 +203,7 @@ def check(experiment: Experiment, folder: RunFolder, classes: int) -> None:
 
 
 def train(experiment: Experiment, folder: RunFolder | str | Path, **options: Any) -> Result:
-    """`prepare` and run; a finished run is not repeated: its result is returned."""
+    """`prepare` and run. A finished run is not repeated; its result is returned."""
     folder = as_folder(folder)
     folder.check(resolve(experiment, folder.experiment()), resume=True)
     return folder.result() or prepare(experiment, folder, **options).run()

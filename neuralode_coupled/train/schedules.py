@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a function of how far it is: a run that is resumed goes on with the same rates."""
+"""The learning rate as a function of the progress of a run, so that a resumed run continues with the same rates."""
 
 from __future__ import annotations
 

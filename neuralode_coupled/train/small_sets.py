@@ -1,4 +1,4 @@
-"""What a folder of one's own may need, and a benchmark does not: small batches, and a word on what may go wrong."""
+"""What a user's folder of images may need: small batches, and warnings of what may go wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison shows: a table over the seeds, printed and written, with the figures beside it."""
+"""The result of a comparison: a table over the seeds, printed and written, with figures."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def present(out: Path, runs: Sequence[Planned], console: Console) -> None:
 
 
 def describe(experiment: Experiment) -> str:
-    """What the runs have in common, in a line."""
+    """What the runs have in common, in one line."""
     limit = "" if experiment.limit is None else f" ({experiment.limit:,} training images)"
     epochs = "1 epoch" if experiment.epochs == 1 else f"{experiment.epochs} epochs"
     return f"{experiment.model} on {experiment.data}{limit}, {epochs}, {experiment.method}, {experiment.precision}"

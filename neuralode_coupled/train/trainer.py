@@ -1,4 +1,4 @@
-"""Lightning's trainer as an experiment wants it: devices, precision, what is written down, what is not said."""
+"""Lightning's trainer for an experiment: devices, precision, what is logged, and which messages are hidden."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ with needs("train"):
 
 
 def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> pl.Trainer:
-    """The trainer, without what depends on where the run goes on: see `log_epochs`.
+    """The trainer, without what depends on where the run continues: see `log_epochs`.
 
-    Raises ValueError for devices or a precision that cannot be had.
+    Raises ValueError for devices or a precision that are not available.
     """
     callbacks: list[pl.Callback] = [
         # The best before the last: the last then remembers the best score of its own epoch.
@@ -69,7 +69,7 @@ def build_trainer(experiment: Experiment, folder: RunFolder, progress: bool) -> 
 
 
 def log_epochs(trainer: pl.Trainer, folder: RunFolder, done: int, report: Report | None) -> None:
-    """Have the trainer write down the epochs after those that are done."""
+    """Have the trainer log the epochs after those that are done."""
     trainer.callbacks.insert(0, EpochLog(folder, done, report))  # pyright: ignore[reportAttributeAccessIssue]
     if report is not None:
         trainer.callbacks.append(FirstBatches(report))  # pyright: ignore[reportAttributeAccessIssue]
@@ -130,7 +130,7 @@ def _check_processes(experiment: Experiment, trainer: pl.Trainer) -> None:
         cores = os.cpu_count() or 1
         if trainer.num_devices > cores:
             raise ValueError(
-                f"{_refused(experiment)}: on a CPU every process wants a core, and there are {cores}: ask for no more"
+                f"{_refused(experiment)}: on a CPU every process needs a core, and there are {cores}: ask for no more"
             )
         if experiment.precision == "16-mixed":
             raise ValueError(f"{_refused(experiment)}: float16 needs a GPU, use bf16-mixed on a CPU")

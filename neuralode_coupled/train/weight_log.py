@@ -19,7 +19,7 @@ SNAPSHOTS = 4
 
 
 class WeightLog:
-    """Writes the evolution coefficients of every layer, each epoch, and pictures of filters over time, now and then.
+    """Writes the evolution coefficients of every layer in each epoch, and pictures of filters over time in some.
 
     A coefficient, say ``diffusion``, of the weight ``0.weight`` of the layer ``3`` is the scalar
     ``evolution of 3 0.weight/|diffusion|`` (its Euclidean norm) and the histogram ``evolution of 3 0.weight/diffusion``
@@ -27,9 +27,9 @@ class WeightLog:
     do not evolve write nothing.
 
     Args:
-        model: whose layers are looked at.
-        epochs: of the run. Filters are drawn after the first, after the last, and in between so that there are about
-            `SNAPSHOTS`.
+        model: the model.
+        epochs: the epochs of the run. Filters are drawn after the first, after the last, and in between, about
+            `SNAPSHOTS` times in all.
     """
 
     def __init__(self, model: nn.Module, epochs: int) -> None:
@@ -38,7 +38,7 @@ class WeightLog:
         self._every = -(-epochs // SNAPSHOTS)
 
     def write(self, writer: SummaryWriter, epoch: int) -> None:
-        """What there is to see after the epoch (from 1)."""
+        """Write coefficients, and in some epochs pictures, after the epoch (from 1)."""
         draws = epoch == 1 or epoch == self._epochs or epoch % self._every == 0
         for name, layer in self._layers.items():
             self._write_coefficients(writer, name, layer, epoch)

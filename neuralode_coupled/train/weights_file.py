@@ -37,7 +37,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is damaged, or no checkpoint ({' '.join(str(error).split())[:100]}): delete it, and train again"
         ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} is no checkpoint of a training run: it has no 'state_dict'")
+        raise ValueError(f"{path} is not a checkpoint of a training run: it has no 'state_dict'")
     return content
 
 

@@ -30,7 +30,7 @@ _FRAME_MILLISECONDS = 150
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """The relative error of every model for signals and times that it has not seen, a row a velocity."""
+    """The relative error of every model for unseen signals and times, a row per velocity."""
     shown = Table(title="Relative error at unseen times, of unseen signals", box=SIMPLE_HEAD)
     shown.add_column("c(t)")
     for model in MODELS:
@@ -77,7 +77,7 @@ def picture(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def animation(outcome: Outcome) -> list[Image.Image]:
-    """Frames of an unseen signal on its way, one a grid point: exact and by every model."""
+    """Frames of an unseen signal as it moves, one per grid point: exact and by every model."""
     frames = []
     for n, t in enumerate(outcome.config.times):
         figure = Figure(figsize=(6, 3.4), dpi=80, layout="constrained")

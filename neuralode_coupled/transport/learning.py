@@ -30,7 +30,7 @@ _TRAIN, _TEST = 16, 64
 
 @dataclass(frozen=True)
 class Model:
-    """What learns the problem: an evolution operator for the convolution's filter, and how gradients come back."""
+    """A model that learns the problem: an evolution operator for the convolution's filter, and a gradient method."""
 
     label: str
     evolution: Callable[[], EvolutionOperator]
@@ -52,7 +52,7 @@ MODELS: dict[str, Model] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What decides over the numbers.
+    """What determines the numbers.
 
     Attributes:
         seed: of the signals and of the initial weights.
@@ -100,10 +100,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Learned:
-    """How one model did. Errors are ``|z - exact| / |exact|`` over all signals and times concerned.
+    """The result of one model. Errors are ``|z - exact| / |exact|`` over all signals and times concerned.
 
     Attributes:
-        parameters: how many were learned.
+        parameters: the number of learned parameters.
         iterations: that L-BFGS took.
         train_error: training signals at the observed times.
         unseen_times: training signals at the other times of the grid.
@@ -127,7 +127,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One velocity, and what each model made of it."""
+    """One velocity, and the result of each model."""
 
     velocity: str
     config: Config
@@ -136,7 +136,7 @@ class Outcome:
 
 
 def check(velocities: Sequence[str]) -> None:
-    """Raise ValueError unless there is at least one, and all have a name that is known."""
+    """Raise ValueError unless there is at least one, and all names are known."""
     unknown = [name for name in velocities if name not in VELOCITIES]
     if unknown or not velocities:
         raise ValueError(f"velocities must be some of {', '.join(VELOCITIES)}, got {', '.join(unknown) or 'none'}")
@@ -158,7 +158,7 @@ def learn(velocity: str, config: Config, report: Callable[[str], None] | None = 
 
 
 def unseen_signals(config: Config) -> Signals:
-    """The signals of testing, from a stream of their own."""
+    """The test signals, from a random stream of their own."""
     return signals(_TEST, 2 * config.seed + 1)
 
 

@@ -18,12 +18,12 @@ Signals = Float[Tensor, "signals 1 points"]
 
 @dataclass(frozen=True)
 class Velocity:
-    """A velocity in pixels a unit of time.
+    """A velocity in pixels per unit of time.
 
     Attributes:
         formula: c(t), for people.
         c: the velocity at time t.
-        distance: the way until then, ``C(t) = int_0^t c(s) ds``, in pixels.
+        distance: the distance up to then, ``C(t) = int_0^t c(s) ds``, in pixels.
     """
 
     formula: str

@@ -305,9 +305,9 @@ def test_blocks_that_return_no_state_are_refused(make, error, message):
     ("make", "message"),
     [
         (lambda y, x: (y, x), "adds nothing to its own input: it computes net:Linear"),
-        (lambda y, x: {"h": x + y}, r"takes \(x\) and returns a dict of h, no state of one"),
-        (lambda y, x: (None, x + y), r"returns \(None, add\(.*\), no state"),
-        (lambda y, x: (x := x + y, x.mean()), r"returns, behind the state, mean\(.*which none of its residual"),
+        (lambda y, x: {"h": x + y}, r"takes \(x\) and returns a dict of h, not a state"),
+        (lambda y, x: (None, x + y), r"returns \(None, add\(.*\), not a state"),
+        (lambda y, x: (x := x + y, x.mean()), r"returns, after the state, mean\(.*which none of its residual"),
     ],
 )
 def test_what_was_found_in_place_of_a_state_and_something(make, message):

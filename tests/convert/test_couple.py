@@ -311,7 +311,7 @@ def test_a_block_of_two_inputs_is_taken_apart():
     model = nc.couple(nn.ModuleList([copy.deepcopy(original)]), "0", nc.ReactionDiffusionAdvection())[0]
     assert len(nc.models.coupled_layers(model)) == 2
     assert_same(model, original, torch.randn(5, 6), torch.randn(5, 6))
-    with pytest.raises(TypeError, match=r"takes \(c\) behind the state: c missing"):
+    with pytest.raises(TypeError, match=r"takes \(c\) after the state: c missing"):
         model(torch.randn(5, 6))
 
 

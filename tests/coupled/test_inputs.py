@@ -389,7 +389,7 @@ def test_two_readings_of_two_parameters_are_both_named():
     ("call", "message"),
     [
         (lambda f, z: f(z), r"dynamics takes \(z, c, scale, pair\): if z is the time, name it t"),
-        (lambda f, z: f(z, z, z), r"the inputs behind the state are 2 by position: too many positional arguments"),
+        (lambda f, z: f(z, z, z), r"the inputs after the state are 2 by position: too many positional arguments"),
         (lambda f, z: f(z, z, mask=z), r"are 1 by position and mask: got an unexpected keyword argument 'mask'"),
         (lambda f, z: f(z, scale=z), r"missing a required argument: 'c'"),
         (lambda f, z: nc.solve(f.field, z, steps=2, args=z), r"args must be a tuple of inputs, got Tensor"),
@@ -413,7 +413,7 @@ def test_three_parameters_need_inputs_and_say_which():
 
 
 def test_dynamics_without_a_state_are_refused():
-    with pytest.raises(TypeError, match=r"with inputs behind that, but its forward takes \['t'\]"):
+    with pytest.raises(TypeError, match=r"with inputs after that, but its forward takes \['t'\]"):
         nc.CoupledField(with_signature("t, *, z=None"), nc.Static())
 
 

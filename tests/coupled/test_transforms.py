@@ -96,7 +96,7 @@ def test_compiled_dropout_matches_its_forward_mask():
 @pytest.mark.parametrize(
     ("adjoint", "message"),
     [
-        (nc.DiscreteAdjoint(2), r"takes DiscreteAdjoint\(\) alone, got checkpoints=2, storage='device'"),
+        (nc.DiscreteAdjoint(2), r"takes only DiscreteAdjoint\(\), got checkpoints=2, storage='device'"),
         (nc.DiscreteAdjoint(storage="cpu"), r"got checkpoints='auto', storage='cpu': leave them out"),
         (nc.ReversibleAdjoint(), r"ReversibleAdjoint cannot be compiled: use DiscreteAdjoint\(\)"),
     ],

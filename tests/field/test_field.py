@@ -179,7 +179,7 @@ def test_parameters_may_have_any_name(name):
         ({"0.weigth": nc.ReactionDiffusionAdvection(), "*": nc.Static()}, r"'0\.weigth' matches none of .* 0\.weight"),
         ({"0.bias": nc.LinearEvolution(), "*": nc.Static()}, r"'0\.bias' matches none of the evolving parameters"),
         ({"2.weight": nc.Static(), "0.weight": nc.Static()}, r"'2\.weight' matches none .*0\.weight"),  # tied
-        ({"*": nc.Static(), "0.w*": nc.ReactionDiffusionAdvection()}, r"'0\.w\*' stands behind '\*', .* put '\*' last"),
+        ({"*": nc.Static(), "0.w*": nc.ReactionDiffusionAdvection()}, r"'0\.w\*' comes after '\*', .* put '\*' last"),
     ],
 )
 def test_operators_for_parameters_that_there_are_not(evolution, message):

@@ -47,7 +47,7 @@ def test_a_tensor_step_size_is_differentiable():
         ({"b": (0.5, 0.6)}, "b sums to 1.1"),
         ({"c": (0.0, 0.4)}, "row 1 sums to 0.5, its stage time is 0.4"),
         ({"a": ((), (0.5, 0.0))}, "row 1 of an explicit tableau has 1 coefficients, got 2"),
-        ({"c": (0.0,)}, "one row a stage, got 2, 2, 1"),
+        ({"c": (0.0,)}, "one row per stage, got 2, 2, 1"),
     ],
 )
 def test_a_wrong_tableau_does_not_come_into_being(change, message):

@@ -245,7 +245,7 @@ def test_a_split_or_every_class_that_is_a_link_is_refused(tmp_path):
     (root / "test").mkdir()
     for label in range(3):
         (root / "test" / f"class{label}").symlink_to(root / "real" / f"class{label}")
-    with pytest.raises(ValueError, match=r"test' has no classes.*one folder a class, .* \(links are not followed\)"):
+    with pytest.raises(ValueError, match=r"test' has no classes.*one folder per class, .* \(links are not followed\)"):
         ImageData("folder", root)
 
 

@@ -101,7 +101,7 @@ def test_statistics_that_cannot_be_computed_again_are_one_line(copied, other):
     experiment = json.loads(copied.config.read_text())["experiment"] | other
     changed(copied, statistics=None, experiment=experiment)
     line = complaint(run("predict", "--run", copied.path, copied.config))
-    assert "did not write the statistics of its training images down, and they cannot be computed again (" in line
+    assert "did not store the statistics of its training images, and they cannot be computed again (" in line
 
 
 def test_damaged_statistics_are_named(copied):

@@ -251,7 +251,7 @@ def test_of_links_among_the_images_one_process_tells(tmp_path, monkeypatch, firs
 
 def test_more_processes_than_cores_are_refused(tmp_path):
     asked = Experiment(accelerator="cpu", devices=str(10**4), strategy="ddp")
-    with pytest.raises(ValueError, match=r"'10000'.*every process wants a core, and there are \d+: ask for no more"):
+    with pytest.raises(ValueError, match=r"'10000'.*every process needs a core, and there are \d+: ask for no more"):
         prepare(asked, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -157,14 +157,14 @@ def test_a_result_may_hold_whole_numbers_for_fractions(folder):
 def test_a_config_that_is_no_runs_says_what_to_do(folder, content):
     """It may be another program's: deleting the folder would be bad advice."""
     folder.config.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*: choose another"):
+    with pytest.raises(ValueError, match=r"config.json is damaged, or not from a run of this .*: choose another"):
         folder.experiment()
 
 
 @pytest.mark.parametrize("content", ["{}", '{"classes": 5}', '{"classes": [1]}', '{"classes": null}'])
 def test_a_config_without_classes_says_what_to_do(folder, content):
     folder.config.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"config.json is damaged, or no run's of this version .*classes"):
+    with pytest.raises(ValueError, match=r"config.json is damaged, or not from a run of this version .*classes"):
         folder.class_names()
 
 
@@ -182,7 +182,7 @@ CUT, LONG, SHORT = "line 3 is cut off", r"line 3 has \d numbers, not 4", "no row
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: "", f"{SHORT} 1, 2, which the last checkpoint has behind it: restore it, or train again"),
+        (lambda text: "", f"{SHORT} 1, 2, which the last checkpoint comes after: restore it, or train again"),
         (lambda text: "".join(text.splitlines(True)[:2]), f"{SHORT} 2"),
         (lambda text: "".join(text.splitlines(True)[::2]), f"{SHORT} 1"),
         (lambda text: text[:-9], rf"damaged \({CUT}\): restore it, or train again in another folder"),
