@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.jsonl import Report
-from benchmarks.paper.experiments import CLASSES
 from benchmarks.paper.records import keep, recorded
 from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.compare import Planned, command

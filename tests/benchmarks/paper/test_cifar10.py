@@ -12,8 +12,9 @@ from threading import Barrier, Event, Lock, Semaphore
 import pytest
 
 from benchmarks.lib import jsonl
+from benchmarks.lib.cifar10 import schedule_name
 from benchmarks.paper import campaign, cifar10, tables
-from benchmarks.paper.experiments import CHOICES, plan, schedule_name
+from benchmarks.paper.experiments import CHOICES, plan
 from neuralode_coupled.train.folder import RunFolder
 from tests.benchmarks.helpers import finish, records, shared
 from tests.helpers.images import image_folder
