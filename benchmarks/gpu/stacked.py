@@ -1,8 +1,8 @@
 """Models of several seeds that train side by side: on a GPU their steps are one CUDA graph, and overlap.
 
-A model of a few thousand parameters leaves most of a GPU idle. All steps of a stack are captured together, each on a
-stream of its own that is forked from the capture's and joined at its end, so that a replay is one launch, and kernels
-of different models run at the same time. Nothing is drawn at random within the graph: the images of a step are those
+All steps of a stack are captured together, each on a stream of its own that is forked from the capture's and joined at
+its end: a replay is one launch, and kernels of different models may run at the same time. What that gives
+`side_by_side` measures. Nothing is drawn at random within the graph: the images of a step are those
 at a position in what was drawn for the epoch, and the position and the learning rate are numbers on the device that
 are filled in between replays. So every model gets what it would get alone. On a CPU the same steps run one by one.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.gpu.images import Drawn, Images
+from benchmarks.lib.clock import ratios
 from neuralode_coupled.train.data import channel_statistics, cropped
 from neuralode_coupled.train.image_sources import ImageSet
 from neuralode_coupled.train.layouts import memory_format
@@ -84,6 +85,10 @@ class Stack:
         images: where training goes on.
         batch_size: images a step of each model. The last step of an epoch may have fewer.
         capture: whether the steps become CUDA graphs, which needs a GPU.
+
+    Attributes:
+        steps: a step of all models at the position, by the number of images.
+        largest: of these numbers.
     """
 
     def __init__(self, models: Sequence[nn.Module], images: Images, batch_size: int, capture: bool) -> None:
@@ -98,8 +103,9 @@ class Stack:
         self.order = torch.zeros(shape, dtype=torch.int64, device=device)
         self.corner = torch.zeros((2, *shape), dtype=torch.int64, device=device)
         self.mirrored = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.largest = min(batch_size, count)
         self.steps: dict[int, Callable[[], None]] = {
-            size: partial(self._step, size) for size in {min(batch_size, count), self._size_at(self.batches - 1)}
+            size: partial(self._step, size) for size in {self.largest, self._size_at(self.batches - 1)}
         }
         self._sides: list[Any] = [None] * len(models)
         if capture:
@@ -206,6 +212,16 @@ class Stack:
         model.train()
         loss, right = (found / len(images)).tolist()
         return loss, right
+
+
+def side_by_side(
+    models: Sequence[nn.Module], images: Images, batch_size: int, rounds: int, capture: bool
+) -> dict[str, float]:
+    """How much longer a step of all these models takes than one of the first: `ratios`. The models are trained."""
+    first = copy.deepcopy(models[0])
+    alone, together = (Stack(own, images, batch_size, capture) for own in ([first], models))
+    steps = {name: stack.steps[stack.largest] for name, stack in (("one", alone), ("all", together))}
+    return ratios(steps, rounds, "one", images.train.pixels.device)["all"]
 
 
 def _forked(side: Any) -> AbstractContextManager:

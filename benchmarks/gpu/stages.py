@@ -34,8 +34,9 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.costs import copy_bandwidth
 from benchmarks.gpu.images import Images, images_of
 from benchmarks.gpu.measure import Measured, measured
+from benchmarks.gpu.stacked import side_by_side
 from benchmarks.gpu.steps import FORMATS, MODES, SOLVERS, candidates
-from benchmarks.gpu.training import MODEL, Plan
+from benchmarks.gpu.training import MODEL, ORDER, Plan, fresh
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import with_ten_classes
 from benchmarks.lib.device import possible
@@ -49,6 +50,9 @@ from neuralode_coupled.train.trainer import device_name
 
 SHARES = {"tests": 0.25, "step": 0.5}
 """The fraction of the minutes after which the tests are stopped, and no more steps are measured."""
+
+
+LEFT_OUT = "it does not run here; the output of this call says why"
 
 
 @dataclass(frozen=True)
@@ -135,18 +139,32 @@ class Stages:
         sizes, found = self.sizes, {"measured": [], "left": [], "left_out": []}
         results = Measured(sizes.batch_size, self.device.type, self.command, self.plan.folder)
         chosen = [(form, *pair) for form in sizes.formats for pair in candidates(sizes.solvers, sizes.modes)]
+        self._side_by_side(found)
         for form, solver, mode in sorted(chosen, key=lambda candidate: candidate[2] == "compiled"):
             name = f"{form}, {solver}, {mode}"
             if not known_of(name, results) and self.budget.left(SHARES["step"]) > 0:
                 torch._dynamo.reset()  # models before would count as versions of this one's
                 possible(name, self.device.type, partial(self._measure, form, solver, mode, results))
                 if not known_of(name, results):
-                    results.keep(name, {"left_out": "it does not run here; the output of this call says why"})
+                    results.keep(name, {"left_out": LEFT_OUT})
             kind = known_of(name, results) or "left"
             found[kind].append(name)
         if found["left"]:
-            self.report(f"step: {len(found['left'])} of {len(chosen)} not measured, their time is up")
+            self.report(f"step: {len(found['left'])} of {len(chosen) + 1} not measured, their time is up")
         return found
+
+    def _side_by_side(self, found: dict[str, list[str]]) -> None:
+        """A training step of all seeds of stage three beside that of one."""
+        plan, capture = self.plan, self.device.type == "cuda"
+        results = Measured(self.sizes.images, self.device.type, self.command, plan.folder)
+        name = f"{MODEL}, {ORDER[0]}, {plan.seeds} side by side"
+        if not known_of(name, results) and self.budget.left(SHARES["step"]) > 0:
+            models = [fresh(plan.experiment(ORDER[0], seed)) for seed in range(plan.seeds)]
+            images, rounds = self.images.to(self.device), self.sizes.rounds
+            measure = partial(side_by_side, models, images, self.sizes.images, rounds, capture)
+            time = possible(name, self.device.type, measure)
+            results.keep(name, {"left_out": LEFT_OUT} if time is None else {"time": time, "rounds": rounds})
+        found[known_of(name, results) or "left"].append(name)
 
     def _measure(self, form: str, solver: str, mode: str, results: Measured) -> None:
         device = self.device.type

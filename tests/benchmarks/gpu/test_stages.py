@@ -182,7 +182,7 @@ def test_the_command_does_everything_once(images, tmp_path, small, monkeypatch, 
         with pytest.raises(SystemExit, match="failed:\na test"):
             command.main(options(images, out))
     assert len(launched) == 1
-    names = ["float32, backprop, eager"]
+    names = ["resnet4, baseline, 2 side by side", "float32, backprop, eager"]
     first, second = jsonl.read(out / "calls.jsonl")
     for call in (first, second):
         assert call["tests"] == {"finished": True, "failed": 1, "failures": ["a test"]}
@@ -191,11 +191,12 @@ def test_the_command_does_everything_once(images, tmp_path, small, monkeypatch, 
         assert call["command"].endswith("--batch-size 2")
         assert "--out DIR --data folder --data-root IMAGES" in call["command"]
     found = json.loads((out / "gpu.json").read_text())
-    assert list(found["batches"]["2"]) == ["device", *names]
-    assert found["batches"]["2"][names[0]]["time"]["median"] > 0
+    assert list(found["batches"]["2"]) == ["device", names[1]]
+    assert found["batches"]["2"][names[1]]["time"]["median"] > 0
+    assert found["batches"]["16"][names[0]]["time"]["median"] > 0
     assert len(jsonl.read(out / "cifar10_gpu.jsonl")) == 2
     assert str(tmp_path) not in (out / "gpu.json").read_text() + (out / "calls.jsonl").read_text()
-    assert capsys.readouterr().out.count('"time"') == 1
+    assert capsys.readouterr().out.count('"time"') == 2
 
     with pytest.raises(SystemExit):
         command.main(options(images, out, "--seeds", "3"))
@@ -212,10 +213,10 @@ def test_what_has_no_time_is_said_and_recorded(images, tmp_path, small, monkeypa
     command.main(options(images, tmp_path / "out"))
     (call,) = jsonl.read(tmp_path / "out" / "calls.jsonl")
     assert call["tests"] == {"finished": False, "failures": []}
-    assert call["step"]["left"] == ["float32, backprop, eager"]
+    assert call["step"]["left"] == ["resnet4, baseline, 2 side by side", "float32, backprop, eager"]
     assert call["training"]["left"] == ["baseline"]
     told = capsys.readouterr().out
-    for line in ("tests: stopped, their time is up", "step: 1 of 1 not measured", "baseline: not run, the time is up"):
+    for line in ("tests: stopped, their time is up", "step: 2 of 2 not measured", "baseline: not run, the time is up"):
         assert line in told
 
 
@@ -269,7 +270,7 @@ def test_everything_on_cuda(images, tmp_path, small, monkeypatch):
     command.main([*given, "--epochs", "2", "--formats", "float32", "--modes", "eager", "graph", "--rounds", "2"])
     (call,) = jsonl.read(tmp_path / "out" / "calls.jsonl")
     assert call["step"] == {
-        "measured": ["float32, backprop, eager", "float32, backprop, graph"],
+        "measured": ["resnet4, baseline, 5 side by side", "float32, backprop, eager", "float32, backprop, graph"],
         "left": [],
         "left_out": [],
     }
