@@ -10,6 +10,7 @@ are filled in between replays. So every model gets what it would get alone. On a
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -185,6 +186,7 @@ class Stack:
 
     def _capture(self) -> None:
         """Make graphs of the steps. The models are then what they were before."""
+        gc.collect()  # graphs and tensors of stacks before this one are not to go while it is captured
         self._sides = [torch.cuda.Stream(self.device) for _ in self.trainees]
         before = copy.deepcopy(self.state())
         # On the streams of the capture: autograd's nodes, and what libraries allocate, belong to a stream.

@@ -222,7 +222,9 @@ def prepare(asked: argparse.Namespace, sizes: Sizes, command: str, report: Repor
     lock = claim(asked.out, settings)
     try:
         processes = 1 if sizes.limit is not None else os.cpu_count() or 1
-        images = images_of(shared, sizes.tested, asked.out / "images.pt", processes)
+        cache = asked.out / "images.pt"
+        report(f"images: those in {cache}" if cache.exists() else f"images: decoded by {processes} processes")
+        images = images_of(shared, sizes.tested, cache, processes)
     except BaseException:
         lock.release()
         raise
