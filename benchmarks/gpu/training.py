@@ -106,7 +106,9 @@ class Run:
         self.parameters = sum(p.numel() for p in models[0].parameters() if p.requires_grad)
         batch_size = plan.shared.batch_size or 256
         self.evaluations, self.recomputed = function_evaluations(models[0], batch_size)
-        self.stack = Stack(models, images, batch_size, capture=self.device.type == "cuda")
+        # The continuous adjoint copies times to the device, and reads numbers back: its steps go one by one.
+        self.captured = self.device.type == "cuda" and not choice.startswith("node")
+        self.stack = Stack(models, images, batch_size, self.captured)
         self.done = 0
         self.rows: list[list[Row]] = [[] for _ in models]
         self.diverged: list[int | None] = [None for _ in models]
@@ -191,7 +193,7 @@ class Run:
             "training images": "all" if shared.limit is None else self.stack.count,
             "test images": len(self.stack.images.test),
         }
-        together = {"seeds": self.plan.seeds, "graph": self.device.type == "cuda"}
+        together = {"seeds": self.plan.seeds, "graph": self.captured}
         return {
             "run": self.plan.name(self.choice, seed),
             "data": {"name": "CIFAR-10", "kind": self.plan.kind, **images},

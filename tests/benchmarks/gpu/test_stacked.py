@@ -216,7 +216,7 @@ def test_a_capture_forks_and_joins_and_leaves_the_models_as_they_were(images, tm
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choice", ["baseline", "anode", "anodev2-2", "anode@5", "anodev2-1", "node"])
+@pytest.mark.parametrize("choice", ["baseline", "anode", "anodev2-2", "anode@5", "anodev2-1"])
 def test_a_captured_stack_trains_as_an_eager_one(images, tmp_path, choice):
     seeds, there = range(3), images.to(torch.device("cuda", 0))
     stacks = [Stack(models(choice, seeds, tmp_path), there, 16, capture) for capture in (True, False)]
