@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.measure import Measured, measure
-from benchmarks.gpu.stages import SIZES, prepare
+from benchmarks.gpu.sizes import SIZES
+from benchmarks.gpu.stages import prepare
 from benchmarks.gpu.steps import FORMATS, MODES, SOLVERS
 
 STAGED = ("out", "data", "data_root", "kind", "epochs", "seeds")

@@ -12,6 +12,9 @@ same DIR, which does nothing twice. Tests and steps leave a part of the minutes 
    ``python -m benchmarks.paper.tables --records DIR/cifar10_gpu.jsonl`` reads; partial.jsonl one for each that was
    stopped, or whose loss broke. checkpoint.pt has the variant under way: a kill costs half a minute.
 
+Tests and steps run in processes of their own: one that dies takes nothing else along. tries.jsonl has the steps that
+were begun; one that has been begun twice and has no time is left out.
+
 calls.jsonl has a line for every call: what was done, and what was left. images.pt has the decoded images. With
 ``--device cpu`` the same goes on in small, and without graphs: its numbers tell nothing, but that all of it works.
 """
@@ -19,10 +22,9 @@ calls.jsonl has a line for every call: what was done, and what was left. images.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,79 +33,18 @@ import torch
 
 from benchmarks.gpu import suite, training
 from benchmarks.gpu.budget import Budget
-from benchmarks.gpu.costs import copy_bandwidth
+from benchmarks.gpu.candidates import CandidateSteps, measured
 from benchmarks.gpu.images import Images, images_of
-from benchmarks.gpu.measure import Measured, measured
-from benchmarks.gpu.stacked import side_by_side
-from benchmarks.gpu.steps import FORMATS, MODES, SOLVERS, candidates
-from benchmarks.gpu.training import MODEL, ORDER, Plan, fresh
+from benchmarks.gpu.sizes import SHARES, Sizes
+from benchmarks.gpu.training import MODEL, Plan
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import with_ten_classes
-from benchmarks.lib.device import possible
-from benchmarks.lib.images import random_batch
 from benchmarks.lib.jsonl import Report
 from benchmarks.lib.results import environment
 from neuralode_coupled._files import write_atomically
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.locks import Lock
 from neuralode_coupled.train.trainer import device_name
-
-SHARES = {"tests": 0.25, "step": 0.5}
-"""The fraction of the minutes after which the tests are stopped, and no more steps are measured."""
-
-
-LEFT_OUT = "it does not run here; the output of this call says why"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything.
-
-    Attributes:
-        tests: files or folders with tests.
-        copied: bytes, to measure the bandwidth of the memory.
-        batch_size, rounds, formats, solvers, modes: of the training step.
-        epochs, seeds, images, limit, tested, every: of the training: images a batch, training images, test images, and
-            how often the models are tested.
-    """
-
-    tests: tuple[str, ...] = ("tests",)
-    copied: int = 2**30
-    batch_size: int = 256
-    rounds: int = 30
-    formats: tuple[str, ...] = tuple(FORMATS)
-    solvers: tuple[str, ...] = SOLVERS
-    modes: tuple[str, ...] = MODES
-    epochs: int = 350
-    seeds: int = 5
-    images: int = 256
-    limit: int | None = None
-    tested: int | None = None
-    every: int = 10
-
-    def changed(self, asked: argparse.Namespace) -> Sizes:
-        """With what was asked for in place of the defaults."""
-        names = ("batch_size", "rounds", "formats", "solvers", "modes", "epochs", "seeds")
-        return replace(self, **{name: value for name in names if (value := getattr(asked, name)) is not None})
-
-
-SIZES = {
-    "cuda": Sizes(),
-    "cpu": Sizes(
-        tests=("tests/benchmarks/gpu",),
-        copied=2**24,
-        batch_size=4,
-        rounds=2,
-        formats=("float32",),
-        modes=("eager",),
-        epochs=3,
-        seeds=2,
-        images=16,
-        limit=40,
-        tested=40,
-        every=1,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -121,7 +62,8 @@ class Stages:
 
     def run(self) -> list[str]:
         """What fits into the minutes; gives what failed, a line each."""
-        done = {"tests": self._tests(), "step": self._step(), "training": self._training()}
+        steps = CandidateSteps(self.sizes, self.device, self.command, self.plan, self.budget)
+        done = {"tests": self._tests(), "step": measured(steps, self.report), "training": self._training()}
         self.lock.release()
         known = {"command": self.command, "seconds": round(self.budget.spent(), 1)}
         jsonl.append(self.plan.folder / "calls.jsonl", known | done | {"environment": environment(self.device)})
@@ -134,57 +76,8 @@ class Stages:
         left = partial(self.budget.left, SHARES["tests"])
         return {"finished": suite.run(path, self.sizes.tests, left, self.report)} | suite.summary(path)
 
-    def _step(self) -> dict[str, Any]:
-        """Each candidate beside the eager float32 step. What is compiled comes last: it takes a minute each."""
-        sizes, found = self.sizes, {"measured": [], "left": [], "left_out": []}
-        results = Measured(sizes.batch_size, self.device.type, self.command, self.plan.folder)
-        chosen = [(form, *pair) for form in sizes.formats for pair in candidates(sizes.solvers, sizes.modes)]
-        self._side_by_side(found)
-        for form, solver, mode in sorted(chosen, key=lambda candidate: candidate[2] == "compiled"):
-            name = f"{form}, {solver}, {mode}"
-            if not known_of(name, results) and self.budget.left(SHARES["step"]) > 0:
-                torch._dynamo.reset()  # models before would count as versions of this one's
-                possible(name, self.device.type, partial(self._measure, form, solver, mode, results))
-                if not known_of(name, results):
-                    results.keep(name, {"left_out": LEFT_OUT})
-            kind = known_of(name, results) or "left"
-            found[kind].append(name)
-        if found["left"]:
-            self.report(f"step: {len(found['left'])} of {len(chosen) + 1} not measured, their time is up")
-        return found
-
-    def _side_by_side(self, found: dict[str, list[str]]) -> None:
-        """A training step of all seeds of stage three beside that of one."""
-        plan, capture = self.plan, self.device.type == "cuda"
-        results = Measured(self.sizes.images, self.device.type, self.command, plan.folder)
-        name = f"{MODEL}, {ORDER[0]}, {plan.seeds} side by side"
-        if not known_of(name, results) and self.budget.left(SHARES["step"]) > 0:
-            models = [fresh(plan.experiment(ORDER[0], seed)) for seed in range(plan.seeds)]
-            images, rounds = self.images.to(self.device), self.sizes.rounds
-            measure = partial(side_by_side, models, images, self.sizes.images, rounds, capture)
-            time = possible(name, self.device.type, measure)
-            results.keep(name, {"left_out": LEFT_OUT} if time is None else {"time": time, "rounds": rounds})
-        found[known_of(name, results) or "left"].append(name)
-
-    def _measure(self, form: str, solver: str, mode: str, results: Measured) -> None:
-        device = self.device.type
-        if "device" not in results.known():
-            results.keep("device", {"copy_bytes_per_second": copy_bandwidth(device, self.sizes.copied)})
-        bandwidth = results.known()["device"]["copy_bytes_per_second"]
-        batch = random_batch(self.sizes.batch_size, device)
-        measured(form, [(solver, mode)], batch, bandwidth, self.sizes.rounds, results)
-
     def _training(self) -> dict[str, Any]:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the steps before
         return training.train(self.plan, lambda: self.images.to(self.device), self.budget, self.report)
-
-
-def known_of(name: str, results: Measured) -> str | None:
-    """Whether a candidate is ``measured``, or ``left_out`` because it does not run; None if nobody has tried to."""
-    found = results.known().get(name, {})
-    return "measured" if "time" in found else "left_out" if "left_out" in found else None
 
 
 def prepare(asked: argparse.Namespace, sizes: Sizes, command: str, report: Report) -> Stages:
@@ -222,13 +115,13 @@ def prepare(asked: argparse.Namespace, sizes: Sizes, command: str, report: Repor
     lock = claim(asked.out, settings)
     try:
         processes = 1 if sizes.limit is not None else os.cpu_count() or 1
-        cache = asked.out / "images.pt"
+        plan = Plan(shared, kind, sizes.seeds, sizes.every, asked.out)
+        cache = plan.images
         report(f"images: those in {cache}" if cache.exists() else f"images: decoded by {processes} processes")
         images = images_of(shared, sizes.tested, cache, processes)
     except BaseException:
         lock.release()
         raise
-    plan = Plan(shared, kind, sizes.seeds, sizes.every, asked.out)
     return Stages(sizes, device, command, plan, images, budget, report, lock)
 
 

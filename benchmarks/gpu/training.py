@@ -72,6 +72,11 @@ class Plan:
         """The variant that is under way."""
         return self.folder / "checkpoint.pt"
 
+    @property
+    def images(self) -> Path:
+        """The decoded images."""
+        return self.folder / "images.pt"
+
     def experiment(self, choice: str, seed: int) -> Experiment:
         """One run."""
         return one_run(self.shared, MODEL, choice, seed)

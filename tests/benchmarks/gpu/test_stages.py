@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks.gpu import command, stages, suite, training
+from benchmarks.gpu import candidates, command, stages, suite, training
 from benchmarks.gpu.budget import Budget
+from benchmarks.gpu.candidates import CandidateSteps
 from benchmarks.gpu.images import images_of
+from benchmarks.gpu.sizes import SIZES
 from benchmarks.gpu.training import ORDER, Plan, Run, train
 from benchmarks.lib import jsonl
 from benchmarks.paper import claims, tables
@@ -158,9 +162,76 @@ def test_without_time_nothing_is_run(images, tmp_path, said):
 
 
 @pytest.fixture
+def steps(images, tmp_path):
+    return CandidateSteps(
+        SIZES["cpu"], torch.device("cpu"), "the command", planned(images, tmp_path / "out"), Budget(1e9)
+    )
+
+
+NAMES = [
+    "resnet4, baseline, 2 side by side",
+    *(f"float32, {solver}, eager" for solver in ("recomputed", "backprop", "torchdiffeq odeint")),
+]
+
+
+def test_what_is_compiled_comes_last(steps):
+    assert list(steps.all()) == NAMES
+    every = replace(steps, sizes=SIZES["cuda"])
+    modes = [name.rpartition(", ")[2] for name in every.all()][1:]
+    assert len(modes) == 21
+    assert modes[-6:] == ["compiled"] * 6
+    assert "compiled" not in modes[:-6]
+
+
+def test_a_candidate_that_takes_its_process_along_is_tried_twice(steps, said, monkeypatch):
+    monkeypatch.setattr(CandidateSteps, "all", lambda self: {name: lambda: None for name in NAMES})
+    launches = []
+
+    def launch(steps):
+        """The second candidate ends the process."""
+        launches.append(steps.tries())
+        results = steps._results(steps.sizes.batch_size)
+        for name in NAMES:
+            if steps.kind(name) == "left":
+                steps._note(name)
+                if name == NAMES[1]:
+                    return -11
+                steps._results(steps._batch_size(name)).keep(name, {"time": {}})
+        assert len(results.known()) == 2
+        return 0
+
+    found = candidates.measured(steps, said.append, launch)
+    assert found == {"measured": [NAMES[0], *NAMES[2:]], "left": [], "left_out": [NAMES[1]]}
+    assert len(launches) == 3
+    assert said[:2] == [f"step: the process ended with exit code -11, at {NAMES[1]}"] * 2
+    assert said[2] == "step: 1 of 4 left out: they do not run here"
+
+
+def test_a_process_that_begins_nothing_is_not_started_again(steps, said):
+    found = candidates.measured(steps, said.append, lambda steps: 1)
+    assert found["left"] == NAMES
+    assert said[0] == "step: the process ended with exit code 1, at no candidate"
+
+
+def test_a_candidate_that_does_not_run_is_left_out_at_once(steps, said, monkeypatch):
+    monkeypatch.setattr(candidates, "possible", lambda name, kind, find: None)
+    found = candidates.measured(steps, said.append, lambda steps: steps.measure() or 0)
+    assert found["left_out"] == NAMES
+    assert candidates.measured(steps, said.append, lambda steps: pytest.fail("again")) == found
+
+
+def test_the_process_of_the_candidates_is_one_of_its_own(steps):
+    """It ends with the time; all that it is given goes there."""
+    spent = replace(steps, budget=Budget(1e-9))
+    assert candidates.apart(spent) is None
+    pickle.loads(pickle.dumps(steps)).budget.left()
+
+
+@pytest.fixture
 def small(monkeypatch):
-    """One variant, and a step of ResNet-4 by one method."""
+    """One variant, and a step of ResNet-4 by one method, in this process."""
     monkeypatch.setattr("benchmarks.gpu.steps.MODEL", "resnet4")
+    monkeypatch.setattr(candidates.measured, "__defaults__", (lambda steps: steps.measure() or 0,))
     monkeypatch.setattr(training.train, "__defaults__", (("baseline",),))
 
 
