@@ -1,5 +1,5 @@
-"""A training step on a GPU: ``python -m benchmarks.gpu``, see `benchmarks.gpu.measure`."""
+"""A training step on a GPU, and what else it answers: ``python -m benchmarks.gpu``, see `benchmarks.gpu.command`."""
 
-from benchmarks.gpu.measure import main
+from benchmarks.gpu.command import main
 
 __all__ = ["main"]

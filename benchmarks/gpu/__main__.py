@@ -1,6 +1,6 @@
-"""``python -m benchmarks.gpu``, see `benchmarks.gpu.measure`."""
+"""``python -m benchmarks.gpu``, see `benchmarks.gpu.command`."""
 
-from benchmarks.gpu.measure import main
+from benchmarks.gpu.command import main
 
 if __name__ == "__main__":
     main()

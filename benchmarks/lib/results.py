@@ -13,6 +13,7 @@ import torch
 
 import neuralode_coupled as nc
 from benchmarks.lib.device import Device
+from neuralode_coupled._files import write_atomically
 
 RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("torch", "torchdiffeq", "torchdyn", "TorchDiffEqPack", "diffrax", "jax")
@@ -42,17 +43,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def read(name: str) -> dict[str, Any]:
-    """What ``results/<name>.json`` holds; nothing where there is no such file."""
-    path = RESULTS / f"{name}.json"
+def read(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """What ``<name>.json`` holds, in `RESULTS` or another folder; nothing where there is no such file."""
+    path = (folder or RESULTS) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(name: str, content: dict[str, Any], device: Device | None = None) -> Path:
-    """``results/<name>.json`` with the environment beside the content, see `compact`."""
-    path = RESULTS / f"{name}.json"
+def write(name: str, content: dict[str, Any], device: Device | None = None, folder: Path | None = None) -> Path:
+    """``<name>.json`` in `RESULTS` or another folder, with the environment beside the content, see `compact`."""
+    path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(compact({"environment": environment(device), **content}) + "\n")
+    write_atomically(path, compact({"environment": environment(device), **content}) + "\n")
     return path
 
 

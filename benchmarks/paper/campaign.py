@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -20,9 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.jsonl import Report
-from benchmarks.paper.experiments import CLASSES
-from benchmarks.paper.records import keep, recorded
+from benchmarks.paper.records import keep, of_other_images, recorded
+from neuralode_coupled._checks import some
+from neuralode_coupled.train import locks
 from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.compare import Planned, command
 from neuralode_coupled.train.experiment import Experiment
@@ -73,6 +76,9 @@ def run(
 ) -> list[str]:
     """Train what is not finished, in order, and return what failed, a line each.
 
+    Nothing is trained, and the line says why, if another process trains in the folder of a schedule, or the file has
+    records of these runs on other images: one would be taken for the other.
+
     Args:
         runs: from `plan`.
         kind: what the images are, in words.
@@ -87,6 +93,29 @@ def run(
     end = None if budget is None else clock() + 60 * budget
     processes = Processes(named=at_once > 1)
     sitting = _Sitting(kind, results, end, launch or processes.launch, clock, report)
+    with ExitStack() as held:
+        return _refused(runs, kind, results, held) or _all(runs, sitting, processes, at_once)
+
+
+def _refused(runs: Sequence[Planned], kind: str, results: Path, held: ExitStack) -> list[str]:
+    """Why the runs cannot be trained here, a line each; if they can, their folders are this process's until then."""
+    others = of_other_images(runs, kind, results)
+    if others:
+        return [
+            f"{results} has records of these runs on images of another kind than {kind!r}: {some(others, 3)}. Give the "
+            "same --kind, or another --results"
+        ]
+    for folder in dict.fromkeys(planned.folder.path.parent for planned in runs):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held.callback(locks.Lock(folder / ".lock").release)
+        except ValueError as error:
+            return [f"{error}. To train several runs at the same time, give --at-once to one process"]
+    return []
+
+
+def _all(runs: Sequence[Planned], sitting: _Sitting, processes: Processes, at_once: int) -> list[str]:
+    """Train them; gives what failed, a line each."""
     titles = [f"[{number}/{len(runs)}] {planned.name}" for number, planned in enumerate(runs, 1)]
     with ThreadPoolExecutor(at_once) as pool:
         ends = [pool.submit(sitting.finish, title, planned) for title, planned in zip(titles, runs, strict=True)]

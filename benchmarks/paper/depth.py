@@ -24,10 +24,11 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from benchmarks.lib import jsonl
+from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.results import environment
 from benchmarks.paper import campaign
 from benchmarks.paper.campaign import say
-from benchmarks.paper.experiments import CLASSES, plan
+from benchmarks.paper.experiments import plan
 from benchmarks.paper.options import add_options, experiment_of, split
 from benchmarks.paper.records import described, keep, last, recorded, schedule_of
 from neuralode_coupled.coupled.layer import CoupledODE

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from pytorch_lightning.profilers import SimpleProfiler
 
+from benchmarks.lib.cifar10 import CLASSES, one_run
 from benchmarks.lib.clock import rounded_median
 from benchmarks.lib.images import classifier_step
 from benchmarks.lib.pages import DOCS, machine, put
 from benchmarks.lib.results import read, write
-from benchmarks.paper.experiments import CLASSES, one_run
 from benchmarks.paper.solver_costs import random_images
 from neuralode_coupled.models import VARIANTS
 from neuralode_coupled.train.building import build_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +65,16 @@ def recorded(planned: Planned, results: Path) -> bool:
     except (KeyError, TypeError):
         return False
     return not there.differences(planned.experiment)
+
+
+def of_other_images(runs: Sequence[Planned], kind: str, results: Path) -> list[str]:
+    """Records of these runs that were made of images of another kind: the name of each, and its kind."""
+    mine = {(schedule_of(planned), planned.name) for planned in runs}
+    kinds = {
+        (line.get("schedule"), line.get("run")): (line.get("data") or {}).get("kind")
+        for line in jsonl.read(results, report=lambda text: None)
+    }
+    return [f"{run[1]} ({there})" for run, there in kinds.items() if run in mine and there != kind]
 
 
 def read_as(

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.lib import jsonl
+from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.clock import clocked, quartiles
 from benchmarks.lib.images import Batch, classifier_step, random_batch
 from benchmarks.lib.memory import peak_of_network, printed
 from benchmarks.lib.results import environment
 from benchmarks.paper.campaign import say, trained
-from benchmarks.paper.experiments import CLASSES
 from benchmarks.paper.records import last, schedule_of
 from neuralode_coupled.train.building import build_data, build_model, function_evaluations
 from neuralode_coupled.train.compare import Planned

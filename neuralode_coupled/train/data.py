@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
@@ -214,17 +214,29 @@ def augment(pixels: UInt8[Tensor, "batch 3 32 32"], *, flip: bool) -> UInt8[Tens
 
     Draws from the global generator of the images' device.
     """
+    batch, device = len(pixels), pixels.device
+    corner = torch.randint(0, 2 * PADDING + 1, (2, batch), device=device)
+    mirrored = torch.randint(0, 2, (batch,), device=device, dtype=torch.bool) if flip else None
+    return cropped(pixels, corner, mirrored)
+
+
+def cropped(
+    pixels: UInt8[Tensor, "batch 3 32 32"], corner: Int[Tensor, "2 batch"], mirrored: Bool[Tensor, " batch"] | None
+) -> UInt8[Tensor, "batch 3 32 32"]:
+    """Each image cropped from its self with 4 zeros on every side.
+
+    Args:
+        pixels: the images.
+        corner: the first row and the first column that are kept of each, 0 to 8; 4 leaves an image where it is.
+        mirrored: which ones are mirrored; None for none.
+    """
     batch, size, device = len(pixels), pixels.shape[-1], pixels.device
     padded = functional.pad(pixels, (PADDING,) * 4)
-    corner = torch.randint(0, 2 * PADDING + 1, (2, batch, 1), device=device)
     rows = torch.arange(size, device=device).expand(batch, size)
-    columns = rows
-    if flip:
-        mirrored = torch.randint(0, 2, (batch, 1), device=device, dtype=torch.bool)
-        columns = torch.where(mirrored, size - 1 - columns, columns)
+    columns = rows if mirrored is None else torch.where(mirrored[:, None], size - 1 - rows, rows)
     image = torch.arange(batch, device=device)[:, None, None]
-    cropped = padded[image, :, (rows + corner[0])[:, :, None], (columns + corner[1])[:, None, :]]
-    return cropped.permute(0, 3, 1, 2).contiguous()
+    found = padded[image, :, (rows + corner[0][:, None])[:, :, None], (columns + corner[1][:, None])[:, None, :]]
+    return found.permute(0, 3, 1, 2).contiguous()
 
 
 def channel_statistics(pixels: UInt8[Tensor, "images 3 32 32"]) -> tuple[Tensor, Tensor]:

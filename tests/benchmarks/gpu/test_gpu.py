@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
-from benchmarks.gpu import costs
+from benchmarks.gpu import command, costs
 from benchmarks.gpu import measure as gpu
+from benchmarks.gpu.measure import Measured
 from benchmarks.gpu.steps import (
     FORMATS,
     MODES,
@@ -179,8 +180,7 @@ def test_tf32_is_as_it_was_afterwards():
 def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.lib.results.RESULTS", tmp_path)
 
-    def keep(name, found):
-        gpu.save(2, name, found, "the command", "cpu")
+    results = Measured(2, "cpu", "the command")
 
     def broken(*arguments):
         raise KeyboardInterrupt
@@ -188,7 +188,7 @@ def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gpu, "ratios", broken)
         with pytest.raises(KeyboardInterrupt):
-            gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, keep)
+            gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, results)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["environment"]["device"] == "cpu"
     assert set(found["commands"].values()) == {"the command"}
@@ -196,7 +196,7 @@ def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
     assert set(half) == {"bfloat16, recomputed, eager", "bfloat16, torchdiffeq odeint, eager"}
     assert all(row["bytes"] > 0 and row["kernels"] == 0 and "time" not in row for row in half.values())
 
-    gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, keep)
+    gpu.measured("bfloat16", EAGER, random_batch(2, "cpu"), 1e9, 2, results)
     whole = json.loads((tmp_path / "gpu.json").read_text())["batches"]["2"]
     assert set(whole) == set(half)  # the reference is there for the ratios
     for row in whole.values():
@@ -207,7 +207,7 @@ def test_every_finding_is_saved_as_it_comes(resnet4, tmp_path, monkeypatch):
 def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.lib.results.RESULTS", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    gpu.main([])
+    command.main([])
     assert "no CUDA device here: nothing is measured" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -215,7 +215,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "value"), [("--rounds", "1"), ("--batch-size", "1")])
 def test_too_little_is_refused(capsys, name, value):
     with pytest.raises(SystemExit) as stop:
-        gpu.main([name, value])
+        command.main([name, value])
     assert stop.value.code == 2
     assert f"{name} must be at least 2, got {value}" in capsys.readouterr().err
 
@@ -253,7 +253,7 @@ def test_ours_does_not_synchronise_and_a_graph_is_launched_at_once():
 @pytest.mark.gpu
 def test_the_benchmark_on_cuda(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.lib.results.RESULTS", tmp_path)
-    gpu.main(["--batch-size", "4", "--rounds", "2", "--formats", "bfloat16", "--modes", "eager", "graph"])
+    command.main(["--batch-size", "4", "--rounds", "2", "--formats", "bfloat16", "--modes", "eager", "graph"])
     found = json.loads((tmp_path / "gpu.json").read_text())["batches"]["4"]
     assert found.pop("device")["copy_bytes_per_second"] > 1e10
     names = [f"bfloat16, {solver}, {mode}" for solver, mode in candidates(SOLVERS, ("eager", "graph"))]

@@ -12,8 +12,9 @@ from threading import Barrier, Event, Lock, Semaphore
 import pytest
 
 from benchmarks.lib import jsonl
+from benchmarks.lib.cifar10 import schedule_name
 from benchmarks.paper import campaign, cifar10, tables
-from benchmarks.paper.experiments import CHOICES, plan, schedule_name
+from benchmarks.paper.experiments import CHOICES, plan
 from neuralode_coupled.train.folder import RunFolder
 from tests.benchmarks.helpers import finish, records, shared
 from tests.helpers.images import image_folder
@@ -83,6 +84,35 @@ def test_a_run_with_a_record_is_not_repeated_where_its_folder_is_not(images, tmp
     runs = plan(tmp_path / "elsewhere", shared(images), ["resnet4"], ["baseline"], [0])
     campaign.run(runs, "test", tmp_path / "records.jsonl", launch=launch, report=lambda text: None)
     assert started == ["0.2", "0.1"]
+
+
+def test_two_processes_do_not_train_in_one_folder(images, tmp_path):
+    runs = plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline"], [0])
+    folder, started = runs[0].folder.path.parent, []
+    options = {"launch": lambda arguments, seconds: started.append(arguments), "report": lambda text: None}
+    folder.mkdir(parents=True)
+    other = campaign.locks.Lock(folder / ".lock")
+    (refused,) = campaign.run(runs, "test", tmp_path / "records.jsonl", **options)
+    assert refused.startswith(f"{folder} is in use by process ")
+    assert "give --at-once to one process" in refused
+    assert not started
+    other.release()
+    for count in (1, 2):  # the folder is free again after each
+        assert campaign.run(runs, "test", tmp_path / "records.jsonl", **options) == []
+        assert len(started) == count
+
+
+def test_records_on_other_images_are_not_taken_for_these(images, tmp_path):
+    records(tmp_path, images, {"baseline": [0.5]})
+    options = {"launch": lambda arguments, seconds: None, "report": lambda text: None}
+    for choice, kind, count in (("baseline", "another", 1), ("baseline", "test", 0), ("node", "another", 0)):
+        runs = plan(tmp_path / "runs", shared(images), ["resnet4"], [choice], [0])
+        refused = campaign.run(runs, kind, tmp_path / "records.jsonl", **options)
+        assert len(refused) == count
+    (refused,) = campaign.run(
+        plan(tmp_path / "runs", shared(images), ["resnet4"], ["baseline"], [0]), "another", tmp_path / "records.jsonl"
+    )
+    assert "on images of another kind than 'another': resnet4-baseline-seed0 (test)" in refused
 
 
 def test_the_budget_stops_runs_and_starts_no_more(images, tmp_path):

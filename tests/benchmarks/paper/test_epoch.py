@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from pytorch_lightning.profilers import SimpleProfiler
 
+from benchmarks.lib.cifar10 import one_run
 from benchmarks.lib.pages import DOCS
 from benchmarks.lib.results import read
 from benchmarks.paper import epoch
-from benchmarks.paper.experiments import one_run
 from neuralode_coupled.train.experiment import Experiment
 
 SMALL = Experiment(epochs=2, limit=96, batch_size=32, threads=1, accelerator="cpu")

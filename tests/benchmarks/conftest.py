@@ -1,4 +1,4 @@
-"""Images of ten classes for the tests of this room."""
+"""Images of ten classes for the tests of more than one room."""
 
 from __future__ import annotations
 
