@@ -22,6 +22,10 @@ ADJOINTS = ("backprop", "discrete", "discrete-last", "recomputed", "reversible",
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 """Weights are kept, and evolve, in float32 or float64; ``mixed`` computes the activations in half of that."""
 LAYOUTS = ("channels-last", "contiguous")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed", "single_", "xla")
+"""The beginnings of Lightning's names, such as ``ddp_spawn``. What remains of a name is checked by Lightning."""
+
 VELOCITIES = ("constant", "linear", "exponential", "sinusoidal", "sign-changing")
 
 _CHOICES = {
@@ -32,6 +36,7 @@ _CHOICES = {
     "adjoint": ("adjoint", ADJOINTS),
     "precision": ("precision", PRECISIONS),
     "layout": ("layout", LAYOUTS),
+    "accelerator": ("accelerator", ACCELERATORS),
 }
 
 
@@ -48,13 +53,15 @@ def check_name(field: str, value: str | None) -> None:
             f"unknown kernel {value!r}: choose one of {', '.join(KERNELS)}, with arguments as in box:0.5, or "
             "module:function"
         )
+    elif field == "strategy" and not value.startswith(STRATEGIES):
+        raise ValueError(f"unknown strategy {value!r}: choose auto, ddp, or another one of Lightning's")
     elif field == "devices" and not re.fullmatch(r"auto|-1|[0-9]+(,[0-9]+)*,?", value):
         raise ValueError(
             f"devices must be a number, as in 2, or which ones, as in 0,3; or auto, or -1 for all; got {value!r}"
         )
 
 
-CHECKED = (*_CHOICES, "evolution", "kernel", "devices")
+CHECKED = (*_CHOICES, "evolution", "kernel", "devices", "strategy")
 """The fields that `check_name` looks at."""
 
 

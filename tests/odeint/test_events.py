@@ -327,7 +327,7 @@ BAD = [
     ({"event_fn": lambda t, y: y * NAN}, ValueError, r"event_fn must return finite numbers, got \[nan, nan\] at t = 0"),
     ({"event_fn": lambda t, y: y if t == 0 else y / 0}, ValueError, r"finite numbers, got \[inf, inf\] at t = "),
     ({"method": "rk4"}, ValueError, r"method 'rk4' needs options=\{'step_size': \.\.\.\} with event_fn"),
-    ({"method": "rk4", "options": {**STEP, "perturb": True}}, ValueError, r"'perturb' of 'rk4' is not there"),
+    ({"method": "rk4", "options": {**STEP, "perturb": True}}, ValueError, r"'perturb' of 'rk4' is not available"),
     ({"method": "rk4", "options": {"step_size": 1e-20}}, ValueError, r"'step_size' is too small: t = 1"),
     ({"options": {"max_num_steps": 0}}, ValueError, r"'max_num_steps' must be a whole number of at least 1, got 0"),
     ({"method": "euler", "options": {**STEP, "max_num_steps": 2.5}}, ValueError, r"at least 1, got 2\.5"),

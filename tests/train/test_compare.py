@@ -80,7 +80,7 @@ def test_plans_that_cannot_be_carried_out(shared, tmp_path, variants, seeds, mes
         ({"limit": 10**6}, "limit must be at most the number of training images, 24, got 1000000"),
         ({"compile": True}, "which cannot be compiled: use the adjoint"),
         ({"adjoint": "reversible", "method": "dopri5"}, "needs a fixed grid"),
-        ({"strategy": "some"}, "strategy 'some'"),
+        ({"strategy": "ddp_some"}, "strategy 'ddp_some'"),
     ],
 )
 def test_what_every_run_would_complain_of_is_said_before_the_first(shared, tmp_path, wrong, message):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from pytorch_lightning.accelerators import AcceleratorRegistry
+from pytorch_lightning.strategies import StrategyRegistry
 
 import neuralode_coupled as nc
 from neuralode_coupled import models, runge_kutta, transport
@@ -24,6 +26,8 @@ def test_names_are_those_that_there_are():
     assert set(names.ADJOINTS) == set(models.ADJOINTS)
     assert set(names.LAYOUTS) == set(layouts.LAYOUTS)
     assert set(names.VELOCITIES) == set(transport.VELOCITIES)
+    assert set(AcceleratorRegistry.available_accelerators()) <= set(names.ACCELERATORS)
+    assert all(name.startswith(names.STRATEGIES) for name in StrategyRegistry.available_strategies())
 
 
 @pytest.mark.parametrize("field", names.CHECKED)
