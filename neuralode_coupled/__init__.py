@@ -15,6 +15,7 @@ from neuralode_coupled.adjoint import (
     Stats,
 )
 from neuralode_coupled.convert.coupling import convertible, couple
+from neuralode_coupled.convert.folding import fold
 from neuralode_coupled.convert.plain import load_plain
 from neuralode_coupled.coupled.layer import CoupledODE, bake
 from neuralode_coupled.coupled.regridding import with_steps
@@ -90,6 +91,7 @@ __all__ = [
     "bake",
     "convertible",
     "couple",
+    "fold",
     "kkt",
     "load_plain",
     "models",

@@ -1,0 +1,214 @@
+"""Nonlinear least squares that are linear in most of their unknowns: variable projection, without matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+STEPS = 40
+"""Of Gauss and Newton, at most."""
+
+INNER = 60
+"""Of conjugate gradients in each, at most."""
+
+GAIN = 1e-4
+"""A step that makes the error smaller by less than this part of it is the last one."""
+
+ENOUGH = 1e-10
+"""A relative error below it is none."""
+
+HOPELESS = 6
+"""After so many steps a start that is still twice as far off as the best one is given up."""
+
+
+class Problem(Protocol):
+    """What `minimised` makes small.
+
+    Attributes:
+        linear: unknowns in which the residuals are affine, if ``affine`` says so; where the search begins.
+        others: further unknowns, which are set in place.
+        scale: errors are relative to it.
+        affine: see above.
+    """
+
+    linear: list[Tensor]
+    others: list[torch.nn.Parameter]
+    scale: float
+    affine: bool
+
+    def residuals(self, linear: Sequence[Tensor]) -> Tensor:
+        """All residuals, flat, at the given linear unknowns and the others as they are; ValueError for an overflow."""
+        ...
+
+
+@dataclass(frozen=True)
+class Least:
+    """The end of a search.
+
+    Attributes:
+        linear: the linear unknowns.
+        others: the others.
+        error: the relative error, |residuals| / scale.
+    """
+
+    linear: list[Tensor]
+    others: list[Tensor]
+    error: float
+
+    def hidden(self, problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None:
+        """The part of a random change of the unknowns that the residuals do not see, and all of it: linear and others
+        of each. None where there is no such part to speak of.
+
+        The change of least norm with the same effect is what they see.
+        """
+        _set(problem, self.others)
+        derivative = Derivative(problem, self.linear)
+        generator = torch.Generator().manual_seed(2)
+        sizes = [float(x.norm()) / math.sqrt(max(x.numel(), 1)) or 1.0 for x in derivative.unknowns]
+        change = [
+            size * torch.randn(x.shape, dtype=x.dtype, generator=generator)
+            for x, size in zip(derivative.unknowns, sizes, strict=True)
+        ]
+        seen = derivative.solved(derivative.forward(change), iterations=10 * INNER, tolerance=1e-12)
+        rest = [x - y for x, y in zip(change, seen, strict=True)]
+        if _dot(rest, rest) <= 1e-8 * _dot(change, change):
+            return None
+        n = len(self.linear)
+        return rest[:n], rest[n:], change[:n], change[n:]
+
+
+class Derivative:
+    """The residuals' derivative at a point, as products with it and with its transpose.
+
+    Args:
+        problem: whose residuals.
+        linear: the linear unknowns there; the others are as they are.
+        all_unknowns: whether the others count.
+    """
+
+    def __init__(self, problem: Problem, linear: Sequence[Tensor], all_unknowns: bool = True) -> None:
+        self.unknowns = [x.detach().clone().requires_grad_() for x in linear]
+        with torch.enable_grad():
+            self._residuals = problem.residuals(self.unknowns)
+            if all_unknowns:
+                self.unknowns = [*self.unknowns, *problem.others]
+            self._back = torch.zeros_like(self._residuals, requires_grad=True)
+            # The transposed product is linear in what comes back: its own derivative is the product.
+            self._transposed = torch.autograd.grad(
+                self._residuals, self.unknowns, self._back, create_graph=True, materialize_grads=True
+            )
+        self.residuals = self._residuals.detach()
+
+    def forward(self, change: Sequence[Tensor]) -> Tensor:
+        """J v."""
+        pairs = [(g, v) for g, v in zip(self._transposed, change, strict=True) if g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(self.residuals)
+        (found,) = torch.autograd.grad(
+            [g for g, _ in pairs], self._back, [v for _, v in pairs], retain_graph=True, materialize_grads=True
+        )
+        return found
+
+    def back(self, residuals: Tensor) -> list[Tensor]:
+        """J^T r."""
+        return list(
+            torch.autograd.grad(self._residuals, self.unknowns, residuals, retain_graph=True, materialize_grads=True)
+        )
+
+    def solved(
+        self, wanted: Tensor, damping: float = 0.0, iterations: int = INNER, tolerance: float = 1e-6
+    ) -> list[Tensor]:
+        """The x of least norm with the least ``|J x - wanted|^2 + damping |x|^2``, by conjugate gradients."""
+        x = [torch.zeros_like(u) for u in self.unknowns]
+        rest, slope = wanted, self.back(wanted)
+        direction, size = slope, _dot(slope, slope)
+        target = tolerance**2 * size
+        for _ in range(iterations):
+            if not size > target:
+                break
+            image = self.forward(direction)
+            bend = float(image.square().sum()) + damping * _dot(direction, direction)
+            if not bend > 0:
+                break
+            step = size / bend
+            x = [a + step * d for a, d in zip(x, direction, strict=True)]
+            rest = rest - step * image
+            slope = [g - damping * a for g, a in zip(self.back(rest), x, strict=True)]
+            before, size = size, _dot(slope, slope)
+            direction = [g + size / before * d for g, d in zip(slope, direction, strict=True)]
+        return x
+
+
+def minimised(problem: Problem, give_up: float = math.inf) -> Least:
+    """The unknowns with the least residuals near where the problem begins.
+
+    Levenberg and Marquardt's steps on all unknowns, by conjugate gradients; where the residuals are affine in the
+    linear ones these are then solved for anew, which makes the steps those of variable projection (Ruhe and Wedin).
+
+    Args:
+        problem: what is made small.
+        give_up: the error of the best search so far.
+    """
+    linear, error = _settled(problem, problem.linear)
+    damping = 1e-4
+    for n in range(STEPS):
+        if error < ENOUGH or not problem.others or (n >= HOPELESS and error > 2 * give_up):
+            break
+        derivative = Derivative(problem, linear)
+        found = _step(problem, derivative, linear, error, damping)
+        if found is None:
+            break
+        before = error
+        linear, error, damping = found
+        if error > (1 - GAIN) * before:
+            break
+    return Least([x.detach() for x in linear], [p.detach().clone() for p in problem.others], error)
+
+
+def _step(
+    problem: Problem, derivative: Derivative, linear: list[Tensor], error: float, damping: float
+) -> tuple[list[Tensor], float, float] | None:
+    """The linear unknowns, the error and the damping after the first step that makes the error smaller; the others are
+    set. None if there is no such step."""
+    held = [p.detach().clone() for p in problem.others]
+    for _ in range(6):
+        change = derivative.solved(-derivative.residuals, damping)
+        moved = [x + d for x, d in zip(linear, change, strict=False)]
+        _set(problem, [p + d for p, d in zip(held, change[len(linear) :], strict=True)])
+        try:
+            moved, found = _settled(problem, moved)
+        except ValueError:  # an overflow
+            found = math.inf
+        if found < error:
+            return moved, found, damping / 10
+        _set(problem, held)
+        damping *= 30
+    return None
+
+
+def _settled(problem: Problem, linear: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """The linear unknowns, solved for where that is a linear problem, and the relative error."""
+    linear = [x.detach() for x in linear]
+    if problem.affine:
+        derivative = Derivative(problem, linear, all_unknowns=False)
+        change = derivative.solved(-derivative.residuals, tolerance=1e-11)
+        linear = [x + d for x, d in zip(linear, change, strict=True)]
+    with torch.no_grad():
+        error = float(problem.residuals(linear).norm()) / problem.scale
+    return linear, error if error == error else math.inf
+
+
+def _set(problem: Problem, values: Sequence[Tensor]) -> None:
+    """Set the other unknowns. A derivative that was made before is that of its own point once they are back there: so
+    autograd, which would refuse it, is not told."""
+    for p, value in zip(problem.others, values, strict=True):
+        p.data.copy_(value)
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
