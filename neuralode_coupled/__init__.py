@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Stats,
     )
     from neuralode_coupled.convert.coupling import convertible, couple
+    from neuralode_coupled.convert.folding import fold
     from neuralode_coupled.convert.plain import load_plain
     from neuralode_coupled.coupled.layer import CoupledODE, bake
     from neuralode_coupled.coupled.references import citation
@@ -99,6 +100,7 @@ __all__ = [
     "citation",
     "convertible",
     "couple",
+    "fold",
     "kkt",
     "load_plain",
     "models",
@@ -147,6 +149,7 @@ _HOMES = {
     "citation": "coupled.references",
     "convertible": "convert.coupling",
     "couple": "convert.coupling",
+    "fold": "convert.folding",
     "load_plain": "convert.plain",
     "odeint_dense": "odeint.dense",
     "odeint_dto": "odeint.dto",

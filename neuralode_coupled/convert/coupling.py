@@ -373,8 +373,11 @@ def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
     return model
 
 
-def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
-    """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant."""
+def _checked(model: nn.Module, targets: str | Iterable[str], called: str = "targets") -> list[str]:
+    """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant.
+
+    ``called`` is the argument's name.
+    """
     half = next((n for n, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
     if half is not None:
         raise ValueError(
@@ -383,11 +386,11 @@ def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
         )
     modules = dict(model.named_modules())
     chosen: list[str] = []
-    for pattern in _patterns(targets):
+    for pattern in _patterns(targets, called):
         matching = _matching(pattern, list(modules))
         if not matching:
             known = [name for name, module in modules.items() if name and any(True for _ in module.parameters())]
-            raise ValueError(f"targets={pattern!r} matches no submodule: there are {some(known, _SHOWN) or 'none'}")
+            raise ValueError(f"{called}={pattern!r} matches no submodule: there are {some(known, _SHOWN) or 'none'}")
         chosen.extend(name for name in matching if name not in chosen)
     coupled = [name for name, m in modules.items() if isinstance(m, CoupledODE | CoupledEncoderLayer)]
     scripted = [name for name, m in modules.items() if isinstance(m, torch.jit.ScriptModule)]
@@ -410,17 +413,17 @@ def _checked(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     return [name for name in modules if name in chosen]
 
 
-def _patterns(targets: str | Iterable[str]) -> list[str]:
+def _patterns(targets: str | Iterable[str], called: str) -> list[str]:
     """The targets as a list; raises TypeError or ValueError for anything else."""
     if isinstance(targets, str):
         return [targets]
     patterns: list[Any] = list(targets) if isinstance(targets, Iterable) else [targets]
     if not patterns:
-        raise ValueError(f'targets={targets!r} names no submodule: give names, or patterns such as "layer*.1"')
+        raise ValueError(f'{called}={targets!r} names no submodule: give names, or patterns such as "layer*.1"')
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(
-                f"targets must be names of submodules, or patterns, got {pattern!r}: see model.named_modules()"
+                f"{called} must be names of submodules, or patterns, got {pattern!r}: see model.named_modules()"
             )
     return patterns
 

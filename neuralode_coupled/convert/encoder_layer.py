@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation
+from neuralode_coupled.coupled.baking import BakedBlocks
+from neuralode_coupled.coupled.layer import CoupledODE
 
 Mask = Float[Tensor, "..."] | Bool[Tensor, "..."] | None
 
@@ -120,3 +122,31 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
     # A view: solves tell buffers apart by their identity.
     return mask.to(like.dtype).view_as(mask)
+
+
+class FoldedEncoder(CoupledODE):
+    """Several encoder layers as one coupled layer, in an ``nn.TransformerEncoder``; made by `nc.fold`.
+
+    Args, attributes and errors are those of `CoupledODE`.
+    """
+
+    @property
+    def self_attn(self) -> nn.MultiheadAttention:
+        """The attention at its initial weights; ``nn.TransformerEncoder`` asks it whether the batch comes first."""
+        return self.get_submodule("field.dynamics.module.self_attn")  # pyright: ignore[reportReturnType]
+
+    def bake(self) -> BakedEncoder:
+        """See `CoupledODE.bake`."""
+        baked = super().bake()
+        made = BakedEncoder(*baked)
+        made.training = baked.training
+        return made
+
+
+class BakedEncoder(BakedBlocks):
+    """What a `FoldedEncoder` is baked to: encoder layers in a row."""
+
+    @property
+    def self_attn(self) -> nn.MultiheadAttention:
+        """That of the first layer, see `FoldedEncoder`."""
+        return self.get_submodule("0.branches.0.module.self_attn")  # pyright: ignore[reportReturnType]

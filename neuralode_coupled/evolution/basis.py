@@ -66,7 +66,8 @@ class BasisEvolution(EvolutionOperator):
 
     def __init__(self, basis: Basis, size: int, rank: int | None = None, *, t: Times = (0.0, 1.0)) -> None:
         super().__init__()
-        self.basis = choice("basis", basis, get_args(Basis))
+        choice("basis", basis, get_args(Basis))
+        self.basis: Basis = basis
         self.size = whole("size", size, least=0)
         self.rank = None if rank is None else whole("rank", rank)
         ends = times(t)
@@ -187,7 +188,7 @@ class BasisEvolution(EvolutionOperator):
         root = _shares(t).sqrt()[:, None]
         found = torch.linalg.lstsq(root * design, root * path.flatten(1)).solution
         w0 = found[0].reshape(path.shape[1:])
-        kept = self._put(found[1:].reshape(self.size, *path.shape[1:]))
+        kept = self.take(found[1:].reshape(self.size, *path.shape[1:]))
         fitted = w0 + torch.tensordot(design[:, 1:], kept, dims=1)
         return Projection(w0.to(like.device, like.dtype), relative_error(fitted, path))
 
@@ -247,7 +248,7 @@ class BasisEvolution(EvolutionOperator):
             )
         self.size = size
         self._create()
-        self._put(c)
+        self.take(c)
         return self.requires_grad_(required)
 
     def _change(self, size: int, other: int) -> Tensor:
@@ -270,8 +271,8 @@ class BasisEvolution(EvolutionOperator):
         return values(s, size, None) - values(s.new_zeros(1), size, None)
 
     @torch.no_grad()
-    def _put(self, c: Tensor) -> Tensor:
-        """Take coefficients (size, *weight), of the rank that there is; returns them."""
+    def take(self, c: Tensor) -> Tensor:
+        """Take coefficients c, (size, *weight); with a rank the nearest of it. Returns what was taken."""
         if self.size == 0:
             return c
         if self.rank is None:

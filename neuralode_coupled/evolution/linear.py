@@ -14,7 +14,7 @@ from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 from neuralode_coupled.evolution.exponential import exponential
-from neuralode_coupled.evolution.fitting import fit_coefficients, read_path
+from neuralode_coupled.evolution.fitting import Start, fit_coefficients, read_path
 from neuralode_coupled.evolution.starts import beside, generators, low_rank
 
 LinearScope = Literal["pixels", "channels"]
@@ -116,17 +116,21 @@ class LinearEvolution(EvolutionOperator):
         check_layout(
             self.bind(weights[0]), self._layout(tuple(path.shape[1:])), self.layout or (), tuple(path.shape[1:])
         )
+        return fit_coefficients(self, t, path, self.starts(t, path))
+
+    def starts(self, t: Tensor, path: WeightPath) -> list[Start]:
+        """Where a search for the coefficients begins: (T,) times and weights at them, float64 on the CPU; bound."""
         # Columns that one matrix is applied to: pixels by fields, or channels by the rest.
         columns = path.flatten(2) if self.matrix is None else torch.stack([self._fields(w).mT for w in path])
         before, after, dt = columns[:-1], columns[1:], t.diff()
-        starts = []
+        starts: list[Start] = []
         for a in generators(before, after, dt):
             if self.rank is None:
                 starts.append({"matrix": a})
             else:
                 left, right = low_rank(a, self.rank, beside(before))
                 starts.append({"left": left, "right": right})
-        return fit_coefficients(self, t, path, starts)
+        return starts
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt = A w, of the shape of ``w``."""

@@ -15,7 +15,7 @@ from neuralode_coupled._files import takes_scalars
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
-from neuralode_coupled.evolution.fitting import fit_coefficients, read_path
+from neuralode_coupled.evolution.fitting import Start, fit_coefficients, read_path
 from neuralode_coupled.evolution.spectral import Spectrum
 from neuralode_coupled.evolution.starts import spectral_terms
 
@@ -154,6 +154,17 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         """
         t, path = read_path(times, weights, self.weight_shape, 2, f"{self}, a flow,")
         self.bind(weights[0])
+        starts = self.starts(t, path)
+        if self.form == "ode" and self.sigma is None:  # the same flow, without steps
+            twin = copy.deepcopy(self)
+            twin.form = "propagator"
+            error = fit_coefficients(twin, t, path, starts)
+            self.load_state_dict(twin.state_dict())
+            return error
+        return fit_coefficients(self, t, path, starts)
+
+    def starts(self, t: Tensor, path: WeightPath) -> list[Start]:
+        """Where a search for the coefficients begins: (T,) times and weights at them, float64 on the CPU; bound."""
         before, after = path[:-1], path[1:]
         if self.sigma in _INVERSES:
             inverse, dt = _INVERSES[self.sigma], t.diff().reshape(-1, *[1] * (path.ndim - 1))
@@ -162,18 +173,12 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         spectrum = Spectrum(self.spectrum.pixels, torch.float64)
         before, after = [torch.stack([self._group(w) for w in states]) for states in (before, after)]
         present = [term for term, there in self.terms.items() if there]
-        starts = []
+        starts: list[Start] = []
         for start in spectral_terms(spectrum, before, after, t.diff(), present):
             if self.nonnegative_diffusion and "diffusion" in start:
                 start["diffusion"] = start["diffusion"].clamp(min=0)
             starts.append({term: value.reshape(getattr(self, term).shape) for term, value in start.items()})
-        if self.form == "ode" and self.sigma is None:  # the same flow, without steps
-            twin = copy.deepcopy(self)
-            twin.form = "propagator"
-            error = fit_coefficients(twin, t, path, starts)
-            self.load_state_dict(twin.state_dict())
-            return error
-        return fit_coefficients(self, t, path, starts)
+        return starts
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is no flow."""

@@ -26,8 +26,16 @@ def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], ev
     }
     if evolve is None:
         return tuple(name for name, p in parameters.items() if p.ndim >= 2 and p.is_floating_point())
+    return tuple(chosen_by(evolve, parameters))
+
+
+def chosen_by(
+    evolve: str | Iterable[str] | Callable[[str, Tensor], bool], parameters: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of the parameters that are named, or that a predicate wants. Raises ValueError for a pattern that
+    matches none."""
     if callable(evolve):
-        return tuple(name for name, p in parameters.items() if evolve(name, p))
+        return [name for name, p in parameters.items() if evolve(name, p)]
     patterns = [evolve] if isinstance(evolve, str) else list(evolve)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in parameters):
@@ -35,7 +43,7 @@ def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], ev
                 f"evolve={pattern!r} matches no parameter of dynamics that can evolve (of a floating-point dtype): "
                 f"these are {', '.join(parameters) or 'none'}"
             )
-    return tuple(name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns))
+    return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
@@ -57,7 +65,7 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
         if isinstance(choose, nn.Module):
             operator = copy.deepcopy(choose)
         elif callable(choose) and not isinstance(choose, type):
-            operator = _asked(choose, name, weight)
+            operator = asked(choose, name, weight)
         else:
             raise TypeError(
                 "evolution must be an operator such as nc.ReactionDiffusionAdvection() (an instance, not the class), a "
@@ -72,7 +80,7 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
     return operators
 
 
-def _asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor) -> nn.Module:
+def asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor) -> nn.Module:
     """The operator that a function chooses for a parameter. Raises TypeError for a function that is q(t, w) itself."""
     called = f"evolution, called as a function ({name!r}, weight),"
     advice = "write q as an nn.Module with forward(t, w); a function must be (name, weight) -> such a module"
