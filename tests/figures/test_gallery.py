@@ -192,6 +192,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path):
         gallery.evolution("decay", 15)
 
 
-def test_a_size_is_checked_before_a_run_is_drawn(tmp_path):
+def test_a_size_is_checked_before_a_run_is_drawn(tmp_path, monkeypatch):
     """Half of the pictures would be worse than none."""
+    monkeypatch.setattr("neuralode_coupled.train.folder.RunFolder.trained", lambda self: None)
     assert "size must be odd" in complaint(run("filters", "--size", 4, "--run", tmp_path, "--out", tmp_path / "x"))
