@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -54,7 +55,7 @@ class Grid:
         """`time`, differentiable where the ends are."""
         return self.ends[0] + (n + fraction) * self.length if self.ends else self.time(n, fraction)
 
-    @property
+    @cached_property
     def length(self) -> Scalar:
         """h, likewise."""
         return self.whole / self.steps if self.ends else self.h
