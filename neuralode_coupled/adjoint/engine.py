@@ -158,8 +158,13 @@ class _Forward:
 
     def _steps(self) -> list[Tensor]:
         """The emitted states, flat and without a graph."""
+        plan = self._recording.plan
+        if plan.made is not None:
+            self._recording.replay.leave_out(plan.count)
+            self._schedule = self._scheduled(plan.count)
+            return [part.detach() for state in plan.made for part in state]
         self._prepare()
-        plan, keeper = self._recording.plan, self._keeper
+        keeper = self._keeper
         # Who hears of the steps is to find the modules' own tensors.
         if plan.around is None or keeper is None or plan.announce is not None or plan.listener is not None:
             return self._one_by_one()

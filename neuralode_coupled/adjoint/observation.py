@@ -125,18 +125,19 @@ def walk(
     """
     seen = set() if seen is None else seen
     seen.add(None)
-    edges: list[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
     found: list[Any] = []
-    while edges:  # a walk takes as long as a small operation for each node: as little as can be stands in it
-        edge = edges.pop()
-        node = edge[0]
-        if node not in seen and not (stops and edge in stops):
-            seen.add(node)
-            following = node.next_functions
-            if not leaves or (not following and type(node) is _LEAF):
-                found.append(node)
-            edges += following
-    return found
+    edges: Iterable[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
+    for edge in edges:
+        if edge[0] not in seen and edge not in stops:
+            seen.add(edge[0])
+            found.append(edge[0])
+    for node in found:  # it grows; a walk takes as long as a small operation for each node: as little as can be is here
+        for edge in node.next_functions:
+            following = edge[0]
+            if following not in seen and not (stops and edge in stops):
+                seen.add(following)
+                found.append(following)
+    return [node for node in found if type(node) is _LEAF] if leaves else found
 
 
 def foreign(

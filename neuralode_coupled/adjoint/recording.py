@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -41,11 +42,14 @@ class Recording:
     def __init__(self, plan: Plan, operands: Operands, in_a_row: bool = False) -> None:
         self.plan, self.operands = plan, operands
         self.replay = Replay(plan, operands.y0[0].device, in_a_row)
-        # Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none.
         self.flat = operands.flatten()
         self.wanted = [tensor.requires_grad for tensor in self.flat]
-        self._detached = operands.restore([tensor.detach() for tensor in self.flat])
-        self.y0 = self._detached.y0
+        self.y0: State = tuple([part.detach() for part in operands.y0])
+
+    @cached_property
+    def _detached(self) -> Operands:
+        """Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none."""
+        return self.operands.restore([tensor.detach() for tensor in self.flat])
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n``."""

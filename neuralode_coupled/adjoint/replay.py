@@ -74,6 +74,11 @@ class Replay:
             del self._generators[self._always :], random[self._always :], now[self._always :]
         self._latest = now if self._in_a_row else None
 
+    def leave_out(self, count: int) -> None:
+        """For steps that the forward pass does not make: they draw nothing, and begin with the buffers as they are."""
+        self._buffers = [tuple([self._copy(buffer) for buffer in row]) for row in self._plan.buffers]
+        self._random = [None] * count
+
     def undo(self, random: list[Any]) -> None:
         """Put back what an attempt at the step that comes after `before` has changed."""
         with torch.no_grad():
@@ -86,11 +91,9 @@ class Replay:
         """Around all recomputation: the forward pass's autocast and train/eval flags."""
         modules = self._modules
         modes = [module.training for module in modules]
-        with ExitStack() as stack:
-            stack.enter_context(serving(self._thread))
-            for kind, enabled, dtype in self._autocast:
-                if not enabled and not torch.is_autocast_enabled(kind):
-                    continue
+        casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
+        with serving(self._thread), ExitStack() if casts else nullcontext() as stack:
+            for kind, enabled, dtype in casts if stack is not None else ():
                 # Without the cache: it would hand graph-less casts of the weights to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -55,7 +54,7 @@ class Grid:
         """`time`, differentiable where the ends are."""
         return self.ends[0] + (n + fraction) * self.length if self.ends else self.time(n, fraction)
 
-    @cached_property
+    @property
     def length(self) -> Scalar:
         """h, likewise."""
         return self.whole / self.steps if self.ends else self.h

@@ -118,7 +118,8 @@ class AdaptiveSolve:
         watched.check(self.advance is accepted_steps)
         grid = self._grid(steps, within)
         again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
-        plan, operands = again.discrete(self.y0, steps, stats)
+        made = growing.steps == len(steps)
+        plan, operands = again.discrete(self.y0, steps, stats, made)
         step = with_graph(plan.step) if watched.own_graph else plan.step
         operands = replace(operands, captured=(*operands.captured, *watched.found))
         return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts)), operands
