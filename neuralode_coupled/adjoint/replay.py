@@ -92,8 +92,8 @@ class Replay:
         modules = self._modules
         modes = [module.training for module in modules]
         casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
-        with serving(self._thread), ExitStack() if casts else nullcontext() as stack:
-            for kind, enabled, dtype in casts if stack is not None else ():
+        with serving(self._thread), ExitStack() as stack:
+            for kind, enabled, dtype in casts:
                 # Without the cache: it would hand graph-less casts of the weights to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             try:
