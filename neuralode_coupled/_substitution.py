@@ -51,19 +51,38 @@ def call(
             raise DynamicsError("parametrize.cached() keeps weights that a compiled layer evolves: leave it out")
         # The ties are resolved already.
         return functional_call(module, dict(tensors), arguments, keywords, tie_weights=False)
-    with alone(module) if owner is None else alone(module, owner), uncached():
-        members = _members(module, tuple(tensors)) if begun else [_member(module, name) for name in tensors]
-        own = [holder[key] for holder, key in members]
-        try:
-            for (holder, key), tensor in zip(members, tensors.values(), strict=True):
-                holder[key] = tensor
-            result = module(*arguments) if keywords is None else module(*arguments, **keywords)
-            found = [holder.get(key) for holder, key in members]
-        finally:
-            for (holder, key), tensor in zip(members, own, strict=True):
-                holder[key] = tensor
-    if not all(map(operator.is_, found, tensors.values())):
-        name = next(name for name, tensor in zip(tensors, found, strict=True) if tensors[name] is not tensor)
+    names, run = tuple(tensors), exchanged
+    if caches_parametrizations():
+        run = without_cached_parametrizations()(exchanged)
+    with alone(module) if owner is None else alone(module, owner):
+        members = _members(module, names) if begun else [_member(module, name) for name in names]
+        return run(members, names, tuple(tensors.values()), module, *arguments, **(keywords or {}))
+
+
+Member = tuple[dict[str, Any], str]
+"""Where a module holds a parameter or buffer: a dictionary, and the key."""
+
+
+def exchanged(
+    members: Sequence[Member],
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    run: Callable[..., Result],
+    *arguments: Any,
+    **keywords: Any,
+) -> Result:
+    """``run(*arguments, **keywords)`` with tensors in place of a module's own, by `alone`; see `call`."""
+    own = [holder[key] for holder, key in members]
+    for (holder, key), tensor in zip(members, tensors, strict=True):
+        holder[key] = tensor
+    try:
+        result = run(*arguments, **keywords)
+        found = [holder.get(key) for holder, key in members]
+    finally:
+        for (holder, key), tensor in zip(members, own, strict=True):
+            holder[key] = tensor
+    if not all(map(operator.is_, found, tensors)):
+        name = next(name for name, one, two in zip(names, tensors, found, strict=True) if one is not two)
         raise DynamicsError(
             f"{name!r} was assigned a new tensor, which a solve does not see: update it in place, as by "
             f"self.{name.rpartition('.')[2]}.copy_(...)"
@@ -71,7 +90,7 @@ def call(
     return result
 
 
-def _members(module: nn.Module, names: tuple[str, ...]) -> list[tuple[dict[str, Any], str]]:
+def _members(module: nn.Module, names: tuple[str, ...]) -> list[Member]:
     """The places in which the module holds the parameters and buffers of these names.
 
     Looked for once: doing so at every evaluation, as ``torch.func.functional_call`` does, takes as long as a small
@@ -84,18 +103,13 @@ def _members(module: nn.Module, names: tuple[str, ...]) -> list[tuple[dict[str, 
     return found
 
 
-def _member(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def _member(module: nn.Module, name: str) -> Member:
     path, _, key = name.rpartition(".")
     part = module.get_submodule(path)
     for holder in (part._parameters, part._buffers):
         if key in holder:
             return holder, key
     raise KeyError(name)
-
-
-def uncached() -> AbstractContextManager:
-    """Around an evaluation: values that `torch.nn.utils.parametrize.cached` keeps are not those of other tensors."""
-    return without_cached_parametrizations() if caches_parametrizations() else nullcontext()
 
 
 def check_surroundings(module: nn.Module) -> None:
@@ -107,7 +121,7 @@ def check_surroundings(module: nn.Module) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if runs(module):
+    if _THREAD.owners and runs(module):
         raise DynamicsError(
             f"{type(module).__name__} is evaluated inside of its own evaluation: torch.utils.checkpoint around a solve "
             "runs all of it again if the dynamics call torch.autograd.grad: use DiscreteAdjoint(), which takes no "
@@ -125,17 +139,23 @@ def check_surroundings(module: nn.Module) -> None:
 
 
 def untouched(
-    module: Callable[..., Any], state: Sequence[Tensor], run: Callable[..., Result], *arguments: Any
+    module: Callable[..., Any],
+    state: Sequence[Tensor],
+    run: Callable[..., Result],
+    *arguments: Any,
+    plainly: bool = False,
 ) -> Result:
     """``run(*arguments)``, or `DynamicsError` if it overwrites the
     state, which the solve needs again.
 
-    With inference tensors nothing is noticed: they do not count their changes.
+    With inference tensors nothing is noticed: they do not count their changes. ``plainly`` says that `runs_plainly`
+    has looked.
     """
-    if tracing():
-        return run(*arguments)
-    if saved_tensors_are_hooked():
-        run = partial(noticing, module, run)
+    if not plainly:
+        if tracing():
+            return run(*arguments)
+        if saved_tensors_are_hooked():
+            run = partial(noticing, module, run)
     before = versions(state)
     observer = _THREAD.observer
     if observer is None:
@@ -150,6 +170,11 @@ def untouched(
             "clone"
         )
     return result
+
+
+def runs_plainly() -> bool:
+    """Whether what runs is neither traced nor inside of hooks on saved tensors: so it is, or not, for a whole step."""
+    return not tracing() and not saved_tensors_are_hooked()
 
 
 def noticing(module: Callable[..., Any], run: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -174,12 +199,20 @@ def check_no_sample_gradients(module: nn.Module, instead: str = "") -> None:
     Such hooks look for the module's own parameters, in whose place a solve has others. ``instead`` says what else may
     do, beside torch.func.
     """
-    if torch.is_grad_enabled() and module.training and any(hasattr(p, "grad_sample") for p in module.parameters()):
-        raise DynamicsError(
-            "per-sample gradients by hooks (Opacus' GradSampleModule) do not see through a solve, which has other "
-            "tensors in place of the parameters: use torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, "
-            f"samples) with f(parameters, sample) made by torch.func.functional_call{instead}"
-        )
+    if not torch.is_grad_enabled() or not module.training:
+        return
+    for part in parts(module):
+        for parameter in part._parameters.values():
+            if hasattr(parameter, "grad_sample"):
+                raise _sample_gradients(instead)
+
+
+def _sample_gradients(instead: str) -> DynamicsError:
+    return DynamicsError(
+        "per-sample gradients by hooks (Opacus' GradSampleModule) do not see through a solve, which has other "
+        "tensors in place of the parameters: use torch.func.vmap(torch.func.grad(f), (None, 0))(parameters, "
+        f"samples) with f(parameters, sample) made by torch.func.functional_call{instead}"
+    )
 
 
 class Held(nn.Module):
@@ -193,26 +226,44 @@ class Held(nn.Module):
         return run()
 
 
-def holdings(module: nn.Module) -> list[tuple[str, Tensor, bool]]:
+def parts(module: nn.Module) -> list[nn.Module]:
+    """``module.modules()``, found without a generator for each of them: solves ask for them several times."""
+    found, queue = {module: None}, [module]
+    while queue:
+        for part in queue.pop()._modules.values():
+            if part is not None and part not in found:
+                found[part] = None
+                queue.append(part)
+    return list(found)
+
+
+def holdings(module: nn.Module) -> list[tuple[str, Tensor, Member, bool]]:
     """Every place where the module holds a parameter or buffer, by a name, and whether it is one for parameters: tied
     tensors have several places.
 
     A module that is there twice has its places once. Replaced twice, they would in the end be given back what they were
     replaced by, for good (``functional_call`` with the names of ``named_parameters(remove_duplicate=False)`` does so).
     """
-    found = []
-    for path, part in module.named_modules():
-        prefix = f"{path}." if path else ""
+    found, seen = [], set[nn.Module]()
+    queue: list[tuple[str, nn.Module]] = [("", module)]
+    while queue:  # in the order of ``named_modules``, without a generator for each module
+        prefix, part = queue.pop()
+        if part in seen:
+            continue
+        seen.add(part)
         for held in (part._parameters, part._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
-                    found.append((prefix + name, tensor, held is part._parameters))
+                    found.append((prefix + name, tensor, (held, name), held is part._parameters))
+        for name, child in reversed(part._modules.items()):
+            if child is not None:
+                queue.append((f"{prefix}{name}.", child))
     return found
 
 
 def places(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Those, whatever they are for."""
-    return [(name, tensor) for name, tensor, _ in holdings(module)]
+    return [(name, tensor) for name, tensor, _, _ in holdings(module)]
 
 
 def places_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
@@ -249,6 +300,7 @@ class _Lock:
 
     def __init__(self) -> None:
         self._lock, self._holder, self._depth = Lock(), 0, 0
+        self.row = (self,)
 
     def __enter__(self) -> None:
         if self._holder and self._holder in (get_ident(), _THREAD.serves):
@@ -267,22 +319,22 @@ class _Lock:
 class _Locks:
     """Several locks, always taken in the same order."""
 
-    def __init__(self, locks: tuple[_Lock, ...]) -> None:
-        self._locks = locks
+    def __init__(self, row: tuple[_Lock, ...]) -> None:
+        self.row = row
 
     def __enter__(self) -> None:
-        for lock in self._locks:
+        for lock in self.row:
             lock.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        for lock in reversed(self._locks):
+        for lock in reversed(self.row):
             lock.__exit__(*error)
 
 
 # Kept outside of the modules, which can be copied and pickled, as locks cannot.
 _OF_PART: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
-_OF_ROOT: WeakKeyDictionary[nn.Module, tuple[_Lock, ...]] = WeakKeyDictionary()
-_MEMBERS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[tuple[dict[str, Any], str]]]] = WeakKeyDictionary()
+_OF_ROOT: WeakKeyDictionary[nn.Module, _Lock | _Locks] = WeakKeyDictionary()
+_MEMBERS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[Member]]] = WeakKeyDictionary()
 _MAKING = Lock()
 
 
@@ -295,24 +347,26 @@ def alone(*roots: nn.Module, anew: bool = False) -> AbstractContextManager:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    if len(roots) == 1 and not anew:
-        locks = _OF_ROOT.get(roots[0])
-        if locks is not None and len(locks) == 1:
-            return locks[0]
-    found = [_locks(root, anew) for root in dict.fromkeys(roots)]
-    if len(found) == 1 and len(found[0]) == 1:
-        return found[0][0]
-    return _Locks(tuple(sorted({lock for locks in found for lock in locks}, key=id)))
+    if len(roots) == 1:
+        known = None if anew else _OF_ROOT.get(roots[0])
+        return known or _locks(roots[0])
+    found = [(None if anew else _OF_ROOT.get(root)) or _locks(root) for root in dict.fromkeys(roots)]
+    return _together({lock for locks in found for lock in locks.row})
 
 
-def _locks(root: nn.Module, anew: bool) -> tuple[_Lock, ...]:
-    locks = None if anew else _OF_ROOT.get(root)
-    if locks is None:
-        own = _Lock()
-        with _MAKING:
-            locks = tuple({_OF_PART.setdefault(part, own): None for part in root.modules()})
-            _OF_ROOT[root] = locks
-            _MEMBERS.pop(root, None)
+def _together(locks: Iterable[_Lock]) -> _Lock | _Locks:
+    row = tuple(sorted(locks, key=id))
+    return row[0] if len(row) == 1 else _Locks(row)
+
+
+def _locks(root: nn.Module) -> _Lock | _Locks:
+    """The locks of a module's parts. What a solve holds its modules by is its own, and needs none."""
+    inner = parts(root)
+    own = _Lock()
+    with _MAKING:
+        locks = _together({_OF_PART.setdefault(part, own) for part in (inner[2:] if isinstance(root, Held) else inner)})
+        _OF_ROOT[root] = locks
+        _MEMBERS.pop(root, None)
     return locks
 
 
@@ -336,16 +390,12 @@ def observed(run: Callable[[], Result]) -> Result:
         return run()
 
 
-class running:
-    """While a module runs with other tensors."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self._owner = owner
-
-    def __enter__(self) -> None:
-        _THREAD.owners.append(self._owner)
-
-    def __exit__(self, *error: object) -> None:
+def running(owner: nn.Module, run: Callable[..., Result], *arguments: Any) -> Result:
+    """``run(*arguments)``, while which a module runs with other tensors."""
+    _THREAD.owners.append(owner)
+    try:
+        return run(*arguments)
+    finally:
         _THREAD.owners.pop()
 
 

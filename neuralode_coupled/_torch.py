@@ -213,9 +213,12 @@ def caches_parametrizations() -> bool:
     return parametrize._cache_enabled > 0
 
 
-def written(tensor: Tensor) -> bool:
-    """Whether an in-place operation has written into the tensor; unknown for an inference tensor."""
-    return tensor.is_inference() or tensor._version > 0
+def written(tensors: Iterable[Tensor]) -> bool:
+    """Whether an in-place operation has written into one of the tensors; unknown for an inference tensor."""
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer, beside every evaluation
+        if tensor.is_inference() or tensor._version > 0:
+            return True
+    return False
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

@@ -76,7 +76,8 @@ def held_bytes(
             for storage in map(Tensor.untyped_storage, saved_by(node)):
                 sizes[storage] = storage.nbytes()
             sizes[node] = node_size + getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
-        free = {tensor.untyped_storage() for tensor in besides}
+        for tensor in besides:
+            sizes.pop(tensor.untyped_storage(), None)
     except (UnknownError, RuntimeError):  # the second: a tensor that has no storage of its own, such as a sparse one
         return None
-    return sum(size for key, size in sizes.items() if key not in free)
+    return sum(sizes.values())

@@ -122,7 +122,7 @@ class _Forward:
     """
 
     def __init__(self, plan: Plan, operands: Operands, memory: Memory, stacked: int | None = None) -> None:
-        self._recording, self._memory, self._stacked = Recording(plan, operands), memory, stacked
+        self._recording, self._memory, self._stacked = Recording(plan, operands, in_a_row=True), memory, stacked
         # What somebody's hooks have packed cannot be counted, nor does torch notice any more that it is overwritten.
         hooked = saved_tensors_are_hooked()
         last = 0 if hooked else min(memory.keep_last * plan.parts, plan.count)
@@ -153,22 +153,37 @@ class _Forward:
                 outputs = [torch.stack([state[i] for state in states]) for i in range(self._stacked)]
         if not self._graph:
             return outputs
-        flat = self._recording.operands.flatten()
-        return list(Checkpointed.apply(self._solve(), [*outputs, *self._stored], *flat)[: len(outputs)])
+        found = [*outputs, *self._stored]
+        return list(Checkpointed.apply(self._solve(), found, *self._recording.flat)[: len(outputs)])
 
     def _steps(self) -> list[Tensor]:
         """The emitted states, flat and without a graph."""
-        recording, emitted = self._recording, []
+        plan = self._recording.plan
+        if plan.made is not None:
+            self._recording.replay.leave_out(plan.count)
+            self._schedule = self._scheduled(plan.count)
+            return [part.detach() for state in plan.made for part in state]
         self._prepare()
+        keeper = self._keeper
+        # Who hears of the steps is to find the modules' own tensors.
+        if plan.around is None or keeper is None or plan.announce is not None or plan.listener is not None:
+            return self._one_by_one()
+        return plan.around(keeper.shared, plan.buffers[0], self._one_by_one)
+
+    def _one_by_one(self) -> list[Tensor]:
+        recording, emitted = self._recording, []
         y = recording.y0
         for n in range(recording.plan.count):
             before, keeper = y, self._keeper
-            keeps = keeper is not None and keeper.first <= n < keeper.end
-            y, out = keeper.step(n, y) if keeper is not None and keeps else recording.step(n, y)
+            if keeper is not None and keeper.first <= n < keeper.end:
+                y, out = keeper.step(n, y)
+            else:
+                y, out = recording.step(n, y)
             if n == 0:
                 self._see_first()
             recording.emitted(n, len(out))
-            self._put(n, before)
+            if self._graph and n > 0:
+                self._put(n, before)
             # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
             for state in out:
                 emitted.extend([part.detach() for part in state])
@@ -210,7 +225,7 @@ class _Forward:
         """Store the state before step ``n``, if the backward pass is to start from it."""
         parts = self._recording.plan.parts
         wanted = n >= self._behind and n % parts == 0 if self._auto else n in self._wanted
-        if self._graph and n > 0 and wanted:
+        if wanted:
             self._stored.extend(y) if self._store is None else self._store.put(n, y)
 
     def _solve(self) -> Solve:
@@ -221,8 +236,11 @@ class _Forward:
         plan, kept = recording.plan, list(recording.plan.kept) if keeper is None else keeper.kept
         for part in kept:
             part.versions, part.end_versions = versions(part.buffers), versions(part.end_state)
-        held = sum(part.size for part in kept)
-        plan.stats.kept += sum(part.end - part.first for part in kept) // plan.parts
+        held = steps = 0
+        for part in kept:
+            held += part.size
+            steps += part.end - part.first if part.graph is not None else 0
+        plan.stats.kept += steps // plan.parts
         plan.stats.kept_bytes += held
         stores = self._store, kept, ends, self._stacked, held
         return Solve(plan, structure, self._schedule, recording.replay, *stores)

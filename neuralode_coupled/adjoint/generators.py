@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import operator
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -29,13 +30,17 @@ class Generator:
     same: Callable[[Any, Any], bool]
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two states of a torch generator, which are bytes on the host, are one; several times faster than
-    `torch.equal`."""
-    return ctypes.string_at(a.data_ptr(), len(a)) == ctypes.string_at(b.data_ptr(), len(b))
+def _read_torch() -> bytes:
+    """Bytes are compared in a tenth of the time that `torch.equal` takes."""
+    state = torch.default_generator.get_state()
+    return ctypes.string_at(state.data_ptr(), state.numel())
 
 
-_TORCH = Generator(torch.get_rng_state, torch.set_rng_state, _same)
+def _write_torch(state: bytes) -> None:
+    torch.default_generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+_TORCH = Generator(_read_torch, _write_torch, operator.eq)
 
 
 def _python() -> Generator:
@@ -53,7 +58,7 @@ def _python() -> Generator:
             latest = now, random.getstate()
         return latest[1]
 
-    return Generator(read, random.setstate, lambda a, b: a is b or a == b)
+    return Generator(read, random.setstate, operator.eq)
 
 
 _PYTHON = _python()
@@ -65,7 +70,7 @@ def _of_device(device: torch.device) -> Generator:
     def write(state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state, device)
 
-    return Generator(lambda: torch.cuda.get_rng_state(device), write, _same)
+    return Generator(lambda: torch.cuda.get_rng_state(device), write, torch.equal)
 
 
 def of_torch(device: torch.device) -> list[Generator]:
@@ -110,6 +115,11 @@ def restore(generators: Sequence[Generator], before: Sequence[Any]) -> None:
         generator.write(state)
 
 
-def drawn_from(generators: Sequence[Generator], before: Sequence[Any]) -> list[bool]:
+def differ(generators: Sequence[Generator], before: Sequence[Any], now: Sequence[Any]) -> list[bool]:
     """Whether each has another state than before."""
-    return [not g.same(state, g.read()) for g, state in zip(generators, before, strict=True)]
+    return [not g.same(a, b) for g, a, b in zip(generators, before, now, strict=True)]
+
+
+def drawn_from(generators: Sequence[Generator], before: Sequence[Any]) -> bool:
+    """Whether one of them has another state than before."""
+    return any(differ(generators, before, states(generators)))

@@ -37,6 +37,11 @@ class Keeper:
         self._one_by_one = recording.plan.listener is not None or any(map(narrow, summed))
         return Tracer(recording.plan, operands, operands.restore(recording.wanted))
 
+    @property
+    def shared(self) -> State:
+        """What stands in for the tensors that the steps share."""
+        return self._tracer.shared
+
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n``: the next state, and what it emits; without their graph."""
         if self._span is None:
@@ -47,24 +52,28 @@ class Keeper:
             span.tracer.plan = self._recording.plan  # the first attempt at the first step may have exchanged it
             return span.step(plan.buffers[n])
 
-        found, emitted = self._recording.recorded(n, y, run, span.leaves)
+        found, emitted = self._recording.recorded(n, y, run, span.leaves if n == 0 else ())
         keep = n > self.first or self._learn(span)
         # A step that depends on tensors that it was not handed is made, and looked at, in the backward pass.
         end, parts = y, tuple([part.detach() for part in found])
-        if not keep or span.foreign():
+        if not keep or (n == span.first and span.foreign()):
             span.back()
             self.end = n
         else:
             end = parts
         if self._one_by_one or n + 1 >= self.end:
             if span.end > span.first:
-                steps = range(span.first, span.end)
-                buffers = {id(buffer): buffer for n in steps for buffer in plan.buffers[n]}
-                graph, size = span.graph(), self._size * len(steps)
-                kept = Kept(span.first, span.end, graph, size, tuple(buffers.values()), end_state=end)
-                self.kept.append(kept)
+                self.kept.append(self._kept(span, end))
             self._span = None
         return parts, emitted
+
+    def _kept(self, span: Span, end: State) -> Kept:
+        """The steps of a span that has ended; without their graph where those behind the first, which are looked at
+        together, depend on such tensors."""
+        buffers = {id(buffer): buffer for row in self._recording.plan.buffers[span.first : span.end] for buffer in row}
+        suspect = span.end > span.first + 1 and span.foreign(all_steps=True)
+        graph, size = (None, 0) if suspect else (span.graph(), self._size * (span.end - span.first))
+        return Kept(span.first, span.end, graph, size, tuple(buffers.values()), end_state=end)
 
     def _learn(self, span: Span) -> bool:
         """How many steps fit, and which tensors they capture, from the first one; False if it is not to be kept."""

@@ -109,17 +109,14 @@ class Checkpointed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(solve: Solve, found: list[Tensor], *flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(found)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.solve, _, *flat = inputs
-        stored = output[ctx.solve.outputs :]
+    def forward(ctx: Any, solve: Solve, found: list[Tensor], *flat: Tensor) -> tuple[Tensor, ...]:
+        ctx.solve, output = solve, tuple(found)
+        stored = output[solve.outputs :]
         ctx.mark_non_differentiable(*stored)
         ctx.save_for_backward(*flat, *stored)
         ctx.set_materialize_grads(False)
-        ctx.held_bytes = ctx.solve.held_bytes
+        ctx.held_bytes = solve.held_bytes
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ trace in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -116,26 +116,28 @@ def places_in_graph(tensors: Iterable[Tensor]) -> Places:
     return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
-def walk(ends: Iterable[GradientEdge | None], stops: Places, seen: set[Any] | None = None) -> Iterator[Any]:
-    """The nodes of a graph, given by its ends, without what lies behind the places ``stops``.
+def walk(
+    ends: Iterable[GradientEdge | None], stops: Places, seen: set[Any] | None = None, leaves: bool = False
+) -> list[Any]:
+    """The nodes of a graph, or its ``leaves`` alone, given by its ends, without what lies behind the places ``stops``.
 
     ``seen`` are nodes that are left out; those that are found are added.
     """
     seen = set() if seen is None else seen
     seen.add(None)
+    found: list[Any] = []
     edges: Iterable[Any] = [(end.node, end.output_nr) for end in ends if end is not None]
-    queue: list[Any] = []
-    while True:  # a walk takes as long as a small operation for each node: as little as can be stands in it
-        for edge in edges:
-            node = edge[0]
-            if node not in seen and not (stops and edge in stops):
-                seen.add(node)
-                queue.append(node)
-        if not queue:
-            return
-        node = queue.pop()
-        yield node
-        edges = node.next_functions
+    for edge in edges:
+        if edge[0] not in seen and edge not in stops:
+            seen.add(edge[0])
+            found.append(edge[0])
+    for node in found:  # it grows; a walk takes as long as a small operation for each node: as little as can be is here
+        for edge in node.next_functions:
+            following = edge[0]
+            if following not in seen and not (stops and edge in stops):
+                seen.add(following)
+                found.append(following)
+    return [node for node in found if type(node) is _LEAF] if leaves else found
 
 
 def foreign(
@@ -149,7 +151,7 @@ def foreign(
     ``stops`` are `places_in_graph` of these, where that is known as well; ``seen`` as in `walk`.
     """
     stops = places_in_graph(known) if stops is None else stops
-    leaves = [node.variable for node in walk(ends, stops, seen) if type(node) is _LEAF]
+    leaves = [node.variable for node in walk(ends, stops, seen, leaves=True)]
     if not leaves:
         return leaves
     ids = set(map(id, known))

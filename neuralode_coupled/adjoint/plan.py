@@ -95,6 +95,9 @@ class Plan:
         parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
             pass to the backward pass. Between its parts the state may have more tensors than y0.
         kept: the graphs of the first steps, where making the plan has made them already.
+        made: what all steps emit, where ``kept`` has them all: there is no step to make in the forward pass.
+        around: ``around(shared, buffers, run)`` is ``run()``, which makes steps on these tensors: what each of them
+            would do by itself to put them in their places is then done once. None where there is nothing of the kind.
         more: whether the last step may emit more states than ``emits`` says, and tells somebody of their structure.
         count: the number of steps.
     """
@@ -112,6 +115,8 @@ class Plan:
     observed: bool = False
     parts: int = 1
     kept: tuple[Kept, ...] = ()
+    made: tuple[State, ...] | None = None
+    around: Callable[[State, State, Callable[[], Any]], Any] | None = None
     more: bool = False
     count: int = field(init=False)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -27,28 +28,28 @@ class Recording:
     Args:
         plan: the steps.
         operands: their tensors.
+        in_a_row: whether nothing else runs between them.
 
     Attributes:
         plan: the steps, which the first one may show to need a graph of their own.
         operands: with the tensors that the first step was seen to use by itself.
         replay: the world of each step.
+        flat: the operands in a row.
+        wanted: which of them require a gradient.
+        y0: the initial state, detached.
     """
 
-    def __init__(self, plan: Plan, operands: Operands) -> None:
+    def __init__(self, plan: Plan, operands: Operands, in_a_row: bool = False) -> None:
         self.plan, self.operands = plan, operands
-        self.replay = Replay(plan, operands.y0[0].device)
-        # Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none.
-        self._detached = operands.restore([tensor.detach() for tensor in operands.flatten()])
+        self.replay = Replay(plan, operands.y0[0].device, in_a_row)
+        self.flat = operands.flatten()
+        self.wanted = [tensor.requires_grad for tensor in self.flat]
+        self.y0: State = tuple([part.detach() for part in operands.y0])
 
-    @property
-    def y0(self) -> State:
-        """The initial state, detached."""
-        return self._detached.y0
-
-    @property
-    def wanted(self) -> list[bool]:
-        """Which of the operands require a gradient."""
-        return [tensor.requires_grad for tensor in self.operands.flatten()]
+    @cached_property
+    def _detached(self) -> Operands:
+        """Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none."""
+        return self.operands.restore([tensor.detach() for tensor in self.flat])
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n``."""
@@ -67,11 +68,13 @@ class Recording:
 
     def recorded(self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = ()) -> Result:
         """Step ``n`` as ``run`` makes it; with its graph where ``leaves`` are given, which it is computed on."""
-        self.plan.begin(n, y)
+        if self.plan.announce is not None:
+            self.plan.announce(n, y)
         random = self.replay.before(n)
         result = self._observed(run, random, leaves) if n == 0 else self._run(run, random)
         self.replay.after(random)
-        self.plan.passed(n)
+        if self.plan.listener is not None:
+            self.plan.passed(n)
         return result
 
     def _run(self, run: Callable[[], Result], random: list, look: AbstractContextManager | None = None) -> Result:
@@ -91,11 +94,13 @@ class Recording:
         """The first step, which shows what gradients flow to besides the operands."""
         if self.plan.overlooked is None or self.plan.observed:
             return self._run(run, random)
-        observer = Observer((*self.operands.flatten(), *leaves))
+        observer = Observer((*self.flat, *leaves))
         with observing(observer):
             result = self._run(run, random, observer)
-        if observer.found:
-            self.operands = replace(self.operands, captured=(*self.operands.captured, *observer.found))
+        found = observer.found
+        if found:
+            self.operands = replace(self.operands, captured=(*self.operands.captured, *found))
+            self.flat, self.wanted = [*self.flat, *found], [*self.wanted, *[True] * len(found)]
         return result
 
 
@@ -131,11 +136,8 @@ def without_graph(device: torch.device) -> Iterator[None]:
     parameters. What dynamics save for a derivative of their own is not for hooks outside: `torch.utils.checkpoint`
     would run the layer again, inside of its own evaluation.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(uncached_casts(device))
-        if saved_tensors_are_hooked():
-            stack.enter_context(saved_tensors_hooks(_same, _same))
+    unseen = saved_tensors_hooks(_same, _same) if saved_tensors_are_hooked() else nullcontext()
+    with torch.no_grad(), uncached_casts(device), unseen:
         yield
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralode_coupled._substitution import serving
+from neuralode_coupled._substitution import parts, serving
 from neuralode_coupled._torch import drops_out, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import generators
@@ -31,37 +31,53 @@ class Replay:
     Args:
         plan: the steps.
         device: the device of the state; its random numbers and the host's are replayed.
+        in_a_row: whether nothing else runs between the steps: each begins with the random numbers' state that the last
+            one ended with.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, in_a_row: bool = False) -> None:
         self._plan = plan
         self._device, self._thread = device, get_ident()
-        self._modes = [module.training for module in plan.module.modules()]
+        self._modules = parts(plan.module)
+        self._modes = [module.training for module in self._modules]
         kinds = sorted({"cpu", device.type})
         self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
         # The state of a generator cannot be read while a CUDA graph is captured.
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and any(map(drops_out, plan.module.modules())):
+        if capturing and any(map(drops_out, self._modules)):
             raise RuntimeError(
                 "dropout inside of a CUDA graph cannot be replayed in the backward pass: use Backprop(), or p=0"
             )
         always = [] if capturing else generators.of_torch(device)
-        self._always, self._generators = len(always), [*always, *generators.others()]
+        # Steps that are read from a record draw nothing.
+        every = [] if plan.observed else [*always, *generators.others()]
+        self._always, self._generators = len(always), every
         self._random: list[list[Any] | None] = []
+        self._latest: list[Any] | None = None
+        # Who hears of the steps may draw as well.
+        self._in_a_row = in_a_row and plan.announce is None and plan.listener is None
         self._buffers: list[State] = []
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
     def before(self, n: int) -> list[Any]:
         """Before step ``n`` of the forward pass, in order: the state of the random numbers."""
-        self._buffers.append(tuple([self._copy(buffer) for buffer in self._plan.buffers[n]]))
-        return generators.states(self._generators)
+        row = self._plan.buffers[n]
+        self._buffers.append(tuple([self._copy(buffer) for buffer in row]) if row else ())
+        return self._latest or generators.states(self._generators)
 
     def after(self, random: list[Any]) -> None:
         """After that step: keep the state ``random`` before it if the step drew numbers."""
-        drawn = generators.drawn_from(self._generators, random)
+        now = generators.states(self._generators)
+        drawn = generators.differ(self._generators, random, now)
         self._random.append(random if any(drawn) else None)
         if len(self._random) == 1 and not any(drawn[self._always :]):
-            del self._generators[self._always :], random[self._always :]
+            del self._generators[self._always :], random[self._always :], now[self._always :]
+        self._latest = now if self._in_a_row else None
+
+    def leave_out(self, count: int) -> None:
+        """For steps that the forward pass does not make: they draw nothing, and begin with the buffers as they are."""
+        self._buffers = [tuple([self._copy(buffer) for buffer in row]) for row in self._plan.buffers]
+        self._random = [None] * count
 
     def undo(self, random: list[Any]) -> None:
         """Put back what an attempt at the step that comes after `before` has changed."""
@@ -73,11 +89,11 @@ class Replay:
     @contextmanager
     def world(self) -> Iterator[None]:
         """Around all recomputation: the forward pass's autocast and train/eval flags."""
-        modules = list(self._plan.module.modules())
+        modules = self._modules
         modes = [module.training for module in modules]
-        with ExitStack() as stack:
-            stack.enter_context(serving(self._thread))
-            for kind, enabled, dtype in self._autocast:
+        casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
+        with serving(self._thread), ExitStack() as stack:
+            for kind, enabled, dtype in casts:
                 # Without the cache: it would hand graph-less casts of the weights to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             try:

@@ -7,7 +7,7 @@ need provably the fewest recomputed steps (Griewank and Walther, ACM TOMS 2000).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Schedule:
     stored: tuple[int, ...]
     program: tuple[Load | Advance | Reverse, ...]
 
-    @property
+    @cached_property
     def top(self) -> int:
         """One more than the last step that the backward pass repeats."""
         return next((action.n + 1 for action in self.program if isinstance(action, Reverse)), 0)
@@ -61,7 +61,7 @@ class Schedule:
             (0, *(n + steps for n in self.stored)), tuple([_moved(action, steps) for action in self.program])
         )
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """How many steps the backward pass goes through by repeating them."""
         return sum(isinstance(action, Reverse) for action in self.program)

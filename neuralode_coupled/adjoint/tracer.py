@@ -61,8 +61,11 @@ class Tracer:
 
     def run(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """Step ``n`` with a graph."""
-        with torch.enable_grad(), replaced(self._replaced, self.captured):
-            return self.plan.step(n, y, inputs, shared, buffers)
+        with torch.enable_grad():
+            if not self._replaced:
+                return self.plan.step(n, y, inputs, shared, buffers)
+            with replaced(self._replaced, self.captured):
+                return self.plan.step(n, y, inputs, shared, buffers)
 
     def again(self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None = None) -> Traced:
         """Step ``n`` once more, in the world of the forward pass.
@@ -124,7 +127,7 @@ class Span:
     def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One more step: the next state and what it emits, with their graph."""
         n, needed = self.end, self.tracer.needed.inputs[self.end]
-        inputs = leaves(self.tracer.operands.inputs[n], needed)
+        inputs = leaves(self.tracer.operands.inputs[n], needed) if needed else ()
         y, emitted = self.tracer.run(n, self._y, inputs, self._shared, buffers)
         self._before = self._y, len(self._inputs), len(self._emitted)
         self._y = y
@@ -141,11 +144,12 @@ class Span:
         with world:
             return self.step(buffers)
 
-    def foreign(self) -> list[Tensor]:
-        """The leaves with a gradient that the last step depends on and was not handed, if they are looked for."""
+    def foreign(self, all_steps: bool = False) -> list[Tensor]:
+        """The leaves with a gradient that the last step, or ``all_steps``, depends on and was not handed, if they are
+        looked for."""
         if self.tracer.plan.overlooked is None:
             return []
-        _, _, count = self._before
+        count = 0 if all_steps else self._before[2]
         ends = edges([*self._y, *self._emitted[count:]])
         return foreign(ends, self.leaves, self.tracer.stops, self._seen)
 

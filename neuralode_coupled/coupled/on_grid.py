@@ -376,13 +376,14 @@ class GridProblem:
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One Runge-Kutta step of the activation ODE with the step's own weights."""
         grid = self._within(shared).grid
-        applied = self.stages.applies(self.scheme.method, grid.length)
+        length = grid.length
+        applied = self.stages.applies(self.scheme.method, length)
         further: list[Any] | None = [] if self._further is not None and n + 1 == grid.steps else None
-        slope = self._slopes(n, grid.start(n), grid.length, inputs, shared, buffers, applied, further)
+        slope = self._slopes(n, grid.start(n), length, inputs, shared, buffers, applied, further)
         if applied:  # a block itself is the step
             y = slope(0, y)
         else:
-            y, _ = step(slope, y, grid.length, self.scheme.method)
+            y, _ = step(slope, y, length, self.scheme.method)
         emitted = (y,) if n + 1 in self.save else ()
         if self._further is None or not further:
             return y, emitted

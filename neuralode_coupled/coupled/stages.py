@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,22 +15,18 @@ from neuralode_coupled.field import Block, CoupledField, check_slope
 from neuralode_coupled.runge_kutta import Tableau
 
 Rows = tuple[State, ...]
-Members = Callable[[nn.Module], Iterator[tuple[str, Tensor]]]
+Members = Callable[[nn.Module], list[tuple[str, Tensor]]]
 
 
-def _differentiable(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _differentiable(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters, and buffers that require a gradient."""
-    yield from module.named_parameters()
-    for name, buffer in module.named_buffers():
-        if buffer.requires_grad:
-            yield name, buffer
+    buffers = [(name, buffer) for name, buffer in module.named_buffers() if buffer.requires_grad]
+    return [*module.named_parameters(), *buffers]
 
 
-def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _plain_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that do not: a step may modify them."""
-    for name, buffer in module.named_buffers():
-        if not buffer.requires_grad:
-            yield name, buffer
+    return [(name, buffer) for name, buffer in module.named_buffers() if not buffer.requires_grad]
 
 
 class Stages:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled._substitution import parts
+
 
 def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
     """Raise TypeError or ValueError for a z0 that fits no parameter of the dynamics."""
@@ -14,10 +16,13 @@ def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
     if z0.ndim < 1:
         raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
     # f may have parameters of other dtypes as well (complex, whole numbers, frozen in float64): it knows which fit z0.
-    own = [p for p in dynamics.parameters() if p.is_floating_point()]
-    evolving = next((p for p in own if p.ndim >= 2), own[0] if own else None)
-    if evolving is None:
+    own = [p for part in parts(dynamics) for p in part._parameters.values() if p is not None and p.is_floating_point()]
+    for p in own:
+        if z0.device == p.device and z0.dtype == p.dtype:
+            return  # as nearly always
+    if not own:
         return
+    evolving = next((p for p in own if p.ndim >= 2), own[0])
     if all(z0.device != p.device for p in own):
         raise ValueError(f"z0 is on {z0.device}, the weights are on {evolving.device}: move one of them with .to(...)")
     if all(z0.dtype != p.dtype for p in own) and not torch.is_autocast_enabled(z0.device.type):

@@ -20,7 +20,7 @@ from neuralode_coupled._substitution import (
     call,
     check_no_sample_gradients,
     check_surroundings,
-    places,
+    holdings,
     running,
     untouched,
 )
@@ -193,10 +193,9 @@ class CoupledField(nn.Module):
     def moving(self) -> list[str]:
         """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
         under a kernel that changes constants."""
-        return [name for name in self.names if self._moves(name)]
-
-    def _moves(self, name: str) -> bool:
-        return not (self.kernel.keeps_constants and keeps_weights(self.operator(name)))
+        if not self.kernel.keeps_constants:
+            return list(self.names)
+        return [name for name in self.names if not keeps_weights(self.operator(name))]
 
     def resample(self, steps: int) -> None:
         """Put per-step modules on a grid of so many steps; see `PerStep.resample`."""
@@ -300,12 +299,12 @@ class CoupledField(nn.Module):
         run = partial(call, self.dynamics, tensors, arguments, begun=begun)
         if self.inputs is not None:
             run = partial(self._call_with_inputs, self.inputs, t, tensors, arguments, begun)
-        if torch.is_grad_enabled() and not tracing() and (bool(self.moving()) if moving is None else moving):
-            run = partial(_without_hooks, run)
-        if tracing() == "compile":
+        traced = tracing()
+        if traced == "compile":
             return run()
-        with running(self.dynamics):
-            return untouched(self.dynamics, (z,), run)
+        if traced is None and torch.is_grad_enabled() and (bool(self.moving()) if moving is None else moving):
+            run = partial(_without_hooks, run)
+        return running(self.dynamics, untouched, self.dynamics, (z,), run)
 
     def _call_with_inputs(
         self, inputs: Inputs, t: Tensor | None, tensors: Mapping[str, Tensor], arguments: tuple[Any, ...], begun: bool
@@ -376,6 +375,6 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
     """All places of each tensor that the module holds in several, by the first of them."""
     names: dict[int, list[str]] = {}
-    for name, tensor in places(dynamics):
+    for name, tensor, _, _ in holdings(dynamics):
         names.setdefault(id(tensor), []).append(name)
     return {group[0]: tuple(group) for group in names.values() if len(group) > 1}

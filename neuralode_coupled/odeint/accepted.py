@@ -118,7 +118,8 @@ class AdaptiveSolve:
         watched.check(self.advance is accepted_steps)
         grid = self._grid(steps, within)
         again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
-        plan, operands = again.discrete(self.y0, steps, stats)
+        made = growing.steps == len(steps)
+        plan, operands = again.discrete(self.y0, steps, stats, made)
         step = with_graph(plan.step) if watched.own_graph else plan.step
         operands = replace(operands, captured=(*operands.captured, *watched.found))
         return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts)), operands
@@ -129,8 +130,7 @@ class AdaptiveSolve:
         """The accepted steps with their outputs, and the times of these within them."""
         found = 1
         while True:
-            with growing.stepping():
-                step = next(accepted, None)
+            step = growing.step(accepted)
             if step is None:
                 return
             if self.choose is None or recent is None:
@@ -271,9 +271,14 @@ class _Watched:
         self._random: list[Any] = []
 
     def __call__(self, t: Tensor, y: State) -> State:
-        if self._generators:
-            with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
-                return self._evaluate(t, y)
+        if self._generators:  # the first evaluation is done
+            if self.own_graph or (torch.is_grad_enabled() and not self._growing.open):
+                with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
+                    return self._evaluate(t, y)
+            try:
+                return self._dynamics(t, y)  # as nearly always
+            except (RuntimeError, ValueError) as error:
+                return self._by_graph(error, t, y)
         observer = None if tracing() else Observer(self._known, watched=t)
         with nullcontext() if observer is None else observing(observer):
             slope = self._evaluate(t, y, observer)
@@ -286,13 +291,18 @@ class _Watched:
         return slope
 
     def _evaluate(self, t: Tensor, y: State, observer: Observer | None = None) -> State:
-        if not self.own_graph:
-            try:
-                return self._dynamics(t, y)
-            except (RuntimeError, ValueError) as error:
-                if not asks_for_graph(error):
-                    raise
-            self.own_graph = True
+        if self.own_graph:
+            return self._by_graph(None, t, y, observer)
+        try:
+            return self._dynamics(t, y)
+        except (RuntimeError, ValueError) as error:
+            return self._by_graph(error, t, y, observer)
+
+    def _by_graph(self, error: Exception | None, t: Tensor, y: State, observer: Observer | None = None) -> State:
+        """The evaluation of dynamics that differentiate their input, which is what the error says, if there is one."""
+        if error is not None and not asks_for_graph(error):
+            raise error
+        self.own_graph = True
         graph = torch.is_grad_enabled()
         leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
         with torch.enable_grad(), observer or nullcontext():  # which has to see the input being made
@@ -301,7 +311,7 @@ class _Watched:
 
     def check(self, adaptive: bool) -> None:
         """Raise ValueError for dynamics that draw random numbers again and again."""
-        if any(drawn_from(self._generators, self._random)):
+        if drawn_from(self._generators, self._random):
             where, instead = "the exact gradient of a solve up to an event does not allow", ""
             if adaptive:
                 where = "neither error control nor an exact gradient of an adaptive method allows"

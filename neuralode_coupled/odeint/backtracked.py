@@ -146,7 +146,7 @@ def _grid(solve: AdaptiveSolve) -> tuple[list[float], tuple[int, ...], list[Stat
     before = states(generators)
     with torch.no_grad():
         replace(solve, options=options, choose=choose).discrete(Stats())
-    if any(drawn_from(generators, before)):
+    if drawn_from(generators, before):
         raise ValueError("func draws random numbers, which a reversible scheme does not allow: leave out adjoint")
     return grid, tuple(save), reference
 

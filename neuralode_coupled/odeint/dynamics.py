@@ -13,11 +13,13 @@ from neuralode_coupled._substitution import (
     alone,
     call,
     check_surroundings,
+    exchanged,
     holdings,
     indexed,
-    uncached,
+    runs_plainly,
     untouched,
 )
+from neuralode_coupled._torch import caches_parametrizations, without_cached_parametrizations
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Overlooked
 from neuralode_coupled.field.reachable import captured
@@ -54,7 +56,7 @@ class Dynamics:
             where ``params`` is None.
 
     Attributes:
-        module: holds func, or the modules that it uses.
+        module: func, or what holds the modules that it uses.
         shared: what gradients flow to and can be replaced: the modules' parameters, and their buffers that require a
             gradient.
         captured: what else gradients flow to.
@@ -77,36 +79,66 @@ class Dynamics:
         self.overlooked = overlooked or (_overlooked if params is None else None)
         self._func = func
         modules, tensors = ([func], []) if isinstance(func, nn.Module) else captured(func)
-        self.module = Held(modules)
+        self.module = func if isinstance(func, nn.Module) else Held(modules)
         check_surroundings(self.module)
-        with alone(self.module, anew=True):  # another thread may have put other tensors in their places
+        self._alone, self._plainly = alone(self.module, anew=True), False
+        self._now: tuple[State, State] | None = None
+        with self._alone:  # another thread may have put other tensors in their places
             self._sort(tensors, params)
 
     def _sort(self, tensors: list[Tensor], params: Iterable[Tensor] | None) -> None:
         """Find the tensors, and their places in the modules: once, not at every evaluation."""
         found = holdings(self.module)
-        parameters = [tensor for _, tensor, is_parameter in found if is_parameter]
-        buffers = [tensor for _, tensor, is_parameter in found if not is_parameter]
-        own = {id(tensor): tensor for tensor in (*parameters, *(b for b in buffers if b.requires_grad))}
+        parameters = [tensor for _, tensor, _, is_parameter in found if is_parameter]
+        buffers = [tensor for _, tensor, _, is_parameter in found if not is_parameter]
+        own = {id(tensor): tensor for tensor in (*parameters, *[b for b in buffers if b.requires_grad])}
         members = list(own.values())
         asked = [*members, *tensors] if params is None else _checked_params(params)
         # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
         frozen = [] if params is not None else [p for p in members if not p.requires_grad]
         wanted = list({id(p): p for p in asked if p.requires_grad}.values())
-        self.shared: State = (*(p for p in wanted if id(p) in own), *frozen)
-        self.captured: State = tuple(p for p in wanted if id(p) not in own)
+        self.shared: State = (*[p for p in wanted if id(p) in own], *frozen)
+        self.captured: State = tuple([p for p in wanted if id(p) not in own])
         self.buffers: State = tuple({id(b): b for b in buffers if id(b) not in own}.values())
-        every = [(name, tensor) for name, tensor, _ in found]
-        self._parameters, self._buffer_names = indexed(every, self.shared), indexed(every, self.buffers)
+        held, every = {name: member for name, _, member, _ in found}, [(name, tensor) for name, tensor, _, _ in found]
+        from_shared, from_buffers = indexed(every, self.shared), indexed(every, self.buffers)
+        self._names = [name for name, _ in (*from_shared, *from_buffers)]
+        self._members = [held[name] for name in self._names]
+        self._from_shared, self._from_buffers = [i for _, i in from_shared], [i for _, i in from_buffers]
 
     def within(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
         """``run()`` with the given tensors in place of the modules' own."""
-        if shared is self.shared and buffers is self.buffers:
-            with alone(self.module), uncached():
+        now = self._now
+        if now is not None and now[0] is shared and now[1] is buffers:
+            return run()
+        tensors = [*map(shared.__getitem__, self._from_shared), *map(buffers.__getitem__, self._from_buffers)]
+        if torch.compiler.is_compiling():
+            held = self.module if isinstance(self.module, Held) else Held([self.module])
+            names = self._names if held is self.module else [f"held.0.{name}" for name in self._names]
+            return call(held, dict(zip(names, tensors, strict=True)), (run,), begun=True)
+        with self._alone:
+            before, self._plainly = self._plainly, runs_plainly()
+            try:
+                if caches_parametrizations():
+                    with without_cached_parametrizations():
+                        return exchanged(self._members, self._names, tensors, run)
+                if shared is self.shared and buffers is self.buffers and now is None:
+                    return run()
+                return exchanged(self._members, self._names, tensors, run)
+            finally:
+                self._plainly = before
+
+    def around(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
+        """The same for several steps: `within` finds these tensors in their places."""
+
+        def steps() -> Result:
+            self._now = shared, buffers
+            try:
                 return run()
-        tensors = {name: shared[i] for name, i in self._parameters}
-        tensors |= {name: buffers[i] for name, i in self._buffer_names}
-        return call(self.module, tensors, (run,), begun=True)
+            finally:
+                self._now = None
+
+        return self.within(shared, buffers, steps)
 
     def in_forward(self, shared: State, device: torch.device) -> State:
         """What to evaluate the forward pass with: the modules' own tensors, where it has no graph."""
@@ -118,12 +150,12 @@ class Dynamics:
         if y[0].requires_grad and not torch.is_grad_enabled():
             # func may ask whether there is a graph, and have marked the state so itself, at an earlier evaluation.
             y = tuple([part.detach() for part in y])
-        slope = untouched(self._func, y, self._func, t, y if self._is_tuple else y[0])
+        slope = untouched(self._func, y, self._func, t, y if self._is_tuple else y[0], plainly=self._plainly)
+        if not self._is_tuple and isinstance(slope, Tensor) and slope.shape == y[0].shape and slope.dtype == y[0].dtype:
+            return (slope,)  # as nearly always, and quickly: this stands beside every evaluation
         return self._checked(slope, y)
 
     def _checked(self, slope: Any, y: State) -> State:
-        if not self._is_tuple and isinstance(slope, Tensor) and slope.shape == y[0].shape and slope.dtype == y[0].dtype:
-            return (slope,)  # as nearly always, and quickly: this stands beside every evaluation
         found = slope if self._is_tuple else (slope,)
         if (
             not isinstance(found, tuple | list)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
 from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor, too_short, unresolved
 from neuralode_coupled.runge_kutta import Tableau, lasting, step
+from neuralode_coupled.runge_kutta.adaptive import HOST
+from neuralode_coupled.runge_kutta.rounding import rounding
 
 Announce = Callable[[Tensor, State, Tensor], Any]
 """``announce(t, y, dt)`` is called before each step of the forward pass."""
@@ -26,23 +30,33 @@ def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
 
     The host waits for ``t`` and ``points`` only if they are on a device.
     """
-    numbers, times, lengths = points.tolist(), t.tolist(), points.diff()
+    numbers, times, exact = points.tolist(), t.tolist(), rounding(points.dtype)
     shares = share_out(times, numbers[1:])
     inputs: tuple[State, ...] = ((),) * len(shares)
     if t.requires_grad and torch.is_grad_enabled():
         # In the wider precision, as numbers are: products of lengths and coefficients are rounded in it.
         dtype = torch.promote_types(t.dtype, like.dtype.to_real())
-        move = [column.to(like.device, dtype, non_blocking=True) for column in (points[:-1], lengths, points[1:], t)]
+        columns = points[:-1], points.diff(), points[1:], t
+        move = [column.to(like.device, dtype, non_blocking=True) for column in columns]
         inputs = rows((move[0], move[1], move[2]), move[3], shares)
     outputs = [[times[j] for j in share] for share in shares]
-    return Grid(numbers[:-1], lengths.tolist(), numbers[1:], outputs, inputs, points is not t)
+    lengths = points.diff().tolist() if tracing() else [exact(b - a) for a, b in pairwise(numbers)]
+    return Grid(numbers[:-1], lengths, numbers[1:], outputs, inputs, points is not t)
 
 
 def equal_steps(t: Tensor, step_size: float) -> Tensor:
     """Grid points ``step_size`` apart, the last step being shorter; torchdiffeq's, rounding included."""
-    signed = step_size if t[-1] > t[0] else -step_size
-    count = int(torch.ceil((t[-1] - t[0]) / signed + 1).item())
-    inner = torch.arange(count - 1, dtype=t.dtype, device=t.device) * signed + t[0]
+    start, end = t[0], t[-1]
+    signed = step_size if end > start else -step_size
+    if not t.requires_grad and t.device.type in HOST and not tracing():
+        # Such operations on single numbers take as long as a step of a small state.
+        exact, (first, last) = rounding(t.dtype), (start.item(), end.item())
+        length = exact(signed)
+        count = math.ceil(exact(exact(exact(last - first) / length) + 1.0))
+        points = [exact(exact(k * length) + first) for k in range(count - 1)]
+        return torch.tensor([*points, last], dtype=t.dtype, device=t.device)
+    count = int(torch.ceil((end - start) / signed + 1).item())
+    inner = torch.arange(count - 1, dtype=t.dtype, device=t.device) * signed + start
     return torch.cat([inner, t[-1:]])
 
 
@@ -90,6 +104,7 @@ class FixedSteps:
             announce=None if self._announce is None else self._tell,
             listener=listener(count),
             overlooked=self.dynamics.overlooked,
+            around=self.dynamics.around,
         )
         return plan, Operands(y0, self.grid.inputs, self.dynamics.shared, self.dynamics.captured)
 
@@ -104,20 +119,25 @@ class FixedSteps:
     def _increment(self, n: int, y: State, inputs: State) -> tuple[State, tuple[State, ...]]:
         t0, dt, t1, outputs = self.grid.step(n, inputs)
         slopes: list[State] = []
+        times, f = None if self._times is None else self._times[n], self._slope(n)
 
         def slope(i: int, stage: State) -> State:
-            if self._times is not None:
-                time = self._times[n][i]
+            if times is not None:
+                time = times[i]
             else:
                 c = self.method.c[i]
                 t, side = (t0, self._inside) if c == 0 else (t1, -self._inside) if c == 1 else (t0 + c * dt, 0)
                 time = time_tensor(t, stage[0], side)
-            found = self._slope(n, time, stage)
-            slopes.append(lasting(found) if self._cubic else found)
-            return slopes[-1]
+            found = f(time, stage)
+            if self._cubic:
+                found = lasting(found)
+                slopes.append(found)
+            return found
 
         y_next, _ = step(slope, y, dt, self.method)
-        if self._cubic and len(outputs) > 0:
+        if not outputs:
+            return y_next, ()
+        if self._cubic:
             last = self.dynamics(time_tensor(t1, y_next[0]), y_next)
             return y_next, tuple(cubic((t - t0) / dt, dt, (y, y_next), (slopes[0], last)) for t in outputs)
         at_end = [number == self.grid.end[n] for number in self.grid.outputs[n]]
@@ -133,19 +153,24 @@ class FixedSteps:
             return None
         steps = zip(self.grid.start, self.grid.length, self.grid.end, strict=True)
         numbers = [[t0 if c == 0 else t1 if c == 1 else t0 + c * dt for c in self.method.c] for t0, dt, t1 in steps]
-        rows = torch.tensor(numbers, dtype=like.dtype.to_real(), device=like.device)
-        return [row.unbind() for row in rows.unbind()]
+        flat = [number for row in numbers for number in row]
+        every, width = torch.tensor(flat, dtype=like.dtype.to_real(), device=like.device).unbind(), self.method.stages
+        return [every[i : i + width] for i in range(0, len(every), width)]
 
-    def _slope(self, n: int, t: Tensor, y: State) -> State:
+    def _slope(self, n: int) -> Callable[[Tensor, State], State]:
         """func in step ``n``; raises the ValueError for a time that it uses and does not see move."""
-        if self._unresolved is None or tracing():
-            return self.dynamics(t, y)
-        with Observer((), watched=t) as observer:
-            slope = self.dynamics(t, y)
-        if observer.used:
-            first = self._unresolved
-            raise too_short(self.grid.start[first], self.grid.end[first], y[0].dtype.to_real())
-        return slope
+        first = self._unresolved
+        if first is None or tracing():
+            return self.dynamics
+
+        def watched(t: Tensor, y: State) -> State:
+            with Observer((), watched=t) as observer:
+                slope = self.dynamics(t, y)
+            if observer.used:
+                raise too_short(self.grid.start[first], self.grid.end[first], y[0].dtype.to_real())
+            return slope
+
+        return watched
 
     def _at_end(self, n: int, y_next: State, t1: Scalar, t: Scalar) -> State:
         """The state at an output time that is the end of step ``n``. It moves along func where the end stays."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
@@ -60,6 +61,14 @@ class Growing:
     def _leaves(self, tensors: State) -> State:
         return leaves(tensors, [self.open and x.requires_grad for x in tensors])
 
+    def step(self, accepted: Iterator[Step]) -> Step | None:
+        """The next step, or None behind the last."""
+        if self._replaced:
+            with self.stepping():
+                return next(accepted, None)
+        with torch.set_grad_enabled(self.open):
+            return next(accepted, None)
+
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """Around the next step."""
@@ -87,17 +96,20 @@ class Growing:
         """An accepted step."""
         if not self.open:
             return
-        emitted = list(chain.from_iterable(step.outputs))
         end = step.next_y if self._method.reuses else (*step.next_y, *step.last)
-        tensors = [*end, *step.last, *emitted]
-        overlooked = self._dynamics.overlooked is not None
-        if overlooked and foreign(edges(tensors), self._known, self._stops, self._seen):
-            self.open = False  # this step is made, and looked at, in the backward pass
+        if self.steps == 0 and self._foreign(edges([*end, *step.last])):
+            self.open = False  # it is made, and looked at, in the backward pass
             return
         self._chain.append([part.grad_fn for part in end])
         self._end, self.steps = end, self.steps + 1
-        self._emitted += emitted
+        self._emitted += chain.from_iterable(step.outputs)
         self.open = self.steps < self._room
+
+    def _foreign(self, ends: list[GradientEdge | None]) -> bool:
+        """Whether a graph depends on tensors that it was not handed, if they are looked for."""
+        if self._dynamics.overlooked is None:
+            return False
+        return len(foreign(ends, self._known, self._stops, self._seen)) > 0
 
     @property
     def _known(self) -> list[Tensor]:
@@ -113,7 +125,9 @@ class Growing:
         # What is emitted has its place beside the state, and nothing beside it.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
-        graph = StepGraph(starts, wanted, (len(start), len(start)), edges(ends), self._chain)
         reached = tuple([part.detach() for part in self._end])
-        size = self.steps * self._size
+        found, graph, size = edges(ends), None, 0
+        if not self._foreign(found):  # else, again, it is made and looked at in the backward pass
+            graph = StepGraph(starts, wanted, (len(start), len(start)), found, self._chain)
+            size = self.steps * self._size
         return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from neuralode_coupled._types import State
 from neuralode_coupled.odeint.times import Scalar
 
 
 def linear(x: Scalar, y0: State, y1: State) -> State:
     """``y0 + x (y1 - y0)``."""
+    if not isinstance(x, Tensor):
+        return tuple([torch.lerp(a, b, x) for a, b in zip(y0, y1, strict=True)])
     return tuple(a + x * (b - a) for a, b in zip(y0, y1, strict=True))
 
 

@@ -50,18 +50,12 @@ class AcceptedSteps:
         self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
         self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
 
-    def discrete(self, y0: State, taken: list[Step], stats: Stats) -> tuple[Plan, Operands]:
-        """The steps that the forward pass has ``taken``, from y0."""
+    def discrete(self, y0: State, taken: list[Step], stats: Stats, made: bool = False) -> tuple[Plan, Operands]:
+        """The steps that the forward pass has ``taken``, from y0. ``made``: their graphs are kept, those of all."""
         steps, parts = len(taken), self._parts
         start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
-        before = start
-        for n, step in enumerate(taken):
-            self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
-            # The solve's very last state is only ever seen through the outputs.
-            y = taken[n + 1].y if n + 1 < steps else tuple(torch.empty_like(part) for part in y0)
-            # The end of a kept step has a graph, which autograd would cut off where it is to be stored.
-            before = tuple([part.detach() for part in (*y, *step.last)])
-            self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
+        if not made:
+            self._record(start, taken)
         count = steps * parts
         # Running statistics are the forward pass's to update.
         scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)
@@ -76,10 +70,22 @@ class AcceptedSteps:
             overlooked=self.dynamics.overlooked,
             observed=True,
             parts=parts,
+            made=tuple([self._emit(y) for step in taken for y in step.outputs]) if made else None,
         )
         self._plan = plan
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
         return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
+
+    def _record(self, start: State, taken: list[Step]) -> None:
+        """What the steps have found."""
+        before, parts = start, self._parts
+        for n, step in enumerate(taken):
+            self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
+            # The solve's very last state is only ever seen through the outputs.
+            y = taken[n + 1].y if n + 1 < len(taken) else tuple(torch.empty_like(part) for part in step.y)
+            # The end of a kept step has a graph, which autograd would cut off where it is to be stored.
+            before = tuple([part.detach() for part in (*y, *step.last)])
+            self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
 
     def _evaluations(self, n: int, part: int) -> int:
         """How many evaluations one part of step ``n`` makes."""

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neuralode_coupled._torch import tracing, written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
 from neuralode_coupled.runge_kutta.embedded_pairs import Embedded
@@ -256,7 +257,7 @@ class _Ode:
 
     def __init__(self, problem: Problem, counts: Counts) -> None:
         self._problem, self._method, self._counts = problem, problem.method, counts
-        self._norm = problem.options.norm
+        self._norm, self._plainly = problem.options.norm, not tracing()
         like = problem.y0[0]
         self._real, self._device = like.dtype.to_real(), like.device
         self._dtype = problem.dtype
@@ -304,25 +305,32 @@ class _Ode:
     def slope(self, at: float, y: State, side: int = 0) -> State:
         """f, or with ``side`` 1 at the next time."""
         t = self._rounded(self.sign * at)
-        return self._f(t if side == 0 else beside(t, self.sign * math.inf, self._real), y)
+        t = t if side == 0 else beside(t, self.sign * math.inf, self._real)
+        return self._f(torch.full((), t, dtype=self._real, device=self._device), y)
 
     def attempt(self, y: State, first: State, at: float, length: float, end: float) -> tuple[State, list[State], float]:
         """One step: the state at its end, its slopes, and its error in units of the tolerances."""
         method, slopes, dt = self._method.method, [first], self.sign * length
-        times = self._stage_times(*self.signed(at, length, end))
+        times = self._tensors(self._stage_times(self.sign * at, self.sign * length, self.sign * end))
         for row, t in zip(method.a[1:], times, strict=False):
-            slopes.append(self._f(t, combine(y, slopes, row, dt)))
-        y_next = combine(y, slopes, method.b, dt)
+            slopes.append(self._f(t, combine(y, slopes, row, dt, self._plainly)))
+        y_next = combine(y, slopes, method.b, dt, self._plainly)
         if self._method.reuses:
             slopes.append(self._f(times[-1], y_next))
         with _no_graph():
             return y_next, slopes, self._ratio(y, y_next, slopes, dt)
 
-    def _f(self, t: float, y: State) -> State:
+    def _f(self, t: Tensor, y: State) -> State:
         self._counts.evaluations += 1
-        # Filled on the device, as copying a number there would make the host wait; on the CPU this takes less time too.
-        time = torch.full((), t, dtype=self._real, device=self._device)
-        return lasting(self._problem.f(time, y))
+        slope = self._problem.f(t, y)
+        return lasting(slope) if written(slope) else slope
+
+    def _tensors(self, times: list[float]) -> Sequence[Tensor]:
+        """Times as f takes them."""
+        if self._device.type in HOST:
+            return torch.tensor(times, dtype=self._real, device=self._device).unbind()
+        # Filled on the device, as copying numbers there would make the host wait.
+        return [torch.full((), t, dtype=self._real, device=self._device) for t in times]
 
     def _stage_times(self, start: float, length: float, end: float) -> list[float]:
         """The times of the evaluations behind the first, rounded as operations of the state's dtype would do it; those
@@ -335,7 +343,7 @@ class _Ode:
     def _ratio(self, y: State, y_next: State, slopes: list[State], dt: float) -> float:
         """The norm of the estimated error in units of the tolerances; nan if the state at the end is not finite."""
         nothing = tuple([part - part for part in y_next])  # nan where a part is not finite
-        error = combine(nothing, slopes, self._method.error, dt)
+        error = combine(nothing, slopes, self._method.error, dt, self._plainly)
         sizes = [torch.maximum(a.abs(), b.abs()) for a, b in zip(y, y_next, strict=True)]
         measures = self._measures(error, self._scales(sizes))
         if self._norm is mixed_norm:

@@ -39,44 +39,48 @@ def _evaluate(
     f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau
 ) -> tuple[list[State], list[State]]:
     """The slopes at all stages, and the stage states."""
-    slopes: list[State] = []
-    stages: list[State] = []
-    for i, row in enumerate(method.a):
+    slopes, stages, compiled = [f(0, y)], [y], torch.compiler.is_compiling()
+    for i, row in enumerate(method.a[1:], 1):
+        if not compiled and written(slopes[-1]):
+            slopes[-1] = lasting(slopes[-1])
         stages.append(combine(y, slopes, row, dt))
-        slope = f(i, stages[-1])
-        slopes.append(slope if i + 1 == len(method.a) else lasting(slope))
+        slopes.append(f(i, stages[-1]))
     return slopes, stages
 
 
 def lasting(slope: State) -> State:
     """A slope that stays what it is while others are evaluated: f may write all of them into one tensor."""
-    if not torch.compiler.is_compiling():
-        for part in slope:
-            if written(part):
-                return tuple([part.clone() for part in slope])
-    return slope
+    if torch.compiler.is_compiling() or not written(slope):
+        return slope
+    return tuple([part.clone() for part in slope])
 
 
-def combine(y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor) -> State:
-    """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros."""
-    terms = [(dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0]
+def combine(
+    y: State,
+    slopes: Sequence[State],
+    weights: Sequence[float | Tensor],
+    dt: float | Tensor,
+    plainly: bool = False,
+) -> State:
+    """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros. ``plainly``: it is known that nothing is traced."""
+    terms: list[tuple[Any, State]] = [
+        (dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0
+    ]
     # Without a graph all but the first addition write into its result: large states then need no new memory for each.
     # A transform may have given y fewer axes than the slopes.
-    in_place = len(terms) > 1 and not torch.is_grad_enabled() and not tracing()
-    return tuple([_added(part, terms, i, in_place) for i, part in enumerate(y)])
-
-
-def _added(part: Tensor, terms: list[tuple[Any, State]], i: int, in_place: bool) -> Tensor:
-    """Part ``i`` of y with the terms (scale, slope) added."""
-    own = False
-    for scale, slope in terms:
-        if own:
-            part.add_(slope[i], alpha=scale)
-        elif isinstance(scale, Tensor):
-            # A part without axes does not decide over the dtype beside another scalar: it keeps its own all the same.
-            part = part + (scale * slope[i]).to(part.dtype)
-        else:
-            # A scaled addition is one pass over memory and keeps nothing for its backward.
-            part = part.add(slope[i], alpha=scale)
-            own = in_place
-    return part
+    in_place = len(terms) > 1 and not torch.is_grad_enabled() and (plainly or not tracing())
+    moved: list[Tensor] = []
+    for i, part in enumerate(y):
+        total, own = part, False
+        for scale, slope in terms:
+            if own:
+                total.add_(slope[i], alpha=scale)
+            elif isinstance(scale, Tensor):
+                # A part without axes does not decide over the dtype beside another scalar: it keeps its own.
+                total = total + (scale * slope[i]).to(part.dtype)
+            else:
+                # A scaled addition is one pass over memory and keeps nothing for its backward.
+                total = total.add(slope[i], alpha=scale)
+                own = in_place
+        moved.append(total)
+    return tuple(moved)

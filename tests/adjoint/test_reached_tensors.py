@@ -331,6 +331,27 @@ def test_tensors_made_inside_are_not_operands(solve, checkpoints):
         assert oracle.largest_error(*results) < 1e-8, f.__name__
 
 
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+def test_a_tensor_that_a_later_step_makes_itself_is_no_operand(solve):
+    """The first step shows nothing of it: the kept graph of all steps is looked at, and made again."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def late(t, y):
+        if t < 0.6:
+            return net(y) - y
+        with torch.enable_grad():
+            q = y.detach().requires_grad_()
+            return torch.autograd.grad(net(q).sum(), q, create_graph=True)[0] - y
+
+    results = []
+    for solver in (nc.odeint_dto, odeint):
+        y0 = torch.ones(2, 3, **FLOAT64, requires_grad=True)
+        z = solver(late, y0, T, **SOLVES[solve])
+        results.append(oracle.gradients(z.square().sum(), {"y0": y0, **dict(net.named_parameters())}))
+    assert oracle.largest_error(*results) < 1e-8
+
+
 class Steered(nn.Module):
     """Dynamics of a layer that use a context besides their parameters."""
 

@@ -213,10 +213,10 @@ def test_cached_parametrizations_can_be_left_out():
 
 def test_tensors_that_were_written_into():
     """`written`: slopes that a function may write anew. Without ``Tensor._version`` copy every slope."""
-    assert not _torch.written(torch.ones(2) * 2)
-    assert _torch.written(torch.ones(2).mul_(2))
+    assert not _torch.written((torch.ones(2) * 2, torch.ones(2)))
+    assert _torch.written((torch.ones(2), torch.ones(2).mul_(2)))
     with torch.inference_mode():
-        assert _torch.written(torch.ones(2))
+        assert _torch.written((torch.ones(2),))
 
 
 def test_hooks_on_tensors_are_seen():

@@ -18,12 +18,28 @@ from torchdiffeq._impl.odeint import SOLVERS
 from torchdiffeq._impl.rk_common import _runge_kutta_step
 
 from neuralode_coupled.odeint.dto import odeint_dto
+from neuralode_coupled.odeint.fixed import equal_steps, make_grid
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS, tableau
 
 SHARED_FIXED = [name for name in METHODS if name != "rk4_classic"]
 SHARED_ADAPTIVE = [name for name in ADAPTIVE if name in SOLVERS]
 FLOAT64 = {"dtype": torch.float64}
 THIRDS = torch.linspace(0.0, 1.0, 4, **FLOAT64)
+
+
+@given(
+    ends=st.tuples(st.floats(-100, 100), st.floats(-100, 100)).filter(lambda ends: abs(ends[1] - ends[0]) > 1e-2),
+    count=st.one_of(st.integers(1, 60), st.floats(0.5, 60)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equal_steps_are_rounded_as_operations_on_tensors_are(ends, count, dtype):
+    t = torch.tensor(ends, dtype=dtype)
+    size = abs((t[1] - t[0]).item()) / count
+    signed = size if t[1] > t[0] else -size
+    number = int(torch.ceil((t[1] - t[0]) / signed + 1).item())
+    points = torch.cat([torch.arange(number - 1, dtype=dtype) * signed + t[0], t[1:]])
+    assert torch.equal(equal_steps(t, size), points)
+    assert make_grid(t, points, torch.ones(1, dtype=dtype)).length == points.diff().tolist()
 
 
 class Field(nn.Module):
