@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.lib.jsonl import Report
+from benchmarks.lib.jsonl import Report, say
 from benchmarks.paper.experiments import CLASSES
 from benchmarks.paper.records import keep, recorded
 from neuralode_coupled.train.building import build_model
@@ -29,12 +29,6 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.learner import Classifier
 
 Launch = Callable[[list[str], float | None], int | None]
-
-
-def say(text: str) -> None:
-    """A line for whoever watches."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def trained(planned: Planned, build: Callable[[Experiment, int], nn.Module] = build_model, **changes: Any) -> nn.Module:
