@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -86,13 +87,18 @@ def finish(runs: Sequence[Run], path: Path, report: Report, at_once: int = 1) ->
         for number, asked in enumerate(left, 1):
             _keep(run_alone(asked), path, report, f"[{number}/{len(left)}]")
         return []
-    with ProcessPoolExecutor(min(at_once, len(left)), get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(at_once, len(left)), get_context("spawn"), _end_at_once) as pool:
         started = {pool.submit(run_alone, asked): asked for asked in left}
         try:
             return _collect(started, path, report)
         except BaseException:  # Ctrl-C too: what has not begun must not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_at_once() -> None:
+    """Ctrl-C ends a process where it stands, and not after its run."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _collect(started: dict[Future[Record], Run], path: Path, report: Report) -> list[str]:

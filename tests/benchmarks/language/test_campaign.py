@@ -206,7 +206,7 @@ def test_a_page_without_records_is_refused(tmp_path, capsys):
 
 def test_side_by_side(small_text, tmp_path, monkeypatch):
     """A run that fails stops no other. (By threads: a process takes seconds to begin.)"""
-    monkeypatch.setattr(records, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(records, "ProcessPoolExecutor", lambda count, *others: ThreadPoolExecutor(count))
     runs = [Run("nothing", 1, 0, TINY), *[Run(SHARED, count, 0, TINY) for count in (1, 2)]]
     (failure,) = records.finish(runs, tmp_path / "r.jsonl", quiet, at_once=2)
     assert failure.startswith("nothing, 1 loops, seed 0: ValueError")
