@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,8 +26,7 @@ from benchmarks.language.options import loops_of
 from benchmarks.language.records import DEPTH, TABLE, TUNING, of_one_text, read
 from benchmarks.language.table import Row, gap, rows, table
 from benchmarks.language.train import Settings
-from benchmarks.language.tune import SEED, chosen, losses, settings_of
-from benchmarks.language.tune import table as tuning_table
+from benchmarks.language.tune import SEED, cell, chosen, losses, settings_of
 from benchmarks.lib.jsonl import Record
 from benchmarks.lib.pages import DOCS
 
@@ -40,6 +40,7 @@ INSTEAD = ""
 """By hand, if evolving weights lose: what they are good for instead, with the pages that have measured it."""
 
 LINES = ("-", "--", ":")
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -164,32 +165,49 @@ def text_of(found: Found, figure: str) -> str:
         "the shared loop. A mechanism may have "
         f"{BUDGET:.0%} more parameters than it; independent layers and LoRA have more. Intervals are Student's, 95%, "
         "of differences seed by seed.",
-        "Loops were tuned for each mechanism on another seed, on validation files, at a quarter of the steps. With one "
-        "loop all mechanisms are the shared loop:",
-        tuning_table(found.tuning).rstrip(),
+        "Loops were tuned for each mechanism on another seed, on validation files, at a quarter of the steps: see the "
+        "figure. With one loop all mechanisms are the shared loop.",
         "Other loops at test time. Half or double the steps over the same time are *coarser* and *finer*: a step "
         "of length h is z + h (block(z) - z). *Stopped* and *longer* are half or double the passes of length 1. A "
         "dash: the mechanism has no weights there, or half of its loops is no fewer.",
-        *_depth(found),
+        _depth(found),
     ]
-    return "\n\n".join(filter(None, paragraphs)) + "\n"
+    return "\n\n".join(map(_wrapped, filter(None, paragraphs))) + "\n"
 
 
-def _depth(found: Found) -> list[str]:
+def _wrapped(paragraph: str) -> str:
+    """In lines of the width of the other pages; tables and pictures as they are, items each for itself."""
+    if paragraph[0] in "|!#":
+        return paragraph
+    lines = paragraph.split("\n")
+    return "\n".join(
+        fill(
+            line, WIDTH, subsequent_indent="  " * line.startswith("- "), break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines
+    )
+
+
+def _depth(found: Found) -> str:
     """Whether loops pay at the schedule; nothing where there are no records."""
-    there = {name: found.depth[name] for name in depth.KINDS if found.depth.get(name)}
-    if not there:
-        return []
-    return [
-        f"Loops pay at this schedule, or they do not: validation files, all steps, one seed ({SEED}):",
-        tuning_table(there).rstrip(),
-    ]
+    parts = []
+    for name in depth.KINDS:
+        row = found.depth.get(name)
+        if row:
+            values = ", ".join(f"{cell(loss)} with {_passes(count)}" for count, loss in row.items())
+            parts.append(f"{MECHANISMS[name].title} {values}")
+    if not parts:
+        return ""
+    return (
+        f"At the table's steps, one seed ({SEED}) and validation files, other numbers of loops come to: "
+        f"{'; '.join(parts)}."
+    )
 
 
 def draw(found: Found) -> Figure:
     """Left the tuning, right the differences to the shared loop with their intervals."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     _draw_tuning(left, found)
     _draw_differences(right, found.rows[1:])
     return figure
@@ -205,7 +223,7 @@ def _draw_tuning(axes: Axes, found: Found) -> None:
         xlabel="loops", ylabel="validation bits per byte", title=f"tuning, {settings_of(found.settings).steps:,} steps"
     )
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_differences(axes: Axes, found: Sequence[Row]) -> None:
