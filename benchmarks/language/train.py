@@ -36,13 +36,13 @@ class Settings:
         size: of the model.
     """
 
-    steps: int = 2400
+    steps: int = 1600
     batch: int = 8
     lr: float = 5e-3
     muon: float = 0.02
     warmup: float = 0.1
     clip: float = 1.0
-    windows: int = 400
+    windows: int = 256
     size: Size = field(default_factory=Size)
 
 

@@ -157,6 +157,28 @@ def test_intervals_are_paired_and_controls_are_in_the_table():
     assert "(1 diverged)" in text
 
 
+@pytest.mark.parametrize(
+    ("loss", "verdict", "words"),
+    [
+        (1.9, "better", ("**Evolving weights beat the shared loop** in 1 of 5 ways",)),
+        (2.1, "worse", ("**Evolving weights do not win here.** None of 5 ways", "; 1 are worse")),
+    ],
+)
+def test_sentences_follow_the_numbers(loss, verdict, words):
+    losses = {"linear": loss, "scales": 1.8}
+    runs = plan(LOOPS, range(3), TINY)
+    jitter = {(asked.mechanism, asked.seed): 0.01 * math.sin(i) for i, asked in enumerate(runs)}
+    found = rows([finished(r, losses.get(r.mechanism, 2.0) + jitter[r.mechanism, r.seed]) for r in runs], LOOPS, TINY)
+    by_name = {row.mechanism: row for row in found[3:]}
+    assert by_name["linear"].verdict == verdict
+    assert f": {verdict} than the shared loop, {page.gap(by_name['linear'].against)}" in page.sentence(
+        by_name["linear"], found[0]
+    )
+    assert "not to be told apart" in page.sentence(by_name["legendre"], found[0])
+    assert all(part in page.verdict(found) for part in words)
+    assert ("a scale for each loop and matrix is better still" in page.verdict(found)) == (verdict == "better")
+
+
 def test_the_grids_of_other_loops():
     assert grid("half, coarser", 4) == (2, 4)
     assert grid("half, stopped", 3) == (2, 2)
