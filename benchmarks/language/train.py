@@ -28,8 +28,9 @@ class Settings:
     Attributes:
         steps: of training, under a one-cycle schedule.
         batch: windows in each.
-        lr: the peak of Adam's learning rate.
-        muon: the peak of Muon's.
+        lr: the peak of Adam's learning rate for embedding and head.
+        own: the peak of Adam's for what passes have of their own: coefficients, updates of rank 1, scales.
+        muon: the peak of Muon's, for the matrices of blocks.
         warmup: the share of the steps until then.
         clip: the largest norm of a gradient.
         windows: on so many of each held-out part the loss is evaluated.
@@ -38,7 +39,8 @@ class Settings:
 
     steps: int = 1600
     batch: int = 8
-    lr: float = 5e-3
+    lr: float = 3e-2
+    own: float = 5e-3
     muon: float = 0.02
     warmup: float = 0.1
     clip: float = 1.0
@@ -86,12 +88,16 @@ def run(asked: Run, text: Text) -> dict[str, Any]:
 
 
 def optimizers_of(model: Transformer, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of blocks, Adam for the rest: embedding, head and what passes have of their own."""
+    """Muon for the matrices of blocks, Adam for embedding, head and what passes have of their own."""
     matrices = [p for block in model.body.modules() if isinstance(block, Block) for p in block.parameters()]
     held = set(map(id, matrices))
-    rest = [p for p in model.parameters() if id(p) not in held]
+    own = [p for p in model.body.parameters() if id(p) not in held]
+    groups = [
+        {"params": [model.embedding.weight, model.head.weight], "lr": settings.lr},
+        {"params": own, "lr": settings.own},
+    ]
     return [
-        torch.optim.Adam(rest, lr=settings.lr, betas=(0.9, 0.98)),
+        torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.98)),
         torch.optim.Muon(matrices, lr=settings.muon, weight_decay=0.0),
     ]
 
@@ -105,7 +111,7 @@ def train(model: Transformer, text: Text, settings: Settings, seed: int) -> list
     schedules = [
         torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
-            optimizer.param_groups[0]["lr"],
+            [group["lr"] for group in optimizer.param_groups],
             settings.steps,
             pct_start=settings.warmup,
             cycle_momentum=False,
