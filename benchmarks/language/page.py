@@ -160,16 +160,17 @@ def text_of(found: Found, figure: str) -> str:
         "`nc.CoupledODE(nc.Block(block), ..., t=(0, R), steps=R)`. The text is Python's standard library, "
         f"split by file (Python {python}, hash `{found.record['text']}`). All numbers of the table are bits per byte "
         "on test files.",
-        f"{settings.steps:,} steps of {settings.batch} windows, {found.seeds} seeds. The same seed has the same first "
-        "block and the same batches in all mechanisms. All but independent layers and the shared loop itself begin as "
-        "the shared loop. A mechanism may have "
+        f"{settings.steps:,} steps of {settings.batch} windows under a one-cycle schedule, {found.seeds} seeds; Muon "
+        "trains the block's matrices, Adam the rest. The same seed has the same first block and the same batches in "
+        "all mechanisms, and all but independent layers begin as the shared loop. A mechanism may have "
         f"{BUDGET:.0%} more parameters than it; independent layers and LoRA have more. Intervals are Student's, 95%, "
         "of differences seed by seed.",
         "Loops were tuned for each mechanism on another seed, on validation files, at a quarter of the steps: see the "
         "figure. With one loop all mechanisms are the shared loop.",
-        "Other loops at test time. Half or double the steps over the same time are *coarser* and *finer*: a step "
-        "of length h is z + h (block(z) - z). *Stopped* and *longer* are half or double the passes of length 1. A "
-        "dash: the mechanism has no weights there, or half of its loops is no fewer.",
+        "Other loops at test time. *Coarser* and *finer*: half or double the steps over the same time, where a step of "
+        "length h moves by h times what the block changes. *Stopped* and *longer*: half or double the passes of length "
+        "1. Half of an odd number is rounded up. A dash: the mechanism has no weights there, or half of its loops is "
+        "no fewer.",
         _depth(found),
     ]
     return "\n\n".join(map(_wrapped, filter(None, paragraphs))) + "\n"
