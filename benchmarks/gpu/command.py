@@ -23,6 +23,7 @@ from benchmarks.gpu.measure import Measured, measure
 from benchmarks.gpu.sizes import SIZES
 from benchmarks.gpu.stages import prepare
 from benchmarks.gpu.steps import FORMATS, MODES, SOLVERS
+from benchmarks.lib.jsonl import say
 
 STAGED = ("out", "data", "data_root", "kind", "epochs", "seeds")
 """Options that go with --minutes alone."""
@@ -96,9 +97,3 @@ def typed(arguments: Sequence[str], asked: argparse.Namespace) -> str:
     """The command for the records, without paths of this machine."""
     names = {str(asked.out): "DIR", str(asked.data_root): "IMAGES"}
     return " ".join(["python -m benchmarks.gpu", *(names.get(word, word) for word in arguments)])
-
-
-def say(text: str) -> None:
-    """A line for whoever watches."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()

@@ -18,6 +18,12 @@ Record = dict[str, Any]
 Report = Callable[[str], None]
 
 
+def say(text: str) -> None:
+    """A line for whoever watches."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def complain(text: str) -> None:
     """A line on the standard error output."""
     sys.stderr.write(f"{text}\n")

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.lib.cifar10 import CLASSES
-from benchmarks.lib.jsonl import Report
+from benchmarks.lib.jsonl import Report, say
 from benchmarks.paper.records import keep, of_other_images, recorded
 from neuralode_coupled._checks import some
 from neuralode_coupled.train import locks
@@ -32,12 +32,6 @@ from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.learner import Classifier
 
 Launch = Callable[[list[str], float | None], int | None]
-
-
-def say(text: str) -> None:
-    """A line for whoever watches."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 def trained(planned: Planned, build: Callable[[Experiment, int], nn.Module] = build_model, **changes: Any) -> nn.Module:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.lib import jsonl
-from benchmarks.lib.jsonl import Report
+from benchmarks.lib.jsonl import Report, say
 from benchmarks.paper import campaign
-from benchmarks.paper.campaign import say
 from benchmarks.paper.epoch import PHASES, epoch
 from benchmarks.paper.experiments import plan
 from benchmarks.paper.options import add_options, experiment_of

@@ -25,9 +25,9 @@ from torch.optim.swa_utils import update_bn
 
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import CLASSES
+from benchmarks.lib.jsonl import say
 from benchmarks.lib.results import environment
 from benchmarks.paper import campaign
-from benchmarks.paper.campaign import say
 from benchmarks.paper.experiments import plan
 from benchmarks.paper.options import add_options, experiment_of, split
 from benchmarks.paper.records import described, keep, last, recorded, schedule_of

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.lib import jsonl
+from benchmarks.lib.paired import Difference, mean_difference
 from benchmarks.lib.results import RESULTS, environment
-from benchmarks.paper.tables import Difference, mean_difference
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.folder import RunFolder
 from neuralode_coupled.train.run import train

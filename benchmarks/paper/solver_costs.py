@@ -26,9 +26,10 @@ from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.clock import clocked, quartiles
 from benchmarks.lib.images import Batch, classifier_step, random_batch
+from benchmarks.lib.jsonl import say
 from benchmarks.lib.memory import peak_of_network, printed
 from benchmarks.lib.results import environment
-from benchmarks.paper.campaign import say, trained
+from benchmarks.paper.campaign import trained
 from benchmarks.paper.records import last, schedule_of
 from neuralode_coupled.train.building import build_data, build_model, function_evaluations
 from neuralode_coupled.train.compare import Planned

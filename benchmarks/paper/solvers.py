@@ -18,9 +18,8 @@ from pathlib import Path
 
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import CLASSES, schedule_name, with_ten_classes
-from benchmarks.lib.jsonl import Report
+from benchmarks.lib.jsonl import Report, say
 from benchmarks.paper import campaign, solver_costs
-from benchmarks.paper.campaign import say
 from benchmarks.paper.options import add_options, experiment_of, split
 from benchmarks.paper.records import recorded
 from neuralode_coupled.runge_kutta import ADAPTIVE

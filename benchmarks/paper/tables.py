@@ -5,7 +5,6 @@ python -m benchmarks.paper.tables epochs20-images10000 --page docs/dev/reproduct
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from benchmarks.lib.jsonl import Report
+from benchmarks.lib.paired import FEWEST, Difference, mean_difference
 from benchmarks.lib.results import RESULTS
 from benchmarks.paper.records import read_as
 from benchmarks.paper.show import show
@@ -62,10 +60,6 @@ PAPER_PARAMETERS = {  # thousands; one count for the Neural ODE and ANODE
     "anodev2-2": {"alexnet": 1757.13, "resnet4": 7.99, "resnet10": 45.05},
 }
 DEFAULT_STEPS = {"baseline": None, "node": 2, "anode": 2, "anodev2-1": 5, "anodev2-2": 2}
-CONFIDENCE = 0.95
-FEWEST = 3
-"""Pairs of runs below which nothing is said of a claim."""
-
 Cell = tuple[str, str, int | None]
 """A network, a variant and its activation steps."""
 
@@ -81,31 +75,6 @@ class Run:
     accuracy: float
     parameters: int
     schedule: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences (same seed) in points, and half the width of its 95% confidence interval.
-
-    With one pair there is no interval: it is infinitely wide.
-    """
-
-    mean: float
-    half_width: float
-    pairs: int
-
-    def __str__(self) -> str:
-        if self.pairs < 2:
-            return f"{self.mean:+.2f} (one seed)"
-        return f"{self.mean:+.2f} ± {self.half_width:.2f}"
-
-    def verdict(self) -> str:
-        """What becomes of the claim that the difference is positive."""
-        if self.pairs >= FEWEST and self.mean - self.half_width > 0:
-            return "holds"
-        if self.pairs >= FEWEST and self.mean + self.half_width < 0:
-            return "does not hold"
-        return "not enough runs"
 
 
 def read(path: Path, schedule: str | None = None, report: Report | None = None) -> list[Run]:
@@ -139,17 +108,6 @@ def difference(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> Difference
     """How much more accurate the first are, over the seeds that both have; None if they share none."""
     seeds = sorted(ours.keys() & theirs.keys())
     return mean_difference([ours[seed].accuracy - theirs[seed].accuracy for seed in seeds])
-
-
-def mean_difference(gaps: Sequence[float]) -> Difference | None:
-    """The mean of paired differences with its interval; None where there are none."""
-    if not gaps:
-        return None
-    count = len(gaps)
-    if count == 1:
-        return Difference(gaps[0], math.inf, 1)
-    spread = statistics.stdev(gaps) / math.sqrt(count)
-    return Difference(statistics.mean(gaps), float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, count)
 
 
 def accuracy_table(cells: Mapping[Cell, Mapping[int, Run]], rows: Sequence[tuple[str, int | None]]) -> list[str]:
