@@ -1,0 +1,260 @@
+"""The table and the figure of what `benchmarks.fold` measured, and whether its question is answered.
+
+python -m benchmarks.fold.page --page docs/when-evolving-weights-pay.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+from benchmarks.lib import jsonl
+from benchmarks.lib.pages import DOCS, machine, put
+from benchmarks.lib.results import RESULTS
+
+RECORDS = RESULTS / "fold.jsonl"
+FIGURE = DOCS / "figures" / "fold.png"
+CONFIDENCE = 0.95
+TASKS = ("images", "text")
+FRACTIONS = ("1/2", "1/3", "1/6")
+NAMES = {
+    "low-rank": "a basis of all functions, low rank",
+    "legendre": 'basis "legendre"',
+    "piecewise": 'basis "piecewise"',
+    "fourier": 'basis "fourier"',
+    "bspline": 'basis "bspline"',
+    "reaction-diffusion-advection": "reaction, diffusion, advection",
+    "linear": "linear evolution",
+    "averaging": "rival: averaging",
+    "svd-lora": "rival: SVD-LoRA",
+    "small": "rival: fewer blocks, trained from the start",
+}
+LOSSES = {
+    "images": "points of accuracy lost",
+    "text": "bits lost, in percent",
+}
+AXES = {"images": "test accuracy (%)", "text": "bits per byte"}
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
+
+Cell = tuple[str, str, str]
+"""Task, method and budget."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds, and half the width of its 95% interval (Student's t): infinite for one seed."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of at least one value."""
+        count = len(values)
+        if count == 1:
+            return cls(values[0], math.inf, 1)
+        spread = statistics.stdev(values) / math.sqrt(count)
+        return cls(statistics.mean(values), float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread, count)
+
+    def __str__(self) -> str:
+        if self.seeds == 1:
+            return f"{self.mean:.2f} (one seed)"
+        return f"{self.mean:.2f} ± {self.half:.2f}" + ("" if self.seeds > 2 else " (two seeds)")
+
+
+class Records:
+    """The records of one set of settings a task, by cell and seed.
+
+    Args:
+        records: lines of the file; where two are of one run, the later one counts.
+
+    Raises:
+        ValueError: if the trained networks are not among them, or a task has two settings.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self.lines = list(records)
+        self.cells: dict[Cell, dict[int, Mapping[str, Any]]] = {}
+        for record in records:
+            cell = record["task"], record["method"], record["fraction"]
+            self.cells.setdefault(cell, {})[record["seed"]] = record
+        for task in TASKS:
+            settings = {str(r["settings"]) for r in records if r["task"] == task and r["method"] != "original"}
+            if len(settings) > 1:
+                raise ValueError(
+                    f"the records of the {task} are of {len(settings)} settings: keep one of them in a file"
+                )
+        if not any(method == "original" for _, method, _ in self.cells):
+            raise ValueError("there is no record of a trained network: run python -m benchmarks.fold first")
+
+    def quality(self, task: str, method: str, fraction: str, when: str = "tuned") -> dict[int, float]:
+        """Quality by seed, as far as it is there."""
+        found = self.cells.get((task, method, fraction), {})
+        return {seed: r["quality"][when] for seed, r in found.items() if when in r.get("quality", {})}
+
+    def share(self, task: str, method: str, fraction: str) -> float:
+        """Parameters as a share of those of the original's blocks; of a method that has a quality."""
+        record = next(r for r in self.cells[task, method, fraction].values() if "parameters" in r)
+        return record["parameters"] / next(iter(self.cells[task, "original", "1"].values()))["parameters"]
+
+    def lost(self, task: str, method: str, fraction: str, when: str = "tuned") -> Mean | None:
+        """By how much it is worse than the original network of the same seed: points, or percent of the bits."""
+        own, base = self.quality(task, method, fraction, when), self.quality(task, "original", "1")
+        values = [loss(task, base[seed], value) for seed, value in own.items() if seed in base]
+        return Mean.of(values) if values else None
+
+    def behind(self, task: str, method: str, other: str, fraction: str) -> Mean | None:
+        """By how much more a method has lost than another one of the same seed."""
+        base = self.quality(task, "original", "1")
+        one, two = self.quality(task, method, fraction), self.quality(task, other, fraction)
+        seeds = [seed for seed in one if seed in two and seed in base]
+        if not seeds:
+            return None
+        return Mean.of([loss(task, base[s], one[s]) - loss(task, base[s], two[s]) for s in seeds])
+
+    def time(self, task: str, method: str) -> Mapping[str, float] | None:
+        """Median and quartiles of a training step relative to the original's; None if it was not measured."""
+        found = [r for (t, m, _), by_seed in self.cells.items() if (t, m) == (task, "time") for r in by_seed.values()]
+        return found[-1]["step"].get(method) if found else None
+
+
+def loss(task: str, original: float, value: float) -> float:
+    """Points of accuracy, or percent of the bits per byte."""
+    return original - value if task == "images" else 100 * (value / original - 1)
+
+
+def table(records: Records) -> list[str]:
+    """What is lost by each method at each budget, after fine-tuning and, in brackets, by folding alone and after
+    calibration; and the time of a training step."""
+    columns = [(task, fraction) for task in TASKS for fraction in FRACTIONS]
+    lines = [
+        f"| | {' | '.join(f'{task}, {fraction}' for task, fraction in columns)} | time of a step |",
+        f"|---|{'---:|' * len(columns)}---:|",
+    ]
+    for method, name in NAMES.items():
+        cells = [_cell(records, task, method, fraction) for task, fraction in columns]
+        if any(cells):
+            times = [_time(records, task, method) for task in TASKS]
+            lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(time for time in times if time)} |")
+    return lines
+
+
+def _cell(records: Records, task: str, method: str, fraction: str) -> str:
+    after = records.lost(task, method, fraction)
+    if after is None:
+        return ""
+    before = [records.lost(task, method, fraction, when) for when in ("folded", "calibrated")]
+    inside = ", ".join(f"{value.mean:.3g}" for value in before if value is not None)
+    return f"{after}" + (f" ({inside})" if inside else "")
+
+
+def _time(records: Records, task: str, method: str) -> str:
+    found = records.time(task, method)
+    return "" if found is None else f"{found['median']:.2f} ({task})"
+
+
+def answers(records: Records) -> list[str]:
+    """Whether each fold loses at most 1 at half the parameters, and is ahead of both rivals, in three seeds."""
+    lines = []
+    for task in TASKS:
+        for method in NAMES:
+            after = records.lost(task, method, "1/2")
+            if method in ("averaging", "svd-lora", "small") or after is None:
+                continue
+            gaps = {other: records.behind(task, method, other, "1/2") for other in ("averaging", "svd-lora")}
+            words = [f"{-gap.mean:+.2f} ± {gap.half:.2f} ahead of {o}" for o, gap in gaps.items() if gap is not None]
+            held = after.seeds >= 3 and after.mean <= 1
+            ahead = all(gap is not None and gap.seeds >= 3 and gap.mean < 0 for gap in gaps.values())
+            verdict = "yes" if held and ahead else "no" if after.seeds >= 3 else "not decided"
+            lines.append(f"- {task}, {NAMES[method]}: {after} lost; {'; '.join(words)}: {verdict}.")
+    return lines
+
+
+def made_on(records: Records) -> str:
+    """How good the original networks are, and what everything was measured on."""
+    lines = []
+    for task in TASKS:
+        own = list(records.quality(task, "original", "1").values())
+        more = records.lost(task, "continued", "1")
+        if own:
+            rest = "" if more is None else f"; trained on likewise they lose {more}"
+            unit = "% correct" if task == "images" else "bits per byte"
+            lines.append(f"The original networks on {task}: {Mean.of(own)} {unit}, {len(own)} seeds{rest}.")
+    return " ".join([*lines, machine(records.lines[-1]["environment"])])
+
+
+def report(records: Records) -> str:
+    """What stands on the page, in Markdown."""
+    head = "; ".join(f"{task}: {what}" for task, what in LOSSES.items())
+    legend = f"Lost against the original network of the same seed ({head}), mean and 95% interval; in brackets before."
+    return "\n".join([legend, "", *table(records), "", *answers(records), "", made_on(records), ""])
+
+
+def draw(records: Records) -> Figure:
+    """Quality after fine-tuning against the share of parameters, a picture for each task."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        _draw(axes, records, task)
+    return figure
+
+
+def _draw(axes: Axes, records: Records, task: str) -> None:
+    own = records.quality(task, "original", "1")
+    if own:
+        mean = statistics.mean(own.values())
+        least = mean - 1 if task == "images" else 1.01 * mean
+        axes.axhspan(min(mean, least), max(mean, least), color="#dddddd", label="original, and 1 less")
+    for k, (method, name) in enumerate(NAMES.items()):
+        rival = name.startswith("rival")
+        points = []
+        for fraction in FRACTIONS:
+            values = list(records.quality(task, method, fraction).values())
+            if values:
+                found = Mean.of(values)
+                half = found.half if math.isfinite(found.half) else 0.0
+                points.append((records.share(task, method, fraction), found.mean, half))
+        if points:
+            x, y, half = zip(*sorted(points), strict=True)
+            colour = "black" if rival else _COLOURS[k % len(_COLOURS)]
+            marker, line = ("sDX"[k % 3], "--") if rival else ("o", "-")
+            axes.errorbar(x, y, half, color=colour, marker=marker, linestyle=line, capsize=2, markersize=5, label=name)
+    axes.set(title=task, xlabel="share of the folded part's parameters", ylabel=AXES[task])
+    if task == "text":
+        axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    if own:
+        axes.legend(fontsize=7)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="default: %(default)s")
+    parser.add_argument("--page", type=Path, help="write into this page instead of printing, and draw")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="default: %(default)s")
+    chosen = parser.parse_args(arguments)
+    try:
+        records = Records(jsonl.read(chosen.records))
+        if chosen.page is None:
+            sys.stdout.write(report(records))
+            return
+        put(chosen.page, "fold", report(records))
+        chosen.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(records).savefig(chosen.figure, dpi=130)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
