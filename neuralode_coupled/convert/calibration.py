@@ -17,6 +17,9 @@ from neuralode_coupled.convert.folded_row import FoldedRow, unfolded
 MEASURED = 4
 """So many batches show the errors before and after."""
 
+LOOKS = 5
+"""So often these are looked at, and the best parameters kept."""
+
 Batch = Tensor | tuple[Any, ...]
 
 
@@ -53,16 +56,42 @@ def calibrate(
     _follow(rows)
     stream = _endless(batches)
     first = [next(stream) for _ in range(min(MEASURED, max(steps, 1)))]
-    before = _errors(model, rows, first)
+    before = best = _errors(model, rows, first)
     parameters = [p for row in rows for p in row.layer.parameters() if p.requires_grad]
-    if steps and parameters:
-        optimizer = torch.optim.Adam(parameters, lr=lr)
-        for n in range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * n / steps)) / 2
-            batch = first[n] if n < len(first) else next(stream)
-            _descend(model, rows, batch, optimizer, parameters)
-    return before, _errors(model, rows, first)
+    if not steps or not parameters:
+        return before, before
+    rates = _rates(parameters, lr)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    kept = [p.detach().clone() for p in parameters]
+    for n in range(1, steps + 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * (n - 1) / steps)) / 2
+        batch = first[n - 1] if n <= len(first) else next(stream)
+        finite = _descend(model, rows, batch, optimizer, parameters)
+        if n == steps or not finite or n % max(steps // LOOKS, 1) == 0:
+            found = _errors(model, rows, first) if finite else None
+            if found is not None and _total(found) < _total(best):
+                best, kept = found, [p.detach().clone() for p in parameters]
+            if not finite:
+                break
+    with torch.no_grad():
+        for p, value in zip(parameters, kept, strict=True):
+            p.copy_(value)
+    return before, best
+
+
+def _rates(parameters: Sequence[nn.Parameter], lr: float) -> list[float]:
+    """Adam moves every number by about its rate: a part of the numbers' size in each parameter. What is zero moves as
+    slowly as the smallest ones."""
+    sizes = [float(p.detach().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
+    least = min([size for size in sizes if size > 0], default=1.0)
+    return [lr * (size or least) for size in sizes]
+
+
+def _total(errors: Sequence[Sequence[float]]) -> float:
+    """NaN, of what overflows, is infinite."""
+    total = sum(error * error for row in errors for error in row)
+    return total if total == total else math.inf
 
 
 def _descend(
@@ -71,21 +100,25 @@ def _descend(
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
-) -> None:
-    """One step; gradients that the parameters have are left to them."""
+) -> bool:
+    """One step; gradients that the parameters have are left to them. False, and no step, where one is not finite."""
     targets, calls = _trained(model, rows, batch), _calls(model, rows, batch)
     with torch.enable_grad():
         losses = [
             _distances(row, call, target).square().mean()
             for row, call, target in zip(rows, calls, targets, strict=True)
         ]
-        found = torch.autograd.grad(sum(losses, torch.zeros(())), parameters, allow_unused=True)
+        total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    if not all(gradient is None or gradient.isfinite().all() for gradient in found):
+        return False
     held = [p.grad for p in parameters]
     for p, gradient in zip(parameters, found, strict=True):
         p.grad = gradient
     optimizer.step()
     for p, gradient in zip(parameters, held, strict=True):
         p.grad = gradient
+    return True
 
 
 def _distances(row: FoldedRow, call: _Call, targets: list[Tensor]) -> Tensor:

@@ -99,8 +99,9 @@ class FoldedRow:
             wanted = self.wanted(name)
             by_name[name] = _squares(theta - wanted, len(self.trained)), _squares(wanted, len(self.trained))
         over = {name: _root(float(d.sum()), float(s.sum())) for name, (d, s) in by_name.items()}
-        total = [torch.stack(parts).sum(0).tolist() for parts in zip(*by_name.values(), strict=True)] or [[0.0], [0.0]]
-        return over, [_root(d, s) for d, s in zip(*total, strict=True)]
+        none = torch.zeros(len(self.trained), dtype=torch.float64)
+        difference, size = (sum((pair[i] for pair in by_name.values()), none) for i in range(2))
+        return over, [_root(float(d), float(s)) for d, s in zip(difference, size, strict=True)]
 
 
 def _squares(theta: StageWeights, blocks: int) -> Tensor:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from functools import partial
+from typing import Any, cast, get_args
 
 from torch import Tensor, nn
 
@@ -197,9 +198,8 @@ def _chooser(evolution: Any) -> Callable[[str, Tensor], nn.Module]:
         return lambda name, weight: copy.deepcopy(evolution)
     if isinstance(evolution, ByPattern):
         return lambda name, weight: copy.deepcopy(evolution(name, weight))
-    choose: Any = evolution
-    if callable(choose) and not isinstance(choose, type):
-        return lambda name, weight: asked(choose, name, weight)
+    if callable(evolution) and not isinstance(evolution, type):
+        return partial(asked, cast("Callable[[str, Tensor], nn.Module]", evolution))
     raise TypeError(
         "evolution must be an operator such as nc.BasisEvolution('legendre', 3) (an instance, not the class), a "
         f"mapping from names to operators or a function (name, weight) -> operator, got {shown(evolution)}"

@@ -10,20 +10,28 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-STEPS = 40
-"""Of Gauss and Newton, at most."""
+ROUNDS = 6
+"""Of `ITERATIONS` of L-BFGS, at most."""
+
+ITERATIONS = 20
+
+GAIN = 0.01
+"""A round that makes the error smaller by less than this part of it is the last one."""
+
+NEAR = 0.05
+"""Below it a relative error is made smaller by Gauss-Newton steps."""
+
+STEPS = 20
+"""Of them, at most."""
 
 INNER = 60
 """Of conjugate gradients in each, at most."""
 
-GAIN = 1e-4
-"""A step that makes the error smaller by less than this part of it is the last one."""
-
-ENOUGH = 1e-10
+ENOUGH = 1e-9
 """A relative error below it is none."""
 
-HOPELESS = 6
-"""After so many steps a start that is still twice as far off as the best one is given up."""
+HUGE = 1e30
+"""The loss of coefficients whose path overflows."""
 
 
 class Problem(Protocol):
@@ -69,12 +77,8 @@ class Least:
         _set(problem, self.others)
         derivative = Derivative(problem, self.linear)
         generator = torch.Generator().manual_seed(2)
-        sizes = [float(x.norm()) / math.sqrt(max(x.numel(), 1)) or 1.0 for x in derivative.unknowns]
-        change = [
-            size * torch.randn(x.shape, dtype=x.dtype, generator=generator)
-            for x, size in zip(derivative.unknowns, sizes, strict=True)
-        ]
-        seen = derivative.solved(derivative.forward(change), iterations=10 * INNER, tolerance=1e-12)
+        change = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in derivative.unknowns]
+        seen = derivative.solved(derivative.forward(change), iterations=4 * INNER, tolerance=1e-10)
         rest = [x - y for x, y in zip(change, seen, strict=True)]
         if _dot(rest, rest) <= 1e-8 * _dot(change, change):
             return None
@@ -103,6 +107,16 @@ class Derivative:
                 self._residuals, self.unknowns, self._back, create_graph=True, materialize_grads=True
             )
         self.residuals = self._residuals.detach()
+        self._scales = [1.0] * len(self.unknowns)
+        if all_unknowns:
+            self._scales = [self._scale(i) for i in range(len(self.unknowns))]
+
+    def _scale(self, i: int) -> float:
+        """What makes the columns of one unknown of about unit length."""
+        generator = torch.Generator().manual_seed(i)
+        change = [torch.zeros_like(u) for u in self.unknowns]
+        change[i] = torch.randn(change[i].shape, dtype=change[i].dtype, generator=generator)
+        return float(change[i].norm() / self.forward(change).norm().clamp(min=1e-12))
 
     def forward(self, change: Sequence[Tensor]) -> Tensor:
         """J v."""
@@ -121,53 +135,117 @@ class Derivative:
         )
 
     def solved(
-        self, wanted: Tensor, damping: float = 0.0, iterations: int = INNER, tolerance: float = 1e-6
+        self,
+        wanted: Tensor,
+        damping: float = 0.0,
+        iterations: int = INNER,
+        tolerance: float = 1e-6,
+        enough: float = 0.0,
     ) -> list[Tensor]:
-        """The x of least norm with the least ``|J x - wanted|^2 + damping |x|^2``, by conjugate gradients."""
+        """The x of least norm with the least ``|J x - wanted|^2 + damping |x|^2``, by conjugate gradients.
+
+        They end where the slope is smaller than a part of the first one, ``tolerance``, or than ``enough``. Norms are
+        those of unknowns that are scaled to columns of unit length.
+        """
         x = [torch.zeros_like(u) for u in self.unknowns]
-        rest, slope = wanted, self.back(wanted)
+        rest, slope = wanted, self._scaled(self.back(wanted))
         direction, size = slope, _dot(slope, slope)
-        target = tolerance**2 * size
+        target = max(tolerance**2 * size, enough**2)
         for _ in range(iterations):
             if not size > target:
                 break
-            image = self.forward(direction)
+            image = self.forward(self._scaled(direction))
             bend = float(image.square().sum()) + damping * _dot(direction, direction)
             if not bend > 0:
                 break
             step = size / bend
             x = [a + step * d for a, d in zip(x, direction, strict=True)]
             rest = rest - step * image
-            slope = [g - damping * a for g, a in zip(self.back(rest), x, strict=True)]
+            slope = [g - damping * a for g, a in zip(self._scaled(self.back(rest)), x, strict=True)]
             before, size = size, _dot(slope, slope)
             direction = [g + size / before * d for g, d in zip(slope, direction, strict=True)]
-        return x
+        return self._scaled(x)
+
+    def _scaled(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        return [scale * part for scale, part in zip(self._scales, parts, strict=True)]
 
 
-def minimised(problem: Problem, give_up: float = math.inf) -> Least:
+def minimised(problem: Problem, rounds: int = ROUNDS) -> Least:
     """The unknowns with the least residuals near where the problem begins.
 
-    Levenberg and Marquardt's steps on all unknowns, by conjugate gradients; where the residuals are affine in the
-    linear ones these are then solved for anew, which makes the steps those of variable projection (Ruhe and Wedin).
+    L-BFGS on the others, where the linear ones are solved for at each evaluation; from `NEAR` on Gauss-Newton steps.
 
     Args:
         problem: what is made small.
-        give_up: the error of the best search so far.
+        rounds: of L-BFGS, at most.
     """
     linear, error = _settled(problem, problem.linear)
-    damping = 1e-4
-    for n in range(STEPS):
-        if error < ENOUGH or not problem.others or (n >= HOPELESS and error > 2 * give_up):
+    if error > NEAR and problem.others and rounds:
+        linear, error = _descended(problem, linear, error, rounds)
+    if ENOUGH < error < NEAR and problem.others:
+        linear, error = _polished(problem, linear, error)
+    return Least([x.detach() for x in linear], [p.detach().clone() for p in problem.others], error)
+
+
+def _descended(problem: Problem, linear: list[Tensor], error: float, rounds: int) -> tuple[list[Tensor], float]:
+    """L-BFGS; with linear unknowns that are solved for the slope in the others is that with these held."""
+    held = [x.detach().clone() for x in linear]
+    free = list(problem.others) if problem.affine else [*problem.others, *held]
+    best = (error, [p.detach().clone() for p in problem.others], [x.clone() for x in held])
+    if not problem.affine:
+        held = [x.requires_grad_() for x in held]
+        free = [*problem.others, *held]
+    optimizer = torch.optim.LBFGS(
+        free, max_iter=ITERATIONS, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        nonlocal held, best
+        try:
+            if problem.affine:
+                held, _ = _settled(problem, held, 1e-7)
+            loss = (problem.residuals(held) / problem.scale).square().sum()
+        except ValueError:  # an overflow
+            loss = torch.full((), math.inf, dtype=torch.float64)
+        if not loss.isfinite():
+            for x in free:
+                x.grad = torch.zeros_like(x)
+            return torch.full((), HUGE, dtype=torch.float64)
+        for x, gradient in zip(free, torch.autograd.grad(loss, free, materialize_grads=True), strict=True):
+            x.grad = gradient
+        found = float(loss.detach()) ** 0.5
+        if found < best[0]:
+            best = found, [p.detach().clone() for p in problem.others], [x.detach().clone() for x in held]
+        return loss.detach()
+
+    for _ in range(rounds):
+        before = best[0]
+        with torch.enable_grad():
+            optimizer.step(closure)
+        if best[0] < NEAR or not best[0] < (1 - GAIN) * before:
             break
-        derivative = Derivative(problem, linear)
-        found = _step(problem, derivative, linear, error, damping)
+    for x in problem.others:
+        x.grad = None
+    error, others, linear = best
+    _set(problem, others)
+    return linear, error
+
+
+def _polished(problem: Problem, linear: list[Tensor], error: float) -> tuple[list[Tensor], float]:
+    """Levenberg and Marquardt's steps on all unknowns; where the residuals are affine in the linear ones these are then
+    solved for anew, which makes the steps those of variable projection (Ruhe and Wedin)."""
+    damping = 1e-6
+    for _ in range(STEPS):
+        if error < ENOUGH:
+            break
+        found = _step(problem, Derivative(problem, linear), linear, error, damping)
         if found is None:
             break
         before = error
         linear, error, damping = found
         if error > (1 - GAIN) * before:
             break
-    return Least([x.detach() for x in linear], [p.detach().clone() for p in problem.others], error)
+    return linear, error
 
 
 def _step(
@@ -191,12 +269,12 @@ def _step(
     return None
 
 
-def _settled(problem: Problem, linear: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+def _settled(problem: Problem, linear: Sequence[Tensor], enough: float = 1e-12) -> tuple[list[Tensor], float]:
     """The linear unknowns, solved for where that is a linear problem, and the relative error."""
     linear = [x.detach() for x in linear]
     if problem.affine:
         derivative = Derivative(problem, linear, all_unknowns=False)
-        change = derivative.solved(-derivative.residuals, tolerance=1e-11)
+        change = derivative.solved(-derivative.residuals, tolerance=0.0, enough=enough * problem.scale)
         linear = [x + d for x, d in zip(linear, change, strict=True)]
     with torch.no_grad():
         error = float(problem.residuals(linear).norm()) / problem.scale

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight
-from neuralode_coupled.convert.gauss_newton import Least, minimised
+from neuralode_coupled.convert.gauss_newton import NEAR, Least, minimised
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import BasisEvolution, Static, keeps_weights
 from neuralode_coupled.evolution.fitting import Start
@@ -155,24 +155,29 @@ def _truncated(w: Tensor, out: int, rank: int) -> Tensor:
 def _fit_flow(scheme: Scheme, connected: Connected, group: list[Wanted]) -> bool:
     """The best that searches from several starts find; whether it is determined."""
     operators = copy.deepcopy(nn.ModuleList([one.operator for one in group])).to("cpu", torch.float64)
-    best: Least | None = None
+    targets = [one.theta for one in group]
+    best: tuple[Least, Start] | None = None
     for values in _starts(scheme, connected, operators, group):
         _put(operators, values)
-        problem = PathProblem(connected, operators, [one.theta for one in group])
-        found = minimised(problem, give_up=math.inf if best is None else best.error)
-        if best is None or found.error < best.error:
-            best = found
-        if best.error < 1e-7:
+        found = minimised(PathProblem(connected, operators, targets), rounds=1)
+        if best is None or found.error < best[0].error:
+            best = found, {name: p.detach().clone() for name, p in operators.named_parameters()}
+        if best[0].error < NEAR:
             break
     assert best is not None
-    problem = PathProblem(connected, operators, [one.theta for one in group])
+    least, values = best
+    _put(operators, values)
+    problem = PathProblem(connected, operators, targets)
+    if least.error >= NEAR:
+        problem.linear = least.linear
+        least = minimised(problem)
     with torch.no_grad():
-        for one, value in zip(group, best.linear, strict=True):
+        for one, value in zip(group, least.linear, strict=True):
             one.w0.copy_(value)
         own = nn.ModuleList([one.operator for one in group])
-        for p, value in zip(own.parameters(), best.others, strict=True):
+        for p, value in zip(own.parameters(), least.others, strict=True):
             p.copy_(value)
-    return problem.is_determined(best)
+    return problem.is_determined(least)
 
 
 def _put(operators: nn.Module, values: Start) -> None:
@@ -185,13 +190,15 @@ def _put(operators: nn.Module, values: Start) -> None:
 def _starts(scheme: Scheme, connected: Connected, operators: nn.ModuleList, group: list[Wanted]) -> list[Start]:
     """Values for all coefficients: what the operator suggests, what it has, and some at random."""
     held = {name: p.detach().clone() for name, p in operators.named_parameters()}
-    (operator, *others), found = operators, list[Start]()
+    (operator, *others) = operators
+    found: list[Start] = []
     suggest = getattr(operator, "starts", None)
     if suggest is not None and not others:
         path = _observed(scheme, connected, group[0].theta)
         if path is not None:
-            found = [{f"0.{name}": value for name, value in start.items()} for start in suggest(*path)]
-            found = [start for start in found if all(value.isfinite().all() for value in start.values())]
+            for start in suggest(*path):
+                if all(value.isfinite().all() for value in start.values()):
+                    found.append({f"0.{name}": value for name, value in start.items()})
     found.append(held)
     if suggest is None:
         generator = torch.Generator().manual_seed(0)
