@@ -22,7 +22,7 @@ from benchmarks.lib.clock import in_rounds, process_seconds, quartiles
 from benchmarks.lib.results import environment
 
 FRACTIONS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/6": 1 / 6}
-FIRST = ("svd-lora", "averaging", "low-rank", "legendre", "piecewise")
+FIRST = ("svd-lora", "averaging", "piecewise-low-rank", "fourier-low-rank", "legendre")
 """The methods that the question is decided by: they run first."""
 
 
@@ -87,8 +87,11 @@ class Campaign:
     def settings(self, run: Run) -> dict[str, Any]:
         """What decides whether a record is of this run."""
         settings = self.tasks[run.task].settings()
+        training = training_settings(settings)
         if run.method == "original":  # what happens to it afterwards is nothing to it
-            return {**asdict(run), "settings": training_settings(settings)}
+            return {**asdict(run), "settings": training}
+        if run.method in ("small", "time"):
+            return {**asdict(run), "settings": {**training, "fine_share": settings["fine_share"]}}
         return {**asdict(run), "settings": {**settings, "calibration": self.calibration}}
 
     def records(self) -> list[dict[str, Any]]:

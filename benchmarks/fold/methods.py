@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import neuralode_coupled as nc
 from benchmarks.fold import rivals
 from benchmarks.fold.task import Task
+from neuralode_coupled.evolution.base import EvolutionOperator
 
 SLACK = 0.01
 """By so much of the folded part's parameters a method may exceed its budget, so that whole weights fit: half of the
@@ -150,31 +151,32 @@ def basis(kind: str) -> Method:
     return make
 
 
-def low_rank(task: Task, network: nn.Module, fraction: float, lr: float) -> Made | None:
-    """A fold by as many Legendre polynomials as there are blocks, each c_k of low rank."""
-    rows = task.rows(network)
-    ranks = Budget.of(network, rows, fraction).ranks(lambda count: count - 1)
-    if ranks is None:
-        return None
-    count = len(rows[0])
+def low_rank(kind: str) -> Method:
+    """A fold by as many functions of a basis as there are blocks, w0 among them, each c_k of low rank."""
 
-    def evolution(name: str, weight: Tensor) -> nn.Module:
-        rank = ranks[tuple(weight.shape)]
-        return nc.BasisEvolution("legendre", count - 1, rank) if rank else nc.Static()
+    def make(task: Task, network: nn.Module, fraction: float, lr: float) -> Made | None:
+        rows = task.rows(network)
+        ranks = Budget.of(network, rows, fraction).ranks(lambda count: count - 1)
+        if ranks is None:
+            return None
+        count = len(rows[0])
 
-    return _fold(network, rows, evolution, f"size {count - 1}, rank {_words(ranks)}", lr)
+        def evolution(name: str, weight: Tensor) -> nn.Module:
+            rank = ranks[tuple(weight.shape)]
+            return nc.BasisEvolution(kind, count - 1, rank) if rank else nc.Static()  # pyright: ignore[reportArgumentType]
+
+        return _fold(network, rows, evolution, f"size {count - 1}, rank {_words(ranks)}", lr)
+
+    return make
 
 
 def flow(operator: Callable[[Tensor], nn.Module], detail: str) -> Method:
-    """A fold by a flow of few coefficients, in as many rows of equal length as the budget has weights for."""
+    """A fold by an operator of few coefficients, in as many rows of equal length as the budget has weights for."""
 
     def make(task: Task, network: nn.Module, fraction: float, lr: float) -> Made | None:
         rows = task.rows(network)
         budget = Budget.of(network, rows, fraction)
-        one = sum(
-            math.prod(shape) + sum(p.numel() for p in operator(torch.zeros(shape)).parameters())
-            for _, shape, _ in budget.weights
-        )
+        one = sum(math.prod(shape) + _coefficients(operator, shape) for _, shape, _ in budget.weights)
         # A row of N blocks divides into pieces of N, N/2, ... blocks; each has a w0 and coefficients.
         lengths = [n for n in range(2, len(rows[0]) + 1) if all(len(row) % n == 0 for row in rows)]
         able = [n for n in lengths if one * (len(rows[0]) // n) <= budget.numbers]
@@ -185,6 +187,14 @@ def flow(operator: Callable[[Tensor], nn.Module], detail: str) -> Method:
         return _fold(network, pieces, lambda name, weight: operator(weight), words, lr)
 
     return make
+
+
+def _coefficients(operator: Callable[[Tensor], nn.Module], shape: tuple[int, ...]) -> int:
+    """How many numbers an operator has besides w0."""
+    weight = torch.zeros(shape)
+    made = operator(weight)
+    assert isinstance(made, EvolutionOperator)
+    return sum(p.numel() for p in made.bind(weight).parameters())
 
 
 def _divided(network: nn.Module, rows: Rows, length: int) -> Rows:
@@ -253,20 +263,20 @@ def small(task: Task, network: nn.Module, fraction: float) -> Made:
 
 
 def _reaction(weight: Tensor) -> nn.Module:
-    return nc.ReactionDiffusionAdvection(scope="layer").bind(weight)
+    return nc.ReactionDiffusionAdvection(scope="layer")
 
 
 def _linear(weight: Tensor) -> nn.Module:
     """Over the pixels of filters, over the channels of matrices, which have no pixels."""
-    operator = nc.LinearEvolution() if weight.ndim > 2 else nc.LinearEvolution("channels", rank=1)
-    return operator.bind(weight)
+    return nc.LinearEvolution() if weight.ndim > 2 else nc.LinearEvolution("channels", rank=1)
 
 
 Method = Callable[[Task, nn.Module, float, float], Made | None]
 METHODS: dict[str, Method] = {
     "averaging": averaging,
     "svd-lora": svd_lora,
-    "low-rank": low_rank,
+    "piecewise-low-rank": low_rank("piecewise"),
+    "fourier-low-rank": low_rank("fourier"),
     "legendre": basis("legendre"),
     "piecewise": basis("piecewise"),
     "fourier": basis("fourier"),

@@ -28,7 +28,8 @@ CONFIDENCE = 0.95
 TASKS = ("images", "text")
 FRACTIONS = ("1/2", "1/3", "1/6")
 NAMES = {
-    "low-rank": "a basis of all functions, low rank",
+    "piecewise-low-rank": 'basis "piecewise", a function a block, low rank',
+    "fourier-low-rank": 'basis "fourier", a function a block, low rank',
     "legendre": 'basis "legendre"',
     "piecewise": 'basis "piecewise"',
     "fourier": 'basis "fourier"',

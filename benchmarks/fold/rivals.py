@@ -6,13 +6,14 @@ Matrices and filters (parameters of two axes or more) are shared; norms and bias
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuralode_coupled.convert.alignment import aligned
+from neuralode_coupled.convert.calibration import LOOKS, MEASURED, _rates
 
 
 class Difference(nn.Module):
@@ -85,14 +86,14 @@ def calibrate(
     """Fit the blocks to the activations of the trained ones, as `FoldReport.calibrate` fits a folded layer.
 
     Each block is fed by the network's own input; Adam takes a step a batch on the sum over the rows of the mean square
-    of the blocks' relative errors, with a cosine schedule; norms use the statistics that they have.
+    of the blocks' relative errors; norms use the statistics that they have. The best parameters seen are kept.
 
     Args:
         network: with blocks of the same names as the teacher's; only the parameters of these blocks change.
         teacher: the trained network.
         rows: names of blocks, a list a row.
         batches: inputs.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate, as a part of the numbers' size in each parameter; it falls to zero as a cosine.
     """
     names, first = [name for row in rows for name in row], {row[0] for row in rows}
     wanted, found = {}, {}
@@ -100,27 +101,48 @@ def calibrate(
     handles += [network.get_submodule(name).register_forward_hook(_keep(found, name)) for name in names]
     # Rows are fitted for themselves: no gradient goes from one to the one before.
     handles += [network.get_submodule(name).register_forward_pre_hook(_cut) for name in first]
+
+    def loss(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher(inputs)
+        network(inputs)
+        errors = [[((found[b] - wanted[b]).norm() / wanted[b].norm()) ** 2 for b in row] for row in rows]
+        return torch.stack([torch.stack(row).mean() for row in errors]).sum()
+
     parameters = list({id(p): p for name in names for p in network.get_submodule(name).parameters()}.values())
-    optimizer, every = torch.optim.Adam(parameters, lr=lr), list(batches)
     network.eval()
     try:
-        for n, inputs in enumerate(every):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * (1 + math.cos(math.pi * n / len(every))) / 2
-            with torch.no_grad():
-                teacher(inputs)
-            network(inputs)
-            losses = [
-                torch.stack([((found[b] - wanted[b]).norm() / wanted[b].norm()) ** 2 for b in row]).mean()
-                for row in rows
-            ]
-            for p, gradient in zip(parameters, torch.autograd.grad(torch.stack(losses).sum(), parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
+        _descend(parameters, list(batches), loss, lr)
     finally:
         for handle in handles:
             handle.remove()
-        for p in parameters:
+
+
+def _descend(
+    parameters: list[nn.Parameter], batches: list[Tensor], loss: Callable[[Tensor], Tensor], lr: float
+) -> None:
+    """Adam's steps, a batch each; the parameters are then those of the least loss on the first batches, of `LOOKS`."""
+
+    def look() -> float:
+        with torch.no_grad():
+            return sum(loss(inputs).item() for inputs in batches[:MEASURED])
+
+    rates = _rates(parameters, lr)
+    optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
+    least, kept = look(), [p.detach().clone() for p in parameters]
+    for n, inputs in enumerate(batches, 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 + math.cos(math.pi * (n - 1) / len(batches))) / 2
+        for p, gradient in zip(parameters, torch.autograd.grad(loss(inputs), parameters), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        if n == len(batches) or n % max(len(batches) // LOOKS, 1) == 0:
+            now = look()
+            if now < least:
+                least, kept = now, [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p, value in zip(parameters, kept, strict=True):
+            p.copy_(value)
             p.grad = None
 
 

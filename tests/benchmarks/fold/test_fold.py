@@ -12,7 +12,7 @@ from PIL import Image
 import neuralode_coupled as nc
 from benchmarks.fold.campaign import Campaign, Run, plan
 from benchmarks.fold.images import Images, cifar10
-from benchmarks.fold.methods import METHODS, SLACK, Budget, parameters_of, small
+from benchmarks.fold.methods import METHODS, SLACK, Budget, flow, parameters_of, small
 from benchmarks.fold.page import Mean, Records, draw, loss, report
 from benchmarks.fold.rivals import calibrate
 from benchmarks.fold.task import Schedule
@@ -21,7 +21,6 @@ from benchmarks.fold.training import one_cycle
 from benchmarks.lib import jsonl
 
 SCHEDULE = Schedule(steps=4, batch=4, peak=0.01, fine_peak=0.01, calibration_peak=1e-3, fine_share=0.5)
-FOLDS = ("low-rank", "legendre", "piecewise", "fourier", "reaction-diffusion-advection", "linear")
 
 
 def images() -> Images:
@@ -61,14 +60,17 @@ def test_every_method_is_within_its_budget(task):
         assert small(task, network, fraction).parameters <= limit
 
 
-def test_a_flow_has_as_many_rows_as_fit():
+def test_an_operator_of_few_coefficients_has_as_many_rows_as_fit():
     task = images()
     network = trained(task)
-    made = METHODS["reaction-diffusion-advection"](task, copy.deepcopy(network), 0.55, 1e-3)
+    make = flow(lambda weight: nc.BasisEvolution("legendre", 1, rank=1), "a straight line")
+    made = make(task, copy.deepcopy(network), 0.65, 1e-3)
     assert made is not None
-    assert made.parameters <= (0.55 + SLACK) * parameters_of(network, task.rows(network)[0])
-    assert made.detail.endswith("2 rows of 2 blocks")
+    limit = (0.65 + SLACK) * parameters_of(network, task.rows(network)[0])
+    assert made.detail == "a straight line, 2 rows of 2 blocks"
+    assert 0.5 * limit < made.parameters <= limit
     assert torch.isfinite(made.network(torch.randn(2, 3, 32, 32))).all()
+    assert make(task, copy.deepcopy(network), 0.2, 1e-3) is None
 
 
 @pytest.mark.parametrize("task", [images(), text()], ids=["images", "text"])
@@ -99,6 +101,7 @@ def test_averaging_is_a_fold_onto_one_weight_and_is_calibrated_alike():
     found.calibrate(batches, steps=3, lr=1e-2)
     averaged.calibrate(batches)
     torch.testing.assert_close(averaged.network(inputs), other(inputs), rtol=1e-3, atol=1e-3)
+    assert any(block.weights_after != block.weights for block in found.blocks)
 
 
 def test_calibration_brings_the_blocks_nearer_and_leaves_the_rest():
@@ -151,7 +154,7 @@ def test_records_are_made_once_and_again_after_other_settings(tmp_path, monkeypa
 
     next(tmp_path.glob("*.pt")).unlink()
     with pytest.raises(ValueError, match="missing, though its run has a record"):
-        campaign.finish(Run("text", "low-rank", "1/2", 0))
+        campaign.finish(Run("text", "legendre", "1/3", 0))
 
 
 def test_the_page_says_what_is_lost_and_what_was_not_run():
