@@ -93,7 +93,7 @@ def match_heads(previous: nn.Module, block: nn.Module, heads: Heads) -> bool:
     """Permute the heads of a block, in place, to match those of the block before; whether anything moved."""
     before, module = previous.get_submodule(heads.name), block.get_submodule(heads.name)
     old, new = [_by_head(m, heads.count) for m in (before, module)]
-    width = old[0].shape[1]
+    width = old[0].shape[2]
     straight = torch.arange(width)
     gains = torch.zeros(heads.count, heads.count, dtype=torch.float64)
     inner: dict[tuple[int, int], list[Tensor]] = {}

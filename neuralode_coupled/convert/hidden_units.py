@@ -1,8 +1,8 @@
 """Which hidden units of a block may be permuted: found by tracing what its modules do with them, by ``torch.fx``.
 
 Hidden units are what one convolution or linear layer makes and others use, with nothing in between but what treats
-every channel alike: activations, normalisations, dropout, products of such. Permuting what makes them, what normalises them
-and what uses them alike leaves the block what it is.
+every channel alike: activations, normalisations, dropout, products of such. Permuting what makes them, what normalises
+them and what uses them alike leaves the block what it is.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class Slot:
     axis: int
     weighs: bool
 
+    @property
+    def place(self) -> str:
+        """The tensor and the axis in words."""
+        return f"{self.name}, axis {self.axis}"
+
 
 @dataclass(frozen=True)
 class Units:
@@ -79,6 +84,19 @@ class Units:
     slots: frozenset[Slot]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one module's own code says.
+
+    Attributes:
+        units: what may be permuted, as far as this code goes.
+        fixed: the places of what may not.
+    """
+
+    units: tuple[Units, ...]
+    fixed: frozenset[str]
+
+
 def hidden_units(block: nn.Module) -> list[Units]:
     """The hidden units of a block that may be permuted, in training and in evaluation; the block stays as it is.
 
@@ -86,10 +104,13 @@ def hidden_units(block: nn.Module) -> list[Units]:
     """
     scratch = copy.deepcopy(block)
     found: list[Units] = []
+    fixed: set[str] = set()
     for name, module in _open(scratch, ""):
-        both = [set(_traced(module, name, training)) for training in (False, True)]
-        found += sorted(both[0] & both[1], key=lambda units: sorted((s.name, s.axis) for s in units.slots))
-    return _untied(block, found)
+        readings = [_traced(module, name, training) for training in (False, True)]
+        both = set(readings[0].units) & set(readings[1].units)
+        found += sorted(both, key=lambda units: sorted((s.name, s.axis) for s in units.slots))
+        fixed |= readings[0].fixed | readings[1].fixed
+    return _untied(block, [units for units in found if not any(slot.place in fixed for slot in units.slots)])
 
 
 def _untied(block: nn.Module, found: list[Units]) -> list[Units]:
@@ -150,18 +171,18 @@ def _graph(module: nn.Module, training: bool) -> tuple[fx.Graph | None, list[str
     return None, []
 
 
-def _traced(module: nn.Module, name: str, training: bool) -> list[Units]:
-    """The hidden units of one module's own code; names count from the block."""
+def _traced(module: nn.Module, name: str, training: bool) -> Reading:
+    """What one module's own code says; names count from the block."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and type(module) in _LAYERS:
         known = module.activation in (functional.relu, functional.gelu) or type(module.activation) in _EVERYWHERE
         if not known:
-            return []
+            return Reading((), frozenset())
         slots = [Slot(f"{prefix}linear1.weight", 0, True), Slot(f"{prefix}linear2.weight", 1, True)]
         slots += [Slot(f"{prefix}linear1.bias", 0, False)] if module.linear1.bias is not None else []
-        return [Units(module.linear1.out_features, frozenset(slots))]
+        return Reading((Units(module.linear1.out_features, frozenset(slots)),), frozenset())
     graph, _ = _graph(module, training)
-    return [] if graph is None else _Reading(module, prefix).units(graph)
+    return Reading((), frozenset()) if graph is None else _Reader(module, prefix).read(graph)
 
 
 @dataclass
@@ -176,7 +197,7 @@ class _Space:
     slots: set[Slot] = field(default_factory=set)
 
 
-class _Reading:
+class _Reader:
     """Groups the nodes of a graph by the channels that they have in common.
 
     Args:
@@ -188,17 +209,18 @@ class _Reading:
         self._module, self._prefix = module, prefix
         self._space: dict[fx.Node, _Space] = {}
 
-    def units(self, graph: fx.Graph) -> list[Units]:
-        """Those that may be permuted."""
+    def read(self, graph: fx.Graph) -> Reading:
+        """What may be permuted, and what may not."""
+        fixed: set[str] = set()
         for node in graph.nodes:
             self._space[node] = _Space()
             self._read(node)
-        spaces = {id(space): space for space in self._space.values()}
-        return [
-            Units(space.size, frozenset(space.slots))
-            for space in spaces.values()
-            if space.free and space.made and space.used and space.size
-        ]
+            if node.op == "get_attr":  # code that looks at a tensor itself
+                fixed |= {Slot(f"{self._prefix}{node.target}", axis, True).place for axis in (0, 1)}
+        spaces = list({id(space): space for space in self._space.values()}.values())
+        fixed |= {slot.place for space in spaces if not space.free for slot in space.slots}
+        free = [space for space in spaces if space.free and space.made and space.used and space.size]
+        return Reading(tuple([Units(space.size or 0, frozenset(space.slots)) for space in free]), frozenset(fixed))
 
     def _read(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes

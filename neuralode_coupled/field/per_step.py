@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ class PerStep(nn.Module):
 
     Made for BatchNorm inside an ODE block: each step of the discrete map has its own statistics and affine parameters.
     `nc.solve` and `nc.CoupledODE` choose the copy by the index of the step (all Runge-Kutta stages of a step share it).
-    Outside a solve the module is its first copy.
+    Outside a solve the module is its first copy, whose attributes can be read from it.
 
     Args:
         module: the module to copy; copies start equal.
@@ -32,6 +32,17 @@ class PerStep(nn.Module):
         super().__init__()
         whole("steps", steps)
         self.copies = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(steps - 1))])
+
+    def __getattr__(self, name: str) -> Any:
+        """What code around it reads off a module, such as ``self.norm.eps`` or ``self.norm.weight``: of the copy in
+        force."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            copies = self.__dict__.get("_modules", {}).get("copies")
+            if name.startswith("__") or not copies:
+                raise
+            return getattr(copies[0], name)
 
     def __len__(self) -> int:
         return len(self.copies)
