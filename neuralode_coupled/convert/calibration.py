@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import positive, shown, whole
 from neuralode_coupled._types import Activation
 from neuralode_coupled.convert.folded_row import FoldedRow, unfolded
+from neuralode_coupled.convert.own_numbers import NORMS
 
 MEASURED = 4
 """So many batches show the errors before and after."""
@@ -43,7 +44,7 @@ def check_evaluation(model: nn.Module) -> None:
 
 
 def calibrate(
-    model: nn.Module, rows: Sequence[FoldedRow], batches: Iterable[Batch], steps: int, lr: float
+    model: nn.Module, rows: Sequence[FoldedRow], batches: Iterable[Batch], steps: int, lr: float, statistics: bool
 ) -> tuple[list[list[float]], list[list[float]]]:
     """Fit folded layers to trained activations, see `FoldReport.calibrate`.
 
@@ -58,8 +59,25 @@ def calibrate(
     first = [next(stream) for _ in range(min(MEASURED, max(steps, 1)))]
     before = best = _errors(model, rows, first)
     parameters = [p for row in rows for p in row.layer.parameters() if p.requires_grad]
-    if not steps or not parameters:
-        return before, before
+    if steps and parameters:
+        best = _fitted(model, rows, first, stream, parameters, before, steps, lr)
+    if statistics:
+        _estimate(model, rows, first)
+        best = _errors(model, rows, first)
+    return before, best
+
+
+def _fitted(
+    model: nn.Module,
+    rows: Sequence[FoldedRow],
+    first: Sequence[Batch],
+    stream: Iterator[Batch],
+    parameters: list[nn.Parameter],
+    best: list[list[float]],
+    steps: int,
+    lr: float,
+) -> list[list[float]]:
+    """Take Adam's steps, and keep the parameters of the least errors on the first batches; these errors, by row."""
     rates = _rates(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     kept = [p.detach().clone() for p in parameters]
@@ -77,7 +95,25 @@ def calibrate(
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
-    return before, best
+    return best
+
+
+@torch.no_grad()
+def _estimate(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Batch]) -> None:
+    """Give the layers' normalisations the statistics of the folded model's activations: their mean over the batches."""
+    norms: list[Any] = [m for row in rows for m in row.layer.modules() if getattr(m, "running_mean", None) is not None]
+    norms = [m for m in norms if isinstance(m, NORMS)]
+    held = [(m.momentum, m.training) for m in norms]
+    try:
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None
+            m.training = True
+        for batch in batches:
+            _run(model, batch)
+    finally:
+        for m, (momentum, training) in zip(norms, held, strict=True):
+            m.momentum, m.training = momentum, training
 
 
 def _rates(parameters: Sequence[nn.Parameter], lr: float) -> list[float]:

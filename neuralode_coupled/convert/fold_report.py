@@ -103,20 +103,24 @@ class FoldReport:
         """The parameters whose path the operators cannot represent, and by how much, before calibration."""
         return {p.name: p.error for p in self.parameters if p.error > EXACT}
 
-    def calibrate(self, batches: Iterable[Batch], *, steps: int = 100, lr: float = 0.01) -> FoldReport:
+    def calibrate(
+        self, batches: Iterable[Batch], *, steps: int = 100, lr: float = 0.01, statistics: bool = False
+    ) -> FoldReport:
         """Fit the folded layers to the activations of the trained blocks, on inputs of the model.
 
         Every block of the folded model has the folded model's own input. The layers' parameters (w0, coefficients,
         those of `PerStep` modules) take Adam's steps on the mean square over the blocks of the relative errors
         ``|z_n - trained_n| / |trained_n|``, where the trained activations are those of the whole model as it was before
         (its other modules as they are now). The parameters of the least errors seen are kept: they never become
-        larger, on the batches that show them. BatchNorm's statistics and all other modules stay as they are.
+        larger, on the batches that show them. All other modules stay as they are.
 
         Args:
             batches: inputs of the model: a tensor, or a tuple of arguments, each. They are gone through again and
                 again; the first four show the errors before and after.
             steps: the number of steps, a batch each; 0 measures alone.
             lr: Adam's learning rate, as a part of the numbers' size in each parameter; it falls to zero as a cosine.
+            statistics: in the end give the layers' BatchNorms the statistics of the folded model's activations, over
+                the first four batches; those of the trained blocks otherwise.
 
         Returns:
             This report, with the errors of the outputs in ``blocks``.
@@ -127,7 +131,7 @@ class FoldReport:
                 not positive, or a row that runs several times in one pass.
         """
         begun = time.perf_counter()
-        before, after = calibrate(self._model, self._rows, batches, steps, lr)
+        before, after = calibrate(self._model, self._rows, batches, steps, lr, statistics)
         blocks = iter(self.blocks)
         found: list[FoldedBlock] = []
         for row, outputs, outputs_after in zip(self._rows, before, after, strict=True):

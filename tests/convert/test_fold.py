@@ -269,6 +269,10 @@ def test_calibration_makes_the_outputs_nearer():
     report.calibrate((x for x in batches), steps=2)  # what can be read once, and the first errors stay
     assert [b.output for b in report.blocks] == output
     assert "output" in str(report)
+    report.calibrate(batches[:1], steps=0, statistics=True)
+    z = model[0](batches[0])
+    torch.testing.assert_close(first.bn1.copies[0].running_mean, first.conv1(z).mean((0, 2, 3)))
+    assert not any(module.training for module in model.modules())
 
 
 def test_calibration_never_makes_an_exact_fold_worse():
