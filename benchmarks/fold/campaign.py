@@ -22,7 +22,7 @@ from benchmarks.lib.clock import in_rounds, process_seconds, quartiles
 from benchmarks.lib.results import environment
 
 FRACTIONS = {"1/2": 1 / 2, "1/3": 1 / 3, "1/6": 1 / 6}
-FIRST = ("svd-lora", "averaging", "piecewise-low-rank", "fourier-low-rank", "legendre")
+FIRST = ("svd-lora", "averaging", "legendre", "legendre-low-rank", "piecewise-low-rank", "fourier-low-rank")
 """The methods that the question is decided by: they run first."""
 
 

@@ -30,8 +30,8 @@ from benchmarks.lib.results import RESULTS
 
 RECORDS = RESULTS / "fold.jsonl"
 SCHEDULES = {
-    "images": Schedule(steps=2000, batch=128, peak=0.3, fine_peak=0.1, calibration_peak=3e-3),
-    "text": Schedule(steps=1000, batch=16, peak=5e-3, fine_peak=2e-3, calibration_peak=1e-3),
+    "images": Schedule(steps=2000, batch=128, peak=0.3, fine_peak=0.01, calibration_peak=0.01),
+    "text": Schedule(steps=1000, batch=16, peak=5e-3, fine_peak=2e-3, calibration_peak=0.01),
 }
 
 

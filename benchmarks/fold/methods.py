@@ -151,21 +151,22 @@ def basis(kind: str) -> Method:
     return make
 
 
-def low_rank(kind: str) -> Method:
-    """A fold by as many functions of a basis as there are blocks, w0 among them, each c_k of low rank."""
+def low_rank(kind: str, share: int = 1) -> Method:
+    """A fold by one function of a basis for ``share`` blocks, at least one less than there are blocks, each c_k of low
+    rank."""
 
     def make(task: Task, network: nn.Module, fraction: float, lr: float) -> Made | None:
         rows = task.rows(network)
-        ranks = Budget.of(network, rows, fraction).ranks(lambda count: count - 1)
+        size = min(len(rows[0]) // share, len(rows[0]) - 1)
+        ranks = Budget.of(network, rows, fraction).ranks(lambda count: size)
         if ranks is None:
             return None
-        count = len(rows[0])
 
         def evolution(name: str, weight: Tensor) -> nn.Module:
             rank = ranks[tuple(weight.shape)]
-            return nc.BasisEvolution(kind, count - 1, rank) if rank else nc.Static()  # pyright: ignore[reportArgumentType]
+            return nc.BasisEvolution(kind, size, rank) if rank else nc.Static()  # pyright: ignore[reportArgumentType]
 
-        return _fold(network, rows, evolution, f"size {count - 1}, rank {_words(ranks)}", lr)
+        return _fold(network, rows, evolution, f"size {size}, rank {_words(ranks)}", lr)
 
     return make
 
@@ -277,6 +278,7 @@ METHODS: dict[str, Method] = {
     "svd-lora": svd_lora,
     "piecewise-low-rank": low_rank("piecewise"),
     "fourier-low-rank": low_rank("fourier"),
+    "legendre-low-rank": low_rank("legendre", 2),
     "legendre": basis("legendre"),
     "piecewise": basis("piecewise"),
     "fourier": basis("fourier"),

@@ -28,18 +28,20 @@ CONFIDENCE = 0.95
 TASKS = ("images", "text")
 FRACTIONS = ("1/2", "1/3", "1/6")
 NAMES = {
-    "piecewise-low-rank": 'basis "piecewise", a function a block, low rank',
-    "fourier-low-rank": 'basis "fourier", a function a block, low rank',
-    "legendre": 'basis "legendre"',
-    "piecewise": 'basis "piecewise"',
-    "fourier": 'basis "fourier"',
-    "bspline": 'basis "bspline"',
+    "legendre": "Legendre",
+    "piecewise": "piecewise",
+    "fourier": "Fourier",
+    "bspline": "B-splines",
+    "legendre-low-rank": "Legendre, low rank",
+    "piecewise-low-rank": "piecewise, low rank",
+    "fourier-low-rank": "Fourier, low rank",
     "reaction-diffusion-advection": "reaction, diffusion, advection",
     "linear": "linear evolution",
     "averaging": "rival: averaging",
     "svd-lora": "rival: SVD-LoRA",
     "small": "rival: fewer blocks, trained from the start",
 }
+FOLDED = [name for name in NAMES if name != "small"]
 LOSSES = {
     "images": "points of accuracy lost",
     "text": "bits lost, in percent",
@@ -91,7 +93,7 @@ class Records:
             cell = record["task"], record["method"], record["fraction"]
             self.cells.setdefault(cell, {})[record["seed"]] = record
         for task in TASKS:
-            settings = {str(r["settings"]) for r in records if r["task"] == task and r["method"] != "original"}
+            settings = {str(r["settings"]) for r in records if r["task"] == task and r["method"] in FOLDED}
             if len(settings) > 1:
                 raise ValueError(
                     f"the records of the {task} are of {len(settings)} settings: keep one of them in a file"

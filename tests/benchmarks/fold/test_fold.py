@@ -170,7 +170,7 @@ def test_the_page_says_what_is_lost_and_what_was_not_run():
     assert str(records.lost("text", "legendre", "1/2")) == "0.50 ± 0.00"
     assert records.lost("text", "legendre", "1/3") is None
     shown = report(records)
-    assert '| basis "legendre" |  |  |  | 0.50 ± 0.00 (100, 50) |' in shown
+    assert '| Legendre |  |  |  | 0.50 ± 0.00 (100, 50) |' in shown
     assert shown.count(": no.") == 1  # averaging was not run, so it is not ahead
     assert ": yes." in report(Records([*lines, *(line("averaging", "1/2", s, 2.3) for s in range(3))]))
     assert "not decided" in report(Records([r for r in lines if r["seed"] < 2]))
