@@ -115,7 +115,7 @@ class Campaign:
             return self._original(task, run.seed)
         original = self.original(task, run.seed)
         if run.method == "time":
-            return {"step": self._times(task, original, FRACTIONS[run.fraction])}
+            return {"step": self._times(task, original, run)}
         if run.method == "small":
             return self._small(task, original, run)
         if run.method == "continued":
@@ -184,8 +184,17 @@ class Campaign:
         found = {"parameters": made.parameters, "detail": made.detail, "steps": steps, "training": asdict(trained)}
         return {**found, "quality": {"tuned": task.quality(network)}}
 
-    def _times(self, task: Task, original: nn.Module, fraction: float) -> dict[str, Any]:
-        made = {name: method(task, copy.deepcopy(original), fraction, 1e-3) for name, method in METHODS.items()}
+    def _times(self, task: Task, original: nn.Module, run: Run) -> dict[str, Any]:
+        """Of the methods that have a record at this budget, and of the small network."""
+        measured = {
+            r["method"]
+            for r in self.records()
+            if (r["task"], r["fraction"]) == (run.task, run.fraction) and "error" in r
+        }
+        fraction = FRACTIONS[run.fraction]
+        made = {
+            name: METHODS[name](task, copy.deepcopy(original), fraction, 1e-3) for name in METHODS if name in measured
+        }
         networks = {"original": original, **{name: one.network for name, one in made.items() if one is not None}}
         networks["small"] = small(task, original, fraction).network
         return self._ratios(task, networks, 7)
