@@ -30,6 +30,9 @@ INNER = 60
 ENOUGH = 1e-9
 """A relative error below it is none."""
 
+ROUGH = 1e-3
+"""The slope in the linear unknowns at which they are solved for well enough while the others move."""
+
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
 
@@ -203,7 +206,7 @@ def _descended(problem: Problem, linear: list[Tensor], error: float, rounds: int
         nonlocal held, best
         try:
             if problem.affine:
-                held, _ = _settled(problem, held, 1e-7)
+                held, _ = _settled(problem, held, ROUGH)
             loss = (problem.residuals(held) / problem.scale).square().sum()
         except ValueError:  # an overflow
             loss = torch.full((), math.inf, dtype=torch.float64)
