@@ -25,6 +25,8 @@ from benchmarks.lib.results import RESULTS
 RECORDS = RESULTS / "fold.jsonl"
 FIGURE = DOCS / "figures" / "fold.png"
 CONFIDENCE = 0.95
+SEEDS = 3
+"""So many decide."""
 TASKS = ("images", "text")
 FRACTIONS = ("1/2", "1/3", "1/6")
 NAMES = {
@@ -117,14 +119,12 @@ class Records:
         values = [loss(task, base[seed], value) for seed, value in own.items() if seed in base]
         return Mean.of(values) if values else None
 
-    def behind(self, task: str, method: str, other: str, fraction: str) -> Mean | None:
-        """By how much more a method has lost than another one of the same seed."""
+    def ahead(self, task: str, method: str, other: str, fraction: str) -> list[float] | None:
+        """By how much less a method has lost than another one, seed by seed; None if they have no seed in common."""
         base = self.quality(task, "original", "1")
         one, two = self.quality(task, method, fraction), self.quality(task, other, fraction)
         seeds = [seed for seed in one if seed in two and seed in base]
-        if not seeds:
-            return None
-        return Mean.of([loss(task, base[s], one[s]) - loss(task, base[s], two[s]) for s in seeds])
+        return [loss(task, base[s], two[s]) - loss(task, base[s], one[s]) for s in seeds] or None
 
     def time(self, task: str, method: str) -> Mapping[str, float] | None:
         """Median and quartiles of a training step relative to the original's; None if it was not measured."""
@@ -168,20 +168,35 @@ def _time(records: Records, task: str, method: str) -> str:
 
 
 def answers(records: Records) -> list[str]:
-    """Whether each fold loses at most 1 at half the parameters, and is ahead of both rivals, in three seeds."""
+    """For each task the fold that loses the least at half the parameters: whether that is at most 1, and whether it is
+    ahead of both rivals of equal size in each of three seeds."""
     lines = []
     for task in TASKS:
-        for method in NAMES:
-            after = records.lost(task, method, "1/2")
-            if method in ("averaging", "svd-lora", "small") or after is None:
-                continue
-            gaps = {other: records.behind(task, method, other, "1/2") for other in ("averaging", "svd-lora")}
-            words = [f"{-gap.mean:+.2f} ± {gap.half:.2f} ahead of {o}" for o, gap in gaps.items() if gap is not None]
-            held = after.seeds >= 3 and after.mean <= 1
-            ahead = all(gap is not None and gap.seeds >= 3 and gap.mean < 0 for gap in gaps.values())
-            verdict = "yes" if held and ahead else "no" if after.seeds >= 3 else "not decided"
-            lines.append(f"- {task}, {NAMES[method]}: {after} lost; {'; '.join(words)}: {verdict}.")
+        folds = [method for method in FOLDED if method not in ("averaging", "svd-lora")]
+        lost = {method: found for method in folds if (found := records.lost(task, method, "1/2")) is not None}
+        if not lost:
+            continue
+        best = min(lost, key=lambda method: lost[method].mean)
+        gaps = {other: records.ahead(task, best, other, "1/2") for other in ("averaging", "svd-lora")}
+        within = _verdict(lost[best].seeds, lost[best].mean <= 1)
+        words = []
+        for other, gap in gaps.items():
+            if gap is not None:
+                won = sum(one > 0 for one in gap)
+                words.append(
+                    f"ahead of {NAMES[other].removeprefix('rival: ')} by {Mean.of(gap)}, in {won} of {len(gap)} seeds"
+                )
+        fewest = min(len(gap or ()) for gap in gaps.values())
+        first = _verdict(fewest, all(one > 0 for gap in gaps.values() for one in gap or ()))
+        lines.append(
+            f"- {task}, half the parameters: the best fold is {NAMES[best]}, {lost[best]} lost (at most 1: {within}), "
+            f"{', '.join(words)} (ahead of both in three seeds: {first})."
+        )
     return lines
+
+
+def _verdict(seeds: int, held: bool) -> str:
+    return "not decided" if seeds < SEEDS else "yes" if held else "no"
 
 
 def made_on(records: Records) -> str:
@@ -200,7 +215,11 @@ def made_on(records: Records) -> str:
 def report(records: Records) -> str:
     """What stands on the page, in Markdown."""
     head = "; ".join(f"{task}: {what}" for task, what in LOSSES.items())
-    legend = f"Lost against the original network of the same seed ({head}), mean and 95% interval; in brackets before."
+    legend = (
+        f"Lost against the original network of the same seed ({head}), after fine-tuning: mean and 95% interval over "
+        "the seeds; less than nothing is a gain. In brackets: by folding alone, and after calibration. The time of a "
+        "training step is relative to the original network's, at half the parameters."
+    )
     return "\n".join([legend, "", *table(records), "", *answers(records), "", made_on(records), ""])
 
 

@@ -170,10 +170,15 @@ def test_the_page_says_what_is_lost_and_what_was_not_run():
     assert str(records.lost("text", "legendre", "1/2")) == "0.50 ± 0.00"
     assert records.lost("text", "legendre", "1/3") is None
     shown = report(records)
-    assert '| Legendre |  |  |  | 0.50 ± 0.00 (100, 50) |' in shown
-    assert shown.count(": no.") == 1  # averaging was not run, so it is not ahead
-    assert ": yes." in report(Records([*lines, *(line("averaging", "1/2", s, 2.3) for s in range(3))]))
-    assert "not decided" in report(Records([r for r in lines if r["seed"] < 2]))
+    assert "| Legendre |  |  |  | 0.50 ± 0.00 (100, 50) |" in shown
+    assert "Legendre, 0.50 ± 0.00 lost (at most 1: yes)" in shown
+    assert "(ahead of both in three seeds: not decided)" in shown  # averaging was not run
+    averaged = [line("averaging", "1/2", seed, 2.3) for seed in range(3)]
+    assert "ahead of averaging by 14.50 ± 0.00, in 3 of 3 seeds" in report(Records([*lines, *averaged]))
+    assert "in three seeds: yes)" in report(Records([*lines, *averaged]))
+    averaged[1] = line("averaging", "1/2", 1, 2.0)
+    assert "in three seeds: no)" in report(Records([*lines, *averaged]))
+    assert "at most 1: not decided" in report(Records([r for r in lines if r["seed"] < 2]))
     assert len(draw(records).axes) == 2
     with pytest.raises(ValueError, match="2 settings"):
         Records([*lines, {**lines[-1], "settings": {"steps": 1}}])
