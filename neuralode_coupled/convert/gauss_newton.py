@@ -73,7 +73,7 @@ class Least:
 
     def hidden(self, problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None:
         """The part of a random change of the unknowns that the residuals do not see, and all of it: linear and others
-        of each. None where there is no such part to speak of.
+        of each. None where there is no such part to speak of, or none was found for certain.
 
         The change of least norm with the same effect is what they see.
         """
@@ -81,9 +81,10 @@ class Least:
         derivative = Derivative(problem, self.linear)
         generator = torch.Generator().manual_seed(2)
         change = [torch.randn(x.shape, dtype=x.dtype, generator=generator) for x in derivative.unknowns]
-        seen = derivative.solved(derivative.forward(change), iterations=4 * INNER, tolerance=1e-10)
+        effect = derivative.forward(change)
+        seen = derivative.solved(effect, iterations=2 * INNER, tolerance=1e-10)
         rest = [x - y for x, y in zip(change, seen, strict=True)]
-        if _dot(rest, rest) <= 1e-8 * _dot(change, change):
+        if _dot(rest, rest) <= 1e-6 * _dot(change, change) or derivative.forward(rest).norm() > 1e-5 * effect.norm():
             return None
         n = len(self.linear)
         return rest[:n], rest[n:], change[:n], change[n:]

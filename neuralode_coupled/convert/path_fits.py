@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight
 from neuralode_coupled.convert.gauss_newton import NEAR, Least, minimised
+from neuralode_coupled.convert.reduced_fits import Reduced
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import BasisEvolution, Static, keeps_weights
 from neuralode_coupled.evolution.fitting import Start
@@ -25,8 +26,11 @@ from neuralode_coupled.kernels import TimeKernel
 
 Connected = Callable[[nn.Module, Weight], StageWeights]
 
-ROUNDS = 30
-"""Of the alternation between w0 and the c_k of a rank, at most."""
+ALTERNATIONS = 30
+"""Of w0 and the c_k of a rank, at most."""
+
+ROUNDS = 6
+"""Of L-BFGS from the best start, at most."""
 
 GAIN = 1e-4
 """A round that makes the error smaller by less than this part of it is the last one."""
@@ -133,7 +137,7 @@ def _of_rank(rows: Tensor, target: Tensor, w0: Tensor, c: Tensor, rank: int) -> 
     for k in range(1, len(parts)):
         parts[k] = _truncated(parts[k], out, rank)
     rest, error = target - rows @ parts, math.inf
-    for _ in range(ROUNDS):
+    for _ in range(ALTERNATIONS):
         for k in range(len(parts)):
             if squares[k] == 0:
                 continue
@@ -156,8 +160,49 @@ def _fit_flow(scheme: Scheme, connected: Connected, group: list[Wanted]) -> bool
     """The best that searches from several starts find; whether it is determined."""
     operators = copy.deepcopy(nn.ModuleList([one.operator for one in group])).to("cpu", torch.float64)
     targets = [one.theta for one in group]
+    starts = _starts(scheme, connected, operators, group)
+    search = _by_columns if _has_columns(connected, operators, targets) else _by_products
+    problem, least = search(connected, operators, targets, starts)
+    with torch.no_grad():
+        for one, value in zip(group, least.linear, strict=True):
+            one.w0.copy_(value)
+        own = nn.ModuleList([one.operator for one in group])
+        for p, value in zip(own.parameters(), least.others, strict=True):
+            p.copy_(value)
+    return problem.is_determined(least)
+
+
+def _has_columns(connected: Connected, operators: nn.ModuleList, targets: list[StageWeights]) -> bool:
+    return len(operators) == 1 and Reduced.serves(operators[0], targets[0])
+
+
+def _by_columns(
+    connected: Connected, operators: nn.ModuleList, targets: list[StageWeights], starts: list[Start]
+) -> tuple[PathProblem, Least]:
+    """The best of the searches from all starts, with w0 eliminated in small matrices."""
+    with torch.no_grad():
+        found = connected(operators[0], targets[0][0, 0])
+    reduced = Reduced(operators[0], connected, _rows(found, targets[0]))
+    best: tuple[float, Start] = math.inf, starts[-1]
+    for values in starts:
+        _put(operators, values)
+        error = reduced.search(rounds=1)
+        if error < best[0]:
+            best = error, {name: p.detach().clone() for name, p in operators.named_parameters()}
+    _put(operators, best[1])
+    if best[0] >= NEAR:
+        reduced.search(rounds=ROUNDS)
+    problem = PathProblem(connected, operators, targets)
+    problem.linear = [reduced.w0()]
+    return problem, minimised(problem, rounds=0)
+
+
+def _by_products(
+    connected: Connected, operators: nn.ModuleList, targets: list[StageWeights], starts: list[Start]
+) -> tuple[PathProblem, Least]:
+    """The same without matrices, for all operators."""
     best: tuple[Least, Start] | None = None
-    for values in _starts(scheme, connected, operators, group):
+    for values in starts:
         _put(operators, values)
         found = minimised(PathProblem(connected, operators, targets), rounds=1)
         if best is None or found.error < best[0].error:
@@ -171,13 +216,7 @@ def _fit_flow(scheme: Scheme, connected: Connected, group: list[Wanted]) -> bool
     if least.error >= NEAR:
         problem.linear = least.linear
         least = minimised(problem)
-    with torch.no_grad():
-        for one, value in zip(group, least.linear, strict=True):
-            one.w0.copy_(value)
-        own = nn.ModuleList([one.operator for one in group])
-        for p, value in zip(own.parameters(), least.others, strict=True):
-            p.copy_(value)
-    return problem.is_determined(least)
+    return problem, least
 
 
 def _put(operators: nn.Module, values: Start) -> None:
