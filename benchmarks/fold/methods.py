@@ -139,7 +139,7 @@ def basis(kind: str) -> Method:
         rows = task.rows(network)
         sizes = Budget.of(network, rows, fraction).sizes()
         # Without a function it is the mean, and splines of three functions are the polynomials.
-        if sizes is None or not max(sizes.values()) or (kind == "bspline" and max(sizes.values()) <= 3):
+        if sizes is None or not max(sizes.values()) or (kind == "bspline" and min(sizes.values()) <= 3):
             return None
 
         def evolution(name: str, weight: Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ from benchmarks.lib.pages import DOCS
 from benchmarks.lib.results import RESULTS
 
 README = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
-NOT_RUN_YET = {"peers_cuda.json", "gpu.json", "cifar10_whole.jsonl", "formats.jsonl", "fold.jsonl"}
+NOT_RUN_YET = {"peers_cuda.json", "gpu.json", "cifar10_whole.jsonl", "formats.jsonl"}
 
 
 def test_every_record_is_listed_and_there():
