@@ -66,6 +66,8 @@ def fold(
     ``steps=N``: a step of length 1 applies the block itself (`Block`), so that nothing has to be rescaled, and with
     the blocks' own weights as stage weights the layer is the row, bit for bit. w0 and the coefficients of the
     operators are those whose stage weights, through the kernel, are nearest to the blocks' weights in least squares.
+    For a basis these are found exactly (of least norm where they are not unique), for flows by searches from several
+    starts, which for networks (`MLPEvolution`, `ConvEvolution`) may end above the least: the report has the errors.
 
     The layer is what `couple` makes with ``branch="block"``: it trains, and `nc.bake` gives plain blocks back. Its
     parameters are new ones: give them to the optimizer anew.

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from neuralode_coupled.convert.equal_blocks import common
 from neuralode_coupled.field import PerStep
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Normalisations, instance normalisation and those of BatchNorm's family among them."""
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+"""Normalisations that a block has for itself."""
 
 
 def steps_of(blocks: Sequence[nn.Module], steps: int, norms: bool) -> dict[str, PerStep]:

@@ -462,3 +462,64 @@ def test_buffers_that_differ_are_kept_for_each_step():
 
     with pytest.raises(ValueError, match=r"a Holds, has buffers that differ .*and modules inside"):
         nc.fold(nn.Sequential(*[Holds() for _ in range(3)]), "*", nc.Static())
+
+
+class Attending(nn.Module):
+    """A block with inputs, and an output behind the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.condition, self.gain = nn.Linear(3, 8), nn.Parameter(torch.rand(8))
+
+    def forward(self, x, c, *, mask=None):
+        h = self.norm(x) + self.condition(c)[:, None]
+        h, weights = self.attn(h, h, h, attn_mask=mask)
+        return x + self.gain * h, weights
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Attending() for _ in range(N)])
+
+    def forward(self, x, c, mask=None):
+        for block in self.blocks:
+            x, _ = block(x, c, mask=mask)
+        return x
+
+
+def test_blocks_with_inputs_and_outputs_are_folded_calibrated_and_stored():
+    model = Stack().eval()
+    x, c, mask = torch.randn(2, 5, 8), torch.randn(2, 3), torch.ones(5, 5).triu(1).bool()
+    expected = model(x, c, mask)
+    exact, _ = nc.fold(copy.deepcopy(model), "blocks.*", nc.BasisEvolution("legendre", N - 1))
+    torch.testing.assert_close(exact(x, c, mask), expected, rtol=1e-4, atol=1e-5)
+    folded, report = nc.fold(copy.deepcopy(model), "blocks.*", nc.BasisEvolution("legendre", 1))
+    report.calibrate([(x, c, mask), (x, c)], steps=5)
+    assert report.blocks[-1].output_after < report.blocks[-1].output
+    again, _ = nc.fold(copy.deepcopy(model), "blocks.*", nc.BasisEvolution("legendre", 1))
+    again.load_state_dict(folded.state_dict())
+    assert torch.equal(again(x, c, mask), folded(x, c, mask))
+    with pytest.raises(ValueError, match="from before its conversion: it has blocks"):
+        nc.load_plain(folded, model.state_dict())
+    with pytest.raises(ValueError, match="is converted already"):
+        nc.fold(folded, "blocks.*", nc.Static())
+
+
+def test_one_operator_for_several_parameters_is_fitted_to_all_of_them():
+    torch.manual_seed(1)
+    w0 = [torch.randn(4, 4, 3, 3, dtype=torch.float64) for _ in range(2)]
+    q = nc.ReactionDiffusionAdvection(scope="layer").bind(w0[0])
+    oracle.randomize(q, 0.05)
+    row = nn.Sequential(*[nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in w0]) for _ in range(N)]).double()
+    with torch.no_grad():
+        for n, block in enumerate(row):
+            for conv, w in zip(block, w0, strict=True):
+                conv.weight.copy_(q.propagate(w, float(n)))
+    shared = nc.ReactionDiffusionAdvection(scope="layer")
+    _, report = nc.fold(row, "*", lambda name, weight: shared, align=False)
+    operators = [row[0].field.operator(f"module.{i}.weight") for i in range(2)]
+    assert operators[0] is operators[1]
+    assert all(p.error < 1e-4 for p in report.parameters)
+    torch.testing.assert_close(operators[0].diffusion, q.diffusion, rtol=1e-4, atol=1e-4)
