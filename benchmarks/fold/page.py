@@ -244,19 +244,26 @@ def report(records: Records) -> str:
 
 def draw(records: Records) -> Figure:
     """What is lost after fine-tuning against the share of parameters, a picture for each task."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         _draw(axes, records, task)
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named.keys(), fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
 def _draw(axes: Axes, records: Records, task: str) -> None:
     axes.axhspan(0, 1, color="#cccccc", label="the original network, and 1 less")
+    averaged = records.lost(task, "averaging", FRACTIONS[0])
+    # What is far behind averaging would hide the rest; it stands in the table.
+    worst = math.inf if averaged is None else 1.3 * averaged.mean
     for k, (method, name) in enumerate(NAMES.items()):
         points = []
         for fraction in FRACTIONS[:1] if method == "averaging" else FRACTIONS:
             found = records.lost(task, method, fraction)
-            if found is not None:
+            if found is not None and found.mean < worst:
                 # Beside one another, where their intervals would hide each other.
                 share = records.share(task, method, fraction) + 0.002 * (k - len(NAMES) / 2)
                 points.append((share, found.mean, found.half if math.isfinite(found.half) else 0.0))
@@ -268,8 +275,9 @@ def _draw(axes: Axes, records: Records, task: str) -> None:
             axes.errorbar(x, y, half, color=colour, marker=marker, linestyle=line, capsize=2, markersize=5, label=name)
     axes.set(title=task, xlabel="share of the folded part's parameters", ylabel=AXES[task])
     axes.invert_yaxis()
+    if math.isfinite(worst):
+        axes.set_ylim(bottom=worst)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
