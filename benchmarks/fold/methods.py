@@ -211,7 +211,7 @@ def _divided(network: nn.Module, rows: Rows, length: int) -> Rows:
         groups = [nn.Sequential(*blocks[i : i + length]) for i in range(0, len(blocks), length)]
         kept = [part for part in holder if id(part) not in inside]
         path = row[0].rpartition(".")[0]
-        network.set_submodule(path, nn.Sequential(*kept, *groups))
+        network.set_submodule(path, nn.Sequential(*kept, *groups).train(holder.training))
         pieces += [[f"{path}.{len(kept) + g}.{i}" for i in range(length)] for g in range(len(groups))]
     return pieces
 
