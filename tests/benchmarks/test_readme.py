@@ -54,7 +54,7 @@ def test_every_command_is_one(module):
 def test_rooms_import_one_way():
     """Every room imports lib and itself."""
     paths = sorted(RESULTS.parent.glob("*/*.py"))
-    assert {path.parent.name for path in paths} == {"lib", "step", "peers", "paper", "language", "gpu"}
+    assert {path.parent.name for path in paths} == {"lib", "step", "peers", "paper", "fold", "language", "gpu"}
     for path in paths:
         imported = set(re.findall(r"^\s*from benchmarks(?:\.(\w+))?", path.read_text(), re.MULTILINE))
         assert imported <= {"lib", path.parent.name}, f"{path} imports {imported}"
