@@ -70,11 +70,15 @@ class AcceptedSteps:
             overlooked=self.dynamics.overlooked,
             observed=True,
             parts=parts,
-            made=tuple([self._emit(y) for step in taken for y in step.outputs]) if made else None,
+            made=self._made(taken) if made else None,
         )
         self._plan = plan
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
         return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
+
+    def _made(self, taken: list[Step]) -> tuple[State, ...]:
+        """What all steps emit. Without its graph: the plan and this object hold each other, and would hold it too."""
+        return tuple([self._emit(tuple([part.detach() for part in y])) for step in taken for y in step.outputs])
 
     def _record(self, start: State, taken: list[Step]) -> None:
         """What the steps have found."""
