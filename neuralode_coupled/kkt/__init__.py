@@ -13,8 +13,8 @@ which for Euler's method, ``S_n = z_n + h f`` and ``W_m = w_m + h_w q``, is the 
 method advances z and w together, theta is made of the stages of the weight steps and depends on p itself, as it does on
 the rate of a learnable kernel: (7e) then has a term ``-(dtheta/dp)^T gamma`` too.)
 
-The steps are taken apart here, each with a graph of its own, and put together again by these formulas: nothing is
-shared with the backward pass of the gradient methods, which can so be held against it.
+Here each step has a graph of its own, and these formulas put the steps together. No code is shared with the backward
+pass of the gradient methods, so the two can be compared.
 """
 
 from neuralode_coupled.kkt.backward import Multipliers, multipliers
