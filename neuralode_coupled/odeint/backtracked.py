@@ -30,7 +30,7 @@ FARTHEST = 100.0
 
 @dataclass(frozen=True)
 class _OnAcceptedGrid:
-    """A solve on a grid as `ReversibleAdjoint` sees it: a `Problem` in that form alone.
+    """A solve on a grid as `ReversibleAdjoint` sees it: a `Problem` that has the reversible form only.
 
     Attributes:
         dynamics: the right-hand side.
@@ -100,7 +100,7 @@ def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
     grid, save, reference = _grid(solve)
     if torch.is_grad_enabled():
         _check_rounding(len(grid) - 1, adjoint.coupling, torch.finfo(solve.y0[0].dtype.to_real()).eps)
-    problem: Any = _OnAcceptedGrid(solve.dynamics, solve.y0, solve, grid, save)  # it asks for one form alone
+    problem: Any = _OnAcceptedGrid(solve.dynamics, solve.y0, solve, grid, save)  # integrate asks for this one form only
     found, _ = adjoint.integrate(problem)
     for j, (ours, theirs) in enumerate(zip(found, reference, strict=True), start=1):
         off = _distance(ours, theirs, solve.rtol, solve.atol)
