@@ -17,7 +17,7 @@ STEPS = 16
 """Steps of the classical Runge-Kutta method, compared with twice as many: the difference estimates the error."""
 
 TOLERANCE = 1e-2
-"""Relative to the change of a weight; a hundred roundings of the weight are allowed besides."""
+"""Relative to the change of a weight; a hundred roundings of the weight are allowed as well."""
 
 
 @torch.no_grad()

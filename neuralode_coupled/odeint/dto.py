@@ -45,18 +45,18 @@ def odeint_dto(
     pass recomputes steps from stored states if the graph of all steps would exceed ``memory`` bytes. Unlike
     ``odeint_adjoint`` it solves no second ODE, so the gradient has no error of its own.
 
-    Cost: the backward pass evaluates each accepted step again if its graph was not kept, and the earlier parts of an
-    adaptive step of more than four stages once more if its graph does not fit into ``memory``. Memory: the kept graphs
-    (at most ``memory`` bytes), one state for each other step (or ``checkpoints`` states), the graph of one step, or
-    part of a step, and the outputs. Gradients of any order work (those above the first store the unrolled graph), and
-    so do ``torch.func`` transforms with the fixed-grid methods. With ``event_fn`` there are only first derivatives, and
-    no transforms.
+    Cost: the backward pass evaluates each accepted step again if its graph was not kept. If the graph of an adaptive
+    step of more than four stages does not fit into ``memory``, it evaluates the earlier parts of the step once more.
+    Memory: the kept graphs (at most ``memory`` bytes), one state for each other step (or ``checkpoints`` states), the
+    graph of one step, or part of a step, and the outputs. Gradients of any order work (those above the first store the
+    unrolled graph), and so do ``torch.func`` transforms with the fixed-grid methods. With ``event_fn`` there are only
+    first derivatives, and no transforms.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
-    ``"rk4_classic"``): the grid is ``t``, or set by ``options``: ``step_size``, or
-    ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them; ``interp`` (``"linear"`` or
-    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does. An output on the grid moves along func (in
-    torchdiffeq, with linear interpolation, it does not move).
+    ``"rk4_classic"``): the grid is ``t``, unless ``options`` set it by ``step_size``, or by
+    ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them. The other options are ``interp``
+    (``"linear"`` or ``"cubic"``) and ``perturb``. The steps move with ``t`` as the grid does. An output on the grid
+    moves along func (in torchdiffeq, with linear interpolation, it does not move).
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
     ``"tsit5"``, which torchdiffeq 0.2.5 does not have): the steps are those that torchdiffeq accepts, with its options
@@ -74,8 +74,8 @@ def odeint_dto(
     (which has no other meaning) until ``event_fn(t, y)`` becomes 0. It returns ``(event_t, solution)``, with the
     solution at t[0] and at the event. The gradient of ``event_t`` is exact. That of ``solution`` holds the time fixed,
     as ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with the event call
-    `odeint_event`, which also defines what an event is. A fixed-step method then takes steps of ``step_size``, without
-    ``perturb``, and every method has the option ``max_num_steps``, 20,000 by default.
+    `odeint_event`, which also defines what an event is. With an event a fixed-step method takes steps of ``step_size``,
+    without ``perturb``, and every method has the option ``max_num_steps``, 20,000 by default.
 
     Args:
         func: ``func(t, y) -> dy/dt``, a module or any callable, with a scalar tensor ``t`` of y's real dtype. It must
@@ -100,12 +100,12 @@ def odeint_dto(
             of func, or of the modules in a plain callable's closure, globals and attributes; buffers and tensors there
             that require gradients; and the tensors that the first evaluation of each solve uses. If only a later step
             uses a tensor that is in none of these places, the backward pass raises an error.
-        adjoint: `ReversibleAdjoint` to solve by its reversible scheme on the steps that an adaptive method accepts.
+        adjoint: a `ReversibleAdjoint` solves by its reversible scheme on the steps that an adaptive method accepts.
             Then only the final states and the lengths of the steps are kept between the passes, so memory does not grow
             with the number of steps. Steps end at all t, which must not require gradients. Each pass takes two more
-            evaluations per stage. The solution differs within the tolerances. It is an error if the solution is
-            more than 100 tolerances away (the scheme is unstable for dynamics that decay fast), or if the coupling
-            cannot trace back so many steps, see `ReversibleAdjoint`.
+            evaluations per stage. The solution differs within the tolerances. It is an error if it is more than 100
+            tolerances away (the scheme is unstable for dynamics that decay fast), or if the coupling cannot trace back
+            so many steps, see `ReversibleAdjoint`.
         adjoint_rtol: for the second ODE of torchdiffeq's ``odeint_adjoint``. There is none here, so it has no effect; a
             warning says so.
         adjoint_atol: likewise.
@@ -125,8 +125,8 @@ def odeint_dto(
             order; ``checkpoints`` is below 1; ``memory`` is negative or not finite; params are given under two names;
             func returns other shapes; the step size underflows; a state is not finite (a fixed grid checks this on the
             CPU only, where it costs no waiting); func draws random numbers in a solve with gradients that is adaptive
-            or has an event; such a solve runs inside of ``torch.func`` transforms; ``adjoint`` is given where it does
-            not belong, or its scheme is unstable; and as `odeint_event` does.
+            or has an event; a solve that is adaptive or has an event runs inside of ``torch.func`` transforms;
+            ``adjoint`` is given where it does not belong, or its scheme is unstable; and as `odeint_event` does.
     """
     request = Request.checked(
         func,

@@ -101,7 +101,7 @@ class AdaptiveOptions:
 
 
 class Counts(Protocol):
-    """Where a solve counts what it costs."""
+    """The counters of what a solve costs."""
 
     evaluations: int
     accepted: int

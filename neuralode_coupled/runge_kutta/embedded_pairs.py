@@ -101,7 +101,7 @@ class Embedded:
 
     @cached_property
     def _inner(self) -> list[int]:
-        """Which slopes, besides the first, states within a step are made of."""
+        """The indices of the slopes after the first that states within a step are made of."""
         return [j for j, weight in enumerate(self.weights(0.3)) if j > 0 and weight != 0.0]
 
     def many_weights(self, x: Sequence[float], dt: float, like: Tensor) -> Tensor:
