@@ -9,12 +9,12 @@ activation steps ``z_{n+1} = S_n(z_n, theta_n)`` and weight steps ``w_{m+1} = W_
     g_w0 = dR/dw0 - beta_0                                                      (7d)
     g_p = dR/dp - sum_m (dW_m/dp)^T beta_{m+1}                                  (7e)
 
-which for Euler's method, ``S_n = z_n + h f`` and ``W_m = w_m + h_w q``, is the familiar one. (Where one Runge-Kutta
-method advances z and w together, theta is made of the stages of the weight steps and depends on p itself, as it does on
-the rate of a learnable kernel: (7e) then has a term ``-(dtheta/dp)^T gamma`` too.)
+which for Euler's method, ``S_n = z_n + h f`` and ``W_m = w_m + h_w q``, is the familiar one. (If one Runge-Kutta method
+advances z and w together, theta consists of the stages of the weight steps and depends on p itself, as it does on the
+rate of a learnable kernel: (7e) then has a term ``-(dtheta/dp)^T gamma`` too.)
 
-The steps are taken apart here, each with a graph of its own, and put together again by these formulas: nothing is
-shared with the backward pass of the gradient methods, which can so be held against it.
+Here each step has a graph of its own, and these formulas put the steps together. No code is shared with the backward
+pass of the gradient methods, so the two can be compared.
 """
 
 from neuralode_coupled.kkt.backward import Multipliers, multipliers

@@ -18,12 +18,13 @@ class Multipliers:
 
     Attributes:
         t: the N + 1 times of the activation grid.
-        alpha: of the activation ODE at each of them: (N + 1, *shape of z0).
-        beta: of the evolution ODE, by evolving parameter, at the points of the weight grid: (M + 1, *weight).
-        gamma: of the convolution, by evolving parameter: (N, stages, *weight). It includes the step's length: it
-            approximates ``h gamma(t)`` of the continuous system, distributed over the stages.
-        p: dJ/dp of the evolution operators' parameters, and of a learnable kernel's, by their names in the layer.
-        static: dJ of all other parameters of the dynamics, by their names in the layer.
+        alpha: the multiplier of the activation ODE at each of these times: (N + 1, *shape of z0).
+        beta: the multiplier of the evolution ODE at the points of the weight grid: (M + 1, *weight), by evolving
+            parameter.
+        gamma: the multiplier of the convolution: (N, stages, *weight), by evolving parameter. It includes the step's
+            length: it approximates ``h gamma(t)`` of the continuous system, distributed over the stages.
+        p: dJ/dp for the parameters of the evolution operators, and of a learnable kernel, by their names in the layer.
+        static: the gradient of J in all other parameters of the dynamics, by their names in the layer.
     """
 
     t: tuple[float, ...]
@@ -34,9 +35,10 @@ class Multipliers:
     static: Tensors
 
     def gradients(self) -> Tensors:
-        """dJ of z0 (``"z0"``) and of every parameter by its name in the layer; without the regulariser R.
+        """The gradient of J in z0 (``"z0"``) and in every parameter, by its name in the layer.
 
-        The times of the layer are numbers here: (7) has no multiplier for them, and learned ones are left out.
+        The regulariser R is left out. The times of the layer are numbers here: (7) has no multiplier for them, so
+        learned times are left out as well.
         """
         w0 = {FIELD + name: -beta[0] for name, beta in self.beta.items()}
         return {"z0": -self.alpha[0], **w0, **self.p, **self.static}
@@ -55,7 +57,7 @@ def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
         loss: J, from z(t1) to a scalar.
 
     Raises:
-        TypeError, ValueError: for a z0 that the layer refuses, or a loss that is not a scalar tensor.
+        TypeError, ValueError: if the layer refuses z0, or the loss is not a scalar tensor.
     """
     return substitute(layer, lambda leaves: solve_backwards(Steps(layer, z0, leaves), loss))
 
@@ -86,7 +88,7 @@ def solve_backwards(steps: Steps, loss: Loss) -> Multipliers:
 
 
 def check_shapes(found: Multipliers, steps: Steps) -> None:
-    """Raise ValueError for multipliers of another layer, grid or batch."""
+    """Raise ValueError if the multipliers belong to another layer, grid or batch."""
     expected = {"alpha": (len(steps.z), *steps.z[0].shape)}
     got = {"alpha": tuple(found.alpha.shape)}
     for name, theta in steps.theta_of_w.items():

@@ -1,4 +1,4 @@
-"""Whether the closed forms of evolution operators solve the operators' own equations."""
+"""Check that the closed forms of evolution operators solve the operators' own equations."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from neuralode_coupled.kkt.tensors import time_tensor
 from neuralode_coupled.runge_kutta import METHODS, step
 
 STEPS = 16
-"""Of the classical Runge-Kutta method, and twice as many: what they differ by is their error."""
+"""Steps of the classical Runge-Kutta method, compared with twice as many: the difference estimates the error."""
 
 TOLERANCE = 1e-2
-"""Relative to what a weight changes by, beside a hundred roundings of the weight."""
+"""Relative to the change of a weight; a hundred roundings of the weight are allowed as well."""
 
 
 @torch.no_grad()
 def check_closed_forms(layer: CoupledODE) -> None:
-    """Raise ValueError for an operator whose ``propagate``, ``propagator`` or ``trajectory`` does not do over one
-    weight step (over the whole interval, for an adaptive layer) what integrating its ``forward`` does.
+    """Raise ValueError if ``propagate``, ``propagator`` or ``trajectory`` of an operator differs from the integral of
+    its ``forward`` over one weight step (for an adaptive layer, over the whole interval).
 
-    Operators that are maps, with a ``forward`` that raises ValueError or NotImplementedError, have nothing to be
-    compared with.
+    Operators that are maps, with a ``forward`` that raises ValueError or NotImplementedError, have no integral to
+    compare with, and are left out.
     """
     field, (start, *_, end) = layer.field, layer.t
     dt = layer.scheme.weight_grid.h if layer.steps is not None else end - start

@@ -1,4 +1,4 @@
-"""Four gradients of a layer side by side."""
+"""Compare four gradients of a layer side by side."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Group:
 
     Attributes:
         size: how many numbers are in the group.
-        norm: of the group's gradient by unrolled autograd, which is what the others are compared with.
+        norm: the norm of the group's gradient by unrolled autograd, the reference for the other methods.
         slopes: the derivative of the loss along one random direction, by method; None where it is not defined.
-        errors: the relative error of the whole gradient (for finite differences of the slope alone), by method.
+        errors: the relative error of the whole gradient, by method; for finite differences, of the slope alone.
     """
 
     size: int
@@ -48,7 +48,7 @@ class Check:
             ``"static"`` (everything else in the dynamics) and ``"t"`` (learned times), where the layer has such
             tensors.
         tolerance: the relative error that rounding may make in this precision.
-        reason: why the continuous adjoint is not defined; empty where it is.
+        reason: why the continuous adjoint is not defined; empty if it is defined.
         shown: whether the table was printed.
     """
 
@@ -71,14 +71,14 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """In one line: whether DTO equals autograd."""
+        """One line that says whether DTO equals autograd."""
         if self.exact:
             return f"DTO equals autograd up to rounding (relative error at most {self.tolerance:.0e})"
         return f"DTO DIFFERS from autograd by more than rounding (relative error {self.tolerance:.0e})"
 
     @property
     def table(self) -> str:
-        """Each group in two lines: the slopes along a random direction, and the errors relative to autograd."""
+        """Two lines per group: the slopes along a random direction, and the errors relative to autograd."""
         head = f"{'':<8}{'size':>9}{'norm':>12}" + "".join(f"{method:>14}" for method in METHODS)
         lines = [head]
         for name, group in self.groups.items():
@@ -93,22 +93,22 @@ class Check:
 
 
 def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: bool = True) -> Check:
-    """Four gradients side by side: DTO, unrolled autograd, the continuous adjoint, and central finite differences
-    along random directions.
+    """Compare four gradients side by side: DTO, unrolled autograd, the continuous adjoint, and central finite
+    differences along random directions.
 
     The layer does not change. The continuous adjoint (OTD) is expected to differ by the discretisation error, and is
     "not defined" for kernels without a continuous form and operators that are discrete maps.
 
     Args:
-        layer: the coupled layer. If it has a `DiscreteAdjoint`, that one is checked, else the default one.
+        layer: the coupled layer. Its `DiscreteAdjoint` is checked if it has one, else the default one.
         z0: the initial activations.
         loss: from z(t1) to a scalar; by default a fixed random linear functional.
         show: print the table.
 
     Raises:
-        TypeError, ValueError: for a z0 that the layer refuses, a loss that is not a scalar tensor, or an operator whose
-            ``propagate`` (``propagator``, ``trajectory``) does not solve ``dw/dt = forward(t, w)``, which no comparison
-            of gradients would show.
+        TypeError, ValueError: if the layer refuses z0, the loss is not a scalar tensor, or ``propagate``
+            (``propagator``, ``trajectory``) of an operator does not solve ``dw/dt = forward(t, w)``, which no
+            comparison of gradients would show.
     """
     check_layer(layer)
     layer.field.begin(z0)
@@ -137,7 +137,7 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
 def _compare(
     layer: CoupledODE, z0: Tensor, loss: Loss, exact: Tensors, others: dict[str, Tensors | None], floor: float
 ) -> Group:
-    """One group's gradients by every method; ``floor`` is the least norm that errors are relative to."""
+    """Compare one group's gradients by every method; ``floor`` is the least norm that errors are relative to."""
     tensors = {"z0": z0, **dict(layer.named_parameters())}
     direction = _direction({name: tensors[name] for name in exact})
     slopes: dict[str, float | None] = {"autograd": dot(exact, direction)}
@@ -155,8 +155,8 @@ def _compare(
 
 
 def _direction(tensors: Tensors) -> Tensors:
-    """A random direction, each tensor's part of its own size: then few ReLUs switch on the way."""
-    # Not the seed of the default loss, which would be this very direction in z.
+    """A random direction. Each tensor's part is as large as the tensor, so that few ReLUs switch on the way."""
+    # Not the seed of the default loss, which would give the same direction in z.
     generator = torch.Generator().manual_seed(1)
     found: Tensors = {}
     for name, tensor in tensors.items():
@@ -166,7 +166,7 @@ def _direction(tensors: Tensors) -> Tensors:
 
 
 def _gradients(layer: CoupledODE, z0: Tensor, loss: Loss, adjoint: GradientMethod) -> Tensors:
-    """dJ of z0 and of every parameter by its name in the layer."""
+    """The gradient of J in z0 and in every parameter, by its name in the layer."""
 
     def differentiate(leaves: Tensors) -> Tensors:
         tensors = {"z0": as_leaf(z0), **leaves}
@@ -177,7 +177,7 @@ def _gradients(layer: CoupledODE, z0: Tensor, loss: Loss, adjoint: GradientMetho
 
 def _differences(layer: CoupledODE, z0: Tensor, loss: Loss, direction: Tensors) -> float:
     """The central difference quotient of the loss along a direction."""
-    # Smaller than smooth functions would have it: the fewer ReLUs switch between the two points, the better.
+    # Smaller than is best for smooth functions: the fewer ReLUs switch between the two points, the better.
     shift = torch.finfo(z0.dtype).eps ** 0.5
     values = []
     for sign in (1, -1):
@@ -204,7 +204,7 @@ def _solved_by(layer: CoupledODE, adjoint: GradientMethod, z0: Tensor) -> Tensor
 
 
 def _groups(layer: CoupledODE) -> dict[str, list[str]]:
-    """The names in the layer of what each group holds."""
+    """The names, in the layer, of the tensors of each group."""
     names = [name for name, parameter in layer.named_parameters() if is_differentiable(parameter)]
     evolving = {FIELD + name for name in layer.field.names}
     return {

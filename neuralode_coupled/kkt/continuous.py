@@ -1,12 +1,11 @@
-"""How far the continuous form of (7a) to (7e) is from holding, each integrated from the points of the grid to the end:
+"""The residuals of the continuous form of (7a) to (7e), each integrated from the points of the grid to the end:
 
     alpha(t) = alpha(t1) + int_t^t1 (df/dz)^T alpha ds                                               (7a)
     beta(t) = int_t^t1 ((dq/dw)^T beta + c) ds,    c(t) = int_t^t1 K^T(s - t) gamma(s) ds            (7c)
 
-In this form both sides are smooth enough for their order even where K jumps, as the one of `Box` does. Weights before
-t0 are a part of w0 where the kernel's history is constant: (7d) then also has what acts through them,
-``-int (1 - F(t - t0)) gamma dt`` with F the integral of K. The rate of a kernel is one of the parameters p: in (7e)
-``-int (dtheta/dp)^T gamma dt`` is added.
+In this form both sides are smooth enough for their order even where K jumps, as that of `Box` does. If the kernel's
+history is constant, the weights before t0 are w0: (7d) then has their part too, ``-int (1 - F(t - t0)) gamma dt`` with
+F the integral of K. The rate of a kernel is one of the parameters p: it adds ``-int (dtheta/dp)^T gamma dt`` to (7e).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from neuralode_coupled.kkt.tensors import Tensors, as_leaf, minus, norm, pull, r
 
 
 def why_not_continuous(layer: CoupledODE) -> str:
-    """Why (7) has no continuous form for this layer, or nothing."""
+    """Why (7) has no continuous form for this layer; empty if it has one."""
     field, scheme = layer.field, scheme_of(layer)
     degree = _degree(field.kernel, scheme.method.order)
     if not degree:
@@ -44,7 +43,7 @@ def why_not_continuous(layer: CoupledODE) -> str:
 
 
 def continuous_residuals(steps: Steps, found: Multipliers, delivered: Tensors, regular: Tensors) -> dict[str, float]:
-    """Each equation's two sides at the given multipliers and gradients, by equation."""
+    """Compare both sides of each equation at the given multipliers and gradients: relative errors by equation."""
     grid, degree = steps.scheme.grid, _degree(steps.field.kernel, steps.scheme.method.order)
     f_z, gamma, by_theta = _activation_side(steps, found)
     w0_by_7: Tensors = {}
@@ -70,7 +69,7 @@ def continuous_residuals(steps: Steps, found: Multipliers, delivered: Tensors, r
 
 
 def _degree(kernel: TimeKernel, order: int) -> int:
-    """The degree of the polynomials that integrals are made of; 0 for a kernel without a continuous form."""
+    """The degree of the polynomials that are integrated; 0 for a kernel without a continuous form."""
     if isinstance(kernel, DensityKernel):
         return 1  # kappa is of second order whatever the method, and so is the trapezoidal rule
     return order if kernel.memory == 0 else 0
@@ -121,14 +120,14 @@ def _in_force(steps: Steps) -> Tensors:
 
 @dataclass(frozen=True)
 class _WeightSide:
-    """What (7c) has of one parameter, at the points of a grid.
+    """The terms of (7c) for one parameter, at the points of a grid.
 
     Attributes:
         h: the grid's step.
         times: its points.
-        w, beta: the weights and the multiplier at them.
+        w, beta: the weights and the multiplier at these points.
         source: c, the convolution of gamma.
-        history: what of gamma acts on w0 through the weights before t0.
+        history: the part of gamma that acts on w0 through the weights before t0.
     """
 
     h: float
@@ -145,14 +144,14 @@ def _weight_side(steps: Steps, found: Multipliers, name: str, gamma: Tensor, deg
     if isinstance(kernel, DensityKernel):
         times = [fine.time(m) for m in range(fine.steps + 1)]
         source, history = _convolved(kernel, gamma, grid, times, degree)
-        # The discrete beta_m is -dJ/dw_m. Half of what acts on w_m itself comes from the cell before t_m, which is no
-        # part of the integral from t_m on; on w_0 the history acts as well, and no cell is before it.
+        # The discrete beta_m is -dJ/dw_m. Half of what acts on w_m itself comes from the cell before t_m, which is not
+        # part of the integral from t_m on. On w_0 the history acts as well, and no cell is before it.
         correction = torch.cat([history[None], fine.h / 2 * source[1:]])
         return _WeightSide(fine.h, times, w, beta - correction, source, history)
     every = fine.steps // grid.steps
     beta = beta[::every]
     if not steps.scheme.together(kernel) and steps.scheme.method.c[-1] == 1:
-        # The step before t_n ends in w(t_n): what acts on it there is no part of the integral from t_n on.
+        # The step before t_n ends in w(t_n): what acts on it there is not part of the integral from t_n on.
         at_end = [i for i, fraction in enumerate(steps.scheme.method.c) if fraction == 1]
         beta = torch.cat([beta[:1], beta[1:] - found.gamma[name][:, at_end].sum(1)])
     return _WeightSide(grid.h, list(found.t), w[::every], beta, gamma, torch.zeros_like(gamma[0]))
@@ -161,10 +160,10 @@ def _weight_side(steps: Steps, found: Multipliers, name: str, gamma: Tensor, deg
 def _convolved(
     kernel: DensityKernel, gamma: Tensor, grid: Grid, times: list[float], degree: int
 ) -> tuple[Tensor, Tensor]:
-    """``int_t^t1 K^T(s - t) gamma(s) ds`` at the given times, and what of gamma acts through the history.
+    """``int_t^t1 K^T(s - t) gamma(s) ds`` at the given times, and the part of gamma that acts through the history.
 
-    gamma is piecewise linear between its grid points. Then, by parts and with F the integral of K, the first is
-    ``F(t1 - t) gamma(t1) - sum_n (gamma_{n+1} - gamma_n) * mean of F(s - t) over the step``: no use is made of kappa.
+    gamma is piecewise linear between its grid points. Integrated by parts, with F the integral of K, the first is
+    ``F(t1 - t) gamma(t1) - sum_n (gamma_{n+1} - gamma_n) * mean of F(s - t) over the step``; it does not use kappa.
     """
     s = torch.tensor([grid.time(n) for n in range(len(gamma))], dtype=torch.float64, device=gamma.device)
     t = torch.tensor(times, dtype=torch.float64, device=gamma.device)

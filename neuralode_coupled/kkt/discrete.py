@@ -13,7 +13,7 @@ from neuralode_coupled.kkt.tensors import Loss, Tensors, minus, norm, relative_e
 def discrete_residuals(
     steps: Steps, loss: Loss, found: Multipliers, delivered: Tensors, regular: Tensors
 ) -> dict[str, float]:
-    """Each equation's left-hand side against its right-hand side at the given multipliers and gradients."""
+    """Compare both sides of each equation at the given multipliers and gradients: relative errors by equation."""
     alpha = [*found.alpha, -delivered["z0"]]
     rows = [steps.through_activation(n, found.alpha[n + 1]) for n in range(len(steps.z_next))]
     alpha_by_7 = [*(row[0] for row in rows), steps.terminal(loss), found.alpha[0]]

@@ -20,14 +20,14 @@ class Residuals:
     """How far each equation of (7) is violated, relative to its terms.
 
     Attributes:
-        discrete: for ``"7a"`` to ``"7e"`` in their discrete form: rounding, if all is well.
-        continuous: of the same in their continuous form. ``"7a"``, ``"7b"`` and ``"7c"`` are integrated from every
-            point of the grid to the end; in ``"7d"`` and ``"7e"`` the gradients meet the integrals of (7c)'s and
-            (7e)'s right-hand sides over the interval. All shrink at the method's order as the grids are refined; with
-            a `DensityKernel` at most at second order in the two steps, because kappa is of second order in the step
-            of the weights. (Under a `Box` with a zero history theta has a kink and its derivative in the width jumps:
-            of first order there.) Empty where they are not defined.
-        reason: why the continuous form is not defined; empty if it is.
+        discrete: the residuals of ``"7a"`` to ``"7e"`` in their discrete form. If all is well, they are rounding.
+        continuous: the residuals of the same equations in their continuous form. ``"7a"``, ``"7b"`` and ``"7c"`` are
+            integrated from every point of the grid to the end; ``"7d"`` and ``"7e"`` compare the gradients with the
+            integrals of the right-hand sides of (7c) and (7e) over the interval. All shrink at the method's order as
+            the grids are refined; with a `DensityKernel` at most at second order in the two steps, because kappa is
+            of second order in the step of the weights. (Under a `Box` with a zero history they are of first order:
+            theta has a kink, and its derivative in the width jumps.) Empty if the continuous form is not defined.
+        reason: why the continuous form is not defined; empty if it is defined.
     """
 
     discrete: dict[str, float]
@@ -43,15 +43,14 @@ def residuals(
     *,
     inserted: Multipliers | None = None,
 ) -> Residuals:
-    """How well multipliers, and the gradients of the layer's own gradient method, satisfy (7a) to (7e).
+    """Measure how well multipliers, and the gradients of the layer's own gradient method, satisfy (7a) to (7e).
 
-    In the discrete form (7a), (7b) and (7c) are evaluated at the multipliers, (7d) and (7e) at the multipliers and
-    autograd's g_w0 and g_p of ``loss(layer(z0)) + regularizer()`` by the layer's own gradient method, whose gradient in
-    z0 must also be -alpha_0 in (7a). The residuals vanish for exact methods; with `ContinuousAdjoint` they show the
-    discretisation error of the gradients. The continuous form is evaluated for K = delta and for kernels with a density
-    (the finite memories `Exponential` and `Erlang`, `Box`, your own), operators that are a flow, no parameters of
-    single
-    steps, and for K = delta at least as many steps as the method's order.
+    The discrete form evaluates (7a), (7b) and (7c) at the multipliers. It evaluates (7d) and (7e) at the multipliers
+    and at the gradients g_w0 and g_p of ``loss(layer(z0)) + regularizer()`` by the layer's own gradient method, whose
+    gradient in z0 must also be -alpha_0 in (7a). The residuals vanish for exact methods; with `ContinuousAdjoint` they
+    show the discretisation error of the gradients. The continuous form needs K = delta or a kernel with a density (the
+    finite memories `Exponential` and `Erlang`, `Box`, your own), operators that are a flow, and no parameters of single
+    steps. With K = delta it also needs at least as many steps as the method's order.
 
     Args:
         layer: the coupled layer.
@@ -59,11 +58,11 @@ def residuals(
         loss: J, from z(t1) to a scalar.
         regularizer: R(w0, p), such as ``layer.regularization``; a function without arguments that reads the layer's
             parameters when it is called.
-        inserted: multipliers to evaluate at, in place of those of `multipliers`.
+        inserted: multipliers to evaluate at, in place of the result of `multipliers`.
 
     Raises:
-        TypeError, ValueError: as `multipliers`, for a regulariser that is not a scalar tensor, or for inserted
-            multipliers of other shapes.
+        TypeError, ValueError: as `multipliers` does; if the regulariser is not a scalar tensor; or if the inserted
+            multipliers have other shapes.
     """
     found = multipliers(layer, z0, loss) if inserted is None else inserted
     objective = substitute(layer, lambda leaves: _delivered(layer, z0, loss, regularizer, leaves))

@@ -23,7 +23,7 @@ from neuralode_coupled.runge_kutta import step
 T = TypeVar("T")
 
 FIELD = "field.dynamics."
-"""In front of a parameter's name in the dynamics, it is the parameter's name in the layer."""
+"""The prefix that turns a parameter's name in the dynamics into its name in the layer."""
 
 
 class Steps:
@@ -54,14 +54,14 @@ class Steps:
             self.z.append(as_leaf(self.z_next[-1]))
 
     def through_activation(self, n: int, alpha: Tensor) -> tuple[Tensor, Tensors, Tensors]:
-        """The right-hand sides of (7a) and (7b) at step ``n``, and the step's part of the static gradients' -dJ."""
+        """The right-hand sides of (7a) and (7b) at step ``n``, and the step's part of -dJ in the static parameters."""
         theta = {name: rows[n] for name, rows in self.theta.items()}
         found = pull(self.z_next[n], [self.z[n], *theta.values(), *self.static.values()], alpha)
         gamma = dict(zip(theta, found[1:], strict=False))
         return found[0], gamma, dict(zip(self.static, found[1 + len(theta) :], strict=True))
 
     def through_kernel(self, name: str, gamma: Tensor) -> tuple[list[Tensor], Tensors]:
-        """kappa^T gamma at every point of the weight grid, and what of it goes to p (a learnable kernel's)."""
+        """kappa^T gamma at every point of the weight grid, and the part that goes to p (of a learnable kernel)."""
         found = pull(self.theta_of_w[name], [*self.w[name], *self.p.values()], gamma)
         points = len(self.w[name])
         return list(found[:points]), dict(zip(self.p, found[points:], strict=True))
@@ -150,8 +150,8 @@ def check_layer(layer: object) -> None:
 def substitute(layer: CoupledODE, compute: Callable[[Tensors], T]) -> T:
     """``compute(leaves)`` with fresh leaves as the layer's parameters and copies as its buffers.
 
-    Neither parameters, statistics nor random numbers of the caller's are touched, and all computations draw the same
-    random numbers. Raises TypeError for what is no layer.
+    The caller's parameters, statistics and random numbers do not change, and all computations draw the same random
+    numbers. Raises TypeError if ``layer`` is not a coupled layer.
     """
     check_layer(layer)
     parameters = {name: parameter for name, parameter in layer.named_parameters() if is_differentiable(parameter)}

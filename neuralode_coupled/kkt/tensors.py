@@ -1,4 +1,4 @@
-"""Named tensors and what is done with them: transposed Jacobians, norms, and errors relative to a norm."""
+"""Functions of named tensors: transposed Jacobians, norms, and errors relative to a norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def time_tensor(t: float, like: Tensor) -> Tensor:
 
 
 def pull(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor | None) -> tuple[Tensor, ...]:
-    """The transposed Jacobian of the output in each input, applied to the cotangent; zeros without dependence."""
+    """The transposed Jacobian of the output in each input, applied to the cotangent; zero where it does not depend."""
     if not output.requires_grad:
         return tuple(torch.zeros_like(tensor) for tensor in inputs)
     return torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -66,8 +66,8 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def relative_error(found: Iterable[Tensor], expected: Iterable[Tensor], floor: float = 0.0) -> float:
-    """The norm of the difference relative to that of ``expected``, or to ``floor`` where that is larger."""
+    """The norm of the difference relative to the norm of ``expected``, or to ``floor`` if that is larger."""
     found, expected = list(found), list(expected)
     difference = norm(a.detach() - b.detach() for a, b in zip(found, expected, strict=True))
-    # Where both sides are zero the equation holds, and there is nothing to be relative to.
+    # If both sides are zero the equation holds, and there is nothing to divide by.
     return difference / (max(norm(expected), floor) or 1.0)

@@ -1,4 +1,4 @@
-"""An ODE on the grid that an adaptive method accepts, or on equal steps whose number is not known beforehand.
+"""Solve an ODE on the grid that an adaptive method accepts, or on equal steps whose number is not known beforehand.
 
 The forward pass takes and records the accepted steps, without a graph; the backward pass repeats them by the method's
 own tableau.
@@ -47,22 +47,22 @@ solve ends with it. ``within(t)`` is the state at a time in the step, without a 
 
 @dataclass(frozen=True)
 class AdaptiveSolve:
-    """What an adaptive solve is given: see `odeint_dto`.
+    """The arguments of an adaptive solve: see `odeint_dto`.
 
     Attributes:
         dynamics: the right-hand side.
-        func: the user's, for its callbacks.
+        func: the user's func, for its callbacks.
         is_tuple: whether the user's states are tuples.
         y0: the initial state.
         t: (times,), on the state's device.
         times: the same as numbers.
         method: the name of an adaptive method.
         rtol, atol: one tolerance for each tensor of y0.
-        options: the others.
-        choose: decides about outputs step by step; None to give the states at the times of ``t``. The first time is
-            then the start, and the last one where the solve ends at the latest.
+        options: the other options.
+        choose: decides about outputs step by step; None to give the states at the times of ``t``. With ``choose`` the
+            first time is the start, and the solve ends at the last time at the latest.
         advance: takes the steps, by default those that are accepted to tolerances.
-        sided: whether func is to see the ends of steps from within, in case that it jumps there.
+        sided: whether func sees the ends of steps from within, in case it jumps there.
     """
 
     dynamics: Dynamics
@@ -85,14 +85,14 @@ class AdaptiveSolve:
         return self.method if isinstance(self.method, Embedded) else embedded(self.method)
 
     def discrete(self, stats: Stats, memory: Memory | None = None) -> tuple[Plan, Operands]:
-        """The accepted steps; the forward pass through them is a reading of what was recorded.
+        """The accepted steps as a plan, whose forward pass reads the recorded states.
 
-        The graphs of the first ones are kept as far as ``memory`` allows, by default none. Where nobody asks for a
-        gradient nothing is recorded: the solve is one step. Adds its cost to ``stats``.
+        The graphs of the first steps are kept as far as ``memory`` allows, by default none. If nobody asks for a
+        gradient, nothing is recorded: the solve is one step. Adds its cost to ``stats``.
 
         Raises:
             ValueError: if the step size underflows, a state is not finite, there are too many steps, or func draws
-                random numbers where a gradient is asked for.
+                random numbers although a gradient is asked for.
         """
         method, graph = self.pair, torch.is_grad_enabled() or tracing() == "transform"
         growing = Growing(self.dynamics, self.y0, method, memory or Memory(), graph and not differentiated(self.t))
@@ -106,7 +106,7 @@ class AdaptiveSolve:
             for step, times in self._chosen(accepted, recent, growing):
                 self._check_resolved(watched, step)
                 growing.add(step)
-                if watched.wanted:  # by then the first evaluation has shown whether
+                if watched.wanted:  # known after the first evaluation
                     steps.append(step.kept(not method.reuses))
                     within.append(times)
                 else:
@@ -127,7 +127,7 @@ class AdaptiveSolve:
     def _chosen(
         self, accepted: Iterator[Step], recent: _Recent | None, growing: Growing
     ) -> Iterator[tuple[Step, list[float]]]:
-        """The accepted steps with their outputs, and the times of these within them."""
+        """The accepted steps with their outputs, and the times of these outputs."""
         found = 1
         while True:
             step = growing.step(accepted)
@@ -146,13 +146,13 @@ class AdaptiveSolve:
                 return
 
     def _check_resolved(self, watched: _Watched, step: Step) -> None:
-        """Raise ValueError for a time that func uses and does not see move."""
+        """Raise ValueError if func uses the time, but sees no difference between the ends of the step."""
         real = self.y0[0].dtype.to_real()
         if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
             raise too_short(step.start, step.end, real)
 
     def _whole(self, outputs: list[State], stats: Stats) -> tuple[Plan, Operands]:
-        """The solve as one step without a graph, of which the outputs alone are kept."""
+        """The solve as one step without a graph, which keeps only the outputs."""
 
         def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
             return outputs[-1], tuple(outputs)
@@ -161,17 +161,17 @@ class AdaptiveSolve:
         return plan, Operands(tuple(part.detach() for part in self.y0), ((),), ())
 
     def _run(self, f: Slope, growing: Growing, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
-        """Let ``take`` have the accepted steps, with a graph where it asks for one."""
+        """Hand the accepted steps to ``take``, with a graph if ``growing`` wants one."""
         device = self.y0[0].device
         problem = Problem(f, growing.y0, self.t, self.pair, self.rtol, self.atol, self.options, self._callbacks())
         with without_graph(device):
-            # Others than the modules' own where autocast would otherwise cache casts made here and hand them, without
-            # a graph, to others.
+            # Not the modules' own tensors under autocast: it would cache casts of them that are made here, and hand
+            # these, without a graph, to the code outside.
             shared = growing.shared if growing.open else self.dynamics.in_forward(growing.shared, device)
             self.dynamics.within(shared, self.dynamics.buffers, lambda: take(self.advance(problem, stats)))
 
     def _callbacks(self) -> Callbacks:
-        """The user's, which are given states as the user has them."""
+        """The user's callbacks, which get states in the user's form."""
 
         def of(name: str) -> Callback | None:
             callback = getattr(self.func, name, None)
@@ -190,8 +190,8 @@ class AdaptiveSolve:
         """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short.
 
         Args:
-            steps: the accepted ones.
-            within: the output times of each.
+            steps: the accepted steps.
+            within: the output times of each step.
         """
         columns = ([step.start for step in steps], [step.length for step in steps], [step.end for step in steps])
         inputs: tuple[State, ...] = ((),) * len(steps)
@@ -218,7 +218,7 @@ def _places(within: list[list[float]]) -> list[list[int]]:
 
 
 class _Recent:
-    """A right-hand side that holds its last slopes: those of the step that has just been accepted.
+    """A right-hand side that remembers its last slopes: those of the step that has just been accepted.
 
     Args:
         f: the right-hand side.
@@ -227,7 +227,7 @@ class _Recent:
 
     def __init__(self, f: Slope, method: Embedded) -> None:
         self._f, self._method = f, method
-        self._slopes: deque[State] = deque(maxlen=method.slopes + 1)  # one more at the other side of a jump
+        self._slopes: deque[State] = deque(maxlen=method.slopes + 1)  # one more on the other side of a jump
 
     def __call__(self, t: Tensor, y: State) -> State:
         self._slopes.append(lasting(self._f(t, y)))
@@ -241,21 +241,21 @@ class _Recent:
 
 
 class _Watched:
-    """A right-hand side, watched: its first evaluation for tensors that it reaches by itself, and all others for random
-    numbers.
+    """A right-hand side that is watched: the first evaluation for tensors that it reaches by itself, all later ones for
+    random numbers.
 
-    A draw at the very first evaluation alone is kept by the dynamics itself (the noise of a trace estimator).
+    A draw at the first evaluation alone is allowed: the dynamics keeps it (the noise of a trace estimator).
 
     Args:
         dynamics: the right-hand side.
         others: the other tensors that gradients may flow to.
         graph: whether gradients flow at all.
-        growing: is shown the first evaluation, and says which others are to have a graph.
+        growing: sees the first evaluation, and says which later ones get a graph.
 
     Attributes:
-        found: the tensors that it was seen to reach by itself.
-        own_graph: whether it differentiates its input.
-        uses_time: whether it uses the time.
+        found: the tensors that the dynamics reached by itself.
+        own_graph: whether the dynamics differentiates its input.
+        uses_time: whether the dynamics uses the time.
         wanted: whether any of all these tensors requires a gradient.
     """
 
@@ -299,18 +299,18 @@ class _Watched:
             return self._by_graph(error, t, y, observer)
 
     def _by_graph(self, error: Exception | None, t: Tensor, y: State, observer: Observer | None = None) -> State:
-        """The evaluation of dynamics that differentiate their input, which is what the error says, if there is one."""
+        """Evaluate dynamics that differentiate their input. Raises any ``error`` that does not ask for a graph."""
         if error is not None and not asks_for_graph(error):
             raise error
         self.own_graph = True
         graph = torch.is_grad_enabled()
         leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
-        with torch.enable_grad(), observer or nullcontext():  # which has to see the input being made
+        with torch.enable_grad(), observer or nullcontext():  # it must see how the input is made
             slope = self._dynamics(t, leaves)
         return slope if graph else tuple([part.detach() for part in slope])
 
     def check(self, adaptive: bool) -> None:
-        """Raise ValueError for dynamics that draw random numbers again and again."""
+        """Raise ValueError if the dynamics drew random numbers after the first evaluation."""
         if drawn_from(self._generators, self._random):
             where, instead = "the exact gradient of a solve up to an event does not allow", ""
             if adaptive:

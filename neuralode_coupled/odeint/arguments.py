@@ -1,4 +1,4 @@
-"""Checking what `odeint_dto` is given, once, at the boundary."""
+"""Check the arguments of `odeint_dto` once, at the boundary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults."""
 
 FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "norm")
-"""``norm`` measures errors, of which there are none: it is ignored, as tolerances are."""
+"""``norm`` is ignored, as tolerances are: a fixed grid measures no errors."""
 
 NEWER_METHODS = (
     "implicit_euler",
@@ -34,7 +34,7 @@ NEWER_METHODS = (
     "sdirk2",
     "trbdf2",
 )
-"""Implicit methods of torchdiffeq's repository that its release 0.2.5 has not."""
+"""Implicit methods in torchdiffeq's repository that its release 0.2.5 does not have."""
 
 MOST_STEPS = 2**31 - 1
 FACTORS = ("safety", "ifactor", "dfactor")
@@ -76,7 +76,7 @@ def check_state(y0: Tensor | State) -> State:
 
 
 def check_times(t: Tensor) -> list[float]:
-    """The times as numbers; raises TypeError or ValueError unless they are one strictly monotone row of floats."""
+    """The times as numbers; raises TypeError or ValueError unless they are floats on one axis, strictly monotone."""
     if not isinstance(t, Tensor):
         raise TypeError(f"t must be a tensor of times, got a {type(t).__name__}: use torch.tensor(t)")
     if not t.dtype.is_floating_point:
@@ -96,7 +96,7 @@ def check_times(t: Tensor) -> list[float]:
 
 
 def check_time(name: str, value: Any) -> Tensor:
-    """A time as a tensor of one axis, a number in float64; raises TypeError or ValueError for what is none."""
+    """A time as a tensor of one axis, float64 if it is a number; raises TypeError or ValueError if it is no time."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return torch.tensor([value], dtype=torch.float64)
     if not isinstance(value, Tensor):
@@ -109,7 +109,7 @@ def check_time(name: str, value: Any) -> Tensor:
 
 
 def check_method(method: str | None, options: Mapping[str, Any] | None, event: bool = False) -> str:
-    """The method's name; raises ValueError if it or its options are not there. ``event``: the solve ends at one."""
+    """The method's name; raises ValueError if the method or an option is unknown. ``event``: the solve ends at one."""
     name = "dopri5" if method is None else method
     if name in METHODS:
         _check_fixed_options(name, dict(options or {}), ("max_num_steps",) if event else ())
@@ -179,8 +179,8 @@ def check_tolerance(name: str, value: Any, state: State, is_tuple: bool) -> Tole
     """One tolerance for each tensor of the state, as torchdiffeq takes them: a number or tensor for all, or a tuple.
 
     Raises:
-        TypeError: for a tolerance that is no number.
-        ValueError: for one that is negative, infinite, nan, needs a gradient or does not fit the state.
+        TypeError: if a tolerance is not a number.
+        ValueError: if a tolerance is negative, infinite or nan, requires a gradient, or does not fit the state.
     """
     shared = not is_tuple or not (isinstance(value, tuple | list) or (isinstance(value, Tensor) and value.ndim > 0))
     given = [value] * len(state) if shared else list(value)
@@ -193,7 +193,7 @@ def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | T
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must {'be finite' if value > 0 else 'not be negative'}, got {value}")
-        # torchdiffeq makes tensors of a tuple's numbers, of the default dtype.
+        # torchdiffeq turns the numbers of a tuple into tensors of the default dtype.
         return torch.as_tensor(float(value)).item() if is_entry else float(value)
     try:
         dtype = torch.promote_types(torch.float64, part.dtype.to_real())
@@ -205,7 +205,7 @@ def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | T
     if not bool(((tensor >= 0) & tensor.isfinite()).all()):
         raise ValueError(f"{name} must {'be finite' if bool((tensor >= 0).all()) else 'not be negative'}, got {value}")
     if is_entry and tensor.ndim == 1 and len(tensor) == part.numel():
-        return tensor.view(part.shape)  # as torchdiffeq, which lays out the state in a row
+        return tensor.view(part.shape)  # as in torchdiffeq, which flattens the state
     try:
         return tensor if tensor.ndim == 0 else tensor.expand(part.shape)
     except RuntimeError as error:
@@ -213,7 +213,7 @@ def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | T
 
 
 def _number(name: str, value: Any) -> float:
-    """An option as a number: torchdiffeq takes tensors of one as well."""
+    """An option as a number: like torchdiffeq, it may be a tensor of one number."""
     try:
         number = value.detach().item() if isinstance(value, Tensor) else value if isinstance(value, bool) else value + 0
     except (RuntimeError, TypeError) as error:
@@ -241,7 +241,7 @@ def _check_fixed_options(name: str, options: dict[str, Any], more: tuple[str, ..
 
 
 def check_step_size(step_size: float, times: list[float]) -> float:
-    """The step size; raises ValueError for one of which t's interval takes more than can be counted."""
+    """The step size; raises ValueError if t's interval would take more than ``MOST_STEPS`` steps."""
     number = _number("step_size", step_size)
     steps = abs(times[-1] - times[0]) / number
     if steps > MOST_STEPS:
@@ -250,7 +250,7 @@ def check_step_size(step_size: float, times: list[float]) -> float:
 
 
 def check_grid(points: Any, times: list[float]) -> Tensor:
-    """What a grid constructor made; raises TypeError or ValueError unless its times are in order and span t."""
+    """The grid of a grid constructor; raises TypeError or ValueError unless its times are in order and span t."""
     if not isinstance(points, Tensor):
         raise TypeError(f"grid_constructor must return a tensor of times, got a {type(points).__name__}")
     if points.ndim != 1 or len(points) < 2:
@@ -272,9 +272,9 @@ def check_grid(points: Any, times: list[float]) -> Tensor:
 
 
 def check_finite(outputs: State, times: list[float]) -> None:
-    """Raise ValueError for a state that is not finite; on the CPU, where looking does not make anybody wait."""
+    """Raise ValueError if a state is not finite; on the CPU only, where the check does not wait for a device."""
     for part in (output.detach() for output in outputs):
-        # What is not finite survives in the sum, which takes a tenth of the time; so does a sum that overflows.
+        # If an entry is not finite, neither is the sum, which takes a tenth of the time. But a sum may also overflow.
         if part.device.type != "cpu" or cmath.isfinite(part.sum().item()) or torch.isfinite(part).all():
             continue
         bad = [j for j, row in enumerate(part) if not torch.isfinite(row).all()]
@@ -291,10 +291,10 @@ def _kinds(y0: Any) -> str:
 
 
 def check_adjoint(given: Mapping[str, Any], params: Any, adjoint_params: Any) -> Any:
-    """The params: torchdiffeq's ``adjoint_params`` are the same by another name.
+    """The params: torchdiffeq's ``adjoint_params`` is another name for them.
 
-    Warns, once, of arguments of the second ODE that ``odeint_adjoint`` solves backwards. Raises ValueError for two
-    answers to one question, and TypeError for arguments that there are not.
+    Warns, once, of arguments for the second ODE that ``odeint_adjoint`` solves backwards. Raises ValueError if both
+    names are given, and TypeError for unknown arguments.
     """
     unknown = [name for name in given if name not in ADJOINT]
     if unknown:
@@ -316,7 +316,7 @@ ADJOINT_CALLBACKS = ("callback_step_adjoint", "callback_accept_step_adjoint", "c
 
 
 def check_args(args: Any) -> tuple[Any, ...]:
-    """The extra arguments of func; raises TypeError for what is no tuple."""
+    """The extra arguments of func; raises TypeError if they are not a tuple."""
     if not isinstance(args, tuple):
         given = "a tensor" if isinstance(args, Tensor) else f"a {type(args).__name__}"
         raise TypeError(f"args must be a tuple of what func takes after t and y, got {given}: write args=(value,)")

@@ -22,7 +22,7 @@ from neuralode_coupled.runge_kutta.adaptive import Tolerances
 from neuralode_coupled.runge_kutta.rounding import rounding
 
 LOST = 1e-2
-"""How large the rounding of the states that are reconstructed may become, relative to them."""
+"""How large the rounding of the reconstructed states may become, relative to the states."""
 
 FARTHEST = 100.0
 """How many tolerances the scheme may be away from the method's own solution."""
@@ -30,14 +30,14 @@ FARTHEST = 100.0
 
 @dataclass(frozen=True)
 class _OnAcceptedGrid:
-    """A solve on a grid as `ReversibleAdjoint` sees it: a `Problem` in that form alone.
+    """A solve on a grid as `ReversibleAdjoint` sees it: a `Problem` that has the reversible form only.
 
     Attributes:
         dynamics: the right-hand side.
         y0: the initial state.
-        solve: the adaptive solve that the grid is of.
-        grid: the ends of all steps, the start in front.
-        save: the indices of those at which states are wanted.
+        solve: the adaptive solve that accepted the grid.
+        grid: the start, then the ends of all steps.
+        save: the indices of the grid points at which states are wanted.
     """
 
     dynamics: Dynamics
@@ -56,9 +56,9 @@ class _OnAcceptedGrid:
         return None if form == "reversible" else f"weights that move are none of func's: there is no form {form!r}"
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
-        """The increments there and back."""
+        """The increments of the steps forwards and backwards."""
         count, tableau, dynamics = len(self.grid) - 1, self.solve.pair.method, self.dynamics
-        # Running statistics are those of the solve that has chosen the steps.
+        # The solve that chose the steps has updated the running statistics.
         scratch = tuple([buffer.clone() for buffer in dynamics.buffers])
         wanted = set(self.save)
         there = Plan(
@@ -89,18 +89,18 @@ class _OnAcceptedGrid:
 
 
 def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
-    """The states at all times, stacked, the initial one in front, by a reversible scheme on the accepted steps.
+    """The states at all times, stacked, from the initial one on, by a reversible scheme on the accepted steps.
 
     Raises:
-        ValueError: as the solve does; if func draws random numbers, a time requires a gradient, the scheme comes to
-            other states than the method, or there are more steps than its coupling allows.
+        ValueError: as the solve does; if func draws random numbers, a time requires a gradient, the scheme's states
+            differ from the method's, or there are more steps than its coupling allows.
     """
     if differentiated(solve.t):
         raise ValueError("t must not require a gradient with a reversible scheme: detach it, or leave out adjoint")
     grid, save, reference = _grid(solve)
     if torch.is_grad_enabled():
         _check_rounding(len(grid) - 1, adjoint.coupling, torch.finfo(solve.y0[0].dtype.to_real()).eps)
-    problem: Any = _OnAcceptedGrid(solve.dynamics, solve.y0, solve, grid, save)  # it asks for one form alone
+    problem: Any = _OnAcceptedGrid(solve.dynamics, solve.y0, solve, grid, save)  # integrate asks for this one form only
     found, _ = adjoint.integrate(problem)
     for j, (ours, theirs) in enumerate(zip(found, reference, strict=True), start=1):
         off = _distance(ours, theirs, solve.rtol, solve.atol)
@@ -115,7 +115,7 @@ def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
 
 
 def _check_rounding(steps: int, coupling: float, precision: float) -> None:
-    """Raise ValueError for steps whose reconstruction is worth nothing: its errors grow like coupling^-steps."""
+    """Raise ValueError if the steps cannot be reconstructed: the rounding grows like coupling^-steps."""
     if steps * -math.log(coupling) > math.log(LOST / precision):
         least = math.exp(-math.log(LOST / precision) / steps)
         raise ValueError(
@@ -126,9 +126,9 @@ def _check_rounding(steps: int, coupling: float, precision: float) -> None:
 
 
 def _grid(solve: AdaptiveSolve) -> tuple[list[float], tuple[int, ...], list[State]]:
-    """The accepted grid, whose steps end at all times of the solve; the places of these on it; the states there."""
+    """The accepted grid, with a step's end at each time of the solve; the indices of these times; the states there."""
     dtype = torch.promote_types(solve.options.dtype, solve.y0[0].dtype.to_real())
-    times = [rounding(dtype)(time) for time in solve.times]  # as the steps have them
+    times = [rounding(dtype)(time) for time in solve.times]  # rounded as the steps' times are
     grid, save, reference = times[:1], [], []
 
     def choose(step: Step, within: Callable[[float], State]) -> tuple[list[float], bool]:

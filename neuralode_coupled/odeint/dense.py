@@ -22,10 +22,10 @@ from neuralode_coupled.runge_kutta import Step
 
 
 class DenseSolution:
-    """``solution(t)``: the state at any times between the ends of a solve; what `odeint_dense` returns.
+    """The state at any times between the ends of a solve, as ``solution(t)``; `odeint_dense` returns it.
 
     Within each step it is the method's interpolating polynomial, stored by its values at some times of the step. It is
-    differentiable in t, and in everything in which the solve is.
+    differentiable in t, and in everything that the solve is differentiable in.
 
     Attributes:
         t0, t1: the ends, as numbers; time runs backwards if t1 is smaller.
@@ -66,7 +66,7 @@ class DenseSolution:
         return t
 
     def _inside(self, time: float) -> float:
-        """A time of the interval; what lies beyond an end by no more than a rounding to float32 is that end."""
+        """The time in the interval. One beyond an end by no more than a rounding to float32 is taken for that end."""
         low, high = sorted((self.t0, self.t1))
         slack = min(torch.finfo(torch.float32).eps * max(abs(low), abs(high)), 1e-6 * (high - low))
         if not low - slack <= time <= high + slack:
@@ -77,8 +77,10 @@ class DenseSolution:
         return min(max(time, low), high)
 
     def _weights(self, t: Tensor, steps: list[int]) -> Tensor:
-        """(times, degree + 1): those of the values in each time's step, by Lagrange's polynomials, which are 1 and 0 at
-        the values' own times."""
+        """(times, degree + 1): the weights of the values in each time's step.
+
+        They are Lagrange's polynomials, which are 1 or 0 at the times of the values.
+        """
         firsts = [step * self._degree for step in steps]
         rows = [self._times[first : first + self._degree + 1] for first in firsts]
         nodes = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), self._degree + 1).to(t.device)
@@ -90,7 +92,7 @@ class DenseSolution:
         return torch.stack(columns, 1)
 
     def _at(self, states: Tensor, steps: list[int], weights: Tensor) -> Tensor:
-        """One tensor of the state at the times that have these weights: (times, *shape)."""
+        """One tensor of the state, at the times with these weights: (times, *shape)."""
         first = torch.tensor(steps, dtype=torch.long).to(states.device) * self._degree
         weights = weights.to(states.device, states.dtype.to_real()).to(states.dtype)
         shape = (-1, *[1] * (states.ndim - 1))
@@ -139,7 +141,8 @@ def odeint_dense(
 
     Raises:
         TypeError: as in `odeint_dto`.
-        ValueError: likewise; for times that require a gradient on a fixed grid; inside of ``torch.func`` transforms.
+        ValueError: as in `odeint_dto`; if t0 or t1 requires a gradient on a fixed grid; and inside of ``torch.func``
+            transforms.
     """
     named = {"args": args, "checkpoints": checkpoints, "memory": memory, "params": params}
     request = Request.checked(func, y0, rtol=rtol, atol=atol, method=method, options=options, **named)
@@ -171,7 +174,7 @@ _eagerly = eagerly(_dense)
 def _by_tolerances(
     request: Request, dynamics: Any, state: State, t: Tensor, ends: list[float]
 ) -> tuple[list[float], int, State]:
-    """The states at 4 times of each accepted step, which tell its polynomial of degree 4."""
+    """The states at 4 times of each accepted step, which determine its polynomial of degree 4."""
     times = ends[:1]
 
     def choose(step: Step, within: Callable[[float], State]) -> tuple[list[float], bool]:
@@ -186,7 +189,7 @@ def _by_tolerances(
 def _on_grid(
     request: Request, dynamics: Any, state: State, t: Tensor, ends: list[float]
 ) -> tuple[list[float], int, State]:
-    """The states at the ends of all steps, and of those that cubic polynomials interpolate at two times between."""
+    """The states at the ends of all steps, and at two times within each step for cubic interpolation."""
     if t.requires_grad:
         raise ValueError(
             f"t0 and t1 must not require a gradient with method {request.method!r}, whose grid moves with them: detach "

@@ -45,36 +45,37 @@ def odeint_dto(
     pass recomputes steps from stored states if the graph of all steps would exceed ``memory`` bytes. Unlike
     ``odeint_adjoint`` it solves no second ODE, so the gradient has no error of its own.
 
-    Cost: one more evaluation, in the backward pass, of each accepted step whose graph was not kept, and another of the
-    earlier parts of an adaptive step of more than four stages whose graph does not fit into ``memory``. Memory: that,
-    one state for each other step (or ``checkpoints`` states) and the graph of one step, or part of a step, besides the
-    outputs. Gradients of any order (those above the first store the unrolled graph); ``torch.func`` transforms with the
-    fixed-grid methods. With ``event_fn`` only first derivatives, and no transforms.
+    Cost: the backward pass evaluates each accepted step again if its graph was not kept. If the graph of an adaptive
+    step of more than four stages does not fit into ``memory``, it evaluates the earlier parts of the step once more.
+    Memory: the kept graphs (at most ``memory`` bytes), one state for each other step (or ``checkpoints`` states), the
+    graph of one step, or part of a step, and the outputs. Gradients of any order work (those above the first store the
+    unrolled graph), and so do ``torch.func`` transforms with the fixed-grid methods. With ``event_fn`` there are only
+    first derivatives, and no transforms.
 
     *Fixed grids* (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``, which is the 3/8 rule, and
-    ``"rk4_classic"``): the grid is ``t``, or set by ``options``: ``step_size``, or
-    ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them; ``interp`` (``"linear"`` or
-    ``"cubic"``); ``perturb``. The steps move with ``t`` as the grid does. An output on the grid moves along func (in
-    torchdiffeq, with linear interpolation, it does not move).
+    ``"rk4_classic"``): the grid is ``t``, unless ``options`` set it by ``step_size``, or by
+    ``grid_constructor(func, y0, t)``, which sees func and y0 as the caller gave them. The other options are ``interp``
+    (``"linear"`` or ``"cubic"``) and ``perturb``. The steps move with ``t`` as the grid does. An output on the grid
+    moves along func (in torchdiffeq, with linear interpolation, it does not move).
 
     *Adaptive* (``"dopri5"``, the default, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``, and
     ``"tsit5"``, which torchdiffeq 0.2.5 does not have): the steps are those that torchdiffeq accepts, with its options
     ``norm``, ``first_step``, ``min_step``, ``max_step``, ``max_num_steps``, ``safety``, ``ifactor``, ``dfactor``,
-    ``step_t``, ``jump_t`` and ``dtype``. ``controller``, in place of the three factors, is another control of the step
-    size, such as `PIController`. A step that overflows is rejected; torchdiffeq gives up. A step that happens to end at
-    a time of ``jump_t`` is cut there; torchdiffeq evaluates beyond it.
+    ``step_t``, ``jump_t`` and ``dtype``. ``controller`` sets another control of the step size, such as
+    `PIController`, in place of ``safety``, ``ifactor`` and ``dfactor``. A step that overflows is rejected; torchdiffeq
+    gives up. A step that happens to end at a time of ``jump_t`` is cut there; torchdiffeq evaluates beyond it.
 
     The gradient is that of the accepted steps with their lengths held fixed. ``t[1:]`` then move the outputs along the
     interpolating polynomials of their steps. ``t[0]`` moves all steps together, up to the first that was cut short to
-    end at a time of ``step_t`` or ``jump_t``, which stays. During the forward pass every accepted state is held, for
-    any ``checkpoints``.
+    end at a time of ``step_t`` or ``jump_t``, which stays. The forward pass holds every accepted state, whatever
+    ``checkpoints`` is.
 
-    *Up to an event*, as ``torchdiffeq.odeint`` with ``event_fn``: from t[0] in the direction of t[1] (which has no
-    other meaning), until ``event_fn(t, y)`` becomes 0. It returns ``(event_t, solution)``, with the solution at t[0]
-    and at the event. The gradient of ``event_t`` is exact. That of ``solution`` holds the time fixed, as
-    ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with the event call
-    `odeint_event`, which also defines what an event is. A fixed-step method takes steps of ``step_size``,
-    without ``perturb``; ``max_num_steps`` is an option of every method then, 20,000 by default.
+    *Up to an event*, as ``torchdiffeq.odeint`` with ``event_fn``: the solve runs from t[0] in the direction of t[1]
+    (which has no other meaning) until ``event_fn(t, y)`` becomes 0. It returns ``(event_t, solution)``, with the
+    solution at t[0] and at the event. The gradient of ``event_t`` is exact. That of ``solution`` holds the time fixed,
+    as ``torchdiffeq.odeint_event`` expects of its ``odeint_interface``. For a state that moves with the event call
+    `odeint_event`, which also defines what an event is. With an event a fixed-step method takes steps of ``step_size``,
+    without ``perturb``, and every method has the option ``max_num_steps``, 20,000 by default.
 
     Args:
         func: ``func(t, y) -> dy/dt``, a module or any callable, with a scalar tensor ``t`` of y's real dtype. It must
@@ -83,50 +84,49 @@ def odeint_dto(
             ``func(t, y, *args)``.
         y0: the initial state, a tensor or a tuple of tensors of any shapes; one floating or complex dtype, one device.
         t: (times,), floating, strictly increasing or decreasing. If it is on the CPU, no device has to wait.
-        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each of y0. A
-            fixed grid ignores it, as in torchdiffeq.
+        rtol: the relative tolerance of an adaptive method, a number, a tensor, or a tuple with one for each tensor of
+            y0. A fixed grid ignores it, as in torchdiffeq.
         atol: the absolute tolerance, likewise.
         method: the name of the method.
         options: the options of the method, see above.
         event_fn: ends the solve, see above; t then holds two times.
         args: a tuple of further arguments of func, constant over the solve. Gradients flow to the tensors in it, and in
-            tuples, lists and dicts in it, for any ``params``.
-        checkpoints: ``"auto"`` to keep the graphs of as many steps as fit into ``memory``. Or the number of states to
-            keep for the backward pass, and no graphs: None for every step's, ``m`` for the recomputation schedule with
-            the
-            fewest steps, 1 for y0 alone.
+            tuples, lists and dicts in it, whatever ``params`` is.
+        checkpoints: ``"auto"`` keeps the graphs of as many steps as fit into ``memory``. A number ``m`` keeps that many
+            states for the backward pass, and no graphs; steps are recomputed by the schedule with the fewest steps. 1
+            keeps y0 alone. None keeps every step's state, and no graphs.
         memory: the bytes that graphs may take between the passes, see `DiscreteAdjoint`.
         params: the tensors that gradients flow to besides y0 and t. None: all that func uses. These are the parameters
             of func, or of the modules in a plain callable's closure, globals and attributes; buffers and tensors there
             that require gradients; and the tensors that the first evaluation of each solve uses. If only a later step
             uses a tensor that is in none of these places, the backward pass raises an error.
-        adjoint: `ReversibleAdjoint` to solve by its reversible scheme on the steps that an adaptive method accepts.
+        adjoint: a `ReversibleAdjoint` solves by its reversible scheme on the steps that an adaptive method accepts.
             Then only the final states and the lengths of the steps are kept between the passes, so memory does not grow
             with the number of steps. Steps end at all t, which must not require gradients. Each pass takes two more
             evaluations per stage. The solution differs within the tolerances. It is an error if it is more than 100
-            tolerances away (the scheme is unstable for dynamics that decay fast), or if its coupling cannot trace back
-            so many steps, see there.
+            tolerances away (the scheme is unstable for dynamics that decay fast), or if the coupling cannot trace back
+            so many steps, see `ReversibleAdjoint`.
         adjoint_rtol: for the second ODE of torchdiffeq's ``odeint_adjoint``. There is none here, so it has no effect; a
             warning says so.
         adjoint_atol: likewise.
         adjoint_method: likewise.
         adjoint_options: likewise.
-        adjoint_params: another name of ``params``, with the same meaning: gradients flow to these, and to no others.
+        adjoint_params: another name for ``params``, with the same meaning: gradients flow to these, and to no others.
 
     Returns:
         The states at all t, beginning with y0: (times, *shape of y0), or a tuple of such tensors. With ``event_fn``
         the event's time, a scalar tensor of t's dtype, and (2, *shape of y0) or a tuple.
 
     Raises:
-        TypeError: for a y0 or t that is not floating, mixed dtypes, options and tolerances that are no numbers,
-            ``args`` that are no tuple, or func returning another structure or dtype; and as `odeint_event` does.
-        ValueError: for unknown methods and options, values of options that are out of range, tolerances that are
-            negative or not finite, or do not fit y0, times (of t, of options, of a constructed grid) that are not
-            finite or out of order, ``checkpoints`` below 1, ``memory`` that is negative or not finite, params under two
-            names, func returning other shapes, a step size that underflows, a state that is not finite (on a fixed grid
-            it is looked for on the CPU only, where that costs no waiting), random numbers drawn by func in a solve with
-            gradients that is adaptive or has an event, one of these inside of ``torch.func`` transforms, or ``adjoint``
-            where it does not belong or its scheme is unstable; and as `odeint_event` does.
+        TypeError: if y0 or t is not floating, dtypes are mixed, an option or tolerance is not a number, ``args`` is not
+            a tuple, or func returns another structure or dtype; and as `odeint_event` does.
+        ValueError: if a method or option is unknown; the value of an option is out of range; a tolerance is negative,
+            not finite, or does not fit y0; times (of t, of options, of a constructed grid) are not finite or out of
+            order; ``checkpoints`` is below 1; ``memory`` is negative or not finite; params are given under two names;
+            func returns other shapes; the step size underflows; a state is not finite (a fixed grid checks this on the
+            CPU only, where it costs no waiting); func draws random numbers in a solve with gradients that is adaptive
+            or has an event; a solve that is adaptive or has an event runs inside of ``torch.func`` transforms;
+            ``adjoint`` is given where it does not belong, or its scheme is unstable; and as `odeint_event` does.
     """
     request = Request.checked(
         func,

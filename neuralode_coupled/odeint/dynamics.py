@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class WithArgs:
-    """``func(t, y, *args)`` as a function of t and y, which holds the others as a closure does."""
+    """``func(t, y, *args)`` as a function of t and y, which holds ``args`` as a closure would."""
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.func, self.args = func, args
@@ -45,21 +45,21 @@ class WithArgs:
 class Dynamics:
     """``func`` on tuple states, with the tensors that gradients flow to handed in.
 
-    Parameters of modules are replaced by those handed in. Other tensors cannot be: func reaches them by itself, and a
-    gradient is asked for at the originals (`captured`).
+    The tensors handed in replace the parameters of modules. Other tensors cannot be replaced: func reaches them by
+    itself, and gradients are taken at the originals (`captured`).
 
     Args:
         func: ``func(t, y)``, a module or any callable.
-        is_tuple: whether it takes and gives tuples of tensors.
+        is_tuple: whether func takes and returns tuples of tensors.
         params: the tensors that gradients flow to; None for all that the module, or the callable's closure, holds.
-        overlooked: makes the error for a tensor that func depends on and that is none of those; by default there is one
-            where ``params`` is None.
+        overlooked: makes the error for a tensor that func depends on and that is none of these; by default this is an
+            error if ``params`` is None.
 
     Attributes:
-        module: func, or what holds the modules that it uses.
-        shared: what gradients flow to and can be replaced: the modules' parameters, and their buffers that require a
-            gradient.
-        captured: what else gradients flow to.
+        module: func, or a module that holds those that func uses.
+        shared: the tensors that gradients flow to and that can be replaced: the modules' parameters, and their buffers
+            that require a gradient.
+        captured: the other tensors that gradients flow to.
         buffers: the modules' other buffers.
 
     Raises:
@@ -94,7 +94,7 @@ class Dynamics:
         own = {id(tensor): tensor for tensor in (*parameters, *[b for b in buffers if b.requires_grad])}
         members = list(own.values())
         asked = [*members, *tensors] if params is None else _checked_params(params)
-        # Frozen parameters get no gradient, but must be those of the forward pass in the backward pass.
+        # Frozen parameters get no gradient, but the backward pass must see those of the forward pass.
         frozen = [] if params is not None else [p for p in members if not p.requires_grad]
         wanted = list({id(p): p for p in asked if p.requires_grad}.values())
         self.shared: State = (*[p for p in wanted if id(p) in own], *frozen)
@@ -129,7 +129,7 @@ class Dynamics:
                 self._plainly = before
 
     def around(self, shared: State, buffers: State, run: Callable[[], Result]) -> Result:
-        """The same for several steps: `within` finds these tensors in their places."""
+        """The same for several steps: `within` then finds these tensors already in place."""
 
         def steps() -> Result:
             self._now = shared, buffers
@@ -141,18 +141,18 @@ class Dynamics:
         return self.within(shared, buffers, steps)
 
     def in_forward(self, shared: State, device: torch.device) -> State:
-        """What to evaluate the forward pass with: the modules' own tensors, where it has no graph."""
-        # Autocast would cache casts of them, and hand those, without a graph, to the code outside.
+        """The tensors to evaluate the forward pass with: the modules' own if it has no graph."""
+        # Not under autocast: it would cache casts of them, and hand these, without a graph, to the code outside.
         return shared if torch.is_grad_enabled() or torch.is_autocast_enabled(device.type) else self.shared
 
     def __call__(self, t: Tensor, y: State) -> State:
         """dy/dt at ``(t, y)``, checked to have the state's structure, shapes and dtype."""
         if y[0].requires_grad and not torch.is_grad_enabled():
-            # func may ask whether there is a graph, and have marked the state so itself, at an earlier evaluation.
+            # func may look whether there is a graph, and may have marked the state so at an earlier evaluation.
             y = tuple([part.detach() for part in y])
         slope = untouched(self._func, y, self._func, t, y if self._is_tuple else y[0], plainly=self._plainly)
         if not self._is_tuple and isinstance(slope, Tensor) and slope.shape == y[0].shape and slope.dtype == y[0].dtype:
-            return (slope,)  # as nearly always, and quickly: this stands beside every evaluation
+            return (slope,)  # the usual case, kept fast: this runs at every evaluation
         return self._checked(slope, y)
 
     def _checked(self, slope: Any, y: State) -> State:

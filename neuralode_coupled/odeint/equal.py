@@ -1,4 +1,4 @@
-"""Equal steps of a fixed-step method, as many as it takes: what an event ends has no grid beforehand."""
+"""Equal steps of a fixed-step method, as many as needed: a solve that an event ends has no grid beforehand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def paired(method: Tableau, interp: str) -> Embedded:
 
 
 class _Linear(Embedded):
-    """One that interpolates on the straight line between the ends of a step."""
+    """An embedded pair that interpolates on the straight line between the ends of a step."""
 
     def weights(self, x: float | Tensor) -> list[float | Tensor]:
         return [*(b * x if b else 0.0 for b in self.method.b), 0.0]
@@ -40,7 +40,7 @@ class _Linear(Embedded):
 
 
 def equal_steps_of(length: float) -> Callable[[Problem, Counts], Iterator[Step]]:
-    """How to take steps of that length, in the problem's direction of time, one after the other without an end."""
+    """A function that takes steps of this length, in the problem's direction of time, one after another, endlessly."""
 
     def advance(problem: Problem, counts: Counts) -> Iterator[Step]:
         start, last = problem.t[0].item(), problem.t[-1].item()
@@ -63,7 +63,7 @@ def equal_steps_of(length: float) -> Callable[[Problem, Counts], Iterator[Step]]
             slopes = [slope]
             for row, c in zip(method.a[1:], method.c[1:], strict=True):
                 slopes.append(f(end if c == 1 else at + c * dt, combine(y, slopes, row, dt)))
-            # The sum first: many small steps would otherwise round each of its terms to the state's size.
+            # Add the terms first: with many small steps each would otherwise be rounded to the state's size.
             moved = combine(tuple([torch.zeros_like(part) for part in y]), slopes, method.b, dt)
             y_next = tuple([a + b for a, b in zip(y, moved, strict=True)])
             slope_next = f(end, y_next)

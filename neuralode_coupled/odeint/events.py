@@ -1,4 +1,4 @@
-"""Solves that end where a condition comes to hold: a root on the dense output of an accepted step."""
+"""Solves that end where a condition begins to hold: a root on the dense output of an accepted step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from neuralode_coupled.odeint.times import time_tensor
 from neuralode_coupled.runge_kutta import AdaptiveOptions, Step, accepted_steps, tableau
 
 MOST_STEPS = 20_000
-"""How many steps are tried before an event is given up, by default: as many as torchdiffeq's fixed-step methods try."""
+"""How many steps are tried before giving up on an event, by default: as many as in torchdiffeq's fixed-step methods."""
 
 
 class Event:
-    """The conditions that end a solve: the first of them to become 0, or to change its sign, does.
+    """The conditions that end a solve: it ends when the first of them becomes 0 or changes its sign.
 
     Args:
-        event_fn: the user's, of a time and a state as func takes them.
+        event_fn: the user's function of a time and a state, which it takes as func does.
         is_tuple: whether these states are tuples.
         t: where the solve starts.
         y: the state there.
@@ -42,8 +42,8 @@ class Event:
         held: a condition that is 0 at the start already; None if there is none.
 
     Raises:
-        TypeError: if event_fn cannot be called or returns no tensor of real numbers.
-        ValueError: if it returns none, or some that are not finite.
+        TypeError: if event_fn is not callable, or does not return a tensor of real numbers.
+        ValueError: if it returns no numbers, or some that are not finite.
     """
 
     def __init__(self, event_fn: Callable[..., Any], is_tuple: bool, t: float, y: State) -> None:
@@ -56,7 +56,7 @@ class Event:
         self.held = next((k for k, value in enumerate(start) if value == 0.0), None)
 
     def values(self, t: Tensor, y: State) -> Tensor:
-        """All conditions in a row, as event_fn gives them."""
+        """All conditions, flattened, as event_fn returns them."""
         found = self._event_fn(t, y if self._is_tuple else y[0])
         if not isinstance(found, Tensor) or not found.dtype.is_floating_point:
             got = str(found.dtype) if isinstance(found, Tensor) else f"a {type(found).__name__}"
@@ -79,11 +79,11 @@ class Event:
         return numbers
 
     def margin(self, t: float, y: State) -> float:
-        """How far the nearest of the conditions is from having come to hold; 0 or less once one has."""
+        """How far the nearest condition is from holding; 0 or less once one holds."""
         return min(self._directed(t, y))
 
     def nearest(self, t: float, y: State) -> int:
-        """Which one that is."""
+        """The index of the nearest condition."""
         directed = self._directed(t, y)
         return directed.index(min(directed))
 
@@ -97,16 +97,16 @@ class Event:
 
 @dataclass
 class Search:
-    """Looks for an event, step by step: `choose` is what `AdaptiveSolve` asks.
+    """Looks for an event, step by step: `AdaptiveSolve` calls `choose`.
 
     Attributes:
         event: the conditions.
         start: where the solve starts.
-        far: no time beyond it is looked at.
+        far: the search goes no further than this time.
         most: how many steps are tried.
-        precision: how closely the event is told, as a fraction of its step.
+        precision: how closely the event is located, as a fraction of its step.
         stats: counts the steps.
-        time: the event's; None while there is none.
+        time: the time of the event; None until it is found.
     """
 
     event: Event
@@ -118,7 +118,7 @@ class Search:
     time: float | None = None
 
     def choose(self, step: Step, within: Callable[[float], State]) -> tuple[list[float], bool]:
-        """The event in this step, if there is one; raises ValueError if it is time to give up."""
+        """The event in this step, if there is one; raises ValueError after too many steps or beyond ``far``."""
         margin = self.event.margin(step.end, step.next_y)
         if margin > 0.0:
             if self.stats.accepted + self.stats.rejected >= self.most or abs(step.end) >= abs(self.far):
@@ -179,7 +179,7 @@ def solve_until(request: Request, t: Tensor, event_fn: Callable[..., Any]) -> Fo
 
 
 def _solve(request: Request, dynamics: Dynamics, state: State, t: Tensor) -> tuple[AdaptiveSolve, int]:
-    """The solve without an end, and how many steps of it are to be tried."""
+    """The solve without an end, and how many of its steps to try."""
     options = dict(request.options)
     most = options.pop("max_num_steps", None)
     most = MOST_STEPS if most is None else whole("option 'max_num_steps'", most)
@@ -192,7 +192,7 @@ def _solve(request: Request, dynamics: Dynamics, state: State, t: Tensor) -> tup
         method, advance = request.method, accepted_steps
         (rtol, atol), chosen = request.bounds(state), adaptive_options(options, request.is_tuple)
     dtype = torch.promote_types(chosen.dtype, state[0].dtype.to_real())
-    # Steps that grow tenfold come there within some hundreds, and do not overflow; in float16 a little earlier.
+    # Steps that grow tenfold get there within some hundreds, before they overflow; in float16 a little earlier.
     far = max(torch.finfo(state[0].dtype.to_real()).max / 1e4, 500.0) * (1 if t[1] > t[0] else -1)
     t = t.to(state[0].device, dtype)
     t = torch.cat([t[:1], t.new_tensor([far])])
@@ -218,7 +218,7 @@ def _equal_length(name: str, options: dict[str, Any]) -> float:
 
 
 def _slope_by(dynamics: Dynamics) -> Callable[[Tensor, State], State]:
-    """func, evaluated without a graph, and without a trace in its running statistics."""
+    """func, evaluated without a graph, and without changing its running statistics."""
 
     def slope(t: Tensor, y: State) -> State:
         scratch = tuple([buffer.clone() for buffer in dynamics.buffers])

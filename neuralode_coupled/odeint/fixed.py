@@ -1,4 +1,4 @@
-"""An ODE on a grid that is known beforehand, as discrete steps."""
+"""Solve an ODE on a grid that is known beforehand, as discrete steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Announce = Callable[[Tensor, State, Tensor], Any]
 def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
     """Steps between neighbouring grid points, for a state such as ``like``.
 
-    The host waits for ``t`` and ``points`` only if they are on a device.
+    The host waits only if ``t`` or ``points`` is on a device.
     """
     numbers, times, exact = points.tolist(), t.tolist(), rounding(points.dtype)
     shares = share_out(times, numbers[1:])
@@ -45,11 +45,11 @@ def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
 
 
 def equal_steps(t: Tensor, step_size: float) -> Tensor:
-    """Grid points ``step_size`` apart, the last step being shorter; torchdiffeq's, rounding included."""
+    """Grid points ``step_size`` apart, the last step may be shorter; as in torchdiffeq, rounding included."""
     start, end = t[0], t[-1]
     signed = step_size if end > start else -step_size
     if not t.requires_grad and t.device.type in HOST and not tracing():
-        # Such operations on single numbers take as long as a step of a small state.
+        # By numbers: tensor operations on single numbers take as long as a step of a small state.
         exact, (first, last) = rounding(t.dtype), (start.item(), end.item())
         length = exact(signed)
         count = math.ceil(exact(exact(exact(last - first) / length) + 1.0))
@@ -71,7 +71,7 @@ class FixedSteps:
         interp: how states between grid points are interpolated, ``"linear"`` or ``"cubic"``.
         perturb: whether func sees the ends of a step from within: the next number after its start, the last before
             its end.
-        announce: called before each step of the forward pass, where given.
+        announce: called before each step of the forward pass, if given.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class FixedSteps:
         return y_next, tuple(emitted)
 
     def _stage_times(self, like: Tensor) -> list[tuple[Tensor, ...]] | None:
-        """The times of all stages, on the host, where making them one by one takes as long as a small product."""
+        """The times of all stages, made at once on the host: one by one, each takes as long as a small product."""
         if tracing():
             return None
         steps = zip(self.grid.start, self.grid.length, self.grid.end, strict=True)
@@ -158,7 +158,7 @@ class FixedSteps:
         return [every[i : i + width] for i in range(0, len(every), width)]
 
     def _slope(self, n: int) -> Callable[[Tensor, State], State]:
-        """func in step ``n``; raises the ValueError for a time that it uses and does not see move."""
+        """func in step ``n``. It raises ValueError if func uses the time, but sees it stand still in some step."""
         first = self._unresolved
         if first is None or tracing():
             return self.dynamics
@@ -173,7 +173,7 @@ class FixedSteps:
         return watched
 
     def _at_end(self, n: int, y_next: State, t1: Scalar, t: Scalar) -> State:
-        """The state at an output time that is the end of step ``n``. It moves along func where the end stays."""
+        """The state at an output time that is the end of step ``n``. It moves along func if the end does not move."""
         moves = self.grid.fixed_outputs and isinstance(t, Tensor) and torch.is_grad_enabled()
         if not moves or n + 1 == len(self.grid.start):
             return y_next

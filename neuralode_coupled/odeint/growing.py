@@ -21,22 +21,22 @@ from neuralode_coupled.runge_kutta import Embedded, Step
 
 
 class Growing:
-    """What the accepted steps leave of their graph.
+    """The part of the accepted steps' graph that is kept.
 
-    The first evaluation has one in any case, by which its size is known.
+    The first evaluation has a graph in any case, which shows the size of a step's graph.
 
     Args:
         dynamics: the right-hand side.
         y0: the initial state.
         method: the coefficients.
-        memory: what may be kept.
-        graph: whether anybody wants gradients of these tensors.
+        memory: how much may be kept.
+        graph: whether gradients in these tensors are wanted.
 
     Attributes:
         y0, shared: the leaves that the steps are computed on.
-        captured: what gradients of captured tensors are asked for at.
-        open: whether the next evaluations are to have a graph.
-        fits: whether the graph of one step does, as far as the first evaluation tells.
+        captured: the tensors at which the gradients of captured tensors are taken.
+        open: whether the next evaluations get a graph.
+        fits: whether the graph of one step fits into the memory, as far as the first evaluation shows.
         steps: how many steps are kept.
     """
 
@@ -45,11 +45,11 @@ class Growing:
         flat = (*y0, *dynamics.shared, *dynamics.captured)
         self.open = graph and not tracing() and any(x.requires_grad for x in flat)
         self.y0, self.shared = self._leaves(y0), self._leaves(dynamics.shared)
-        # As in `Tracer`: gradients are asked for at the captured tensors themselves where they can be.
+        # As in `Tracer`: gradients are taken at the captured tensors themselves where possible.
         self._replaced = dynamics.captured if self.open and need_replacing(dynamics.captured) else ()
         self.captured: State = self._leaves(self._replaced) or dynamics.captured
         self._stops: Places = set()
-        # Of what hooks pack nobody knows the size.
+        # The size of tensors that hooks pack is not known.
         self._keeps = memory.auto and not saved_tensors_are_hooked()
         self.fits, self.steps = False, 0
         self._size, self._room = 0, 0
@@ -62,7 +62,7 @@ class Growing:
         return leaves(tensors, [self.open and x.requires_grad for x in tensors])
 
     def step(self, accepted: Iterator[Step]) -> Step | None:
-        """The next step, or None behind the last."""
+        """The next step, or None after the last one."""
         if self._replaced:
             with self.stepping():
                 return next(accepted, None)
@@ -71,17 +71,17 @@ class Growing:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Around the next step."""
+        """A context for the next step: with a graph while one is kept, and on the leaves of captured tensors."""
         with torch.set_grad_enabled(self.open), replaced(self._replaced if self.open else (), self.captured):
             yield
 
     def measure(self, slope: State, found: State) -> None:
-        """The first evaluation: its graph, and the tensors that it was seen to capture."""
+        """Take the size of a step's graph from the first evaluation, which captured the tensors ``found``."""
         if not self.open:
             return
         self.captured = (*self.captured, *found)
         self._stops = places_in_graph(self.captured)
-        # The sums of slopes hold no tensors: a step's graph is that of its evaluations, each of a state of its own.
+        # The sums of slopes hold no tensors. A step's graph is that of its evaluations, each at its own state.
         size = held_bytes(edges(slope), [*slope, *self.shared, *self.captured], self._stops)
         slopes = self._method.slopes
         self._size = (size or 0) * slopes + NODE * len(slope) * slopes * slopes // 2
@@ -93,12 +93,12 @@ class Growing:
         self.open = self._keeps and self.fits and not summed and not late
 
     def add(self, step: Step) -> None:
-        """An accepted step."""
+        """Add the graph of an accepted step."""
         if not self.open:
             return
         end = step.next_y if self._method.reuses else (*step.next_y, *step.last)
         if self.steps == 0 and self._foreign(edges([*end, *step.last])):
-            self.open = False  # it is made, and looked at, in the backward pass
+            self.open = False  # the backward pass makes the graph, and checks it
             return
         self._chain.append([part.grad_fn for part in end])
         self._end, self.steps = end, self.steps + 1
@@ -106,7 +106,7 @@ class Growing:
         self.open = self.steps < self._room
 
     def _foreign(self, ends: list[GradientEdge | None]) -> bool:
-        """Whether a graph depends on tensors that it was not handed, if they are looked for."""
+        """Whether a graph depends on tensors that were not handed in; False if such tensors are no error."""
         if self._dynamics.overlooked is None:
             return False
         return len(foreign(ends, self._known, self._stops, self._seen)) > 0
@@ -122,12 +122,12 @@ class Growing:
         carried = start[len(self.y0) :]
         starts = [*self.y0, *carried, *self.shared, *self.captured]
         wanted = [leaf.requires_grad for leaf in starts]
-        # What is emitted has its place beside the state, and nothing beside it.
+        # An emitted state has places for the carried slopes too, but nothing to put there.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)
         ends = [*self._end, *[x for row in rows for x in (*row, *carried)]]
         reached = tuple([part.detach() for part in self._end])
         found, graph, size = edges(ends), None, 0
-        if not self._foreign(found):  # else, again, it is made and looked at in the backward pass
+        if not self._foreign(found):  # else, again, the backward pass makes the graph and checks it
             graph = StepGraph(starts, wanted, (len(start), len(start)), found, self._chain)
             size = self.steps * self._size
         return (Kept(0, self.steps * parts, graph, size, self._dynamics.buffers, end_state=reached),)

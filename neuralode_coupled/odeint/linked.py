@@ -2,8 +2,8 @@
 
     dt* = -(dg/dy dy + dg/dp dp) / (dg/dt + dg/dy f),
 
-where dy is how the solve moves the state at a time that is held fixed, and p is what g uses besides. The state at the
-event moves by ``dy + f dt*``.
+where dy is how the solve moves the state at a fixed time, and p is whatever else g uses. The state at the event moves
+by ``dy + f dt*``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from neuralode_coupled.odeint.times import time_tensor
 
 @dataclass(frozen=True)
 class Found:
-    """An event that a solve has come to.
+    """An event that a solve has found.
 
     Attributes:
         time: its time, of the dtype and on the device of t, a constant.
         at: the same as a number.
-        y: the state there, which moves as the solve does at a fixed time.
-        measure: ``g(t, y)``, a scalar tensor: the condition that came to hold.
+        y: the state there, differentiable as the solve is at a fixed time.
+        measure: ``g(t, y)``, a scalar tensor: the condition that holds there.
         slope: ``f(t, y)`` without a graph.
-        states: y behind the initial state, (2, *shape) each.
+        states: the initial state and y, (2, *shape) each.
     """
 
     time: Tensor
@@ -51,7 +51,7 @@ class Found:
         return self.slope(self._t, self.y)
 
     def event_time(self) -> Tensor:
-        """The time, which moves with y and with what the condition uses."""
+        """The time, differentiable in y and in the tensors that the condition uses."""
         if not torch.is_grad_enabled():
             return self.time
         g = self.measure(self._t, self.y)
@@ -61,17 +61,17 @@ class Found:
         rate = self._rate()
         if not g.requires_grad and rate is not None:
             return self.time  # a condition of the time alone
-        # A condition without a rate is an error once somebody asks for a derivative.
+        # A condition without a rate becomes an error when a derivative is asked for.
         return _EventTime.apply(moving[0], rate, self.time)
 
     def moved(self, event_time: Tensor) -> State:
-        """The state, which moves with the time as well."""
+        """The state, differentiable in the time of the event as well."""
         if not event_time.requires_grad:
             return self.y
         return tuple([_Moved.apply(part, event_time, k) for part, k in zip(self.y, self._slopes, strict=True)])
 
     def _rate(self) -> float | None:
-        """dg/dt + dg/dy f; None where it is 0 but for rounding."""
+        """dg/dt + dg/dy f; None if it is 0 up to rounding."""
         with torch.enable_grad():
             t = self._t.requires_grad_()
             y = tuple([part.detach().requires_grad_() for part in self.y])
@@ -94,7 +94,7 @@ class Found:
 def at_start(
     t0: Tensor, y0: State, measure: Callable[[Tensor, State], Tensor], slope: Callable[[Tensor, State], State]
 ) -> Found:
-    """An event at the very start. The state at a fixed time moves with the start as well."""
+    """An event at the start of the solve. The state at a fixed time then moves with the start as well."""
     at, y = t0.detach().item(), y0
     if differentiated(t0):
         slopes = slope(time_tensor(at, y[0]), y)
@@ -104,7 +104,7 @@ def at_start(
 
 
 def evaluated(f: Callable[[State], State], y: State) -> State:
-    """``f(y)`` as constants. There is a graph meanwhile: f may differentiate."""
+    """``f(y)`` as constants, evaluated with a graph because f may differentiate."""
     with torch.enable_grad():
         found = f(tuple([part.detach().requires_grad_() for part in y]))
     return tuple([part.detach() for part in found])

@@ -1,4 +1,4 @@
-"""The steps that an adaptive method has accepted, repeated with their lengths held fixed."""
+"""Repeat the steps that an adaptive method has accepted, with their lengths held fixed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from neuralode_coupled.runge_kutta import Embedded, Step, combine, lasting
 from neuralode_coupled.runge_kutta.adaptive import HOST
 
 TOGETHER = 4
-"""How many evaluations of an accepted step, at most, have a graph at the same time (one more where it has outputs)."""
+"""How many evaluations of an accepted step have a graph at the same time, at most (one more if it has outputs)."""
 
 
 class AcceptedSteps:
     """Repeats the accepted steps with their lengths held fixed.
 
-    A step of many stages is several of the engine's, one behind the other: the state between them is y with the slopes
-    so far.
+    A step of many stages is several steps of the engine, one after the other: the state between them is y with the
+    slopes so far.
 
     Args:
         dynamics: the right-hand side.
         grid: the accepted steps.
         method: the coefficients.
         jumps: whether each step ends at a discontinuity.
-        whole: whether the graph of a whole step may be there at a time.
+        whole: whether the graph of a whole step may be held at once.
         sided: whether func sees the ends of a step from within.
     """
 
@@ -51,13 +51,13 @@ class AcceptedSteps:
         self._recorded: dict[int, tuple[State, tuple[State, ...]]] = {}
 
     def discrete(self, y0: State, taken: list[Step], stats: Stats, made: bool = False) -> tuple[Plan, Operands]:
-        """The steps that the forward pass has ``taken``, from y0. ``made``: their graphs are kept, those of all."""
+        """The steps that the forward pass has ``taken``, from y0. ``made``: the graphs of all of them are kept."""
         steps, parts = len(taken), self._parts
         start = y0 if self.method.reuses else (*y0, *(torch.zeros_like(part) for part in y0))
         if not made:
             self._record(start, taken)
         count = steps * parts
-        # Running statistics are the forward pass's to update.
+        # Only the forward pass updates running statistics.
         scratch = tuple(buffer.clone() for buffer in self.dynamics.buffers)
         plan = Plan(
             self._part,
@@ -81,13 +81,13 @@ class AcceptedSteps:
         return tuple([self._emit(tuple([part.detach() for part in y])) for step in taken for y in step.outputs])
 
     def _record(self, start: State, taken: list[Step]) -> None:
-        """What the steps have found."""
+        """Record the states and outputs that the steps have found."""
         before, parts = start, self._parts
         for n, step in enumerate(taken):
             self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
-            # The solve's very last state is only ever seen through the outputs.
+            # The last state of the solve is only seen through the outputs.
             y = taken[n + 1].y if n + 1 < len(taken) else tuple(torch.empty_like(part) for part in step.y)
-            # The end of a kept step has a graph, which autograd would cut off where it is to be stored.
+            # The end of a kept step has a graph, which autograd would cut off when it stores the state.
             before = tuple([part.detach() for part in (*y, *step.last)])
             self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
 
@@ -101,22 +101,22 @@ class AcceptedSteps:
         return count
 
     def _emit(self, y: State) -> State:
-        """A state to return: what the discrete map carries besides is not, but has its place."""
+        """A state to return. The slopes that the discrete map carries are not returned, but keep an empty place."""
         return y if self.method.reuses else (*y, *(part.new_empty(0) for part in y))
 
     def _read(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-        """What the forward pass has found already."""
+        """Read the states that the forward pass has recorded."""
         return self._recorded.pop(m)
 
     def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         if self._recorded.pop(m, None) is not None:
-            # Not read but run, with its graph, in the forward pass.
+            # The forward pass runs this step, with its graph, in place of reading it.
             self._plan.stats.evaluations += self._plan.evaluations[m]
         n, part = divmod(m, self._parts)
         return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
 
     def _advance(self, n: int, part: int, state: State, inputs: State) -> tuple[State, tuple[State, ...]]:
-        """The slopes of one part of step ``n``; with the last, the state at the step's end."""
+        """The slopes of one part of step ``n``; for the last part, the state at the step's end."""
         t0, dt, t1, _ = self.grid.step(n, inputs)
         width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
         y, *slopes = (state[i : i + width] for i in range(0, len(state), width))
@@ -140,7 +140,7 @@ class AcceptedSteps:
         return lasting(self.dynamics(time_tensor(t, stage[0], side), stage))
 
     def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
-        """The state at the end of step ``n``, and its outputs, by all slopes."""
+        """The state at the end of step ``n``, and its outputs, from all slopes."""
         t0, dt, t1, outputs = self.grid.step(n, inputs)
         y_next = combine(y, slopes, self.method.method.b, dt)
         if self.method.reuses and len(outputs) > 0:
@@ -155,7 +155,7 @@ class AcceptedSteps:
     def _within(
         self, y: State, slopes: list[State], times: tuple[Scalar, Scalar], outputs: Sequence[Scalar]
     ) -> list[State]:
-        """The states at output times within a step of that start and length."""
+        """The states at output times within a step with this start and length."""
         t0, dt = times
         fractions: list[Any] = [(t - t0) / dt for t in outputs]
         if len(outputs) < 2 or isinstance(dt, Tensor) or y[0].device.type not in HOST:
@@ -163,5 +163,5 @@ class AcceptedSteps:
         return self.method.among(y, slopes, self.method.many_weights(fractions, dt, y[0]))
 
     def _before(self, n: int) -> int:
-        """On which side of a step's start its first slope is: that of the step before, but for a jump between them."""
+        """The side of a step's start on which its first slope is: the previous step's, unless f jumps there."""
         return 0 if n == 0 else self._side if self.jumps[n - 1] else -self._side

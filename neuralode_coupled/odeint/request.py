@@ -1,4 +1,4 @@
-"""What `odeint_dto` and its relatives are asked, checked once."""
+"""The arguments of `odeint_dto` and its relatives, checked once."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Request:
         y0: the initial state, likewise.
         method: the name of the method.
         tolerances: rtol and atol, as given.
-        options: those of the method, their names checked.
-        memory: what is kept for the backward pass.
+        options: the options of the method, with checked names.
+        memory: how much is kept for the backward pass.
         params: the tensors that gradients flow to; None for all.
-        args: what func takes after t and y.
-        adjoint: the reversible scheme to take, in place of the method's own steps; None for those.
+        args: the arguments of func after t and y.
+        adjoint: the reversible scheme that replaces the method's own steps; None for the latter.
     """
 
     func: Callable[..., Any]
@@ -75,9 +75,9 @@ class Request:
         event: bool = False,
         **others: Any,
     ) -> Request:
-        """The request, by the arguments of `odeint_dto`; warns of those that have no effect. ``event``: it ends at one.
+        """The request from the arguments of `odeint_dto`; warns of those without effect. ``event``: it ends at one.
 
-        Raises TypeError or ValueError for what can be told to be wrong without looking at tensors.
+        Raises TypeError or ValueError for whatever is wrong without looking at tensors.
         """
         check_checkpoints(checkpoints)
         check_memory(memory)
@@ -100,11 +100,11 @@ class Request:
         return self.method in METHODS
 
     def state(self) -> State:
-        """y0 as a tuple; raises TypeError or ValueError for what is no state."""
+        """y0 as a tuple; raises TypeError or ValueError if y0 is not a state."""
         return check_state(self.y0)
 
     def dynamics(self) -> Dynamics:
-        """The right-hand side; gradients flow to tensors among ``args`` whatever ``params`` are."""
+        """The right-hand side; gradients flow to tensors among ``args``, whatever ``params`` is."""
         func, params = self.func, self.params
         if self.args and callable(func):
             func = WithArgs(func, self.args)
@@ -123,7 +123,7 @@ class Request:
         )
 
     def whole(self, outputs: State) -> Any:
-        """Outputs as the user has states."""
+        """The outputs in the form of the user's states."""
         return outputs if self.is_tuple else outputs[0]
 
 
@@ -138,7 +138,7 @@ def _warn_of_callbacks(func: Callable[..., Any], name: str) -> None:
 
 
 def _check_reversible(adjoint: Any, name: str, memory: Memory, event: bool) -> None:
-    """Raise TypeError or ValueError for a gradient method that this solve does not come with."""
+    """Raise TypeError or ValueError if this solve does not allow the gradient method."""
     if not isinstance(adjoint, ReversibleAdjoint):
         raise TypeError(
             f"adjoint must be nc.ReversibleAdjoint(), an instance, or None, got {adjoint!r}: the others of nc.solve "

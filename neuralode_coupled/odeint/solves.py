@@ -1,4 +1,4 @@
-"""From a request to a solve: on a grid that is known beforehand, or by tolerances."""
+"""Turn a request into a solve: on a grid that is known beforehand, or by tolerances."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from neuralode_coupled.runge_kutta import METHODS, tableau
 
 
 def grid_points(request: Request, t: Tensor, times: list[float]) -> Tensor:
-    """The grid of a fixed-grid method: t, or what the options make of it."""
+    """The grid of a fixed-grid method: t, or the grid that the options give."""
     options = request.options
     if options.get("step_size") is not None:
         return equal_steps(t, check_step_size(options["step_size"], times))
@@ -32,7 +32,7 @@ def grid_points(request: Request, t: Tensor, times: list[float]) -> Tensor:
 
 
 def on_grid(request: Request, dynamics: Dynamics, state: State, t: Tensor, points: Tensor) -> State:
-    """The states at times t by steps between grid points, stacked, the initial one in front."""
+    """The states at times t by steps between grid points, stacked, from the initial one on."""
     options = request.options
     steps = FixedSteps(
         dynamics,
@@ -55,7 +55,7 @@ def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
 
 def _stacked_on_grid(steps: FixedSteps, y0: State, memory: Memory) -> State:
     plan, operands = steps.discrete(y0)
-    # Where the user's params are all, and need no gradient, there is no graph, whatever func holds besides.
+    # If the user gives all params, and they need no gradient, there is no graph, whatever else func holds.
     wanted = plan.overlooked is not None or any(x.requires_grad for x in operands.flatten())
     graph = torch.is_grad_enabled() and (wanted or tracing() == "transform")
     with torch.set_grad_enabled(graph):
@@ -63,7 +63,7 @@ def _stacked_on_grid(steps: FixedSteps, y0: State, memory: Memory) -> State:
 
 
 def by_tolerances(request: Request, dynamics: Dynamics, state: State, t: Tensor, times: list[float]) -> AdaptiveSolve:
-    """The solve of an adaptive method; raises ValueError where it cannot see numbers."""
+    """The solve of an adaptive method; raises ValueError inside of transforms, which hide numbers."""
     rtol, atol = request.bounds(state)
     chosen = adaptive_options(request.options, request.is_tuple)
     if tracing() == "transform":
@@ -77,6 +77,6 @@ def by_tolerances(request: Request, dynamics: Dynamics, state: State, t: Tensor,
 
 
 def accepted(solve: AdaptiveSolve, memory: Memory) -> State:
-    """The wanted states of an adaptive solve, stacked, the initial one in front."""
+    """The wanted states of an adaptive solve, stacked, from the initial one on."""
     plan, operands = solve.discrete(Stats(), memory)
     return stacked(plan, operands, memory, len(solve.y0))

@@ -1,4 +1,4 @@
-"""The times of a solve: as numbers that decide, and as tensors where gradients flow to them."""
+"""The times of a solve: numbers for all decisions, and tensors if gradients flow to them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from neuralode_coupled._types import State
 
 @dataclass(frozen=True)
 class Grid:
-    """Steps in time, backwards where the lengths are negative.
+    """Steps in time, backwards if the lengths are negative.
 
     Attributes:
-        start, length, end: those of each step.
-        outputs: the times that are interpolated to within each step.
-        inputs: where a time carries a gradient, ``(start, length, end, *outputs)`` of each step as scalar tensors.
-        fixed_outputs: whether those at the end of a step do not move as the end does.
+        start, length, end: the times of each step.
+        outputs: the output times within each step, which are interpolated.
+        inputs: ``(start, length, end, *outputs)`` of each step as scalar tensors if a time carries a gradient.
+        fixed_outputs: whether output times at the end of a step do not move as the end does.
     """
 
     start: list[float]
@@ -43,11 +43,11 @@ class Grid:
 
 
 def share_out(t: Sequence[float], ends: Sequence[float]) -> list[list[int]]:
-    """The indices of the output times (all of t but the first) by the step that they lie in or at the end of."""
+    """For each step, the indices of the output times (all of t but the first) that lie in it or at its end."""
     shares: list[list[int]] = [[] for _ in ends]
     sign, n = (1 if t[-1] > t[0] else -1), 0
     for j in range(1, len(t)):
-        # An end that is short of the last output by its rounding is still the last step's.
+        # The last output belongs to the last step, even if that ends before it by rounding.
         while n < len(ends) - 1 and sign * ends[n] < sign * t[j]:
             n += 1
         shares[n].append(j)
@@ -62,7 +62,7 @@ def rows(columns: tuple[Tensor, Tensor, Tensor], t: Tensor, shares: list[list[in
 
 
 def unresolved(start: Sequence[float], end: Sequence[float], dtype: torch.dtype) -> int | None:
-    """The first step whose start and end are one number of a state's real dtype, in which func sees times; or None."""
+    """The first step whose start and end are equal in the state's real dtype, in which func sees times; or None."""
     precision = torch.finfo(dtype).eps
     for n, (a, b) in enumerate(zip(start, end, strict=True)):
         if abs(b - a) <= precision * max(abs(a), abs(b)):
@@ -73,7 +73,7 @@ def unresolved(start: Sequence[float], end: Sequence[float], dtype: torch.dtype)
 
 
 def too_short(start: float, end: float, dtype: torch.dtype) -> ValueError:
-    """The error for such a step, where func uses its time."""
+    """The error for such a step if func uses its time."""
     return ValueError(
         f"the step from t = {start!r} to {end!r} is shorter than {dtype} resolves, in which f sees the time: give "
         "times near 0, take longer steps, or solve in float64"
@@ -83,7 +83,7 @@ def too_short(start: float, end: float, dtype: torch.dtype) -> ValueError:
 def time_tensor(t: Scalar, like: Tensor, side: int = 0) -> Tensor:
     """A time as func takes it: a scalar of the state's real dtype, on its device.
 
-    With ``side`` +1 or -1 it is the next number above or below, which is differentiated as if it were ``t``.
+    With ``side`` +1 or -1 it is the next number above or below, with the derivative of ``t``.
     """
     dtype = like.dtype.to_real()
     # Filled on the device: copying a number there would make the host wait.

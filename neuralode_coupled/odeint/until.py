@@ -41,7 +41,7 @@ def odeint_event(
     *What an event is.* With several numbers in ``event_fn(t, y)`` the first of them to become 0 or to change its sign
     is the event. The solve looks for it at the end of each accepted step, so it misses two changes of sign of one
     number within one step. If that can happen, bound the steps by ``options={"max_step": ...}``. The event is then
-    found to rounding, on the step's dense output (for any ``atol``), and reported at the end of its bracket at which it
+    found to rounding, on the step's dense output (for any ``atol``), and reported at that end of its bracket where it
     holds. That output is torchdiffeq's: for ``bosh3``, ``fehlberg2``, ``adaptive_heun`` and the fixed-step methods with
     ``interp="linear"`` it is of a lower order than the steps.
 
@@ -58,17 +58,16 @@ def odeint_event(
         reverse_time: whether to look for the event before t0.
         odeint_interface: the solver, which takes ``event_fn``: `odeint_dto`, the default, or torchdiffeq's ``odeint``
             or ``odeint_adjoint``.
-        arguments: the other arguments of the solver. A fixed-step method needs
-            ``options={"step_size": ...}``.
+        arguments: the other arguments of the solver. A fixed-step method needs ``options={"step_size": ...}``.
 
     Returns:
         t*, a scalar tensor of t0's dtype, and the states at t0 and t*: (2, *shape of y0), or a tuple of such tensors.
 
     Raises:
-        TypeError: as in `odeint_dto`, and for an event_fn that cannot be called or returns no real floating tensor.
-        ValueError: as in `odeint_dto`, and for values of event_fn that are not finite; if no event is found after
+        TypeError: as in `odeint_dto`, and if event_fn is not callable or does not return a real floating tensor.
+        ValueError: as in `odeint_dto`; if event_fn returns values that are not finite; if no event is found after
             ``options={"max_num_steps": ...}`` steps, 20,000 by default (the message has the time reached); and, in the
-            backward pass, for an event at which ``dg/dt + dg/dy f`` is 0.
+            backward pass, if ``dg/dt + dg/dy f`` is 0 at the event.
     """
     start = check_time("t0", t0)
     ahead = start.detach().abs().clamp(min=1.0)
@@ -95,7 +94,7 @@ def _linked(
     time: Tensor,
     solution: Any,
 ) -> tuple[Tensor, Any]:
-    """What another solver has found, which moves at a fixed time, made to move with the event."""
+    """Make the result of another solver, which is differentiable at a fixed time, move with the event."""
     is_tuple = isinstance(y0, tuple)
     event = Event(event_fn, is_tuple, start, check_state(y0))
     states = solution if is_tuple else (solution,)

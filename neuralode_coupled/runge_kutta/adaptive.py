@@ -1,7 +1,7 @@
-"""An ODE solved to tolerances: the steps that an adaptive method accepts, by torchdiffeq's rules (0.2.5).
+"""Solve an ODE to tolerances: the steps that an adaptive method accepts, by torchdiffeq's rules (0.2.5).
 
-The numbers that decide are Python's. They are read from the device once for each step that is tried, as its error
-ratio, which also tells whether the step overflowed, and twice for the length of the first.
+Python numbers decide about steps. They are read from the device once per tried step, as its error ratio, which also
+shows whether the step overflowed, and twice for the length of the first step.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ Slope = Callable[[Tensor, State], State]
 """``f(t, y) -> dy/dt`` at a scalar tensor t of the state's real dtype, on its device."""
 
 Norm = Callable[[State], Tensor]
-"""How large a state is, as a scalar tensor."""
+"""The size of a state, as a scalar tensor."""
 
 Callback = Callable[[Tensor, State, Tensor], object]
-"""Told of a step: its start, the state there, its length (positive); the times are scalars of the times' dtype."""
+"""Is called for a step with its start, the state there, and its length (positive): the start and the length are scalars
+of the times' dtype."""
 
 Tolerances = tuple[float | Tensor, ...]
 """One tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
 
 HOST = ("cpu",)
-"""The devices that numbers are copied to without anybody waiting."""
+"""The devices that numbers are copied to without waiting."""
 
 
 def mixed_norm(state: State) -> Tensor:
-    """The largest root mean square among the tensors of a state; of nothing it is 0, and nan spreads."""
+    """The largest root mean square among the tensors of a state; 0 without entries, nan if an entry is nan."""
     sizes = [torch.linalg.vector_norm(part) / math.sqrt(part.numel()) for part in state if part.numel() > 0]
     if not sizes:
         return torch.zeros((), dtype=state[0].dtype.to_real(), device=state[0].device)
@@ -56,17 +57,18 @@ class AdaptiveOptions:
 
     Attributes:
         controller: decides about steps by their errors.
-        first_step: the length of the first; None to choose it by the slopes at the start.
-        min_step: steps are no shorter, and accepted where they are not longer, but for those that a time cuts short.
-        max_step: steps are no longer.
-        max_num_steps: how many may be tried between two output times.
+        first_step: the length of the first step; None to choose it by the slopes at the start.
+        min_step: the least length of a step; a step of this length is accepted in any case. Only steps that a
+            prescribed time cuts short are shorter.
+        max_step: the largest length of a step.
+        max_num_steps: how many steps may be tried between two output times.
         step_t: times that steps must end at.
-        jump_t: times that steps must end at because f jumps there; it is evaluated on both sides.
-        dtype: of the times: their arithmetic is rounded to it, or to the state's real dtype where that is wider.
-        norm: of errors in units of the tolerances.
+        jump_t: times that steps must end at because f jumps there; f is evaluated on both sides.
+        dtype: the dtype of the times. Their arithmetic is rounded to it, or to the state's real dtype if that is wider.
+        norm: the norm of errors in units of the tolerances.
 
     Raises:
-        ValueError: for lengths and counts that are out of range, and a dtype that is not a real floating one.
+        ValueError: if a length or count is out of range, or dtype is not a real floating one.
     """
 
     controller: StepController = field(default_factory=IntegralController)
@@ -99,7 +101,7 @@ class AdaptiveOptions:
 
 
 class Counts(Protocol):
-    """Where a solve counts what it costs."""
+    """The counters of what a solve costs."""
 
     evaluations: int
     accepted: int
@@ -117,7 +119,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told of each step that is tried, accepted, rejected; torchdiffeq's ``callback_step`` and so on."""
+    """What is called for each tried, accepted and rejected step; torchdiffeq's ``callback_step`` and so on."""
 
     step: Callback | None = None
     accept: Callback | None = None
@@ -126,7 +128,7 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is solved.
+    """An initial value problem, and how to solve it.
 
     Attributes:
         f: the right-hand side.
@@ -135,7 +137,7 @@ class Problem:
         method: the embedded pair.
         rtol, atol: the relative and absolute tolerances.
         options: the rest.
-        callbacks: who is told of the steps.
+        callbacks: what is called for the steps.
     """
 
     f: Slope
@@ -149,7 +151,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the times."""
+        """The dtype of the times."""
         return torch.promote_types(self.options.dtype, self.y0[0].dtype.to_real())
 
 
@@ -158,13 +160,13 @@ class Step:
     """An accepted step.
 
     Attributes:
-        start, length, end: its times. The length is negative where time runs backwards.
+        start, length, end: its times. The length is negative if time runs backwards.
         y: the state at its start.
         first: the slope that it starts with.
         last: the slope that the next step starts with.
-        cut: whether it ends at one of the times that are prescribed.
-        jump: whether that is one where f jumps. ``last`` is then the slope behind it.
-        outputs: the states at the times of ``t`` that lie within it, or at its end.
+        cut: whether it ends at a prescribed time.
+        jump: whether f jumps at that time. ``last`` is then the slope after the jump.
+        outputs: the states at the times of ``t`` that lie within the step or at its end.
         next_y: the state at its end.
     """
 
@@ -180,8 +182,10 @@ class Step:
     next_y: State
 
     def kept(self, carries: bool) -> Step:
-        """The step without its slopes, but for the last if the solve ``carries`` it along as part of its state; and
-        without a graph, but for the outputs."""
+        """The step without its slopes and without a graph, except for the outputs.
+
+        If the solve ``carries`` the last slope along as part of its state, that slope is kept.
+        """
         y, last = [tuple([part.detach() for part in state]) for state in (self.y, self.last if carries else ())]
         return replace(self, y=y, first=(), last=last, next_y=())
 
@@ -189,25 +193,25 @@ class Step:
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
     """Solve to tolerances, step by step, until the states at all times are found.
 
-    The steps are those of ``torchdiffeq.odeint``, by the same evaluations of f, whose errors it bounds likewise. With
-    gradients on, lengths are constants, and the states have the graph of the steps that are accepted. It differs in
-    three things. A step that overflows is rejected, where torchdiffeq gives up. A step that happens to end at a
-    prescribed time is one that was cut there. And the norm leaves out tensors without entries.
+    The steps are those of ``torchdiffeq.odeint``, by the same evaluations of f and the same bounds on errors. With
+    gradients on, lengths are constants, and the states have the graph of the accepted steps. Three things differ. A
+    step that overflows is rejected, where torchdiffeq gives up. A step that happens to end at a prescribed time counts
+    as cut there. And the norm leaves out tensors without entries.
 
     Args:
-        problem: what is solved.
-        counts: where evaluations, accepted and rejected steps are counted.
+        problem: the problem to solve.
+        counts: counts evaluations, accepted and rejected steps.
 
     Raises:
-        ValueError: with the time, if the step size underflows, a state or slope is not finite, more than
-            ``max_num_steps`` steps are tried between two times, a controller returns no positive length, a time is
-            prescribed twice, or the norm is not a scalar.
+        ValueError: if the step size underflows, a state or slope is not finite, more than ``max_num_steps`` steps are
+            tried between two times, a controller returns no positive length, a time is prescribed twice, or the norm is
+            not a scalar. The message has the time where there is one.
     """
     options, counts = problem.options, Tally() if counts is None else counts
     ode = _Ode(problem, counts)
     bounds = _prescribed(options, ode)
     decide = options.controller.begin(problem.method.method.order)
-    # In the direction of time: from here on times increase, and lengths are positive.
+    # Measured in the direction of time: from here on times increase, and lengths are positive.
     at, y, done, tried, failed = ode.times[0], problem.y0, 1, 0, 0
     slope = ode.slope(at, y)
     length = ode.first_length(y, slope) if options.first_step is None else ode.round(options.first_step)
@@ -249,7 +253,7 @@ def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[S
             counts.rejected += 1
             failed += 1
         length = ode.checked(proposed)
-        del y_next, slopes  # before the next step needs the memory, or, of a rejected one, with its graph
+        del y_next, slopes  # before the next step needs their memory; those of a rejected step go with its graph
 
 
 class _Ode:
@@ -267,12 +271,12 @@ class _Ode:
         self.times = [self.sign * t for t in times]
         self.round = rounding(self._dtype)
         self.min_step, self.max_step = self.round(problem.options.min_step), self.round(problem.options.max_step)
-        # The times of a step's evaluations behind the first: inner ones, and those at its end.
+        # The times of a step's evaluations after the first: those within the step, and those at its end.
         self._rounded = rounding(self._real)
         fractions = [*problem.method.method.c[1:], *[1.0] * problem.method.reuses]
         self._fractions = [(self._rounded(c), c == 1.0) for c in fractions]
         self._roots = [math.sqrt(max(part.numel(), 1)) for part in problem.y0]
-        # As tensors, a number is added to the relative tolerance's share by the operation that makes that.
+        # As tensors: one operation then makes the relative tolerance's share and adds this one.
         self._atol = [
             atol if isinstance(atol, Tensor) else torch.full((), atol, dtype=self._real, device=self._device)
             for atol in problem.atol
@@ -283,27 +287,27 @@ class _Ode:
         return self.sign * at, self.sign * length, self.sign * end
 
     def shown(self, at: float) -> str:
-        """A time as messages have it."""
+        """A time as messages show it."""
         return f"{self.sign * at:g}"
 
     def bounded(self, length: float) -> float:
-        """A step's length within the bounds; torchdiffeq takes the least one where there is none."""
+        """A step's length within the bounds; the least one, as in torchdiffeq, if the length is not finite."""
         return min(max(length, self.min_step), self.max_step) if math.isfinite(length) else self.min_step
 
     def checked(self, proposed: float) -> float:
-        """What a controller proposes."""
+        """The length that a controller proposes, rounded; raises ValueError unless it is finite and not negative."""
         if not 0.0 <= proposed < math.inf:
             raise ValueError(f"the controller must return a positive length for the next step, got {proposed!r}")
         return self.round(proposed)
 
     def tell(self, callback: Callback | None, at: float, y: State, length: float) -> None:
-        """Call somebody who wants to know of a step; torchdiffeq's lengths are positive in either direction of time."""
+        """Call a callback for a step. As in torchdiffeq, lengths are positive in either direction of time."""
         if callback is not None:
             time, dt = (torch.full((), x, dtype=self._dtype, device=self._device) for x in (self.sign * at, length))
             callback(time, y, dt)
 
     def slope(self, at: float, y: State, side: int = 0) -> State:
-        """f, or with ``side`` 1 at the next time."""
+        """f at a time and state; with ``side`` 1 at the next time."""
         t = self._rounded(self.sign * at)
         t = t if side == 0 else beside(t, self.sign * math.inf, self._real)
         return self._f(torch.full((), t, dtype=self._real, device=self._device), y)
@@ -329,12 +333,14 @@ class _Ode:
         """Times as f takes them."""
         if self._device.type in HOST:
             return torch.tensor(times, dtype=self._real, device=self._device).unbind()
-        # Filled on the device, as copying numbers there would make the host wait.
+        # Filled on the device: copying numbers there would make the host wait.
         return [torch.full((), t, dtype=self._real, device=self._device) for t in times]
 
     def _stage_times(self, start: float, length: float, end: float) -> list[float]:
-        """The times of the evaluations behind the first, rounded as operations of the state's dtype would do it; those
-        at the end are just before it, in case that f jumps there."""
+        """The times of the evaluations after the first, rounded as operations in the state's dtype would round them.
+
+        Those at the end are just before it, in case f jumps there.
+        """
         rounded = self._rounded
         start, length = rounded(start), rounded(length)
         before = beside(rounded(end), -self.sign * math.inf, self._real)
@@ -351,7 +357,7 @@ class _Ode:
         return sum(_read([*measures, *map(torch.linalg.vector_norm, nothing)]))  # norms may leave parts out
 
     def _scales(self, sizes: Sequence[Tensor]) -> State:
-        """What errors are measured by, for parts of these absolute values."""
+        """The scales that errors are measured by, for parts with these absolute values."""
         rows = zip(sizes, self._problem.rtol, self._atol, strict=True)
         return tuple(
             [
@@ -361,7 +367,7 @@ class _Ode:
         )
 
     def _measures(self, state: State, scales: State) -> list[Tensor]:
-        """What tells the norm of a state in units of the scales, once it is read from the device: see `_size`."""
+        """Numbers, still on the device, that determine the norm of a state in units of the scales: see `_size`."""
         scaled = tuple([a / b for a, b in zip(state, scales, strict=True)])
         if self._norm is mixed_norm:
             return [torch.linalg.vector_norm(part) for part in scaled]
@@ -372,14 +378,14 @@ class _Ode:
         return [size.abs().reshape(())]
 
     def _size(self, measures: Sequence[float]) -> float:
-        """The norm by what `_measures` measured: the largest root mean square, nan if one is, or what the user's is."""
+        """The norm from the numbers of `_measures`: the largest root mean square, nan if one is, or the user's norm."""
         if self._norm is not mixed_norm:
             return measures[0]
         means = [measure / root for measure, root in zip(measures, self._roots, strict=True)]
         return math.nan if any(map(math.isnan, means)) else max(means)
 
     def first_length(self, y: State, slope: State) -> float:
-        """A length for the first step, by the slopes at its start and a little further on.
+        """A length for the first step, by the slopes at its start and a little after it.
 
         From Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, Section II.4, as torchdiffeq has it.
 
@@ -409,7 +415,7 @@ class _Ode:
     def within(
         self, y: State, slopes: list[State], times: tuple[float, float, float], wanted: Sequence[int], y_next: State
     ) -> list[State]:
-        """The states at the wanted ones of all times, which lie in a step of that start, length and end."""
+        """The states at the wanted times (their indices), which lie in the step with this start, length and end."""
         at, length, end = times
         fractions = [self.round(self.round(self.times[j] - at) / self.round(end - at)) for j in wanted]
         if len(wanted) > 1:
@@ -419,7 +425,7 @@ class _Ode:
     def _weights(
         self, fractions: list[float], dt: float, wanted: Sequence[int], times: tuple[float, float, float]
     ) -> Tensor:
-        """What `Embedded.among` takes, for the wanted times, which are at these fractions of the step."""
+        """The weights for `Embedded.among` at the wanted times, which are at these fractions of the step."""
         if self._device.type in HOST:
             return self._method.many_weights(fractions, dt, self._problem.y0[0])
         start, _, end = self.signed(*times)
@@ -440,7 +446,7 @@ class _Ode:
             raise ValueError(f"func returned a derivative that is not finite near t = {self.shown(at)}")
 
     def stuck(self, at: float, y: State, slope: State, failed: int) -> ValueError:
-        """What to raise for a step that is too short to advance the time."""
+        """The error for a step that is too short to advance the time."""
         self.check(y, slope, at)
         return ValueError(
             f"the step size underflows at t = {self.shown(at)}: {failed} steps in a row were rejected; func is stiff, "
@@ -454,7 +460,7 @@ def _finite(state: State) -> bool:
 
 
 def _read(numbers: list[Tensor]) -> list[float]:
-    """Scalars, read from the device at once."""
+    """Read scalars from the device, all at once."""
     return [numbers[0].item()] if len(numbers) == 1 else torch.stack(numbers).tolist()
 
 
@@ -463,7 +469,7 @@ def _no_graph() -> AbstractContextManager:
 
 
 def _prescribed(options: AdaptiveOptions, ode: _Ode) -> deque[tuple[float, bool]]:
-    """The times behind the first that steps must end at, in order, and whether f jumps there."""
+    """The times after the first that steps must end at, in order, and whether f jumps there."""
     given = [(step_t, False) for step_t in options.step_t] + [(jump_t, True) for jump_t in options.jump_t]
     bounds = sorted((ode.sign * ode.round(time), jump) for time, jump in given)
     bounds = [bound for bound in bounds if bound[0] >= ode.times[0]]

@@ -1,4 +1,4 @@
-"""How an adaptive solve chooses its steps: from the estimated error of the last one."""
+"""How an adaptive solve chooses each step by the estimated error of the last one."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Decide = Callable[[float, float], tuple[bool, float]]
-"""``decide(ratio, length) -> (accept, next length)`` for a step of the (positive) length that was tried, where ratio is
-the norm of its estimated error in units of the tolerances: at most 1 is within them, nan is a step that overflowed."""
+"""``decide(ratio, length) -> (accept, next length)`` after a step of the (positive) length was tried. ``ratio`` is the
+norm of its estimated error in units of the tolerances: at most 1 is within them, nan means that the step overflowed."""
 
 
 class StepController(Protocol):
-    """Decides which steps an adaptive solve accepts, and the length of the next: one object with one method.
+    """Decides which steps an adaptive solve accepts, and how long the next one is: an object with one method.
 
     Pass it in ``options={"controller": ...}`` to `neuralode_coupled.odeint_dto`. In any case ``min_step`` and
     ``max_step`` bound the lengths, and a step of ``min_step`` is accepted.
     """
 
     def begin(self, order: int) -> Decide:
-        """The decisions of one solve, by a method of that order.
+        """Return the function that decides about the steps of one solve, by a method of that order.
 
-        Called once per solve, so that its memory of earlier steps belongs to this solve. It returns a function that is
-        called once per tried step, as ``decide(ratio, length) -> (accept, next length)``: ``length`` is that of the
-        step, positive in either direction of time, and ``ratio`` its estimated error in units of the tolerances (nan if
-        the step overflowed). The next length must be positive.
+        ``begin`` is called once per solve, so that the memory of earlier steps belongs to this solve. The function is
+        called once per tried step, as ``decide(ratio, length) -> (accept, next length)``: ``length`` is the length of
+        the step, positive in either direction of time, and ``ratio`` its estimated error in units of the tolerances
+        (nan if the step overflowed). The next length must be positive.
         """
         ...
 
@@ -37,13 +37,14 @@ class IntegralController:
     It is the standard control of Hairer, Norsett and Wanner, Solving Ordinary Differential Equations I, Section II.4.
 
     Args:
-        safety: the part of the length that is expected to meet the tolerances just so.
-        ifactor: the most that a length grows by.
-        dfactor: the most that a length shrinks by, after a step that is rejected; within the tolerances none shrinks.
+        safety: the part that is taken of the length that would just meet the tolerances.
+        ifactor: the largest factor by which a length grows.
+        dfactor: the smallest factor by which a length shrinks, after a rejected step. Within the tolerances no length
+            shrinks.
 
     Raises:
-        ValueError: for factors that are not finite, a ``safety`` or ``dfactor`` that is not positive, an ``ifactor``
-            below 1, or a ``dfactor`` that is not below 1.
+        ValueError: if a factor is not finite, ``safety`` or ``dfactor`` is not positive, ``ifactor`` is below 1, or
+            ``dfactor`` is not below 1.
     """
 
     safety: float = 0.9
@@ -74,8 +75,8 @@ class PIController:
         safety * ratio ** (-(integral + proportional) / k) * previous ** (proportional / k)
 
     times the last, where ``previous`` is the ratio of the last accepted step (1 before there is one). After a rejection
-    the integral control ``safety * ratio ** (-1 / k)`` takes over, and the next step does not grow. For
-    ``options={"controller": nc.PIController()}`` of `neuralode_coupled.odeint_dto`.
+    the integral control ``safety * ratio ** (-1 / k)`` takes over, and the next step does not grow. Pass it as
+    ``options={"controller": nc.PIController()}`` to `neuralode_coupled.odeint_dto`.
 
     Sources: K. Gustafsson 1991, ACM Transactions on Mathematical Software 17, 533-554; Hairer and Wanner, Solving
     Ordinary Differential Equations II, Section IV.2; names of the gains as in G. Soederlind 2002, Numerical Algorithms
@@ -84,13 +85,13 @@ class PIController:
     Args:
         integral: the gain on the error itself. Gustafsson's is 0.3.
         proportional: the gain on its change. Gustafsson's is 0.4; 0 with ``integral=1`` is integral control.
-        safety: the part of the length that is expected to meet the tolerances just so.
-        ifactor: the most that a length grows by.
+        safety: the part that is taken of the length that would just meet the tolerances.
+        ifactor: the largest factor by which a length grows.
         dfactor: the smallest factor by which a length shrinks.
 
     Raises:
-        ValueError: for an ``integral`` that is not positive, a negative ``proportional``, numbers that are not finite,
-            a ``safety`` or ``dfactor`` that is not positive, an ``ifactor`` below 1, or a ``dfactor`` not below 1.
+        ValueError: if ``integral`` is not positive, ``proportional`` is negative, a number is not finite, ``safety`` or
+            ``dfactor`` is not positive, ``ifactor`` is below 1, or ``dfactor`` is not below 1.
     """
 
     integral: float = 0.3
@@ -115,7 +116,7 @@ class PIController:
                 rejected = True
                 factor = self.safety / ratio ** (1.0 / order) if ratio < math.inf else self.dfactor
                 return False, length * min(1.0, max(factor, self.dfactor))
-            # A step whose error is next to nothing would otherwise hold back the one after the next.
+            # Otherwise a step with almost no error would hold back the step after the next.
             now = max(ratio, LEAST_RATIO)
             factor = self.safety * now ** (-(self.integral + self.proportional) / order)
             factor *= previous ** (self.proportional / order)
@@ -127,7 +128,7 @@ class PIController:
 
 
 LEAST_RATIO = 1e-4
-"""What `PIController` takes a smaller ratio for, as the code DOPRI5 of Hairer and Wanner does."""
+"""`PIController` replaces a smaller ratio by this one, as the code DOPRI5 of Hairer and Wanner does."""
 
 
 def _check_factors(safety: float, ifactor: float, dfactor: float) -> None:

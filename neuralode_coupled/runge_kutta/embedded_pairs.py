@@ -1,4 +1,4 @@
-"""Embedded Runge-Kutta pairs: two orders from one set of slopes, whose difference estimates the error of a step."""
+"""Embedded Runge-Kutta pairs: two methods on the same slopes, whose difference estimates the error of a step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Embedded:
         method: the tableau of the state at a step's end. Its order is that of the step size control.
         middle: the weights of all slopes in the state at a step's middle, relative to the step.
         error: the weights of all slopes in the estimated error, likewise.
-        reuses: whether the last slope is taken at the state at the step's end, so that the next step starts with it
+        reuses: whether the last slope is evaluated at the state at the step's end, so that the next step starts with it
             ("first same as last"); the tableau then leaves that slope out.
 
-    Without ``reuses`` the next step starts with the last slope all the same, as in torchdiffeq: it is that at a
+    Without ``reuses`` the next step still starts with the last slope, as in torchdiffeq: the slope is that at a
     predicted state, and the discrete map carries it along as part of the state.
 
     Raises:
-        ValueError: unless ``middle`` and ``error`` have one weight a slope, which sum to 1/2 and 0.
+        ValueError: unless ``middle`` and ``error`` have one weight per slope, and sum to 1/2 and 0.
     """
 
     method: Tableau
@@ -52,26 +52,26 @@ class Embedded:
 
     @property
     def slopes(self) -> int:
-        """How many slopes a step has: those of the tableau, and the one at its end where the next step reuses it."""
+        """How many slopes a step has: those of the tableau, and the one at its end if the next step reuses it."""
         return self.method.stages + self.reuses
 
     def within(self, y: State, slopes: Sequence[State], dt: float | Tensor, x: float | Tensor) -> State:
         """The state within a step from y, at the fraction x of its length dt, differentiable in both as tensors.
 
         It is the polynomial of degree 4 through the states at both ends, their slopes and the state in the middle
-        (Shampine 1986, Mathematics of Computation 46, 135-150). All five are sums of the step's slopes, and so is their
-        polynomial. For ``tsit5`` it is Tsitouras' own interpolant, which shares the five.
+        (Shampine 1986, Mathematics of Computation 46, 135-150). All five are sums of the step's slopes, and so is the
+        polynomial. For ``tsit5`` it is Tsitouras' own interpolant, which has the same five.
 
         Args:
             y: the state at the step's start, a tuple of tensors.
             slopes: all slopes of the step, states like y.
-            dt: the step's length, a number or a scalar tensor, negative where time runs backwards.
+            dt: the step's length, a number or a scalar tensor, negative if time runs backwards.
             x: the fraction, a number or a scalar tensor.
         """
         return combine(y, slopes, self.weights(x), dt)
 
     def weights(self, x: float | Tensor) -> list[float | Tensor]:
-        """Those of all slopes in the state at the fraction x of a step, relative to the step; of some they are 0.0."""
+        """The weights of all slopes in the state at the fraction x of a step, relative to the step; some are 0.0."""
         at_end, at_middle, at_first, at_last = _basis(x)
         weights: list[float | Tensor] = [
             end * at_end + middle * at_middle if end or middle else 0.0
@@ -87,12 +87,12 @@ class Embedded:
         Args:
             y: the state at the step's start, a tuple of tensors.
             slopes: all slopes of the step, states like y.
-            weights: (times, slopes), those of the slopes times the step's length, real, on the state's device.
+            weights: (times, slopes), the weights of the slopes times the step's length, real, on the state's device.
         """
         rows: list[tuple[Tensor, ...]] = []
         for i, part in enumerate(y):
             columns = weights.to(part.dtype).view(*weights.shape, *[1] * part.ndim).unbind(1)
-            # Not a product of matrices: those may be taken in a lower precision than the state's.
+            # Not a product of matrices, which may be computed in a lower precision than the state's.
             moved = torch.addcmul(part, columns[0], slopes[0][i])
             for j in self._inner:
                 moved.addcmul_(columns[j], slopes[j][i])
@@ -101,7 +101,7 @@ class Embedded:
 
     @cached_property
     def _inner(self) -> list[int]:
-        """Which slopes behind the first states within a step are made of."""
+        """The indices of the slopes after the first that states within a step are made of."""
         return [j for j, weight in enumerate(self.weights(0.3)) if j > 0 and weight != 0.0]
 
     def many_weights(self, x: Sequence[float], dt: float, like: Tensor) -> Tensor:
@@ -111,9 +111,9 @@ class Embedded:
         return torch.tensor(rows, dtype=like.dtype.to_real(), device=like.device)
 
     def weights_on_device(self, x: Tensor, dt: float, powers: State) -> Tensor:
-        """(times, slopes): the same for fractions that are a tensor, (times,), by `powers` of its dtype on its device.
+        """(times, slopes): the same for a tensor of fractions, (times,), by `powers` of its dtype on its device.
 
-        Making such a tensor of numbers would make the host wait.
+        To make such a tensor from numbers, the host would have to wait.
         """
         column, (one, two, three, four) = x[:, None], powers
         cubic = torch.addcmul(two, column, torch.addcmul(three, column, four))
@@ -155,7 +155,7 @@ def _basis(x: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def _less(b: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
-    """The weights of the error: those of the one method less those of the other."""
+    """The weights of the error: those of one method minus those of the other."""
     return tuple(one - two for one, two in zip_longest(b, other, fillvalue=0.0))
 
 
@@ -446,9 +446,9 @@ ADAPTIVE = tuple(EMBEDDED)
 
 
 def embedded(method: str) -> Embedded:
-    """The adaptive method of a name.
+    """The adaptive method with this name.
 
     Raises:
-        ValueError: if there is no such method; the message lists those that there are.
+        ValueError: if there is no such method; the message lists all methods.
     """
     return EMBEDDED[choice("adaptive method", method, EMBEDDED)]

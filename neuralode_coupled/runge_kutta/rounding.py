@@ -1,4 +1,4 @@
-"""Times as a dtype has them, computed as numbers: operations on scalar tensors take as long as a small f."""
+"""Times rounded to a dtype, computed as numbers: operations on scalar tensors take as long as a small f."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def rounding(dtype: torch.dtype) -> Callable[[float], float]:
-    """How a number is rounded to a dtype."""
+    """The function that rounds a number to a dtype."""
     if dtype == torch.float64:
         return lambda x: x
     if dtype == torch.float32:
@@ -20,7 +20,7 @@ def rounding(dtype: torch.dtype) -> Callable[[float], float]:
 
 
 def beside(x: float, towards: float, dtype: torch.dtype) -> float:
-    """The next number of a dtype behind one of its numbers, towards inf or -inf."""
+    """The next number of a dtype after one of its numbers, towards inf or -inf."""
     if dtype == torch.float64:
         return math.nextafter(x, towards)
     if dtype != torch.float32 or x == 0.0:

@@ -49,7 +49,7 @@ def _evaluate(
 
 
 def lasting(slope: State) -> State:
-    """A slope that stays what it is while others are evaluated: f may write all of them into one tensor."""
+    """A slope that does not change while others are evaluated: f may write all of them into one tensor."""
     if torch.compiler.is_compiling() or not written(slope):
         return slope
     return tuple([part.clone() for part in slope])
@@ -62,12 +62,12 @@ def combine(
     dt: float | Tensor,
     plainly: bool = False,
 ) -> State:
-    """``y + dt * sum_j weights[j] slopes[j]``, skipping the zeros. ``plainly``: it is known that nothing is traced."""
+    """``y + dt * sum_j weights[j] slopes[j]``, without the zeros. ``plainly``: it is known that nothing is traced."""
     terms: list[tuple[Any, State]] = [
         (dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0
     ]
-    # Without a graph all but the first addition write into its result: large states then need no new memory for each.
-    # A transform may have given y fewer axes than the slopes.
+    # Without a graph the additions after the first write into its result: large states then need no new memory for
+    # each. Not in a transform, which may have given y fewer axes than the slopes.
     in_place = len(terms) > 1 and not torch.is_grad_enabled() and (plainly or not tracing())
     moved: list[Tensor] = []
     for i, part in enumerate(y):
@@ -76,7 +76,7 @@ def combine(
             if own:
                 total.add_(slope[i], alpha=scale)
             elif isinstance(scale, Tensor):
-                # A part without axes does not decide over the dtype beside another scalar: it keeps its own.
+                # A part without axes would not determine the dtype beside another scalar: it keeps its own.
                 total = total + (scale * slope[i]).to(part.dtype)
             else:
                 # A scaled addition is one pass over memory and keeps nothing for its backward.

@@ -24,7 +24,7 @@ class Tableau:
         b: the weights of the stages in the step, length ``s``.
 
     Raises:
-        ValueError: if the rows have the wrong lengths, a row does not sum to its ``c``, or ``b`` not to one.
+        ValueError: if the rows have the wrong lengths, a row does not sum to its ``c``, or ``b`` does not sum to one.
     """
 
     name: str
@@ -81,6 +81,6 @@ def tableau(method: str) -> Tableau:
     """The tableau of a method by its name.
 
     Raises:
-        ValueError: if there is no such method; the message lists those that there are.
+        ValueError: if there is no such method; the message lists all methods.
     """
     return METHODS[choice("method", method, METHODS)]
