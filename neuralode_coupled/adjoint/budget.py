@@ -59,7 +59,7 @@ def check_checkpoints(checkpoints: Checkpoints) -> None:
 
 
 NODE = 640
-"""The bytes that an operation in a graph takes besides its tensors' storages. For small states they are the most."""
+"""The bytes that an operation in a graph takes besides its tensors' storages. For small states most bytes are these."""
 
 
 def held_bytes(
