@@ -1,4 +1,4 @@
-"""Every check of an argument, once. Each returns what it has checked, or raises one line that says what to give.
+"""The checks of arguments. Each returns the value that it has checked, or raises one line that says what to give.
 
 This file does not import torch, which takes seconds: the command line refuses a mistyped value before that.
 """
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     Times = Sequence[float | Tensor] | Tensor
 else:
     Times = Any
-"""Times in a row: numbers, scalar tensors, or a tensor of one axis."""
+"""A sequence of times: numbers, scalar tensors, or a tensor of one axis."""
 
 _ROUNDING = 2.0**-23
-"""That of float32."""
+"""The rounding of float32."""
 
 _LONGEST = 100
 
 
 def some(names: Sequence[str], most: int) -> str:
-    """The first ``most`` names, and how many there are besides."""
+    """The first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -40,7 +40,7 @@ def shown(value: object) -> str:
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor. Where torch is not loaded there are none."""
+    """Whether a value is a tensor. If torch is not loaded there are none."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -64,14 +64,14 @@ def is_differentiable(tensor: Tensor) -> bool:
 
 
 def whole(name: str, value: int, least: int = 1) -> int:
-    """A whole number of at least ``least``; raises ValueError for others."""
+    """Return a whole number of at least ``least``; raise ValueError for other values."""
     if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
     return value
 
 
 def positive(name: str, value: float) -> float:
-    """A positive finite number; raises TypeError if it is not a number, ValueError for other numbers."""
+    """Return a positive finite number; raise TypeError if it is not a number, ValueError for other numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     if not 0 < value < math.inf:
@@ -80,7 +80,7 @@ def positive(name: str, value: float) -> float:
 
 
 def choice(name: str, value: str, choices: Iterable[str]) -> str:
-    """A name out of some; raises ValueError for others."""
+    """Return a name out of ``choices``; raise ValueError for other names."""
     known = tuple(choices)
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
@@ -113,9 +113,9 @@ def _number(value: float | Tensor) -> float:
 
 
 def times_within(t: Times, ends: tuple[float, ...], whose: str) -> tuple[float, ...]:
-    """Times of an interval as numbers; raises ValueError, in which it is the interval of ``whose``, for others.
+    """Times in an interval, as numbers. Raises ValueError for times outside; it says ``whose`` interval this is.
 
-    What lies beyond an end by no more than a rounding to float32 (of `torch.linspace`, say) is that end.
+    A time beyond an end by no more than a rounding to float32 (of `torch.linspace`, say) becomes that end.
     """
     wanted, low, high = times(t, fewest=1), min(ends), max(ends)
     slack = min(_ROUNDING * max(abs(low), abs(high)), 1e-6 * (high - low))

@@ -6,7 +6,7 @@ from types import TracebackType
 
 
 class MissingExtra(ImportError):
-    """A package is not installed that an extra of this one brings."""
+    """A package is not installed that belongs to an extra of this package."""
 
 
 class needs:

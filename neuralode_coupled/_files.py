@@ -44,7 +44,7 @@ def write_atomically(path: Path, text: str) -> None:
 def takes_scalars(module: nn.Module, names: tuple[str, ...]) -> None:
     """Let parameters of shape (1,) load from state dicts of versions in which they had no axis.
 
-    A shape of () is one that ``fully_shard`` takes no parameters of.
+    ``fully_shard`` takes no parameters of shape ().
     """
     module.register_load_state_dict_pre_hook(partial(_with_an_axis, names))
 

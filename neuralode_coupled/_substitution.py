@@ -1,4 +1,4 @@
-"""Calling a module with other tensors in place of its own parameters and buffers, by one thread at a time."""
+"""Call a module with other tensors in place of its own parameters and buffers, one thread at a time."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def call(
 ) -> Any:
     """``module(*arguments, **keywords)`` with the given tensors, by their `places`.
 
-    `alone` with the module and its ``owner``, by default the module itself. ``begun`` says that its parts are those of
-    the last time `alone` was asked for it ``anew``. Raises `DynamicsError` for a module that assigns one of the tensors
-    anew: nobody would see that.
+    The call has the module and its ``owner`` to itself (`alone`); the owner is by default the module. ``begun`` says
+    that the module has the same parts as when `alone` was last asked for it ``anew``. Raises `DynamicsError` if the
+    module assigns a new tensor in place of one of these: the solve would not see it.
     """
     if torch.compiler.is_compiling():
         if caches_parametrizations():
@@ -71,7 +71,7 @@ def exchanged(
     *arguments: Any,
     **keywords: Any,
 ) -> Result:
-    """``run(*arguments, **keywords)`` with tensors in place of a module's own, by `alone`; see `call`."""
+    """``run(*arguments, **keywords)`` with tensors in place of a module's own, inside of `alone`; see `call`."""
     own = [holder[key] for holder, key in members]
     for (holder, key), tensor in zip(members, tensors, strict=True):
         holder[key] = tensor
@@ -93,8 +93,8 @@ def exchanged(
 def _members(module: nn.Module, names: tuple[str, ...]) -> list[Member]:
     """The places in which the module holds the parameters and buffers of these names.
 
-    Looked for once: doing so at every evaluation, as ``torch.func.functional_call`` does, takes as long as a small
-    product. `alone` ``anew``, at the beginning of a solve, looks again.
+    They are looked up once: doing so at every evaluation, as ``torch.func.functional_call`` does, takes as long as a
+    small product. After `alone` ``anew``, at the beginning of a solve, they are looked up again.
     """
     known = _MEMBERS.setdefault(module, {})
     found = known.get(names)
@@ -113,11 +113,11 @@ def _member(module: nn.Module, name: str) -> Member:
 
 
 def check_surroundings(module: nn.Module) -> None:
-    """Raise `DynamicsError` where a solve with the module cannot be right, because of who runs it.
+    """Raise `DynamicsError` if a solve with the module cannot be right because of the code that runs it.
 
-    `torch.utils.checkpoint` runs it once more in the backward pass. It would find the module's own tensors then, not
-    those that ``torch.func.functional_call`` has put in their places now; and if the dynamics differentiate something
-    themselves, it does so inside of an evaluation, where evolved weights stand in the places of w0.
+    `torch.utils.checkpoint` runs the solve once more in the backward pass. The solve would then find the module's own
+    tensors, not those that ``torch.func.functional_call`` has put in their places now. If the dynamics differentiate
+    something themselves, it even runs inside of an evaluation, where evolved weights stand in the places of w0.
     """
     if torch.compiler.is_compiling():
         return
@@ -145,11 +145,10 @@ def untouched(
     *arguments: Any,
     plainly: bool = False,
 ) -> Result:
-    """``run(*arguments)``, or `DynamicsError` if it overwrites the
-    state, which the solve needs again.
+    """``run(*arguments)``; raises `DynamicsError` if it overwrites the state, which the solve needs again.
 
-    With inference tensors nothing is noticed: they do not count their changes. ``plainly`` says that `runs_plainly`
-    has looked.
+    Changes of inference tensors are not noticed: these tensors count no changes. ``plainly`` says that `runs_plainly`
+    is known to hold.
     """
     if not plainly:
         if tracing():
@@ -173,14 +172,14 @@ def untouched(
 
 
 def runs_plainly() -> bool:
-    """Whether what runs is neither traced nor inside of hooks on saved tensors: so it is, or not, for a whole step."""
+    """Whether code runs neither traced nor inside of hooks on saved tensors; the answer holds for a whole step."""
     return not tracing() and not saved_tensors_are_hooked()
 
 
 def noticing(module: Callable[..., Any], run: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Result:
     """``run(*args, **kwargs)``, which evaluates a user's module, with autograd noticing what that overwrites.
 
-    Inside of hooks on saved tensors it does not do so by itself.
+    Inside of hooks on saved tensors autograd does not notice it by itself.
     """
     if tracing() or not saved_tensors_are_hooked():
         return run(*args, **kwargs)
@@ -194,10 +193,10 @@ def noticing(module: Callable[..., Any], run: Callable[P, Result], *args: P.args
 
 
 def check_no_sample_gradients(module: nn.Module, instead: str = "") -> None:
-    """Raise `DynamicsError` for parameters that hooks are to give gradients of every sample, as Opacus' are.
+    """Raise `DynamicsError` if hooks are to give parameters a gradient per sample, as those of Opacus do.
 
-    Such hooks look for the module's own parameters, in whose place a solve has others. ``instead`` says what else may
-    do, beside torch.func.
+    Such hooks look for the module's own parameters, but a solve has others in their place. ``instead`` names another
+    way, besides torch.func.
     """
     if not torch.is_grad_enabled() or not module.training:
         return
@@ -216,7 +215,7 @@ def _sample_gradients(instead: str) -> DynamicsError:
 
 
 class Held(nn.Module):
-    """Modules that something runs with, as one whose tensors can be replaced."""
+    """Modules that a function runs with, held as one module whose tensors can be replaced."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -227,7 +226,7 @@ class Held(nn.Module):
 
 
 def parts(module: nn.Module) -> list[nn.Module]:
-    """``module.modules()``, found without a generator for each of them: solves ask for them several times."""
+    """``module.modules()``, found without a generator per module: solves ask for them several times."""
     found, queue = {module: None}, [module]
     while queue:
         for part in queue.pop()._modules.values():
@@ -238,11 +237,11 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def holdings(module: nn.Module) -> list[tuple[str, Tensor, Member, bool]]:
-    """Every place where the module holds a parameter or buffer, by a name, and whether it is one for parameters: tied
-    tensors have several places.
+    """Every place where the module holds a parameter or buffer: its name, the tensor, the place, and whether it is one
+    for parameters. Tied tensors have several places.
 
-    A module that is there twice has its places once. Replaced twice, they would in the end be given back what they were
-    replaced by, for good (``functional_call`` with the names of ``named_parameters(remove_duplicate=False)`` does so).
+    A module that occurs twice has its places listed once. If they were replaced twice, they would in the end keep the
+    replacement for good (``functional_call`` with the names of ``named_parameters(remove_duplicate=False)`` does so).
     """
     found, seen = [], set[nn.Module]()
     queue: list[tuple[str, nn.Module]] = [("", module)]
@@ -262,17 +261,17 @@ def holdings(module: nn.Module) -> list[tuple[str, Tensor, Member, bool]]:
 
 
 def places(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Those, whatever they are for."""
+    """The names and tensors of `holdings`, of parameters and buffers alike."""
     return [(name, tensor) for name, tensor, _, _ in holdings(module)]
 
 
 def places_of(module: nn.Module, tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
-    """Every place of one of the tensors, with the tensor's index."""
+    """The name of every place that holds one of the tensors, with the tensor's index."""
     return indexed(places(module), tensors)
 
 
 def indexed(found: Iterable[tuple[str, Tensor]], tensors: Iterable[Tensor]) -> list[tuple[str, int]]:
-    """`places_of` among places that are known."""
+    """`places_of` among ``found``, the places that are already known."""
     index = {id(tensor): i for i, tensor in enumerate(tensors)}
     return [(name, index[id(tensor)]) for name, tensor in found if id(tensor) in index]
 
@@ -281,7 +280,7 @@ class _Thread(local):
     """What a thread is doing.
 
     Attributes:
-        observer: what is to stand around the next evaluation of dynamics; see `observing`.
+        observer: the context to put around the next evaluation of dynamics; see `observing`.
         owners: the modules that run with other tensors at present.
         serves: the thread that waits for this one, 0 for none: autograd computes on threads of its own.
     """
@@ -331,7 +330,7 @@ class _Locks:
             lock.__exit__(*error)
 
 
-# Kept outside of the modules, which can be copied and pickled, as locks cannot.
+# Kept outside of the modules: these can be copied and pickled, locks cannot.
 _OF_PART: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
 _OF_ROOT: WeakKeyDictionary[nn.Module, _Lock | _Locks] = WeakKeyDictionary()
 _MEMBERS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[Member]]] = WeakKeyDictionary()
@@ -339,11 +338,11 @@ _MAKING = Lock()
 
 
 def alone(*roots: nn.Module, anew: bool = False) -> AbstractContextManager:
-    """For as long as no other thread may see the modules, or others that share parts with them, with tensors that are
+    """A context in which no other thread sees the modules, or others that share parts with them, with tensors that are
     not their own.
 
-    A module's parts have one lock, but for those that have one already, through another module. ``anew`` looks for the
-    parts once more.
+    A module's parts share one lock, except for parts that already have one through another module. ``anew`` looks for
+    the parts once more.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -360,7 +359,7 @@ def _together(locks: Iterable[_Lock]) -> _Lock | _Locks:
 
 
 def _locks(root: nn.Module) -> _Lock | _Locks:
-    """The locks of a module's parts. What a solve holds its modules by is its own, and needs none."""
+    """The locks of a module's parts. The `Held` of a solve, and the list in it, belong to it alone and need no lock."""
     inner = parts(root)
     own = _Lock()
     with _MAKING:
@@ -372,8 +371,8 @@ def _locks(root: nn.Module) -> _Lock | _Locks:
 
 @contextmanager
 def observing(observer: AbstractContextManager) -> Iterator[None]:
-    """Let the observer stand around the first evaluation of dynamics that comes, and around nothing else: it hears of
-    every use of a tensor, which takes time."""
+    """Put the observer around the next evaluation of dynamics, and around nothing else: it sees every use of a tensor,
+    which takes time."""
     before, _THREAD.observer = _THREAD.observer, observer
     try:
         yield
@@ -382,7 +381,7 @@ def observing(observer: AbstractContextManager) -> Iterator[None]:
 
 
 def observed(run: Callable[[], Result]) -> Result:
-    """``run()`` with such an observer around it too, before it comes to the dynamics."""
+    """``run()``; with the observer of `observing` around it too, if the dynamics have not been evaluated yet."""
     observer = _THREAD.observer
     if observer is None:
         return run()
@@ -391,7 +390,7 @@ def observed(run: Callable[[], Result]) -> Result:
 
 
 def running(owner: nn.Module, run: Callable[..., Result], *arguments: Any) -> Result:
-    """``run(*arguments)``, while which a module runs with other tensors."""
+    """``run(*arguments)``; meanwhile the module ``owner`` counts as running with other tensors."""
     _THREAD.owners.append(owner)
     try:
         return run(*arguments)
@@ -406,7 +405,7 @@ def runs(module: nn.Module) -> bool:
 
 @contextmanager
 def serving(thread: int) -> Iterator[None]:
-    """While this thread computes for another one, which waits for it."""
+    """Inside of the ``with`` block this thread computes for another one, which waits for it."""
     before, _THREAD.serves = _THREAD.serves, thread if thread != get_ident() else 0
     try:
         yield

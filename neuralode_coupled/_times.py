@@ -1,4 +1,4 @@
-"""The times of a solve: as numbers, which decide, and as scalar tensors where gradients flow to them."""
+"""The times of a solve: as numbers, for decisions, and as scalar tensors if gradients flow to them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Scalar = float | Tensor
 """A time or a length of time: a number, or a scalar tensor that gradients flow to."""
 
 _FOLLOWING: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
-"""Which functions of which modules have been seen to be differentiable in time."""
+"""The functions, per module, that have been seen to be differentiable in time."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TimeRow:
 
     Attributes:
         numbers: the times.
-        tensors: the same as scalar tensors, float64 on one device, where a gradient is asked of any; else nothing.
+        tensors: the same as scalar tensors, float64 on one device, if a gradient is asked of any; else empty.
     """
 
     numbers: tuple[float, ...]
@@ -57,10 +57,10 @@ def joined(*rows: TimeRow) -> TimeRow:
 def time_row(
     t: Times, device: torch.device | None = None, read: Callable[[Times], tuple[float, ...]] = times
 ) -> TimeRow:
-    """Times, checked by what reads their numbers; with tensors, on a device, where one of them carries a gradient.
+    """Times, read and checked by ``read``; with tensors, on ``device``, if one of them carries a gradient.
 
     Raises TypeError or ValueError as ``read`` does, and ValueError inside of ``torch.compile``, which cannot read
-    numbers off tensors.
+    numbers from tensors.
     """
     t = tuple(t) if isinstance(t, Iterator) else t
     values = [t] if isinstance(t, Tensor) else t if isinstance(t, list | tuple) else ()
@@ -70,7 +70,7 @@ def time_row(
     refuse_to_compile()
     numbers, place = read(t), tensors[0].device if device is None else device
     values, own = (t.unbind(), t.detach().tolist()) if isinstance(t, Tensor) else (t, map(as_number, t))
-    # One that was read as another number, of an end that it lies at but for its rounding, has that value.
+    # A time that was read as another number (an end of the interval, but for rounding) takes that value.
     shifts = [number - x for number, x in zip(numbers, own, strict=True)]
     every = [_wide(value, place) for value in values]
     return TimeRow(numbers, tuple([t + shift if shift else t for t, shift in zip(every, shifts, strict=True)]))
@@ -86,14 +86,14 @@ def refuse_to_compile() -> None:
 
 
 def differentiated(tensor: Tensor) -> bool:
-    """Whether a gradient is asked of a tensor, or, in forward-mode differentiation, a tangent passed on."""
+    """Whether a gradient is asked of a tensor, or, in forward-mode differentiation, it carries a tangent."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return True
     return tracing() == "transform" and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _wide(value: Scalar, device: torch.device) -> Tensor:
-    """A time as a scalar tensor in the precision of numbers."""
+    """A time as a scalar tensor in the precision of Python's numbers."""
     if isinstance(value, Tensor):
         return value.reshape(()).to(device, torch.float64, non_blocking=True)
     return torch.full((), value, dtype=torch.float64, device=device)
@@ -105,12 +105,12 @@ def as_number(t: Scalar) -> float:
 
 
 def length_like(t: Scalar, like: Tensor) -> Scalar:
-    """A length of time beside ``like``: the number, or a scalar tensor of its dtype, on its device."""
+    """A length of time to use with ``like``: the number, or a scalar tensor of its dtype, on its device."""
     return t.to(like.device, like.dtype) if isinstance(t, Tensor) else t
 
 
 def time_like(t: Scalar, like: Tensor) -> Tensor:
-    """A time as f and q take it beside a floating-point ``like``: a scalar tensor of its dtype, on its device."""
+    """A time as f and q take it for a floating-point ``like``: a scalar tensor of its dtype, on its device."""
     if isinstance(t, Tensor):
         return t.reshape(()).to(like.device, like.dtype)
     # Filled on the device: copying a number there would make the host wait.
@@ -125,7 +125,7 @@ def times_at(times: Sequence[Scalar], like: Tensor) -> Tensor:
 
 
 def time_vector(times: Sequence[Scalar], like: Tensor) -> Tensor:
-    """Times as a vector of the dtype of ``like``, on its device; numbers are filled there."""
+    """Times as a vector of the dtype of ``like``, on its device; numbers are filled in there."""
     return torch.stack([time_like(t, like) for t in times])
 
 
@@ -137,19 +137,19 @@ def check_followed(
     scale: float | Tensor,
     key: object = None,
 ) -> None:
-    """Raise ValueError for a function of time that reads numbers off the times: no gradient would reach them.
+    """Raise ValueError if a function of time reads numbers from the times: no gradient would reach them.
 
-    It is one whose value changes with the time, though its graph does not lead there. What does not change does not
-    depend on the time; what jumps has no derivative there. Random numbers are drawn alike every time.
+    The value of such a function changes with the time, but its graph does not lead to the time. A value that does not
+    change does not depend on the time; one that jumps has no derivative there. Every run draws the same random numbers.
 
     Args:
-        module: whose function it is.
-        what: the function, for the message and to know it again.
+        module: the module that the function belongs to.
+        what: the function's name, for the message and to recognise it.
         make: the function, of a tensor like ``t``.
         t: times, or lengths of time.
-        scale: how long a solve is.
-        key: what is known to follow the time, once it has been seen to, and is not looked at again; by default the
-            module.
+        scale: the length of a solve.
+        key: the object that is remembered once the function has been seen to follow the time, and is not checked again;
+            by default the module.
     """
     key = module if key is None else key
     if what in _FOLLOWING.get(key, ()) or tracing():

@@ -68,10 +68,10 @@ add_many, add_many_ = _foreach_add, _foreach_add_
 
 def tracing() -> Literal["transform", "compile"] | None:
     """What traces the code instead of computing: ``torch.func`` transforms and forward-mode differentiation, or
-    torch.compile; None where numbers are numbers.
+    torch.compile; None if nothing traces.
 
-    Nothing can be learnt then from versions, values and hooks. A transform comes first: inside of torch.compile too it
-    has to see the steps.
+    Under tracing, versions, values and hooks say nothing. A transform comes first: inside of torch.compile too it has
+    to see the steps.
     """
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "transform"
@@ -90,9 +90,9 @@ class UnknownError(Exception):
 def saved_by(node: Any) -> list[Tensor]:
     """The tensors that a node of a graph holds for its backward.
 
-    They are looked at, not unpacked: that would call hooks, and `torch.utils.checkpoint` computes in its hooks. Raises
-    `UnknownError` for what hooks have packed, for operations written in C++, and for operations in place on a part of a
-    tensor, whose node is hidden in another one.
+    They are read, not unpacked: unpacking calls hooks, and `torch.utils.checkpoint` computes in its hooks. Raises
+    `UnknownError` for tensors that hooks have packed, for operations written in C++, and for operations in place on a
+    part of a tensor, whose node is hidden in another one.
     """
     kind = type(node)
     if kind.__name__ in ("CppFunction", "CopySlices"):
@@ -111,7 +111,7 @@ def saved_by(node: Any) -> list[Tensor]:
 
 
 _RAW: dict[type, tuple[str, ...]] = {}
-"""Where nodes of a kind keep what they save."""
+"""The attributes in which each kind of node keeps its saved tensors."""
 
 
 def has_hooks(tensor: Tensor) -> bool:
@@ -135,26 +135,26 @@ def graph_clock() -> int:
 
 
 def made_since(tensor: Tensor, clock: int) -> bool:
-    """Whether an operation of this thread has made a tensor with a graph since the clock showed this."""
+    """Whether an operation of this thread has made a tensor with a graph since `graph_clock` gave ``clock``."""
     return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= clock
 
 
 def recomputed_later() -> bool:
-    """Whether `torch.utils.checkpoint` runs what runs now, and will run it again in the backward pass."""
+    """Whether `torch.utils.checkpoint` runs the present code, and will run it again in the backward pass."""
     hooks = _top_saved_tensors_default_hooks(True)
     return hooks is not None and _name(hooks[0]).startswith(_checkpoint_hook.__qualname__)
 
 
 def _name(hook: Any) -> str:
-    return getattr(hook, "__qualname__", "")  # which an object that can be called does not have
+    return getattr(hook, "__qualname__", "")  # callable objects need not have one
 
 
 def noticing_changes(message: str) -> AbstractContextManager:
-    """Inside of hooks on saved tensors: the same hooks, with what PyTorch leaves out where there are any.
+    """The hooks on saved tensors that are in force, with the check that PyTorch leaves out when there are hooks.
 
-    A tensor that an operation has saved, and that has been changed in place by the time that the backward pass asks for
-    it, is a RuntimeError with this message. Not if the hooks have made a copy; but `torch.utils.checkpoint` makes none:
-    what it computes again is changed in the same way.
+    The check raises RuntimeError with this message if a tensor that an operation has saved has been changed in place by
+    the time that the backward pass asks for it. Not if the hooks have made a copy; but `torch.utils.checkpoint` makes
+    none: the tensors that it computes again are changed in the same way.
     """
     hooks = _top_saved_tensors_default_hooks(True)
     if hooks is None:
@@ -189,17 +189,17 @@ def _counter(tensor: Tensor) -> Tensor:
 
 
 def _place(tensor: Tensor) -> StorageWeakRef | None:
-    """The storage of a tensor, which this does not keep; None where it has not one, as a sparse one.
+    """A weak reference to the storage of a tensor; None for a tensor without one, such as a sparse one.
 
-    Not its address: memory that is free again is given to others, such as to what hooks have read from a file.
+    Not the address: freed memory is given to other tensors, such as those that hooks have read from a file.
     """
     return StorageWeakRef(tensor.untyped_storage()) if tensor.layout == torch.strided else None
 
 
 @contextmanager
 def without_cached_parametrizations() -> Iterator[None]:
-    """Around an evaluation with other tensors: `parametrize.cached` keeps values by the names of their modules,
-    whatever tensors and whatever grad mode they come from."""
+    """Turn `parametrize.cached` off for an evaluation with other tensors: it keeps values by the names of their
+    modules, whatever tensors and whatever grad mode they come from."""
     enabled, values = parametrize._cache_enabled, parametrize._cache
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
@@ -215,7 +215,7 @@ def caches_parametrizations() -> bool:
 
 def written(tensors: Iterable[Tensor]) -> bool:
     """Whether an in-place operation has written into one of the tensors; unknown for an inference tensor."""
-    for tensor in tensors:  # noqa: SIM110 - a generator takes longer, beside every evaluation
+    for tensor in tensors:  # noqa: SIM110 - a generator takes longer, and every evaluation asks this
         if tensor.is_inference() or tensor._version > 0:
             return True
     return False
@@ -240,15 +240,16 @@ def arguments(func: Any) -> list[Any]:
 
 
 def flattened(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The leaves of a nest of containers that torch knows (registered pytrees), and what makes the nest of others."""
+    """The leaves of a nest of containers that torch knows (registered pytrees), and a function that nests others."""
     leaves, structure = tree_flatten(nest)
     return leaves, lambda others: tree_unflatten(others, structure)
 
 
 def eagerly(run: Callable[P, Result]) -> Callable[P, Result]:
-    """A function that ``torch.compile`` leaves alone, and what it calls: it breaks its graph around it.
+    """Make ``torch.compile`` leave a function alone, and everything that it calls: the graph breaks around it.
 
-    ``torch.compiler.disable`` itself imports the compiler, which takes seconds: here whoever compiles has done so.
+    ``torch.compiler.disable`` itself imports the compiler, which takes seconds: it is called only while something
+    compiles, which has imported it.
     """
 
     @wraps(run)

@@ -18,7 +18,7 @@ WeightPath = Float[Tensor, "time *weight"]
 """One evolving parameter at several times, the time axis first."""
 
 StageWeights = Float[Tensor, "steps stages *weight"]
-"""theta[n, i]: what stage i of activation step n uses of one parameter."""
+"""theta[n, i]: the value of one parameter that stage i of activation step n uses."""
 
 State = tuple[Tensor, ...]
 """The state of an ODE as torchdiffeq passes it: a tuple of tensors of any shapes."""

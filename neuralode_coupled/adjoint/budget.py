@@ -1,4 +1,4 @@
-"""How many bytes the graphs of a solve may take, and how many one takes."""
+"""How many bytes the graphs of a solve may take, and how many a graph takes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Checkpoints = int | Literal["auto"] | None
 """How many states a discrete adjoint stores, see `DiscreteAdjoint`."""
 
 MEMORY = 32 * 2**20
-"""The bytes that the kept graphs of one solve may take unless it is told otherwise: the same on every machine, so that
-all processes of a distributed run choose alike."""
+"""The default number of bytes for the kept graphs of one solve. It is the same on every machine, so that all processes
+of a distributed run choose alike."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Memory:
 
 
 def check_memory(memory: float) -> None:
-    """Raise TypeError or ValueError for what is no number of bytes."""
+    """Raise TypeError if this is not a number, ValueError if it is negative or not finite."""
     if isinstance(memory, bool) or not isinstance(memory, int | float):
         raise TypeError(f"memory must be a number of bytes, for kept graphs, got {memory!r}")
     if not 0 <= memory < math.inf:
@@ -47,7 +47,7 @@ def check_memory(memory: float) -> None:
 
 
 def check_checkpoints(checkpoints: Checkpoints) -> None:
-    """Raise TypeError or ValueError for what is no number of states."""
+    """Raise TypeError if this is not 'auto', a whole number or None, ValueError if it is below 1."""
     if checkpoints is None or checkpoints == "auto":
         return
     if not is_whole(checkpoints):
@@ -59,25 +59,25 @@ def check_checkpoints(checkpoints: Checkpoints) -> None:
 
 
 NODE = 640
-"""The bytes that an operation in a graph takes beside its tensors' storages: of small states they are most."""
+"""The bytes that an operation in a graph takes besides its tensors' storages. For small states most bytes are these."""
 
 
 def held_bytes(
     ends: Iterable[GradientEdge | None], besides: Iterable[Tensor], stops: Places, node_size: int = NODE
 ) -> int | None:
-    """The bytes of the distinct storages that a graph, given by its ends, holds for its backward, and of its nodes.
+    """The bytes that a graph, given by its ends, holds for its backward: distinct storages, and nodes.
 
-    ``besides`` are tensors whose storages do not count, ``stops`` places where the graph goes on outside. None if
-    nobody can tell.
+    Storages of the tensors ``besides`` do not count. At the places ``stops`` the graph goes on outside. None if the
+    number cannot be determined.
     """
     sizes: dict[Any, int] = {}
     try:
         for node in walk(ends, stops):
             for storage in map(Tensor.untyped_storage, saved_by(node)):
                 sizes[storage] = storage.nbytes()
-            sizes[node] = node_size + getattr(node, "held_bytes", 0)  # a solve inside of this one says what it keeps
+            sizes[node] = node_size + getattr(node, "held_bytes", 0)  # a nested solve says what it keeps
         for tensor in besides:
             sizes.pop(tensor.untyped_storage(), None)
-    except (UnknownError, RuntimeError):  # the second: a tensor that has no storage of its own, such as a sparse one
+    except (UnknownError, RuntimeError):  # RuntimeError: a tensor without a storage of its own, such as a sparse one
         return None
     return sum(sizes.values())

@@ -22,16 +22,16 @@ from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
 @dataclass(frozen=True)
 class ContinuousAdjoint:
-    """The adjoint equations (7) as a differential equation of their own, solved backwards with the state
+    """Solve the adjoint equations (7) as a differential equation of their own, backwards with the state
     (``torchdiffeq.odeint_adjoint``).
 
-    Cost: about the forward pass and its vector-Jacobian products again, at every stage. Memory: the final state, and in
+    Cost: about one more forward pass, with vector-Jacobian products at every stage. Memory: the final state, and in
     the backward pass one stage's graph. The gradient is *not* that of the discrete map: it differs by the
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
     Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. Times that
-    require a gradient get that of the continuous problem too. One extra evaluation finds the tensors that the dynamics
-    use besides their parameters.
+    require a gradient also get the gradient of the continuous problem. One extra evaluation finds the tensors that the
+    dynamics use besides their parameters.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
@@ -94,7 +94,7 @@ class ContinuousAdjoint:
             arguments = self._arguments(problem, field, rtol, atol)
             states = odeint_adjoint(field, y, t, adjoint_params=(*flow.params, *field.captured), **arguments)
         except (AssertionError, ValueError) as error:
-            if problem.tolerances is None:  # on a grid the flow's check has said at which step
+            if problem.tolerances is None:  # on a grid the flow's check has named the step
                 raise
             if field.latest is not None:
                 flow.explain(*field.latest, error)
@@ -114,7 +114,7 @@ class ContinuousAdjoint:
     def _arguments(
         self, problem: Problem, field: _VectorField, rtol: float | None, atol: float | None
     ) -> dict[str, Any]:
-        """torchdiffeq's, for both solves."""
+        """The arguments of torchdiffeq, for both solves."""
         method = self.method or problem.method
         adjoint = {"adjoint_method": method, "adjoint_rtol": self.rtol, "adjoint_atol": self.atol}
         if rtol is not None:
@@ -125,7 +125,7 @@ class ContinuousAdjoint:
 
 
 class _Once(torch.autograd.Function):
-    """The identity, which is differentiated once."""
+    """The identity, which can be differentiated only once."""
 
     @staticmethod
     def forward(ctx: Any, *states: Tensor) -> tuple[Tensor, ...]:
@@ -142,7 +142,7 @@ class _Once(torch.autograd.Function):
 
 
 def _check_one_dtype(tensors: State) -> None:
-    """Raise ValueError for state and parameters of several dtypes: torchdiffeq lays them out in one row."""
+    """Raise ValueError for state and parameters of several dtypes: torchdiffeq flattens them into one tensor."""
     dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
     if len(dtypes) > 1:
         raise ValueError(
@@ -152,8 +152,11 @@ def _check_one_dtype(tensors: State) -> None:
 
 
 class _VectorField(nn.Module):
-    """A flow as torchdiffeq wants it. It keeps track of the step, which decides over per-step modules, by the
-    midpoint of the step that torchdiffeq announces: far from the grid's points, where rounding would decide."""
+    """A flow in the form that torchdiffeq takes.
+
+    It tracks the current step, which selects the per-step modules. It finds the step by the midpoint of the step that
+    torchdiffeq announces: the midpoint is far from the grid's points, where rounding would decide.
+    """
 
     def __init__(self, problem: Problem, plan: Plan, flow: Flow) -> None:
         super().__init__()
@@ -163,13 +166,13 @@ class _VectorField(nn.Module):
         self.n = flow.first
         self.backward = self.own_graph = False
         self.latest: tuple[Tensor, State, State] | None = None
-        # What the slope reaches by itself, and views: each has a gradient of its own, also of one that is a function
-        # of another.
+        # The tensors that the slope reaches by itself, and views of them: each view has a gradient of its own, even if
+        # one tensor is a function of another.
         self._reached: State = ()
         self.captured: State = ()
 
     def grid(self, func: nn.Module, y0: Tensor, t: Tensor) -> Tensor:
-        """The steps between the first and the last of ``t``, whichever way they run."""
+        """The ends of the steps from the first to the last of ``t``, in either direction of time."""
         h = abs(self.times[1] - self.times[0])
         steps = max(round(abs(float(t[-1] - t[0])) / h), 1)
         fractions = torch.arange(1, steps, dtype=t.dtype, device=t.device) / steps
@@ -186,13 +189,13 @@ class _VectorField(nn.Module):
             slope = self._slope(t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
-        # Not where torchdiffeq asks for a slope alone, without a graph: for the gradient of a time.
+        # Not without a graph: there torchdiffeq asks for the slope alone, for the gradient of a time.
         if self.backward and torch.is_grad_enabled():
             self._check_closed(t, y, slope)
         return slope
 
     def observe(self, t: Tensor, y: State) -> None:
-        """Look, by one evaluation more that leaves no trace, which tensors the slope reaches by itself."""
+        """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace."""
         random = [*of_torch(y[0].device), *others()]
         before = states(random)
         scratch = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
@@ -245,7 +248,10 @@ class _VectorField(nn.Module):
 
 
 class _AdaptiveField(_VectorField):
-    """A flow under an adaptive method: whose steps it counts. Its intervals are no steps, so that all are the first."""
+    """A flow under an adaptive method. It counts accepted and rejected steps.
+
+    The intervals between its times are not steps, so its step index stays at the first.
+    """
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq tries a step of the forward solve."""
@@ -258,5 +264,5 @@ class _AdaptiveField(_VectorField):
         self.plan.stats.accepted += 1
 
     def callback_reject_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
-        """torchdiffeq throws a step away."""
+        """torchdiffeq rejects a step."""
         self.plan.stats.rejected += 1

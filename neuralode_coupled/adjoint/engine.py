@@ -2,13 +2,12 @@
 
 Backward through ``y_{n+1} = S_n(y_n, u_n, v)`` is the discrete alpha equation of (7a): from ``alpha_N = dJ/dy_N``,
 
-    alpha_n, gamma_n, dv += vjp of S_n at (y_n, u_n, v) applied to alpha_{n+1},        n = N - 1 .. 0,
+    alpha_n, gamma_n, dv += vjp of S_n at (y_n, u_n, v) applied to alpha_{n+1},        n = N - 1 .. 0.
 
-each step recomputed from a stored state, so that one step's graph exists at a time (and those of the last steps, where
-they are kept from the forward pass on). (The paper's multipliers are the negatives: its Lagrangian has
-alpha(1) = -dJ/dz(1).)
+Each step is recomputed from a stored state, so that one step's graph exists at a time (besides the graphs that are kept
+from the forward pass on). The paper's multipliers are the negatives: its Lagrangian has alpha(1) = -dJ/dz(1).
 
-Here is the forward pass; `sweep` goes back.
+This module makes the forward pass; `sweep` makes the backward pass.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from neuralode_coupled.adjoint.stores import Store, store
 
 def unroll(plan: Plan, operands: Operands) -> list[State]:
     """The emitted states by a plain loop: autograd, if it is on, stores every step's graph."""
-    # What was recorded has no graph, and no tangents for forward-mode differentiation.
+    # A step read from a record has no graph, and no tangents for forward-mode differentiation.
     step = plan.step if torch.is_grad_enabled() or tracing() == "transform" else plan.forward or plan.step
     emitted: list[State] = []
     y = operands.y0
@@ -46,7 +45,7 @@ def unroll(plan: Plan, operands: Operands) -> list[State]:
 
 
 def tell_on_return(plan: Plan, n: int, y: State) -> None:
-    """Let the plan's listener hear when the gradient arrives at the end of a step in autograd's own graph."""
+    """Tell the plan's listener when the gradient arrives at the end of a step in autograd's own graph."""
     if plan.listener is None or tracing():
         return
     leading = next((part for part in y if part.requires_grad), None)
@@ -55,8 +54,10 @@ def tell_on_return(plan: Plan, n: int, y: State) -> None:
 
 
 def checkpointed(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None = None) -> list[State]:
-    """The emitted states, differentiable by recomputing each step from a stored state (but for those whose graphs are
-    kept, and inside of ``torch.compile`` what ``keep`` names)."""
+    """The emitted states, differentiable by recomputing each step from a stored state.
+
+    Steps whose graphs are kept are not recomputed, nor, inside of ``torch.compile``, what ``keep`` names.
+    """
     if torch.compiler.is_compiling():
         return _compiled(plan, operands, memory, keep)
     if unrolled():
@@ -80,8 +81,8 @@ def stacked(plan: Plan, operands: Operands, memory: Memory, parts: int) -> State
 def unrolled() -> bool:
     """Whether a solve is to be unrolled rather than a node of autograd's graph.
 
-    So it is where there is no graph, and inside of ``torch.func`` transforms and forward-mode differentiation: those
-    differentiate what they trace, to any order and direction, and a node of its own would hide the steps from them.
+    It is unrolled without a graph, and inside of ``torch.func`` transforms and forward-mode differentiation: those
+    differentiate the operations that they trace, to any order and direction, and a node would hide the steps from them.
     """
     return not torch.is_grad_enabled() or tracing() == "transform"
 
@@ -102,7 +103,7 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
     y = operands.y0
     for n in range(plan.count):
         arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
-        # What the last one tells is a side effect, which torch.compile does not take from inside of a checkpoint.
+        # The last step may report by a side effect, which torch.compile does not take from inside of a checkpoint.
         if n < plan.count - max(memory.keep_last, int(plan.more)):
             y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
         else:
@@ -123,7 +124,7 @@ class _Forward:
 
     def __init__(self, plan: Plan, operands: Operands, memory: Memory, stacked: int | None = None) -> None:
         self._recording, self._memory, self._stacked = Recording(plan, operands, in_a_row=True), memory, stacked
-        # What somebody's hooks have packed cannot be counted, nor does torch notice any more that it is overwritten.
+        # Tensors that hooks have packed cannot be counted, and torch no longer notices if they are overwritten.
         hooked = saved_tensors_are_hooked()
         last = 0 if hooked else min(memory.keep_last * plan.parts, plan.count)
         self._auto = memory.auto
@@ -138,14 +139,14 @@ class _Forward:
         self._graph = any(self._recording.wanted)
 
     def _scheduled(self, kept: int) -> Schedule:
-        """How states are stored and steps repeated beside those whose graphs are kept."""
+        """The schedule that stores states and repeats steps, except for the ``kept`` steps, whose graphs are kept."""
         plan, checkpoints = self._recording.plan, self._memory.checkpoints
         count = (plan.count - kept) // plan.parts
         chosen = schedule(count, None if checkpoints == "auto" else checkpoints, plan.parts)
         return chosen.behind(kept) if self._auto else chosen
 
     def run(self) -> list[Tensor]:
-        """The outputs, as a node of autograd's graph if anybody wants a gradient."""
+        """The outputs, as a node of autograd's graph if a gradient is wanted."""
         with without_graph(self._recording.y0[0].device):
             outputs = self._steps()
             if self._stacked is not None:
@@ -165,7 +166,7 @@ class _Forward:
             return [part.detach() for state in plan.made for part in state]
         self._prepare()
         keeper = self._keeper
-        # Who hears of the steps is to find the modules' own tensors.
+        # Callbacks between the steps must find the modules' own tensors.
         if plan.around is None or keeper is None or plan.announce is not None or plan.listener is not None:
             return self._one_by_one()
         return plan.around(keeper.shared, plan.buffers[0], self._one_by_one)
@@ -184,7 +185,7 @@ class _Forward:
             recording.emitted(n, len(out))
             if self._graph and n > 0:
                 self._put(n, before)
-            # A state that is both emitted and stored is one memory, but must be two outputs; none has a graph here.
+            # A state that is both emitted and stored has one memory, but must be two outputs. None has a graph here.
             for state in out:
                 emitted.extend([part.detach() for part in state])
         if self._auto:
@@ -195,12 +196,12 @@ class _Forward:
 
     @property
     def _behind(self) -> int:
-        """The steps whose graphs are kept in front of all others, and those before them that nobody asks about."""
+        """How many first steps need no stored state: those whose graphs are kept, and those that need no gradient."""
         kept = self._recording.plan.kept
         return self._keeper.end if self._keeper is not None else kept[-1].end if kept else 0
 
     def _prepare(self, late: bool = False) -> None:
-        """Make what the states and graphs are kept by; ``late``: the first step is done, and has shown the need."""
+        """Make the stores of states and graphs; ``late``: the first step is done, and has shown the need."""
         plan, count = self._recording.plan, len(self._schedule.stored)
         if not self._graph:
             return
@@ -212,10 +213,10 @@ class _Forward:
             self._keeper = Keeper(self._recording, max(first, int(late)), last, None)
 
     def _see_first(self) -> None:
-        """The first step has shown what gradients flow to."""
+        """Prepare again if the first step has shown more tensors that gradients flow to."""
         recording, keeper = self._recording, self._keeper
         graph = any(recording.wanted)
-        # With gradients to what all steps reach, they begin at the first step, which has been made without a graph.
+        # Gradients of tensors that all steps reach begin at the first step, which has been made without a graph.
         earlier = keeper is not None and keeper.first > 0 and len(recording.operands.captured) > 0
         if graph and (earlier or not self._graph):
             self._graph, self._keeper = graph, None

@@ -22,7 +22,7 @@ class Generator:
     Attributes:
         read: gives its state.
         write: sets its state.
-        same: whether two states are one.
+        same: whether two states are equal.
     """
 
     read: Callable[[], Any]
@@ -31,7 +31,7 @@ class Generator:
 
 
 def _read_torch() -> bytes:
-    """Bytes are compared in a tenth of the time that `torch.equal` takes."""
+    """The state as bytes: comparing them takes a tenth of the time of `torch.equal`."""
     state = torch.default_generator.get_state()
     return ctypes.string_at(state.data_ptr(), state.numel())
 
@@ -44,7 +44,7 @@ _TORCH = Generator(_read_torch, _write_torch, operator.eq)
 
 
 def _python() -> Generator:
-    """Making its state, 625 numbers, takes ten microseconds: where nobody has drawn since, the last one is given."""
+    """Python's. Making its state, 625 numbers, takes ten microseconds: the last one is reused if nobody has drawn."""
     twister, head = random.Random.__base__, object.__basicsize__
     size = twister.__basicsize__ - head if twister is not None and sys.implementation.name == "cpython" else 0
     source: Any = random.getstate.__self__  # the global generator
@@ -52,7 +52,7 @@ def _python() -> Generator:
 
     def read() -> Any:
         nonlocal latest
-        # The memory of the object behind its head, which is all of the C generator's state.
+        # The memory of the object after its header: all of the C generator's state.
         now = (ctypes.string_at(id(source) + head, size), source.gauss_next) if size else None
         if now is None or now != latest[0]:
             latest = now, random.getstate()
@@ -79,7 +79,7 @@ def of_torch(device: torch.device) -> list[Generator]:
 
 
 def others() -> list[Generator]:
-    """Those that are not torch's. Nobody has drawn from numpy's where it has not been imported."""
+    """The generators that are not torch's; numpy's only if numpy is imported, as nobody has drawn from it otherwise."""
     return [_PYTHON, _numpy()] if "numpy" in sys.modules else [_PYTHON]
 
 
@@ -90,7 +90,7 @@ def _numpy() -> Generator:
     latest: tuple[Any, Any] = (None, None)
 
     def read() -> Any:
-        # Making a state takes 100 microseconds, and looking whether it is still the same takes one.
+        # Making a state takes 100 microseconds, checking whether it is still the same takes one.
         nonlocal latest
         bits = random.get_bit_generator()
         now = ctypes.string_at(bits.ctypes.state_address, _MT19937) if isinstance(bits, random.MT19937) else None

@@ -11,8 +11,8 @@ from neuralode_coupled.adjoint.tracer import Span, Tracer
 class Keeper:
     """Makes steps with their graph, and keeps it for the backward pass.
 
-    Steps in a row are one graph. They have one each where gradients of 16 bits are to be summed in float32 over the
-    steps, and where somebody listens how far the backward pass is.
+    Successive steps are one graph. Each step has its own if gradients of 16 bits are to be summed in float32 over the
+    steps, or if somebody listens how far the backward pass is.
 
     Args:
         recording: the forward pass.
@@ -21,7 +21,7 @@ class Keeper:
 
     Attributes:
         kept: the graphs.
-        first, end: the steps that are kept, and may be.
+        first, end: the steps that are kept or may still be, the last one excluded.
     """
 
     def __init__(self, recording: Recording, first: int, end: int, memory: float | None) -> None:
@@ -39,7 +39,7 @@ class Keeper:
 
     @property
     def shared(self) -> State:
-        """What stands in for the tensors that the steps share."""
+        """The tensors that stand in for those that the steps share."""
         return self._tracer.shared
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
@@ -49,12 +49,12 @@ class Keeper:
         span, plan = self._span, self._recording.plan
 
         def run() -> tuple[State, tuple[State, ...]]:
-            span.tracer.plan = self._recording.plan  # the first attempt at the first step may have exchanged it
+            span.tracer.plan = self._recording.plan  # the first attempt at the first step may have replaced it
             return span.step(plan.buffers[n])
 
         found, emitted = self._recording.recorded(n, y, run, span.leaves if n == 0 else ())
         keep = n > self.first or self._learn(span)
-        # A step that depends on tensors that it was not handed is made, and looked at, in the backward pass.
+        # A step that depends on tensors that it was not handed is made, and checked, in the backward pass.
         end, parts = y, tuple([part.detach() for part in found])
         if not keep or (n == span.first and span.foreign()):
             span.back()
@@ -68,15 +68,15 @@ class Keeper:
         return parts, emitted
 
     def _kept(self, span: Span, end: State) -> Kept:
-        """The steps of a span that has ended; without their graph where those behind the first, which are looked at
-        together, depend on such tensors."""
+        """The steps of a span that has ended; without their graph if steps after the first depend on tensors that they
+        were not handed. Those steps are checked together."""
         buffers = {id(buffer): buffer for row in self._recording.plan.buffers[span.first : span.end] for buffer in row}
         suspect = span.end > span.first + 1 and span.foreign(all_steps=True)
         graph, size = (None, 0) if suspect else (span.graph(), self._size * (span.end - span.first))
         return Kept(span.first, span.end, graph, size, tuple(buffers.values()), end_state=end)
 
     def _learn(self, span: Span) -> bool:
-        """How many steps fit, and which tensors they capture, from the first one; False if it is not to be kept."""
+        """Learn from the first step how many fit and which tensors they capture; False if it is not to be kept."""
         if len(self._recording.operands.captured) > len(span.tracer.operands.captured):
             self._tracer = span.tracer = self._make_tracer()
             if self._tracer.replaces:

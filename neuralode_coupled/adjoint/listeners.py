@@ -1,4 +1,4 @@
-"""Who wants to hear how far a solve is, such as a progress bar."""
+"""Listeners, which hear how far a solve is: a progress bar, for example."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Protocol
 import torch
 
 _LISTENING: list[Callable[[int], Listener]] = []
-"""Whoever listens at present is the last. A global, so that a solve that nobody listens to costs one look."""
+"""The last one listens at present. A global, so that a solve without a listener costs one look."""
 
 
 class Listener(Protocol):
-    """Hears of one solve."""
+    """Hears how far one solve is."""
 
     def forward(self, completed: int) -> None:
-        """So many steps of the forward pass are done."""
+        """``completed`` steps of the forward pass are done."""
         ...
 
     def backward(self, completed: int) -> None:
-        """The gradient has arrived at the end of a step, counted from the last one."""
+        """The gradient has arrived at the end of a step: ``completed`` is its number, counted from the last step."""
         ...
 
 
 @contextmanager
 def listening(begin: Callable[[int], Listener]) -> Iterator[None]:
-    """Inside of the ``with`` block ``begin(steps)`` gives the listener of each solve of so many steps."""
+    """Inside of the ``with`` block ``begin(steps)`` gives the listener of each solve with ``steps`` steps."""
     _LISTENING.append(begin)
     try:
         yield
@@ -35,7 +35,7 @@ def listening(begin: Callable[[int], Listener]) -> Iterator[None]:
 
 
 def listener(steps: int) -> Listener | None:
-    """Who listens to a solve that begins now; nobody to a compiled one."""
+    """The listener of a solve that begins now; None if nobody listens, or for a compiled solve."""
     if not _LISTENING or torch.compiler.is_compiling():
         return None
     return _LISTENING[-1](steps)

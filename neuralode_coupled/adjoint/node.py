@@ -24,7 +24,7 @@ from neuralode_coupled.adjoint.tracer import Tracer
 
 @dataclass
 class Solve:
-    """What one solve's forward pass leaves to its backward pass, besides tensors.
+    """What one solve's backward pass needs from its forward pass, besides tensors.
 
     Attributes:
         plan: the steps.
@@ -32,11 +32,11 @@ class Solve:
         schedule: which states are stored.
         replay: the world of each step.
         store: what keeps the stored states; None where autograd does.
-        kept: the graphs that are there already.
+        kept: the graphs that the forward pass has kept.
         end: the final state and its versions, until a backward pass has compared it.
-        stacked: of how many tensors of the state y0 and the emitted ones are stacked to one output; None: the emitted
-            states are outputs one by one.
-        held_bytes: what the kept graphs hold.
+        stacked: for how many of a state's tensors y0 and the emitted states are stacked, each into one output; None:
+            the emitted states are outputs one by one.
+        held_bytes: the bytes that the kept graphs hold.
     """
 
     plan: Plan
@@ -51,7 +51,7 @@ class Solve:
 
     @property
     def outputs(self) -> int:
-        """How many tensors are given out."""
+        """The number of output tensors, without the stored states."""
         return sum(self.plan.emits) * len(self.structure.y0) if self.stacked is None else self.stacked
 
     def arriving(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients]:
@@ -68,7 +68,7 @@ class Solve:
         return at_start, [column[k] for k in range(count) for column in columns]
 
     def backward(self, flat: list[Tensor], saved: Sequence[Tensor], grads: Gradients, needed: list[bool]) -> Gradients:
-        """The gradients at the flat tensors, from the stored states and what arrives at the emitted ones."""
+        """The gradients at the flat tensors, from the stored states and the gradients at the emitted ones."""
         operands = self.structure.restore(flat)
         inside = 0 if self.store is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
         between = arranged(saved[:inside], len(operands.y0))
@@ -105,7 +105,7 @@ class Solve:
 class Checkpointed(torch.autograd.Function):
     """The steps as one node of autograd's graph: outputs are the emitted states, then the stored ones.
 
-    ``found`` are these tensors, which are there already.
+    ``found`` are these tensors: they are computed already.
     """
 
     @staticmethod
@@ -122,8 +122,8 @@ class Checkpointed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         solve: Solve = ctx.solve
         if not keeps_graph():
-            ctx.solve = None  # it holds modules, which may hold the output: nobody would free that circle
-        tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint hands each of them over a single time
+            ctx.solve = None  # it holds modules, which may hold the output: that cycle would not be freed
+        tensors = ctx.saved_tensors  # read once: torch.utils.checkpoint hands out each of them only once
         needed = list(ctx.needs_input_grad[2:])
         flat, saved = list(tensors[: len(needed)]), tensors[len(needed) :]
         at_start, arriving = solve.arriving(grads[: solve.outputs])
@@ -140,8 +140,8 @@ class Checkpointed(torch.autograd.Function):
 def differentiate_unrolled(
     plan: Plan, run: Callable[[Operands], list[State]], operands: Operands, grads: Gradients, needed: list[bool]
 ) -> Gradients:
-    """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``: exact but
-    storing all."""
+    """The gradient as a differentiable function (``create_graph=True``), from the unrolled solve ``run``. It is
+    exact, but stores every step's graph."""
     # A tensor can stand in several places, and each place has its own gradient: hence the views.
     views = [tensor.view_as(tensor) for tensor in operands.flatten()]
 

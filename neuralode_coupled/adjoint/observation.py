@@ -1,8 +1,8 @@
 """The tensors that a function reaches by itself: seen as it uses them, replaced by others, or found in its graph.
 
-No search through closures, globals and attributes can find them all. What a function uses passes through torch, where
-a mode sees it, in compiled functions too. What no mode sees (an operation from C++, an `autograd.Function`) leaves its
-trace in the graph.
+No search through closures, globals and attributes can find them all. But the tensors that a function uses pass through
+torch, where a mode sees them, in compiled functions too. Tensors that no mode sees (in an operation from C++, or an
+`autograd.Function`) leave their trace in the graph.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Observer(TorchFunctionMode):
     """Collects in ``found`` the tensors with a gradient that are used in the ``with`` block, and were not made there.
 
     Args:
-        known: tensors that are not asked for.
-        watched: a tensor of which ``used`` says whether it has been used.
+        known: tensors that are not collected.
+        watched: a tensor; ``used`` then says whether it has been used.
     """
 
     def __init__(self, known: Iterable[Tensor], watched: Tensor | None = None) -> None:
@@ -40,7 +40,7 @@ class Observer(TorchFunctionMode):
 
     @property
     def found(self) -> list[Tensor]:
-        """The tensors; without those that no mode sees being made, as by an `autograd.Function`."""
+        """The tensors, without those made in the block where no mode sees it, as by an `autograd.Function`."""
         return [tensor for tensor in self._found if not made_since(tensor, self._clock)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,10 +69,10 @@ class Observer(TorchFunctionMode):
 
 
 class Replaced(TorchFunctionMode):
-    """Inside of the ``with`` block operations get other tensors in place of some.
+    """Inside of the ``with`` block operations get other tensors in place of given ones.
 
     Args:
-        by_identity: what stands in for the tensor of an ``id``.
+        by_identity: the tensor that stands in for the one with this ``id``.
     """
 
     def __init__(self, by_identity: Mapping[int, Tensor]) -> None:
@@ -92,15 +92,15 @@ class Replaced(TorchFunctionMode):
 
 
 def replaced(tensors: Sequence[Tensor], by: Sequence[Tensor]) -> AbstractContextManager:
-    """Around a function that reaches ``tensors`` by itself, and is to use others."""
+    """A context in which a function that reaches ``tensors`` by itself uses those of ``by`` in their place."""
     return Replaced(dict(zip(map(id, tensors), by, strict=True))) if tensors else nullcontext()
 
 
 def need_replacing(tensors: Sequence[Tensor]) -> bool:
     """Whether gradients cannot be asked for at the tensors themselves, step by step.
 
-    Some may be functions of others, along which autograd would pass gradients on twice; and a hook would change every
-    step's share, and the whole once more.
+    Some may be functions of others, along which autograd would pass gradients on twice. A hook would change every
+    step's share, and then the whole once more.
     """
     if any(map(has_hooks, tensors)):
         return True
@@ -112,16 +112,16 @@ Places = set[tuple[Any, int]]
 
 
 def places_in_graph(tensors: Iterable[Tensor]) -> Places:
-    """Those of the tensors that are no leaves."""
+    """The places of those tensors that are not leaves."""
     return {(tensor.grad_fn, tensor.output_nr) for tensor in tensors if tensor.grad_fn is not None}
 
 
 def walk(
     ends: Iterable[GradientEdge | None], stops: Places, seen: set[Any] | None = None, leaves: bool = False
 ) -> list[Any]:
-    """The nodes of a graph, or its ``leaves`` alone, given by its ends, without what lies behind the places ``stops``.
+    """The nodes of a graph, or its ``leaves`` alone, given by its ends. The walk ends at the places ``stops``.
 
-    ``seen`` are nodes that are left out; those that are found are added.
+    ``seen`` are nodes to leave out; the nodes that are found are added to them.
     """
     seen = set() if seen is None else seen
     seen.add(None)
@@ -131,7 +131,7 @@ def walk(
         if edge[0] not in seen and edge not in stops:
             seen.add(edge[0])
             found.append(edge[0])
-    for node in found:  # it grows; a walk takes as long as a small operation for each node: as little as can be is here
+    for node in found:  # it grows; a walk takes as long as a small operation per node, so do as little as possible here
         for edge in node.next_functions:
             following = edge[0]
             if following not in seen and not (stops and edge in stops):
@@ -148,7 +148,7 @@ def foreign(
 ) -> list[Tensor]:
     """The leaves with a gradient that a graph, given by its ends, reaches other than through the known tensors.
 
-    ``stops`` are `places_in_graph` of these, where that is known as well; ``seen`` as in `walk`.
+    ``stops`` are the `places_in_graph` of the known tensors, if they are at hand; ``seen`` as in `walk`.
     """
     stops = places_in_graph(known) if stops is None else stops
     leaves = [node.variable for node in walk(ends, stops, seen, leaves=True)]
@@ -161,7 +161,7 @@ def foreign(
 def lasting(suspects: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Tensor | None:
     """The first suspect that a second run, ``again``, finds too; None if there is none.
 
-    A tensor that a function makes itself is another one whenever it runs.
+    A tensor that a function makes itself is a new one in every run.
     """
     if not suspects:
         return None

@@ -44,7 +44,7 @@ class Operands:
         y0: the initial state.
         inputs: ``inputs[n]`` are the tensors that step ``n`` alone uses, such as its stage weights.
         shared: the tensors that every step uses, such as static parameters.
-        captured: the tensors that the steps reach by themselves, as a closure does, whatever they are handed.
+        captured: the tensors that the steps use without being handed them, as a closure does.
     """
 
     y0: State
@@ -53,11 +53,11 @@ class Operands:
     captured: State = ()
 
     def flatten(self) -> list[Tensor]:
-        """All tensors in a row: y0, then the inputs step by step, then the shared ones, then the captured ones."""
+        """All tensors in one list: y0, then the inputs step by step, then the shared ones, then the captured ones."""
         return [*self.y0, *chain.from_iterable(self.inputs), *self.shared, *self.captured]
 
     def restore(self, flat: list) -> Operands:
-        """The same structure around other leaves."""
+        """The same structure with other leaves."""
         leaves = iter(flat)
         y0 = tuple(islice(leaves, len(self.y0)))
         inputs = tuple([tuple(islice(leaves, len(row))) for row in self.inputs])
@@ -66,11 +66,11 @@ class Operands:
 
 StepFunction = Callable[[int, State, State, State, State], tuple[State, tuple[State, ...]]]
 """``step(n, y, inputs, shared, buffers) -> (y, emitted)``: the next state, and the states that the solve returns from
-within this step (its end, or interpolations). A pure function but for what it writes into ``buffers``."""
+within this step (its end, or interpolations). A pure function except for its writes into ``buffers``."""
 
 
 Overlooked = Callable[[Tensor, str], Exception]
-"""The error for a tensor whose gradient would be lost, and where in the solve it is used, as "in step 3"."""
+"""Makes the error for a tensor whose gradient would be lost. The text says where it is used, such as "in step 3"."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,26 @@ class Plan:
 
     Attributes:
         step: one step.
-        emits: how many states each step emits. The forward pass corrects that where there are ``more``.
+        emits: the number of states that each step emits. The forward pass corrects it if there are ``more``.
         buffers: ``buffers[n]`` are the tensors that step ``n`` may modify in place (running statistics).
-        module: whose train/eval flags a recomputation must reproduce.
-        evaluations: how many evaluations of the dynamics each step makes.
-        stats: where the solve counts what it costs.
-        forward: the step in a forward pass that makes no graph, where that is another one: it may read from a record.
-            None: the same.
+        module: the module whose train/eval flags a recomputation must reproduce.
+        evaluations: the number of evaluations of the dynamics in each step.
+        stats: where the solve counts its cost.
+        forward: the step for a forward pass without a graph, if it is another one: it may read from a record. None: the
+            same step.
         announce: ``announce(n, y)`` is called before each step of the forward pass.
-        listener: who hears how far the solve is.
-        overlooked: makes the error for a tensor that requires a gradient and that a step uses without being handed it,
-            and without having used it in the first step; it is told where. None where such tensors are left out on
-            purpose.
-        observed: whether the tensors that the first step reaches by itself are among the operands already.
-        parts: how many steps in a row are parts of one, at the starts of which alone states are stored from the forward
-            pass to the backward pass. Between its parts the state may have more tensors than y0.
-        kept: the graphs of the first steps, where making the plan has made them already.
-        made: what all steps emit, where ``kept`` has them all: there is no step to make in the forward pass.
-        around: ``around(shared, buffers, run)`` is ``run()``, which makes steps on these tensors: what each of them
-            would do by itself to put them in their places is then done once. None where there is nothing of the kind.
-        more: whether the last step may emit more states than ``emits`` says, and tells somebody of their structure.
+        listener: hears how far the solve is; None: nobody listens.
+        overlooked: makes the error for a tensor that requires a gradient and that a step uses, though it was not handed
+            to the step and the first step did not use it. None if such tensors are left out on purpose.
+        observed: whether the operands already contain the tensors that the first step reaches by itself.
+        parts: the number of successive steps that are the parts of one whole step. From the forward pass to the
+            backward pass states are stored at the starts of whole steps only. Between the parts the state may have more
+            tensors than y0.
+        kept: the graphs of the first steps, if making the plan has already made them.
+        made: the states that all steps emit, if ``kept`` has all of them: the forward pass then makes no step.
+        around: ``around(shared, buffers, run)`` returns ``run()``, which makes steps on these tensors. It puts the
+            tensors in their places once, in place of once per step. None if there is nothing to put in place.
+        more: whether the last step may emit more states than ``emits`` says, and reports their structure.
         count: the number of steps.
     """
 
@@ -146,12 +146,12 @@ class Flow:
     Attributes:
         slope: ``slope(n, t, y, buffers) -> dy/dt`` within step ``n`` of the grid.
         first, last: the indices of the interval's ends on the grid.
-        carried: what stands behind z in the state at the interval's start (the weights of the coupled system).
+        carried: the tensors after z in the state at the interval's start (the weights of the coupled system).
         params: the other tensors that gradients flow to.
         overlooked: as in `Plan`.
         captured: the tensors that the slope reaches by itself, as far as they are known.
-        check: ``check(n, y)`` raises for a state that the forward solve must not go on from at grid point ``n``.
-        explain: ``explain(t, y, slope, error)`` raises a better error, if it knows one, where the forward solve cannot
+        check: ``check(n, y)`` raises if the forward solve must not go on from the state ``y`` at grid point ``n``.
+        explain: ``explain(t, y, slope, error)`` raises a better error, if it knows one, when the forward solve cannot
             go on after this evaluation.
     """
 
@@ -176,7 +176,8 @@ Form = Literal["discrete", "advancing", "reversible", "reversible, own weights",
 class Problem(Protocol):
     """A solve as `GradientMethod.integrate` sees it.
 
-    It comes in several forms. `refusal` says which of them there are not; asking for one of those raises a ValueError.
+    A problem comes in several forms. `refusal` says which forms it does not have; asking for one of these raises
+    ValueError.
     """
 
     method: str
@@ -193,31 +194,31 @@ class Problem(Protocol):
         ...
 
     def discrete(self, memory: Memory | None = None) -> tuple[Plan, Operands]:
-        """The solve as steps, each of which emits its end where that is wanted.
+        """The solve as steps, each of which emits its end state where that is wanted.
 
-        Where the steps must be taken to be known (an adaptive method), their graphs are kept as far as ``memory``
-        allows, by default none.
+        An adaptive method must take its steps to know them: their graphs are then kept as far as ``memory`` allows, by
+        default none.
         """
         ...
 
     def advancing(self) -> tuple[Plan, Operands]:
-        """The same, but the weights advance within the steps: nothing that grows with their number is made in advance.
+        """The same, but the weights advance within the steps: nothing made in advance grows with the number of steps.
 
-        States then have the weights that must be carried along behind z.
+        The states then have, after z, the weights that must be carried along.
         """
         ...
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
         """The solve as increments, there and back.
 
-        ``there.step(n, y, ...)`` gives the method's increment from y over step ``n``, and ``back.step(n, y, ...)`` that
-        over the same step backwards, from its end. The operands have the inputs of all steps there, then those of all
-        steps back. With ``own_weights`` each makes its own weights.
+        ``there.step(n, y, ...)`` gives the method's increment from y over step ``n``. ``back.step(n, y, ...)`` gives
+        the increment over the same step backwards, from its end. The operands have the inputs of all steps there, then
+        those of all steps back. With ``own_weights`` each step makes its own weights.
         """
         ...
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
-        """The solve as flows in a row (the plan's ``step`` is then unused), and the initial state."""
+        """The solve as successive flows (the plan's ``step`` is then unused), and the initial state."""
         ...
 
     def time(self, n: int) -> float:
@@ -243,30 +244,30 @@ class GradientMethod(Protocol):
 
 
 def check_gradient_method(adjoint: object) -> None:
-    """Raise TypeError for what is no gradient method, such as its class or its name."""
+    """Raise TypeError if this is not a gradient method; its class or its name is not enough."""
     if isinstance(adjoint, type) or not hasattr(adjoint, "integrate"):
         raise TypeError(f"adjoint must be a gradient method such as nc.DiscreteAdjoint(), an instance, got {adjoint!r}")
 
 
 def check(adjoint: GradientMethod, problem: Problem) -> None:
-    """Raise ValueError for a gradient method that cannot solve a problem, as far as it can say so beforehand."""
+    """Raise ValueError if a gradient method can say in advance that it cannot solve the problem."""
     look = getattr(adjoint, "check", None)
     if look is not None:
         look(problem)
 
 
 def require(problem: Problem, form: Form) -> None:
-    """Raise ValueError if the problem does not come in a form."""
+    """Raise ValueError if the problem does not come in this form."""
     reason = problem.refusal(form)
     if reason is not None:
         raise ValueError(reason)
 
 
 def with_start(problem: Problem, operands: Operands, emitted: list[State]) -> list[State]:
-    """The initial state in front, where it is wanted: gradients reach it without passing through the steps."""
+    """The emitted states, after the initial one where it is wanted: gradients reach that without passing the steps."""
     return [operands.y0, *emitted] if 0 in problem.save else emitted
 
 
 def arranged(flat: Sequence[Any], width: int) -> list[tuple[Any, ...]]:
-    """States of ``width`` tensors out of a flat row of tensors."""
+    """States of ``width`` tensors each, from a flat list of tensors."""
     return [tuple(flat[i : i + width]) for i in range(0, len(flat), width)]

@@ -1,7 +1,7 @@
 """Keeping the outputs of a step's expensive operations, so that a recomputation repeats the cheap ones only.
 
-Inside of ``torch.compile`` alone, where `torch.utils.checkpoint` sees every operation of a graph. (In eager mode an
-operation could be known again only by the order of its call, which took as long as most products that it spared.)
+This works only inside of ``torch.compile``, where `torch.utils.checkpoint` sees every operation of a graph. (In eager
+mode an operation could be recognised only by the order of its call, which took as long as most products it spared.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRODUCTS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (*_NAMES, *(f"_scaled_dot_product_{kind}_attention" for kind in _DEVICE_NAMES))
 )
-"""Convolutions, matrix products and attention: all that costs many operations for each number it returns."""
+"""Convolutions, matrix products and attention: all that costs many operations per number that it returns."""
 
 
 def selective_contexts(keep: Keep | None) -> dict[str, Any]:
@@ -36,12 +36,12 @@ def _policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation draws random numbers: it must draw them again, for whatever draws next."""
+    """Whether an operation draws random numbers: it must draw them again, so that later draws are right too."""
     return torch.Tag.nondeterministic_seeded in func.tags and _argument(func, "dropout_p", args, kwargs) != 0
 
 
 def _argument(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """An argument of an operation by its name, wherever it stands."""
+    """An argument of an operation, by its name, whether given by position or by name."""
     for position, argument in enumerate(arguments(func)):
         if argument.name == name:
             given = args[position] if position < len(args) else argument.default_value

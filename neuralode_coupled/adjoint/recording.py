@@ -1,4 +1,4 @@
-"""The forward pass of steps that are to be computed again: without a graph, and with what a recomputation needs."""
+"""The forward pass of steps that are computed again later: it makes no graph, and records what recomputation needs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Recording:
     Args:
         plan: the steps.
         operands: their tensors.
-        in_a_row: whether nothing else runs between them.
+        in_a_row: whether nothing else runs between the steps.
 
     Attributes:
-        plan: the steps, which the first one may show to need a graph of their own.
-        operands: with the tensors that the first step was seen to use by itself.
+        plan: the steps; changed if the first one shows that they need a graph of their own.
+        operands: their tensors, with those that the first step has used by itself.
         replay: the world of each step.
-        flat: the operands in a row.
+        flat: the operands as a flat list.
         wanted: which of them require a gradient.
         y0: the initial state, detached.
     """
@@ -48,7 +48,7 @@ class Recording:
 
     @cached_property
     def _detached(self) -> Operands:
-        """Detached, so that nothing which is made of them outlives the pass with a graph, or as if it had none."""
+        """The operands, detached: nothing made of them outlives the pass with a graph, or as if it had none."""
         return self.operands.restore([tensor.detach() for tensor in self.flat])
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
@@ -61,13 +61,13 @@ class Recording:
         return self.recorded(n, y, run)
 
     def emitted(self, n: int, count: int) -> None:
-        """Step ``n`` has emitted so many states, which may be more than the plan knew: a block's other outputs."""
+        """Note that step ``n`` emitted ``count`` states, maybe more than the plan knew: a block's other outputs."""
         emits = self.plan.emits
         if count != emits[n]:
             self.plan = replace(self.plan, emits=(*emits[:n], count, *emits[n + 1 :]))
 
     def recorded(self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = ()) -> Result:
-        """Step ``n`` as ``run`` makes it; with its graph where ``leaves`` are given, which it is computed on."""
+        """Step ``n``, made by ``run``; with its graph, computed on ``leaves``, if these are given."""
         if self.plan.announce is not None:
             self.plan.announce(n, y)
         random = self.replay.before(n)
@@ -86,12 +86,12 @@ class Recording:
         self.replay.undo(random)
         forward, step = self.plan.forward, with_graph(self.plan.step)
         self.plan = replace(self.plan, step=step, forward=None if forward is None else with_graph(forward))
-        # Where there is a graph, what f is given requires a gradient too: an observer has to see it made.
+        # With a graph, the tensors that f is given require a gradient too: an observer has to see them being made.
         with look or nullcontext():
             return run()
 
     def _observed(self, run: Callable[[], Result], random: list, leaves: Sequence[Tensor]) -> Result:
-        """The first step, which shows what gradients flow to besides the operands."""
+        """The first step. It shows which tensors gradients flow to besides the operands."""
         if self.plan.overlooked is None or self.plan.observed:
             return self._run(run, random)
         observer = Observer((*self.flat, *leaves))
@@ -105,13 +105,13 @@ class Recording:
 
 
 def asks_for_graph(error: Exception) -> bool:
-    """Whether dynamics failed because they differentiate their input themselves, which requires no gradient."""
+    """Whether dynamics failed because they differentiate their input themselves, and it requires no gradient."""
     return "does not require grad" in str(error)
 
 
 def with_graph(step: StepFunction) -> StepFunction:
-    """A step of dynamics that differentiate their input: it requires a gradient, and where nobody else makes a graph
-    there is one for the length of the step."""
+    """A step of dynamics that differentiate their input: the input requires a gradient, and if autograd is off, it is
+    on for the length of the step."""
 
     def stepped(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         leaves = tuple([part if part.requires_grad else part.detach().requires_grad_() for part in y])
@@ -130,11 +130,11 @@ def _detached(state: State) -> State:
 
 @contextmanager
 def without_graph(device: torch.device) -> Iterator[None]:
-    """Around a forward pass: no graph, and nothing in it that the code outside would find.
+    """Run a forward pass without a graph, and leave nothing in it that the code outside would find.
 
     Autocast would cache casts made here and hand them, without a graph, to the code outside that uses the same
-    parameters. What dynamics save for a derivative of their own is not for hooks outside: `torch.utils.checkpoint`
-    would run the layer again, inside of its own evaluation.
+    parameters. Hooks outside must not see the tensors that dynamics save for a derivative of their own:
+    `torch.utils.checkpoint` would run the layer again, inside of its own evaluation.
     """
     unseen = saved_tensors_hooks(_same, _same) if saved_tensors_are_hooked() else nullcontext()
     with torch.no_grad(), uncached_casts(device), unseen:
@@ -142,7 +142,7 @@ def without_graph(device: torch.device) -> Iterator[None]:
 
 
 def uncached_casts(device: torch.device) -> AbstractContextManager:
-    """Around steps: autocast casts a weight anew for each evaluation.
+    """Run steps so that autocast casts a weight anew for each evaluation.
 
     Through its cache all evaluations share one cast, at which autograd sums their gradients in 16 bits: the more steps,
     the more is lost.

@@ -1,4 +1,4 @@
-"""Whether a step that is computed again gives what it gave before: a gradient of anything else would be wrong."""
+"""Check that a step that is computed again gives the same state as before: else the gradient would be wrong."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 
 _UNSEEN: list[tuple[torch.cuda.Event, Tensor, str]] = []
-"""What was found on CUDA devices, and is looked at when the device has come to it: nobody waits."""
+"""Comparisons on CUDA devices. They are read after the device has made them, so that the host never waits."""
 
 
 def check_repeated(found: State, before: State, n: int) -> None:
     """Raise RuntimeError if step ``n``, computed again, gave another state than before.
 
-    By more than the square root of the dtype's precision, relative to the largest number of each tensor: kernels with
-    and without a graph may differ in rounding. On CUDA devices the error comes with a later backward pass, and not at
-    all in a captured graph.
+    "Another" means a difference above the square root of the dtype's precision, relative to the largest number of each
+    tensor: kernels with and without a graph may differ in rounding. On CUDA devices the error comes with a later
+    backward pass, and not at all in a captured graph.
     """
     if tracing():
         return
@@ -35,7 +35,7 @@ def check_repeated(found: State, before: State, n: int) -> None:
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
     allowed = torch.finfo(b.dtype).eps ** 0.5
-    return (a - b).abs().max() > allowed * b.abs().max()  # not if one is nan
+    return (a - b).abs().max() > allowed * b.abs().max()  # False if one is nan
 
 
 def _look_back() -> None:

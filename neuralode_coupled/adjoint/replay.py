@@ -25,14 +25,14 @@ from neuralode_coupled.adjoint.plan import Plan
 class Replay:
     """Records one forward pass, then replays its steps as often as asked.
 
-    The states of torch's generators are kept where a step draws from them; of Python's and numpy's if the first step
-    does.
+    The states of torch's generators are kept for the steps that draw from them; those of Python's and numpy's only if
+    the first step draws from them.
 
     Args:
         plan: the steps.
         device: the device of the state; its random numbers and the host's are replayed.
-        in_a_row: whether nothing else runs between the steps: each begins with the random numbers' state that the last
-            one ended with.
+        in_a_row: whether nothing else runs between the steps: each then begins with the generators' states at which the
+            last one ended.
     """
 
     def __init__(self, plan: Plan, device: torch.device, in_a_row: bool = False) -> None:
@@ -54,19 +54,19 @@ class Replay:
         self._always, self._generators = len(always), every
         self._random: list[list[Any] | None] = []
         self._latest: list[Any] | None = None
-        # Who hears of the steps may draw as well.
+        # Callbacks between the steps may draw as well.
         self._in_a_row = in_a_row and plan.announce is None and plan.listener is None
         self._buffers: list[State] = []
         self._copies: dict[int, tuple[int, Tensor]] = {}
 
     def before(self, n: int) -> list[Any]:
-        """Before step ``n`` of the forward pass, in order: the state of the random numbers."""
+        """Call this before step ``n`` of the forward pass, in order. Returns the generators' states."""
         row = self._plan.buffers[n]
         self._buffers.append(tuple([self._copy(buffer) for buffer in row]) if row else ())
         return self._latest or generators.states(self._generators)
 
     def after(self, random: list[Any]) -> None:
-        """After that step: keep the state ``random`` before it if the step drew numbers."""
+        """Call this after that step: keep the states ``random`` from before it if the step drew numbers."""
         now = generators.states(self._generators)
         drawn = generators.differ(self._generators, random, now)
         self._random.append(random if any(drawn) else None)
@@ -75,12 +75,12 @@ class Replay:
         self._latest = now if self._in_a_row else None
 
     def leave_out(self, count: int) -> None:
-        """For steps that the forward pass does not make: they draw nothing, and begin with the buffers as they are."""
+        """Record ``count`` steps that the forward pass does not make: they draw nothing; the buffers are as now."""
         self._buffers = [tuple([self._copy(buffer) for buffer in row]) for row in self._plan.buffers]
         self._random = [None] * count
 
     def undo(self, random: list[Any]) -> None:
-        """Put back what an attempt at the step that comes after `before` has changed."""
+        """Undo the changes made by an attempt at the step that `before` was called for."""
         with torch.no_grad():
             for buffer, copy in zip(self._plan.buffers[len(self._buffers) - 1], self._buffers[-1], strict=True):
                 buffer.copy_(copy)
@@ -88,13 +88,13 @@ class Replay:
 
     @contextmanager
     def world(self) -> Iterator[None]:
-        """Around all recomputation: the forward pass's autocast and train/eval flags."""
+        """Restore the forward pass's autocast and train/eval flags, around all recomputation."""
         modules = self._modules
         modes = [module.training for module in modules]
         casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
         with serving(self._thread), ExitStack() as stack:
             for kind, enabled, dtype in casts:
-                # Without the cache: it would hand graph-less casts of the weights to the code outside.
+                # Without the cache: it would hand casts of the weights that have no graph to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             try:
                 if modes != self._modes:

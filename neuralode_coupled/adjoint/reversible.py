@@ -26,7 +26,7 @@ Increment = Callable[[int, State], State]
 
 @dataclass(frozen=True)
 class ReversibleAdjoint:
-    """McCallum and Foster's reversible scheme (arXiv:2410.11648) over any explicit method here.
+    """McCallum and Foster's reversible scheme (arXiv:2410.11648) over any explicit method of this package.
 
     With Psi_h(t, y) the increment of one step of the method, a second copy v of the state and the coupling c,
 
@@ -43,7 +43,7 @@ class ReversibleAdjoint:
     graph; a second backward costs one more forward pass, because the first consumes the final states.
 
     Stability: for dy/dt = a y the step has determinant c and trace G = 1 + c - (1 - c) s - s r, with r and s the
-    method's increments for h a and -h a; for real G it is stable if c < 1 and |G| < 1 + c. By Euler's method that is
+    method's increments for h a and -h a; for real G it is stable if c < 1 and |G| < 1 + c. For Euler's method this is
     -(1 - c) < h a < 0: decay that is fast on the scale of the interval makes a parasitic mode grow like exp(|a| t).
     Not for stiff or strongly contracting dynamics, and not for long float32 solves: use `DiscreteAdjoint` with few
     checkpoints.
@@ -53,9 +53,9 @@ class ReversibleAdjoint:
         weights: ``"stored"`` or ``"recomputed"``.
 
     Raises:
-        ValueError: for a coupling outside of this range or unknown weights; for an adaptive method, recomputed weights
-            that only go forward step by step, or on another grid than the activations; at the solve inside of
-            ``torch.compile``.
+        ValueError: for a coupling outside of this range or unknown weights; for an adaptive method; for recomputed
+            weights that only go forward step by step, or are on another grid than the activations; at the solve, inside
+            of ``torch.compile``.
     """
 
     coupling: float = 0.99
@@ -139,14 +139,14 @@ def _untold(n: int, y: State) -> None:
 
 
 def _halves(operands: Operands, count: int) -> tuple[Operands, Operands]:
-    """What the increments there have, and those back."""
+    """The operands of the increments there, and of those back."""
     y0, inputs, shared, captured = operands.y0, operands.inputs, operands.shared, operands.captured
     return Operands(y0, inputs[:count], shared, captured), Operands(y0, inputs[count:], shared, captured)
 
 
 @dataclass(frozen=True)
 class _Solve:
-    """What one solve's forward pass leaves to its backward pass, besides tensors.
+    """What one solve's backward pass needs from its forward pass, besides tensors.
 
     ``structure`` says how the flat tensors are arranged.
     """
@@ -159,7 +159,7 @@ class _Solve:
     replay_back: Replay
 
     def again(self, operands: Operands) -> tuple[State, State, list[State]]:
-        """The same once more, in the world of the forward pass; with a graph where autograd is on."""
+        """The result of ``march`` once more, in the world of the forward pass; with a graph if autograd is on."""
         forth, behind = _halves(operands, self.there.count)
 
         def increment(plan: Plan, own: Operands, replay: Replay) -> Increment:
@@ -176,13 +176,13 @@ class _Solve:
 
 
 class _Reversible(torch.autograd.Function):
-    """The scheme as one node: Psi_h there from v, then Psi_{-h} back from y, for each step."""
+    """The scheme as one node of autograd's graph: Psi_h there from v, then Psi_{-h} back from y, for each step."""
 
     @staticmethod
     def forward(ctx: Any, solve: _Solve, ends: State, found: list[Tensor], *flat: Tensor) -> tuple[Tensor, ...]:
         ctx.solve = solve
         ctx.save_for_backward(*flat)
-        # Not by autograd, which would hold on to them until the whole backward pass is over.
+        # Not saved by autograd, which would hold them until the whole backward pass is over.
         ctx.ends = DeviceStore()
         ctx.ends.put(solve.there.count, ends)
         ctx.set_materialize_grads(False)
@@ -204,7 +204,7 @@ class _Reversible(torch.autograd.Function):
 
 
 class _Direction:
-    """The increments in one direction, with their graphs, and what flows back through them to their inputs."""
+    """The increments in one direction, with their graphs, and the gradients that they pass back to their inputs."""
 
     def __init__(self, plan: Plan, operands: Operands, needed: Operands, replay: Replay) -> None:
         self._tracer, self._replay = Tracer(plan, operands, needed), replay
@@ -245,7 +245,7 @@ class _Sweep:
         return [*start, *inputs, *self._shared.total]
 
     def _final(self, ends: DeviceStore) -> tuple[State, State]:
-        """The final y and v; computed again where an earlier backward pass has used them up."""
+        """The final y and v; computed again if an earlier backward pass has used them up."""
         last, width = self._solve.there.count, len(self._operands.y0)
         if last in ends:
             both = ends.get(last, last=True)

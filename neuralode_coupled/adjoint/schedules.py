@@ -20,7 +20,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Advance:
-    """Repeat the steps ``first .. end - 1`` from the current state, having stored it if ``store``."""
+    """Repeat the steps ``first .. end - 1`` from the current state, after storing it if ``store``."""
 
     first: int
     end: int
@@ -52,7 +52,7 @@ class Schedule:
         return next((action.n + 1 for action in self.program if isinstance(action, Reverse)), 0)
 
     def behind(self, steps: int) -> Schedule:
-        """The same behind other steps; the very first state is stored in any case."""
+        """The same after ``steps`` other steps; the very first state is stored in any case."""
         if steps == 0:
             return self
         if not self.program:
@@ -93,7 +93,7 @@ def schedule(steps: int, checkpoints: int | None, parts: int = 1) -> Schedule:
 
 
 def _parted(whole: Schedule, parts: int) -> Schedule:
-    """The same where each step is several in a row. To go back through one, the states between its parts are made and
+    """The same if each step has several parts. To go back through a step, the states between its parts are made and
     stored, so that one part's graph exists at a time."""
     program: list[Load | Advance | Reverse] = []
     for action in whole.program:
@@ -115,7 +115,7 @@ def _schedule(steps: int, checkpoints: int | None) -> Schedule:
     if checkpoints is None or checkpoints >= steps:
         backward = [action for n in reversed(range(steps)) for action in (Load(n, last=True), Reverse(n))]
         return Schedule(tuple(range(max(steps, 1))), tuple(backward))
-    # One step more than there is: it stands for the loss, whose graph is the caller's, so that each real step is
+    # One step more than there are: it stands for the loss, whose graph is the caller's, so that each real step is
     # repeated at least once in the backward pass and no graph is kept in between.
     return _revolve(steps, checkpoints)
 

@@ -19,9 +19,9 @@ Gradients = list[Tensor | None]
 Chain = list[Any]
 """The nodes of the states between the steps of a graph, in order.
 
-PyTorch frees a graph whose nodes Python has looked at by one nested call for each node: tens of thousands in a row are
-too many for the stack. A list lets go of its last member first, and the graph falls step by step. It has to be the last
-that holds it: the last attribute of its object, for Python lets go of these in order.
+PyTorch frees a graph whose nodes Python has looked at by one nested call per node: tens of thousands of calls are too
+many for the stack. A list frees its last member first, and so the graph step by step. The list must be the last
+object that holds the graph: make it the last attribute of its owner, because Python frees attributes in order.
 """
 
 
@@ -29,9 +29,9 @@ class StepGraph:
     """The graph of one step, or of several in a row, for one vector-Jacobian product.
 
     Args:
-        leaves: what was computed on, in a row: the state, the steps' inputs, the shared and the captured tensors.
-        wanted: which of all these gradients are asked for.
-        cuts: where in the row the inputs and the shared tensors begin.
+        leaves: the tensors that the steps were computed on: state, inputs, shared and captured tensors, in this order.
+        wanted: for which of these a gradient is asked.
+        cuts: where in this list the inputs and the shared tensors begin.
         ends: where gradients enter, see `edges`: at the next state, then at what the steps emit.
         chain: the nodes of the states in between.
     """
@@ -48,11 +48,9 @@ class StepGraph:
         self._chain = chain
 
     def differentiate(self, grads: Sequence[Tensor | None]) -> tuple[Gradients, Gradients, Gradients]:
-        """The gradients at state, inputs and shared tensors (and behind them the captured ones) from those at the ends.
+        """The gradients at state, inputs and shared tensors (then the captured ones) from those at the ends.
 
-        They are None where they are not wanted.
-
-        The graph is freed.
+        A gradient that is not wanted is None. The graph is freed.
         """
         asked = [leaf for leaf, need in zip(self._leaves, self._wanted, strict=True) if need]
         found = iter(vjp(self._ends, grads, asked))
@@ -63,16 +61,16 @@ class StepGraph:
 
 @dataclass(eq=False)
 class Kept:
-    """Steps in a row whose graph is there from the forward pass on.
+    """Successive steps whose graph is kept from the forward pass on.
 
     Attributes:
         first, end: the steps, the last one excluded.
-        graph: their graph; None where it is used up.
+        graph: their graph; None if there is none, or once it is used up.
         size: the bytes that it holds, as far as they can be counted.
-        buffers: those that the steps may modify, and that the graph may hold.
-        versions: theirs after the forward pass.
-        end_state: what the steps have ended at, without a graph; made again, they must end there too.
-        end_versions: its versions then.
+        buffers: the buffers that the steps may modify, and that the graph may hold.
+        versions: the buffers' versions after the forward pass.
+        end_state: the state at the end of the steps, without a graph; made again, they must end there too.
+        end_versions: the versions of ``end_state`` after the forward pass.
     """
 
     first: int
@@ -85,30 +83,30 @@ class Kept:
     end_versions: list[int] = field(default_factory=list)
 
     def take(self) -> StepGraph | None:
-        """The graph, for its only use; None if buffers have changed since the forward pass: then the steps are made
-        again, with copies."""
+        """The graph, for its only use; None if buffers have changed since the forward pass: the steps are then
+        made again, with copies."""
         graph, self.graph = self.graph, None
         return graph if versions(self.buffers) == self.versions else None
 
     def reached(self) -> State:
-        """The state that the steps have ended at; nothing if it has been changed in place since."""
+        """The state at the end of the steps; empty if it has been changed in place since."""
         return self.end_state if versions(self.end_state) == self.end_versions else ()
 
 
 def narrow(tensor: Tensor) -> bool:
-    """Whether a gradient is asked for that a sum over many steps in 16 bits would lose."""
+    """Whether a tensor requires a gradient in 16 bits, of which a sum over many steps would lose most."""
     return tensor.requires_grad and tensor.itemsize == 2
 
 
 def leaves(tensors: State, wanted: Sequence[bool]) -> State:
-    """Where a graph begins in place of the tensors, of which gradients are asked as wanted."""
-    # Inside of a transform nothing can be made to require a gradient, or not to.
+    """Leaves where a graph begins, in place of the tensors; ``wanted`` says which of them require a gradient."""
+    # Inside of a transform no tensor can be made to require a gradient, or not to require one.
     rows = zip(tensors, wanted, strict=True)
     return tuple([tensor.detach().requires_grad_() if want else tensor.detach() for tensor, want in rows])
 
 
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """Where gradients of tensors enter their graph; None for tensors without one. They do not hold the tensors."""
+    """Where gradients of tensors enter their graph; None for tensors without one. The edges do not hold the tensors."""
     return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
 
 
@@ -134,10 +132,10 @@ def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:
 
 
 class Sum:
-    """A running sum of lists of tensors, some of them None, in one fused addition a list.
+    """A running sum of lists of tensors, some of them None, in one fused addition per list.
 
-    Tensors of 16 bits are summed in float32 and rounded once, in the end: the sum of many steps would lose most of
-    them.
+    Tensors of 16 bits are summed in float32 and rounded once, at the end: a sum over many steps in 16 bits would lose
+    most of them.
     """
 
     def __init__(self, size: int) -> None:
@@ -182,7 +180,7 @@ class Sum:
             fresh = add_many([sums[i] for i in theirs], [added[i] for i in theirs])
             for i, tensor in zip(theirs, fresh, strict=True):
                 sums[i], self._owned[i] = tensor, True
-        for i in new:  # when nothing can fail any more, after which all terms would be added anew
+        for i in new:  # last, when nothing can fail any more: a failure adds all terms anew
             term = added[i]
             if term.dtype.itemsize == 2:
                 sums[i], self._dtypes[i], self._owned[i] = term.float(), term.dtype, True

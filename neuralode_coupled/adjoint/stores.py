@@ -1,4 +1,4 @@
-"""Where a discrete adjoint keeps the states that it starts again from."""
+"""Where a discrete adjoint keeps the states from which it computes steps again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Storage = Literal["device", "cpu", "disk"]
 
 
 class DeviceStore:
-    """Few states, each until its last use: a backward pass puts others in their place, so that there are never more
-    than the schedule allows. (What autograd keeps stays until the backward pass is over.)"""
+    """A few states, each kept until its last use. A backward pass puts others in their place, so that there are never
+    more than the schedule allows. (States that autograd keeps stay until the backward pass is over.)"""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[State, list[int]]] = {}
@@ -63,13 +63,13 @@ class HostStore:
 def _to_host(part: Tensor) -> Tensor:
     if part.device.type == "cpu":
         return part.clone()
-    # The copy back is ordered behind this one on the same stream, so the host need not wait for either.
+    # The copy back comes after this one on the same stream, so the host need not wait for either.
     host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
     return host.copy_(part, non_blocking=True)
 
 
 class DiskStore:
-    """States in files of a temporary folder, which goes when the graph goes, after an error too.
+    """States in files of a temporary folder, which is removed with the graph, after an error too.
 
     Raises:
         OSError: if the disk that holds temporary files has no room for ``count`` states of ``size`` bytes.
@@ -107,7 +107,7 @@ Store = DeviceStore | HostStore | DiskStore
 
 
 def store(storage: Storage, count: int, y0: State, few: bool) -> Store | None:
-    """Where the stored states go; None where autograd itself keeps them, those of every step, on the device."""
+    """The store for the states; None if autograd itself keeps them: every step's state, on the device."""
     if storage == "disk":
         return DiskStore(count, sum(part.numel() * part.element_size() for part in y0))
     if storage == "cpu":

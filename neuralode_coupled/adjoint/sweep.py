@@ -1,4 +1,4 @@
-"""The backward pass of the discrete engine: step by step, from the last to the first that anybody asks."""
+"""The backward pass of the discrete engine: step by step, from the last to the first that needs a gradient."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Stored:
     Args:
         y0: the initial state.
         stored: the indices of the states that the forward pass stored, 0 first.
-        between: those states without y0, where ``kept`` does not have them.
-        kept: where they are otherwise.
+        between: these states without y0, if ``kept`` is None.
+        kept: the store that has these states, or None.
     """
 
     def __init__(self, y0: State, stored: Sequence[int], between: Sequence[State], kept: Store | None) -> None:
@@ -32,7 +32,7 @@ class Stored:
             self._states |= dict(zip(stored[1:], between, strict=True))
 
     def put(self, n: int, state: State, original: bool) -> None:
-        """Store the state before step ``n``, which is the forward pass's own or not."""
+        """Store the state before step ``n``; ``original`` says whether it is the forward pass's own."""
         self._states[n] = state
         if not original:
             self._made.add(n)
@@ -70,7 +70,7 @@ class Sweep:
     def run(self, chosen: Schedule, states: Stored, grads: Gradients, kept: list[Kept]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from those at the emitted states, flat.
 
-        Uses up the kept graphs: those of the last steps first, those of the first steps in the end.
+        Uses up the kept graphs: those of the last steps first, those of the first steps at the end.
         """
         self._arriving = _by_step(self._plan, len(self._operands.y0), grads)
         first, top = self._tracer.first, chosen.top
@@ -95,13 +95,13 @@ class Sweep:
         return [*self._alpha, *chain.from_iterable(self._inputs), *self._shared.total]
 
     def _without_gaps(self, begin: int, kept: list[Kept]) -> list[Kept]:
-        """The same, with the steps from ``begin`` to the last that are not there."""
+        """The kept steps from ``begin`` to the last, with those that are missing, which have no graph."""
         covered = {n: part for part in kept for n in range(part.first, part.end)}
         steps = range(begin, self._plan.count)
         return list(dict.fromkeys(covered.get(n) or Kept(n, n + 1, None) for n in steps))
 
     def refill(self, chosen: Schedule, kept: Store | None) -> None:
-        """Store again what an earlier backward pass over the same graph has used up."""
+        """Store again the states that an earlier backward pass over the same graph has used up."""
         if kept is None or all(n in kept for n in chosen.stored[1:]):
             return
         y, before = tuple(part.detach() for part in self._operands.y0), 0
@@ -114,10 +114,10 @@ class Sweep:
 
         Args:
             row: the steps, without gaps.
-            start: the state to make them from.
-            states: the stored ones.
+            start: the index of the stored state to make them from.
+            states: the stored states.
         """
-        graphs = [part.take() for part in row]  # also where nothing arrives: it would stay as long as the output
+        graphs = [part.take() for part in row]  # even if no gradient arrives: it would stay as long as the output
         if None in graphs and self._arrives(row[0].first, self._plan.count):
             y = self._advance(start, row[0].first, states.get(start, last=False))
             for i, part in enumerate(row):
@@ -131,12 +131,12 @@ class Sweep:
             except RuntimeError as error:
                 if "modified by an inplace operation" not in str(error):
                     raise
-                # It holds buffers that the steps update themselves: recomputed steps have copies.
+                # The graph holds buffers that the steps update themselves: recomputed steps have copies.
                 y = self._advance(start, part.first, states.get(start, last=False))
                 self._through(part.first, part.end, self._made_again(part, y)[0])
 
     def _made_again(self, part: Kept, y: State) -> tuple[StepGraph, State]:
-        """The graph of kept steps once more, and where they end: where they ended in the forward pass."""
+        """The graph of kept steps once more, and the state at their end, which must be that of the forward pass."""
         graph, y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
         before = part.reached()
         if before:
@@ -158,11 +158,11 @@ class Sweep:
         return traced
 
     def _arrives(self, first: int, end: int) -> bool:
-        """Whether there is anything to take back through steps."""
+        """Whether there is a gradient to take back through these steps."""
         return any(part is not None for part in chain(self._alpha, *self._arriving[first:end]))
 
     def _through(self, first: int, end: int, graph: StepGraph) -> None:
-        """alpha_n and gamma_n from alpha_{n+1}; adds to the gradients of the shared tensors. Or of several steps."""
+        """Compute alpha_n and gamma_n from alpha_{n+1}, of one or several steps; add to the shared gradients."""
         arriving = chain.from_iterable(self._arriving[first:end])
         self._alpha, inputs, shared = graph.differentiate([*self._alpha, *arriving])
         self._plan.returned(first)
@@ -173,7 +173,7 @@ class Sweep:
 
 
 def _by_step(plan: Plan, width: int, grads: Gradients) -> list[Gradients]:
-    """The gradients that arrive at what each step emitted, flat."""
+    """The gradients at the states that each step emitted, as one flat list per step."""
     found, start = [], 0
     for count in plan.emits:
         found.append(grads[start : start + count * width])

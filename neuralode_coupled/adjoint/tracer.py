@@ -1,4 +1,4 @@
-"""Steps with their graphs: one by one, or several in a row as one graph that grows."""
+"""Steps with their graphs: one by one, or several successive steps as one graph that grows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Traced = tuple[StepGraph, State, tuple[State, ...]]
 
 
 class Tracer:
-    """Steps with their graphs.
+    """Makes steps with their graphs.
 
     Args:
         plan: the steps.
@@ -28,9 +28,9 @@ class Tracer:
         needed: the operands' structure with a bool at every leaf.
 
     Attributes:
-        first: the first step that anybody asked a gradient of; below it there is nothing to do.
-        captured: what gradients of captured tensors are asked for at.
-        stops: where these stand in a graph outside.
+        first: the first step that a gradient is asked of; before it there is nothing to do.
+        captured: the tensors at which the gradients of captured tensors are asked for.
+        stops: the places of these tensors in a graph outside.
     """
 
     def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
@@ -39,8 +39,8 @@ class Tracer:
         everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
         self.first = asked[0] if asked else plan.count
-        # Gradients of captured tensors are asked for at those very tensors where they can be: no mode has to stand
-        # around the steps.
+        # If possible, gradients of captured tensors are asked for at the tensors themselves: the steps then need no
+        # mode around them.
         captured, self._replaced = operands.captured, ()
         if need_replacing(captured):
             self._replaced, captured = captured, leaves(captured, self.needed.captured)
@@ -55,7 +55,7 @@ class Tracer:
     def begin(self, n: int, y: State, wanted_y: list[bool] | None = None) -> Span:
         """A graph that begins with step ``n``.
 
-        ``wanted_y`` says which gradients of y are asked for, by default what the first step asked decides.
+        ``wanted_y`` says which gradients of y are asked for. Default: those of y0 at step 0; all after `first`.
         """
         return Span(self, n, y, wanted_y or (self.needed.y0 if n == 0 else [n > self.first] * len(y)))
 
@@ -70,13 +70,13 @@ class Tracer:
     def again(self, n: int, y: State, replay: Replay, wanted_y: list[bool] | None = None) -> Traced:
         """Step ``n`` once more, in the world of the forward pass.
 
-        Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step has made
-        itself is another one whenever it runs.
+        Raises the plan's error for a tensor that the step uses without being handed it. A tensor that the step makes
+        itself does not count: it is a new one in every run.
         """
         return self.span_again(n, n + 1, y, replay, wanted_y)
 
     def span_again(self, first: int, end: int, y: State, replay: Replay, wanted_y: list[bool] | None = None) -> Traced:
-        """The same of several steps in a row, as one graph."""
+        """The same for several successive steps, as one graph."""
         span, emitted = self.begin(first, y, wanted_y), []
         for n in range(first, end):
             before = y
@@ -95,16 +95,16 @@ class Tracer:
 
 
 class Span:
-    """Steps in a row, as one graph that grows step by step from fresh leaves.
+    """Successive steps, as one graph that grows step by step from fresh leaves.
 
     Args:
-        tracer: what is traced.
+        tracer: makes the steps.
         first: the first step.
         y: the state at its start.
         wanted_y: which gradients of y are asked for.
 
     Attributes:
-        tracer: what is traced; another one may take over once the first step has shown which tensors it captures.
+        tracer: makes the steps; another one may take over once the first step has shown which tensors it captures.
         first, end: the steps so far, the last one excluded.
     """
 
@@ -117,11 +117,11 @@ class Span:
         self._emitted: list[Tensor] = []
         self._seen: set[Any] = set()
         self._before: tuple[State, int, int] = self._y, 0, 0
-        self._chain: Chain = []  # the last attribute
+        self._chain: Chain = []  # the last attribute, see `Chain`
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What the steps so far were computed on: state, inputs, shared and captured tensors."""
+        """The tensors that the steps so far were computed on: state, inputs, shared and captured tensors."""
         return [*self._start, *self._inputs, *self._shared, *self.tracer.captured]
 
     def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
@@ -145,8 +145,8 @@ class Span:
             return self.step(buffers)
 
     def foreign(self, all_steps: bool = False) -> list[Tensor]:
-        """The leaves with a gradient that the last step, or ``all_steps``, depends on and was not handed, if they are
-        looked for."""
+        """The leaves with a gradient that the last step, or ``all_steps``, depends on and was not handed; none if
+        the plan does not look for them."""
         if self.tracer.plan.overlooked is None:
             return []
         count = 0 if all_steps else self._before[2]
@@ -160,7 +160,7 @@ class Span:
         self.end -= 1
 
     def held_bytes(self) -> int | None:
-        """What the graph holds besides operands and states; None if nobody can tell."""
+        """The bytes that the graph holds besides operands and states; None if they cannot be determined."""
         states = [*self._y, *self._emitted]
         return held_bytes(edges(states), [*states, *self.leaves], self.tracer.stops)
 
