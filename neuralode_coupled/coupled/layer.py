@@ -130,7 +130,7 @@ class CoupledODE(nn.Module):
         self._choose(discretisation, self._times())
 
     def _choose(self, discretisation: Discretisation, t: Times) -> None:
-        """Check and keep a choice: a layer that cannot be solved fails when it is made or changed, and stays as it was."""
+        """Check and keep a choice. One that cannot be solved fails when it is made, and the layer stays as it was."""
         t = tuple(t) if isinstance(t, Iterator) else t
         with torch.no_grad():
             row = time_row(t)

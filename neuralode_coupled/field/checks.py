@@ -15,7 +15,7 @@ def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
         raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
     if z0.ndim < 1:
         raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
-    # f may have parameters of other dtypes as well (complex, whole numbers, frozen in float64): it knows which fit z0.
+    # f may have parameters of other dtypes too (complex, whole numbers, frozen in float64): f knows which ones fit z0.
     own = [p for part in parts(dynamics) for p in part._parameters.values() if p is not None and p.is_floating_point()]
     for p in own:
         if z0.device == p.device and z0.dtype == p.dtype:

@@ -55,14 +55,14 @@ class DensityKernel(TimeKernel):
         raise NotImplementedError(f"{type(self).__name__} must define cumulative_integral(s)")
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """Any grids will do, but time has to run forwards, and the methods have to belong together: see above."""
+        """Raise ValueError if time runs backwards or the methods do not belong together, see above. Any grids fit."""
         length = as_number(span)
         if length < 0:
             raise ValueError(
                 f"{self} remembers the past, and t runs backwards (from the first to the last time is {length:g}): "
                 "let t increase, or use Dirac(), SampleAndHold(...) or MatrixKernel(...)"
             )
-        # Those of the package have tests of their own.
+        # The package's own kernels have their own tests.
         if not type(self).__module__.startswith(__name__.partition(".")[0] + ".") and length not in self._consistent:
             check_consistent(self, length)
             self._consistent.add(length)

@@ -25,7 +25,7 @@ class Positive:
         """Give a module its number; raises TypeError or ValueError for one that is not positive and finite."""
         number = float(positive(self._name, value))
         setattr(module, self._fixed, number)
-        # Of one axis: fully_shard takes no parameter without.
+        # With one axis: fully_shard takes no parameter without axes.
         module.register_parameter(self._log, nn.Parameter(torch.tensor([math.log(number)])) if learnable else None)
         takes_scalars(module, (self._log,))
 

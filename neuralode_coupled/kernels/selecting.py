@@ -30,7 +30,7 @@ class SelectingKernel(TimeKernel):
         return _one_hot(torch.tensor(self._selected(steps, c, weight_steps), device=device), weight_steps)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """Raise ValueError if the grids do not fit. It makes no matrix, because every solve calls it."""
+        """Raise ValueError if the grids do not fit. This makes no matrix, because every solve calls it."""
         self._selected(steps, c, weight_steps)
 
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
