@@ -77,7 +77,7 @@ def _row(model: nn.Module, parent: str, names: list[str]) -> BlockRow:
 
 
 def check_alike(row: BlockRow) -> None:
-    """Raise ValueError unless the blocks of a row have one structure, with different and finite numbers."""
+    """Raise ValueError unless the blocks of a row differ only in their numbers, and all of these are finite."""
     for name, block in zip(row.names, row.blocks, strict=True):
         _check_plain(name, block)
         difference = _difference((row.names[0], row.blocks[0]), (name, block))

@@ -68,7 +68,8 @@ class FoldReport:
         parameters_after: the same for the layers: w0, coefficients, the parameters of `PerStep` modules and of the
             kernel.
         seconds: the time that folding and calibration took.
-        aligned: what was permuted, by layer; empty if no hidden units were recognised, or with ``align=False``.
+        aligned: what was permuted, by layer; an empty tuple if no hidden units were recognised, or with
+            ``align=False``.
     """
 
     def __init__(self, model: nn.Module, rows: Sequence[FoldedRow], align: bool, begun: float) -> None:

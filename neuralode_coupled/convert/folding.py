@@ -63,14 +63,15 @@ def fold(
     """Turn trained blocks in a row into one coupled layer, whose weights move from one block to the next; in place.
 
     N blocks ``b_1 .. b_N`` become one block as f, ``f(z) = b(z) - z``, solved by Euler's method with ``t=(0, N)``,
-    ``steps=N``: a step of length 1 applies the block itself (`Block`), so that nothing has to be rescaled, and with
-    the blocks' own weights as stage weights the layer is the row, bit for bit. w0 and the coefficients of the
+    ``steps=N``. A step of length 1 applies the block itself (`Block`), so nothing has to be rescaled. With the blocks'
+    own weights as stage weights, the layer computes the same as the row, bit for bit. w0 and the coefficients of the
     operators are those whose stage weights, through the kernel, are nearest to the blocks' weights in least squares.
-    For a basis these are found exactly (of least norm where they are not unique), for flows by searches from several
-    starts, which for networks (`MLPEvolution`, `ConvEvolution`) may end above the least: the report has the errors.
+    For a basis these are found exactly (with least norm if they are not unique), for flows by searches from several
+    starts. For networks (`MLPEvolution`, `ConvEvolution`) a search may end above the minimum: the report has the
+    errors.
 
-    The layer is what `couple` makes with ``branch="block"``: it trains, and `nc.bake` gives plain blocks back. Its
-    parameters are new ones: give them to the optimizer anew.
+    The layer is the one that `couple` makes with ``branch="block"``: it trains, and `nc.bake` gives plain blocks back.
+    Its parameters are new: give them to the optimizer.
 
     Args:
         model: any module, in float32 or float64.
