@@ -112,9 +112,9 @@ def couple(
     Args:
         model: any module, in float32 or float64.
         targets: names of submodules, or patterns (``"layer*.1"``; a star does not match a dot, unless nothing matches
-            otherwise). A target is a block that adds its input itself
-            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, your own), or
-            a branch whose result the module around it adds. ``""`` is the model itself; then use the returned model.
+            otherwise). A target is a block that adds its input itself (ResNets of torchvision and timm, vision
+            transformers, ``torch.nn.TransformerEncoderLayer``, your own), or a branch whose result the module around it
+            adds to its input. ``""`` is the model itself; then use the returned model.
             ``"auto"``: all targets that `convertible` finds.
         evolution: q, see `CoupledField`; parameter names are relative to the branch. Each entry of a mapping must match
             a parameter of some target. `Static` by default.

@@ -143,8 +143,8 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
         theta: the stage weights of the parameters that move, (N, stages or 1, *weight) by name.
 
     Returns:
-        ``N`` `BakedStep` in a row. All of them share one tensor for what does not change from step to step: a copy of
-        the field's.
+        ``N`` `BakedStep` in a row. Tensors that do not change from step to step are shared by all of them, and are
+        copies of the field's.
     """
     dynamics, grid, method = field.dynamics, scheme.grid, scheme.method
     originals = {name: id(p) for name, p in dynamics.named_parameters()}

@@ -28,9 +28,9 @@ class LinearEvolution(EvolutionOperator):
     """``dw/dt = A w``: the linear case of Eq. 5c, with its closed form ``w(t) = exp(A t) w(0)``.
 
     Over ``"pixels"`` A is a full matrix that acts on the pixels of every kernel. Reaction-diffusion-advection with the
-    identity activation is a special case (a circulant A with few coefficients). Over
-    ``"channels"`` A is ``U V^T`` of low rank and mixes the output channels; its exponential is
-    ``I + U t phi(t V^T U) V^T`` with ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
+    identity activation is a special case (a circulant A with few coefficients). Over ``"channels"`` A is ``U V^T`` of
+    low rank and mixes the output channels; its exponential is ``I + U t phi(t V^T U) V^T`` with
+    ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
 
     The flow starts as the identity: A is zero. In ``U V^T``, U is random and V is zero, so that gradients flow. On CUDA
     the host waits for ``torch.linalg.matrix_exp``, so a solve with this operator cannot be captured in a graph.

@@ -144,17 +144,16 @@ class HyperNetwork(EvolutionOperator):
     """``q(t, w) = g(e) - w``: a network g turns an embedding e into weights, and w moves towards them.
 
     One Euler step of size 1 reaches g(e) from any w0: ``w0 + 1 * (g(e) - w0) = g(e)``. That is the static hypernetwork
-    of
-    Ha, Dai and Le (arXiv:1609.09106), and in this layer theta is always g(e)::
+    of Ha, Dai and Le (arXiv:1609.09106), and in this layer theta is always g(e)::
 
         nc.CoupledODE(f, nc.HyperNetwork(4, 16), nc.SampleAndHold(1), steps=N, weight_steps=1, weight_method="euler")
 
     With more steps w approaches ``g(e)`` as ``w(t) = g(e) + exp(-t) (w0 - g(e))``, and depends on w0.
 
-    g has the two linear layers of that paper: for every input channel i of a weight ``(out, in, *pixels)`` its own
+    g has the two linear layers of their paper: for every input channel i of a weight ``(out, in, *pixels)`` its own
     ``a_i = W_i e + B_i`` with ``hidden`` entries, then one layer for all channels, ``g(e)[:, i] = W_out a_i + B_out``.
     At the start the generated weights are about as large as w0 (in the root mean square). An operator that several
-    parameters of one shape share has one g and, as in the paper, one embedding per parameter.
+    parameters of one shape share has one g and, as in that paper, one embedding per parameter.
 
     Args:
         embedding: the number of entries of e.
