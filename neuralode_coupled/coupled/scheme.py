@@ -27,7 +27,7 @@ class Grid:
     """``steps`` equal steps from ``t0`` to ``t1`` (which may lie before ``t0``).
 
     Plain numbers decide which step a time lies in, and whether two grids are equal. Computations use `start`, `length`
-    and `whole`, which are differentiable.
+    and `whole`, which are differentiable if the ends are.
 
     Attributes:
         ends: t0 and t1 as scalar tensors, if gradients flow to one of them.

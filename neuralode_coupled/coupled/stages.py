@@ -111,7 +111,7 @@ class Stages:
     ) -> Any:
         """What the dynamics return. The very first evaluation shows if f cannot take z0: the error then names z0."""
         if z.requires_grad and not torch.is_grad_enabled():
-            z = z.detach()  # f may check for a graph, and may have marked z itself at an earlier evaluation
+            z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
         try:
             # Under autocast f may return another precision; the state keeps its own.
             return self.field.evaluate(t, z, tensors, bool(self.moving), begun=True, applied=applied)

@@ -91,7 +91,7 @@ class HeldWeights(System):
 
     def __init__(self, field: CoupledField, theta: Tensors) -> None:
         super().__init__(field, ())
-        # At the start a weight is the parameter itself, which a step would replace by another tensor; not so a view.
+        # At the start a weight is the parameter itself, which a step would replace; it does not replace a view.
         self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
         # The operators' parameters get their gradients through theta. If named here too, they would get them twice.
         with alone(field.dynamics):

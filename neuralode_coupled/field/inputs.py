@@ -64,7 +64,7 @@ class Inputs:
         return self._restore(leaves)
 
     def check_kept(self, given: tuple[Any, ...]) -> None:
-        """Raise `DynamicsError` for containers that f has changed: they are f's own copies, so the changes would be
+        """Raise `DynamicsError` for containers that f has changed: they are copies made for f, so the changes would be
         lost."""
         if not self._nested or tracing():
             return
