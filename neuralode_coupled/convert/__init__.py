@@ -1,1 +1,1 @@
-"""Other people's models as coupled ones."""
+"""Conversion of existing models to coupled ones."""

@@ -1,4 +1,4 @@
-"""Hidden units of blocks in a row, permuted so that they match: what each block computes stays the same."""
+"""Hidden units of blocks in a row, permuted so that they match. Each block still computes the same."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from neuralode_coupled.convert.hidden_units import Units, hidden_units, permuted
 from neuralode_coupled.convert.matching import matched
 
 SWEEPS = 20
-"""Over units that depend on one another, at most."""
+"""The largest number of sweeps over units that depend on one another."""
 
 
 def aligned(blocks: Sequence[nn.Module]) -> tuple[list[nn.Module], tuple[str, ...]]:
     """Copies of blocks whose hidden units are permuted to match those of the (aligned) block before.
 
-    The permutation makes the inner product of the weights the largest, by an exact assignment; where several sets of
-    units depend on one another (the two inner widths of a bottleneck), each in turn until nothing moves. Permuted are
+    The permutation maximises the inner product of the weights, by an exact assignment. If several sets of units depend
+    on one another (the two inner widths of a bottleneck), each is permuted in turn until nothing moves. Permuted are
 
-    * what one convolution or linear layer makes and others use, with activations, normalisations, dropout, depthwise
-      convolutions and gates in between, as far as ``torch.fx`` can read the code (optional inputs at their defaults);
+    * units that one convolution or linear layer makes and others use, with activations, normalisations, dropout,
+      depthwise convolutions and gates in between, as far as ``torch.fx`` can read the code (optional inputs at their
+      defaults);
     * the feed-forward network of ``torch.nn.TransformerEncoderLayer``;
     * heads of ``torch.nn.MultiheadAttention`` and of timm's attention, and inside of each head the directions of
-      queries and keys, and those of values. A mask for each head by itself, or weights that are returned by head,
-      would have to be permuted too.
+      queries and keys, and those of values. Masks per head, or attention weights returned per head, would have to be
+      permuted too.
 
     Args:
-        blocks: alike but for the values of their tensors.
+        blocks: blocks that differ only in the values of their tensors.
 
     Returns:
-        The copies, and the names of what was permuted: a layer that makes hidden units, or an attention module. None
-        where nothing was recognised.
+        The copies, and the names of what was permuted: layers that make hidden units, or attention modules. No names if
+        nothing was recognised.
     """
     made = copied(blocks)
     shared = set(common(made))

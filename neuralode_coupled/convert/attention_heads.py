@@ -1,5 +1,5 @@
-"""Attention heads, which may be permuted as a whole, and inside of each what queries and keys, or values, have in
-common."""
+"""Attention heads, which may be permuted as a whole; inside of each, the directions that queries and keys share, and
+those of values."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Heads:
     """The heads of one attention module.
 
     Attributes:
-        name: of the module in its block.
-        count: how many heads.
+        name: the name of the module in its block.
+        count: the number of heads.
         inner: whether the directions of queries and keys inside of a head may be permuted.
     """
 
@@ -31,7 +31,7 @@ class Heads:
 
 def attention_heads(block: nn.Module) -> list[Heads]:
     """The attention modules of a block whose layout is known: ``torch.nn.MultiheadAttention``, and modules with one
-    linear layer ``qkv``, one ``proj`` and ``num_heads``, as timm's, which a trial confirms."""
+    linear layer ``qkv``, one ``proj`` and ``num_heads``, like timm's, after a trial has confirmed their layout."""
     found: list[Heads] = []
     modules: list[tuple[str, Any]] = list(block.named_modules())
     for name, module in modules:
@@ -45,7 +45,7 @@ def attention_heads(block: nn.Module) -> list[Heads]:
 
 
 def _is_fused(module: Any) -> bool:
-    """Whether a module has the fused layers of timm's attention, and no inputs that know of heads (as rotations do)."""
+    """Whether a module has the fused layers of timm's attention, and no inputs that depend on heads, like rotations."""
     layers = [getattr(module, name, None) for name in ("qkv", "proj")]
     heads = getattr(module, "num_heads", None)
     if not all(type(layer) is nn.Linear for layer in layers) or not isinstance(heads, int) or heads < 1:
@@ -70,7 +70,7 @@ def _normalised(module: Any) -> bool:
 
 @torch.no_grad()
 def _confirmed(module: Any, heads: Heads) -> bool:
-    """Whether a permutation leaves what the module makes of a random sequence."""
+    """Whether a permutation leaves the module's output for a random sequence unchanged."""
     original = copy.deepcopy(module).to("cpu", torch.float64).eval()
     changed = copy.deepcopy(original)
     generator = torch.Generator().manual_seed(0)
@@ -83,14 +83,14 @@ def _confirmed(module: Any, heads: Heads) -> bool:
     _reorder(changed, heads.count, order, inner)
     try:
         found, expected = changed(x), original(x)
-    except Exception:  # it takes another input: its layout is not known
+    except Exception:  # it takes other inputs: its layout is not known
         return False
     same = isinstance(found, Tensor) and isinstance(expected, Tensor) and found.shape == expected.shape
     return same and bool((found - expected).abs().max() <= 1e-9 * expected.abs().max())
 
 
 def match_heads(previous: nn.Module, block: nn.Module, heads: Heads) -> bool:
-    """Permute the heads of a block, in place, to match those of the block before; whether anything moved."""
+    """Permute the heads of a block, in place, to match those of the block before; return whether anything moved."""
     before, module = previous.get_submodule(heads.name), block.get_submodule(heads.name)
     old, new = [_by_head(m, heads.count) for m in (before, module)]
     width = old[0].shape[2]
@@ -123,7 +123,7 @@ def _by_head(module: Any, count: int) -> tuple[Tensor, Tensor]:
     back = out.detach().to("cpu", torch.float64).mT.unflatten(0, (count, -1))
     if back.shape[-1] == parts.shape[-1]:
         return parts[:2], torch.stack([parts[2], back])
-    # Another width of the output than of the input: in a row.
+    # The output may have another width than the input, so these are concatenated.
     return parts[:2], torch.cat([parts[2], back], dim=-1)[None]
 
 

@@ -16,17 +16,17 @@ from neuralode_coupled.convert.folded_row import FoldedRow, unfolded
 from neuralode_coupled.convert.own_numbers import NORMS
 
 MEASURED = 4
-"""So many batches show the errors before and after."""
+"""The number of batches that measure the errors before and after."""
 
 LOOKS = 5
-"""So often these are looked at, and the best parameters kept."""
+"""How often these errors are measured, to keep the best parameters."""
 
 Batch = Tensor | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How a layer is called."""
+    """The arguments of a call of a layer."""
 
     z0: Activation
     args: tuple[Any, ...]
@@ -49,7 +49,7 @@ def calibrate(
     """Fit folded layers to trained activations, see `FoldReport.calibrate`.
 
     Returns:
-        The relative errors of each block's output, by row, before and after.
+        The relative errors of each block's output, per row, before and after.
     """
     check_evaluation(model)
     whole("steps", steps, least=0)
@@ -77,7 +77,8 @@ def _fitted(
     steps: int,
     lr: float,
 ) -> list[list[float]]:
-    """Take Adam's steps, and keep the parameters of the least errors on the first batches; these errors, by row."""
+    """Take Adam's steps, and keep the parameters with the smallest errors on the first batches. Return these errors,
+    per row."""
     rates = _rates(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     kept = [p.detach().clone() for p in parameters]
@@ -100,7 +101,8 @@ def _fitted(
 
 @torch.no_grad()
 def _estimate(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Batch]) -> None:
-    """Give the layers' normalisations the statistics of the folded model's activations: their mean over the batches."""
+    """Give the layers' normalisations the statistics of the folded model's activations, as the mean over the
+    batches."""
     norms: list[Any] = [m for row in rows for m in row.layer.modules() if getattr(m, "running_mean", None) is not None]
     norms = [m for m in norms if isinstance(m, NORMS)]
     held = [(m.momentum, m.training) for m in norms]
@@ -117,15 +119,15 @@ def _estimate(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Bat
 
 
 def _rates(parameters: Sequence[nn.Parameter], lr: float) -> list[float]:
-    """Adam moves every number by about its rate: a part of the numbers' size in each parameter. What is zero moves as
-    slowly as the smallest ones."""
+    """Adam moves every number by about its rate, here a fraction of the numbers' size in each parameter. Parameters
+    that are zero move as slowly as the smallest ones."""
     sizes = [float(p.detach().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
     least = min([size for size in sizes if size > 0], default=1.0)
     return [lr * (size or least) for size in sizes]
 
 
 def _total(errors: Sequence[Sequence[float]]) -> float:
-    """NaN, of what overflows, is infinite."""
+    """The sum of the squared errors; infinite if it is NaN, after an overflow."""
     total = sum(error * error for row in errors for error in row)
     return total if total == total else math.inf
 
@@ -137,7 +139,8 @@ def _descend(
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
 ) -> bool:
-    """One step; gradients that the parameters have are left to them. False, and no step, where one is not finite."""
+    """Take one step; the parameters keep the gradients that they have. Return False, without a step, if a gradient is
+    not finite."""
     targets, calls = _trained(model, rows, batch), _calls(model, rows, batch)
     with torch.enable_grad():
         losses = [
@@ -158,7 +161,7 @@ def _descend(
 
 
 def _distances(row: FoldedRow, call: _Call, targets: list[Tensor]) -> Tensor:
-    """The relative error of the state behind each block: (blocks,)."""
+    """The relative error of the state after each block: (blocks,)."""
     states = row.layer.trajectory(call.z0, row.states, args=call.args, kwargs=call.kwargs)
     found = [
         (state - target).norm() / target.norm().clamp(min=torch.finfo(target.dtype).tiny)
@@ -169,7 +172,7 @@ def _distances(row: FoldedRow, call: _Call, targets: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def _errors(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Batch]) -> list[list[float]]:
-    """The relative errors behind each block, by row: the root of their mean square over the batches."""
+    """The relative errors after each block, per row: the root of their mean square over the batches."""
     squares = [torch.zeros(len(row.trained), dtype=torch.float64) for row in rows]
     for batch in batches:
         targets, calls = _trained(model, rows, batch), _calls(model, rows, batch)
@@ -180,7 +183,7 @@ def _errors(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Batch
 
 @torch.no_grad()
 def _trained(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[list[Tensor]]:
-    """The trained model's activations behind each block, by row."""
+    """The trained model's activations after each block, per row."""
     found: list[list[Tensor]] = [[] for _ in rows]
     handles = []
 
@@ -205,7 +208,7 @@ def _trained(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[
 
 @torch.no_grad()
 def _calls(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[_Call]:
-    """What the folded model gives to each layer."""
+    """The arguments that the folded model passes to each layer."""
     found: list[list[_Call]] = [[] for _ in rows]
 
     def keep(i: int) -> Any:
@@ -246,7 +249,8 @@ def _run(model: nn.Module, batch: Batch) -> None:
 
 
 def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches again and again; what can be read but once is kept. Raises ValueError where there is none."""
+    """The batches, repeated endlessly; an iterable that can be read only once is kept. Raises ValueError if it is
+    empty."""
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of inputs, such as [images], got {type(batches).__name__}")
     kept: list[Batch] | None = [] if iter(batches) is batches else None
@@ -263,7 +267,7 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _follow(rows: Sequence[FoldedRow]) -> None:
-    """The trained blocks go where the layers went since, and are in evaluation mode."""
+    """Move the trained blocks to where the layers are now, and put them in evaluation mode."""
     for row in rows:
         like = next(p for p in row.layer.parameters())
         for block in row.trained:

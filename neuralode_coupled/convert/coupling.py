@@ -34,7 +34,7 @@ _LAYER = "a single layer"
 _LAYERS = "adds to what it makes of its input; modules inside of it can be converted"
 _BEHIND = ", after a transformation of its input"
 _SHOWN = 20
-"""So many names of submodules are shown in a message."""
+"""The number of names of submodules that a message shows."""
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -49,7 +49,7 @@ class _How:
     together: bool
 
     def check(self) -> None:
-        """Raise TypeError or ValueError for what cannot be meant."""
+        """Raise TypeError or ValueError for invalid choices."""
         choice("skip", self.skip, get_args(Skip))
         choice("outputs", self.outputs, get_args(Outputs))
         if isinstance(self.branch, str):
@@ -104,24 +104,24 @@ def couple(
 ) -> nn.Module:
     """Turn residual branches of a model into coupled layers, in place. The model's weights become w0.
 
-    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``: with one step, the default, the converted model
+    A residual block ``z + f(z)`` is one Euler step of ``dz/dt = f(z)``. With one step, the default, the converted model
     computes what the original computes, to round-off; with more steps it computes the flow. Every target gets its own
     operators and kernel. Parameters stay the same objects, so optimisers and tied weights stay valid. Names in the
     state dict change: load pretrained weights before the conversion, or by `load_plain` after it.
 
     Args:
         model: any module, in float32 or float64.
-        targets: names of submodules, or patterns (``"layer*.1"``; a star does not reach over a dot, unless nothing
-            matches otherwise). A target is a block that adds its input itself
-            (ResNets of torchvision and timm, vision transformers, ``torch.nn.TransformerEncoderLayer``, your own), or
-            a branch whose result the module around it adds. ``""`` is the model itself; then use the returned model.
-            ``"auto"``: all that `convertible` finds.
+        targets: names of submodules, or patterns (``"layer*.1"``; a star does not match a dot, unless nothing matches
+            otherwise). A target is a block that adds its input itself (ResNets of torchvision and timm, vision
+            transformers, ``torch.nn.TransformerEncoderLayer``, your own), or a branch whose result the module around it
+            adds to its input. ``""`` is the model itself; then use the returned model.
+            ``"auto"``: all targets that `convertible` finds.
         evolution: q, see `CoupledField`; parameter names are relative to the branch. Each entry of a mapping must match
-            in some target. `Static` by default.
+            a parameter of some target. `Static` by default.
         kernel: K, copied for each target; `Dirac` by default.
-        steps: the number of activation steps, see `CoupledODE`; one by default, and none with an adaptive method.
+        steps: the number of activation steps, see `CoupledODE`; one by default, None with an adaptive method.
         method: the Runge-Kutta method, see `CoupledODE`.
-        t: the interval of time, see `CoupledODE`; a parameter in it is one for all targets.
+        t: the interval of time, see `CoupledODE`; all targets share a parameter in it.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
         rtol: the relative tolerance of an adaptive method.
@@ -129,29 +129,30 @@ def couple(
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
         evolve: which parameters of a branch evolve, see `CoupledField`.
         skip: where a target's input is added: ``"inside"`` the target, ``"around"`` it, or nowhere: ``"none"`` takes a
-            plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` finds out
+            plain layer that keeps its input's shape as one Euler step of ``dz/dt = f(z) - z``. ``"auto"`` chooses
             between the first two by tracing the code.
-        branch: what f is. ``"residual"``: the branches that a target adds to its state, found by tracing. ``"block"``:
-            all of the target but its input, so that Euler's method with ``t=(0, N)``, ``steps=N`` applies it N times,
-            see `Block`. Or f itself: a module, or a function of the target that gives one. Names of parameters of a
-            block, and of a given f, begin with ``module.``.
-        outputs: for a target that returns a tuple that begins with the state, what follows it: ``"last"``, what the
-            last step returned, or ``"drop"``, None in every place.
+        branch: the choice of f. ``"residual"``: the branches that a target adds to its state, found by tracing.
+            ``"block"``: the whole target minus its input, so that Euler's method with ``t=(0, N)``, ``steps=N`` applies
+            it N times, see `Block`. Or f itself: a module, or a function that returns one for a target. Names of
+            parameters of a block, and of a given f, begin with ``module.``.
+        outputs: for a target that returns a tuple with the state first, what follows the state: ``"last"``, the outputs
+            of the last step, or ``"drop"``, None in every place.
         together: make one block of all targets, which must be consecutive in an ``nn.Sequential`` or ``nn.ModuleList``
             and get the same inputs. The layer replaces the first; the others are removed.
         per_step: give BatchNorm its own statistics and parameters in every step (`PerStep`), as in the paper. If False,
-            all steps share one, as general-purpose solvers need.
+            all steps share one BatchNorm, as general-purpose solvers need.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: if the model is not a module, the targets are not names, or ``branch`` is none.
-        ValueError: for targets that match nothing, are not residual (what was found is said), or not consecutive where
-            they are taken together, change their input in place, do something besides adding (hooks on them, what their
-            code sets or changes without returning it), are scripted, are converted already or lie inside of each other,
-            models in half precision, an unknown ``skip``, ``branch`` or ``outputs``, and as `CoupledODE`. The model is
-            then as it was. A branch or block that changes the shape shows in the first forward pass.
+        TypeError: if the model is not a module, the targets are not names, or ``branch`` is not a branch.
+        ValueError: for targets that match nothing, are not residual (the message says what was found), are not
+            consecutive with ``together``, change their input in place, do something besides adding (hooks on them,
+            things that their code sets or changes without returning them), are scripted, are already converted or lie
+            inside of each other; for models in half precision, an unknown ``skip``, ``branch`` or ``outputs``; and as
+            `CoupledODE`. The model then stays as it was. A branch or block that changes the shape raises in the first
+            forward pass.
     """
     how = _How(skip, branch, outputs, together)
     how.check()
@@ -171,7 +172,7 @@ def couple(
         "evolve": evolve,
     }
 
-    # An entry may be for the parameters of some targets alone.
+    # An entry may match the parameters of only some targets.
     by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
     operators = evolution if by_pattern is None else by_pattern
 
@@ -195,10 +196,10 @@ class Candidate:
     """A module of a model, and whether `nc.couple` takes it.
 
     Attributes:
-        name: of the module.
-        kind: ``"block"`` for one that adds its input itself, ``"branch"`` for one whose result the module around it
-            adds; empty for one that is neither.
-        reason: what was found: the stages of a block, or why it is none.
+        name: the name of the module.
+        kind: ``"block"`` for a module that adds its input itself, ``"branch"`` for one whose result the module around
+            it adds; empty for a module that is neither.
+        reason: what was found: the stages of a block, or why it is not one.
     """
 
     name: str
@@ -207,11 +208,11 @@ class Candidate:
 
 
 class Candidates(tuple[Candidate, ...]):
-    """The rows of `nc.convertible`, which print as a table."""
+    """The rows of `nc.convertible`; ``print`` shows them as a table."""
 
     @property
     def targets(self) -> list[str]:
-        """The names of those that can be converted."""
+        """The names of the modules that can be converted."""
         return [row.name for row in self if row.kind]
 
     def __str__(self) -> str:
@@ -221,11 +222,11 @@ class Candidates(tuple[Candidate, ...]):
 
 
 def convertible(model: nn.Module) -> Candidates:
-    """Which of a model's modules `nc.couple` can convert, found by tracing them; the model stays as it is.
+    """List the modules of a model that `nc.couple` can convert, found by tracing them. The model stays as it is.
 
     No row lies inside of one that can be converted. Containers and single layers have no row, unless the code around
-    them adds their input. A branch that changes the shape of the state by broadcasting is found only in the first
-    forward pass of the converted model.
+    them adds their input. A branch that changes the shape of the state by broadcasting shows only in the first forward
+    pass of the converted model.
 
     Args:
         model: any module.
@@ -247,10 +248,10 @@ def convertible(model: nn.Module) -> Candidates:
 
 
 def _outermost(rows: list[Candidate]) -> list[Candidate]:
-    """The rows, of which none that can be converted lies inside of another one.
+    """The rows without those that lie inside of another one that can be converted.
 
-    A module that first makes something else of its input (as a whole network does) is one itself only where no module
-    inside of it is.
+    A module that first changes its input into something else (as a whole network does) counts as convertible only if no
+    module inside of it is.
     """
     for row in reversed(list(rows)):
         inside = [other for other in rows if other is not row and _within(other.name, row.name)]
@@ -331,9 +332,9 @@ def _converted_together(
 def _converted(
     model: nn.Module, names: list[str], how: _How, layer: _Layer, by_pattern: ByPattern | None
 ) -> dict[int, nn.Module]:
-    """What takes the place of each target, by the target's identity.
+    """The replacement of each target, by the target's identity.
 
-    All or nothing: whatever cannot be converted shows before a target is replaced.
+    All or nothing: an error about any target is raised before a target is replaced.
     """
     converted: dict[int, nn.Module] = {}
     with _put_back_on_failure(model):
@@ -350,7 +351,7 @@ def _converted(
 
 
 def _check_container(model: nn.Module, target: nn.Module, how: _How) -> None:
-    """Raise ValueError for a whole layer of an ``nn.TransformerEncoder``, which looks at its attributes."""
+    """Raise ValueError for a whole layer of an ``nn.TransformerEncoder``, which reads the layer's attributes."""
     for encoder in model.modules():
         inside = isinstance(encoder, nn.TransformerEncoder) and any(target is layer for layer in encoder.layers)
         if inside and (how.branch != "residual" or how.skip == "none"):
@@ -361,20 +362,20 @@ def _check_container(model: nn.Module, target: nn.Module, how: _How) -> None:
 
 
 def _settled(model: nn.Module, converted: list[nn.Module]) -> nn.Module:
-    """The converted model, with what does not go with coupled layers switched off."""
+    """The converted model; features that do not work with coupled layers are switched off."""
     for module in (part for new in converted for part in _after(new)):
-        # What a layer returns may be a state that its backward pass starts from.
+        # A layer may return a state that its backward pass starts from.
         module.inplace = False
     new = set(map(id, converted))
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in new for layer in encoder.layers):
-            # Its fast path packs padded sequences into nested tensors, and looks for the original's linear layers.
+            # Its fast path packs padded sequences into nested tensors, and expects the original's linear layers.
             encoder.use_nested_tensor = False
     return model
 
 
 def _checked(model: nn.Module, targets: str | Iterable[str], called: str = "targets") -> list[str]:
-    """The names of the targets in the model's order; raises TypeError or ValueError for what cannot be meant.
+    """The names of the targets in the model's order; raises TypeError or ValueError for invalid targets.
 
     ``called`` is the argument's name.
     """
@@ -431,7 +432,7 @@ def _patterns(targets: str | Iterable[str], called: str) -> list[str]:
 def _matching(pattern: str, names: list[str]) -> list[str]:
     """The names that a pattern matches part by part between the dots; if there are none, as a whole.
 
-    The model itself has an empty name, and no pattern but that one means it.
+    The model itself has an empty name; only the empty pattern matches it.
     """
     names = [name for name in names if bool(name) == bool(pattern)]
     parts = pattern.split(".")
@@ -449,7 +450,7 @@ def _within(name: str, outer: str) -> bool:
 
 
 def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module:
-    """What takes the target's place."""
+    """The replacement of the target."""
     target = model.get_submodule(name)
     if how.branch == "block" or how.skip == "none":
         return layer(Block(target, how.outputs))
@@ -474,7 +475,7 @@ def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module
 
 
 def _given(branch: Any, target: nn.Module) -> nn.Module:
-    """The branch that the user has named, as a module or as a function of the target."""
+    """The branch that the user gives, as a module or as a function of the target."""
     found = branch if isinstance(branch, nn.Module) else branch(target)
     if not isinstance(found, nn.Module):
         raise TypeError(
@@ -485,7 +486,7 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
 
 
 def _check_no_hooks(target: nn.Module) -> None:
-    """Raise ValueError for hooks on a target that is taken apart, because nothing would call them any more."""
+    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
     kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
     hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
     if hooks:
@@ -497,7 +498,7 @@ def _check_no_hooks(target: nn.Module) -> None:
 
 
 def _assembled(found: Residual, how: _How, layer: _Layer, target: nn.Module) -> nn.Module:
-    """The stages in a row, with a coupled layer in place of each sum."""
+    """The stages in a row, with a coupled layer for each sum."""
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     outputs: dict[str, tuple[int, ...]] = {}
     for i, stage in enumerate(found.stages):
@@ -552,7 +553,7 @@ def _with_norms_per_step(branch: nn.Module, steps: int) -> nn.Module:
 
 @contextmanager
 def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
-    """Whatever stops the body, every submodule is then where it was: branches share containers with the model."""
+    """If the body raises, put every submodule back where it was: branches share containers with the model."""
     before = [(module, dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -564,7 +565,7 @@ def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Put other modules into the places of some, wherever they occur; returns the model, or what takes its place."""
+    """Replace some modules by others, wherever they occur; return the model, or its replacement."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if id(child) in new:

@@ -18,12 +18,12 @@ Mask = Float[Tensor, "..."] | Bool[Tensor, "..."] | None
 class CoupledEncoderLayer(nn.Module):
     """Self-attention and feed-forward network, each a coupled layer, in a row; made by `nc.couple`.
 
-    With ``norm_first`` the normalisations belong to the branches, ``z + f(norm(z))``, else they follow the sums. It
-    takes the place of the original in an ``nn.TransformerEncoder``.
+    With ``norm_first`` the normalisations belong to the branches, ``z + f(norm(z))``; otherwise they follow the sums.
+    The layer replaces the original in an ``nn.TransformerEncoder``.
 
     Args:
         original: the layer whose modules are used.
-        couple: makes a coupled layer of a branch.
+        couple: a function that makes a coupled layer from a branch.
     """
 
     def __init__(self, original: nn.TransformerEncoderLayer, couple: Callable[[nn.Module], nn.Module]) -> None:
@@ -47,7 +47,7 @@ class CoupledEncoderLayer(nn.Module):
         src_key_padding_mask: Mask = None,
         is_causal: bool = False,
     ) -> Activation:
-        """As ``nn.TransformerEncoderLayer.forward``. ``is_causal`` is a hint that ``src_mask`` makes superfluous.
+        """As ``nn.TransformerEncoderLayer.forward``. ``is_causal`` is a hint; with ``src_mask`` it is not needed.
 
         Raises ValueError for ``is_causal`` without a mask.
         """
@@ -56,7 +56,7 @@ class CoupledEncoderLayer(nn.Module):
                 "is_causal=True needs the mask as well: pass src_mask=nn.Transformer.generate_square_subsequent_mask(n)"
             )
         for branch in self._branches():
-            # New buffers for every pass: a solve keeps those it was made with for its backward pass.
+            # New buffers for every pass: a solve keeps its own buffers for its backward pass.
             branch.mask = _additive(src_mask, src)
             branch.padding = _additive(src_key_padding_mask, src)
         z = self.norm1(self.attention(src))
@@ -115,7 +115,7 @@ class FeedForward(nn.Module):
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask as numbers to add: what is masked by True gets minus infinity."""
+    """A mask as numbers to add: minus infinity where a boolean mask is True."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -144,9 +144,9 @@ class FoldedEncoder(CoupledODE):
 
 
 class BakedEncoder(BakedBlocks):
-    """What a `FoldedEncoder` is baked to: encoder layers in a row."""
+    """The result of baking a `FoldedEncoder`: encoder layers in a row."""
 
     @property
     def self_attn(self) -> nn.MultiheadAttention:
-        """That of the first layer, see `FoldedEncoder`."""
+        """The attention of the first layer, see `FoldedEncoder`."""
         return self.get_submodule("0.branches.0.module.self_attn")  # pyright: ignore[reportReturnType]

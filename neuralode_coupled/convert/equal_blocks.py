@@ -1,4 +1,4 @@
-"""Rows of trained blocks that are alike: where they are, and the first difference between two of them."""
+"""Rows of trained blocks of one structure: how to find them, and the first difference between two blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BlockRow:
     Attributes:
         parent: the name of the container.
         holder: the container.
-        names: of the blocks, in their order.
+        names: the names of the blocks, in their order.
         blocks: the blocks.
     """
 
@@ -41,10 +41,10 @@ class BlockRow:
 
 
 def rows_of(model: nn.Module, names: Sequence[str]) -> list[BlockRow]:
-    """The named blocks by the containers that they are in, one row for each.
+    """The named blocks, one row per container.
 
-    Raises ValueError for blocks that are in no ``nn.Sequential`` or ``nn.ModuleList``, that are not consecutive, and
-    for one that stands alone.
+    Raises ValueError for blocks outside of any ``nn.Sequential`` or ``nn.ModuleList``, for blocks that are not
+    consecutive, and for a block that is alone in its row.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -77,7 +77,7 @@ def _row(model: nn.Module, parent: str, names: list[str]) -> BlockRow:
 
 
 def check_alike(row: BlockRow) -> None:
-    """Raise ValueError unless the blocks of a row are one structure with different numbers, and finite ones."""
+    """Raise ValueError unless the blocks of a row differ only in their numbers, and all of these are finite."""
     for name, block in zip(row.names, row.blocks, strict=True):
         _check_plain(name, block)
         difference = _difference((row.names[0], row.blocks[0]), (name, block))
@@ -96,8 +96,8 @@ def check_alike(row: BlockRow) -> None:
 
 
 def _check_plain(name: str, block: nn.Module) -> None:
-    """Raise ValueError for hooks, which a block of a coupled layer would not call for each block, and for what
-    computes parameters from others."""
+    """Raise ValueError for hooks, which a coupled layer would not call for each block, and for parametrisations, which
+    compute parameters from others."""
     for inner, module in block.named_modules():
         at = f"{name}.{inner}" if inner else name
         kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -119,7 +119,7 @@ def _check_plain(name: str, block: nn.Module) -> None:
 
 
 def _difference(first: tuple[str, nn.Module], second: tuple[str, nn.Module]) -> str | None:
-    """The first difference between two named blocks; None if they are one structure."""
+    """The first difference between two named blocks; None if they have one structure."""
     views = [list(_structure(name, block)) for name, block in (first, second)]
     for (at, one), (other_at, other) in zip(*views, strict=False):
         if at != other_at:
@@ -134,7 +134,7 @@ def _difference(first: tuple[str, nn.Module], second: tuple[str, nn.Module]) -> 
 
 
 def _structure(name: str, block: nn.Module) -> Iterator[tuple[str, str]]:
-    """What has to be equal, in words: classes, settings, shapes, ties. ``{}`` stands for the name of the block."""
+    """Descriptions of what has to be equal: classes, settings, shapes, ties. ``{}`` stands for the block's name."""
     seen: dict[int, str] = {}
     for inner, module in block.named_modules(remove_duplicate=False):
         at = f"{{}}.{inner}" if inner else "{}"
@@ -147,7 +147,7 @@ def _structure(name: str, block: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _kind(tensor: Tensor, seen: dict[int, str], name: str) -> str:
-    """Its layout, and whether it stands at another place of the block as well."""
+    """The tensor's layout, and whether it also occurs elsewhere in the block."""
     tied = f", tied to {seen[id(tensor)]}" if id(tensor) in seen else ""
     seen.setdefault(id(tensor), name)
     what = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
@@ -169,20 +169,20 @@ def _value(value: Any) -> str:
 
 
 def copied(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Copies of blocks. What is one tensor in all of them stays that tensor."""
+    """Copies of blocks. A tensor that all of them share stays the same tensor."""
     shared = {id(tensor): tensor for tensor in common(blocks).values()}
     return [copy.deepcopy(block, dict(shared)) for block in blocks]
 
 
 def common(blocks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers that are one tensor in all blocks of a row, by name."""
+    """Parameters and buffers that all blocks of a row share, by name."""
     views = [dict([*block.named_parameters(), *block.named_buffers()]) for block in blocks]
     return {name: t for name, t in views[0].items() if all(view[name] is t for view in views)}
 
 
 def check_not_tied(model: nn.Module, row: BlockRow) -> None:
-    """Raise ValueError for parameters of a row that also stand elsewhere in the model: folded, they could not. Those
-    that all blocks share may."""
+    """Raise ValueError for parameters of a row that also occur elsewhere in the model, because folding would break the
+    tie. Those that all blocks share may occur elsewhere."""
     inside = {id(module) for block in row.blocks for module in block.modules()}
     kept = {id(t) for t in common(row.blocks).values()}
     own = {
@@ -203,7 +203,7 @@ def check_not_tied(model: nn.Module, row: BlockRow) -> None:
 
 
 def check_tables(row: BlockRow) -> None:
-    """Raise ValueError for tables of whole numbers that differ between the blocks: nothing could be between them."""
+    """Raise ValueError for tables of whole numbers that differ between the blocks: they cannot be interpolated."""
     for inner, first in row.blocks[0].named_parameters():
         if is_differentiable(first):
             continue

@@ -1,4 +1,4 @@
-"""What a fold has done: errors, numbers of parameters, what to try; and calibration."""
+"""The report of a fold: errors, numbers of parameters, what to try; and calibration."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from neuralode_coupled.convert.folded_row import PREFIX, FoldedRow
 from neuralode_coupled.coupled.layer import CoupledODE
 
 EXACT = 1e-5
-"""A relative error of weights below it is rounding."""
+"""A relative error of weights below this is rounding."""
 
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """One trained block, and what a folded layer makes of it.
+    """One trained block, and the errors of the folded layer for it.
 
     Attributes:
-        name: of the block, as it was in the model.
+        name: the name of the block in the original model.
         weights: the relative error of its weights, ``|theta - w| / |w|`` over all parameters that evolve.
         weights_after: the same after calibration; None before.
-        output: the relative error of the state behind it, ``|z - trained| / |trained|``, before calibration: each block
+        output: the relative error of the state after it, ``|z - trained| / |trained|``, before calibration: each block
             of the folded model has the folded model's own input. None without calibration, which measures it.
         output_after: the same after calibration; None before.
     """
@@ -41,12 +41,12 @@ class FoldedParameter:
     """One parameter of the blocks of a row, and how it is represented.
 
     Attributes:
-        name: that of the layer, then of the parameter in a block.
-        operator: what evolves it, in words.
+        name: the name of the layer, then that of the parameter in a block.
+        operator: a description of the operator that evolves it.
         error: the relative error over all blocks, ``|theta - w| / |w|``, before calibration.
         determined: whether the weights determine w0 and q.
-        before: how many numbers the blocks have.
-        after: how many w0 and the operator have.
+        before: the number of numbers in the blocks.
+        after: the number of numbers in w0 and the operator.
     """
 
     name: str
@@ -58,17 +58,18 @@ class FoldedParameter:
 
 
 class FoldReport:
-    """What `nc.fold` has done; ``print`` shows it.
+    """The report of `nc.fold`; ``print`` shows it.
 
     Attributes:
-        blocks: a `FoldedBlock` for each block, in the model's order.
-        parameters: a `FoldedParameter` for each parameter that evolves.
+        blocks: one `FoldedBlock` per block, in the model's order.
+        parameters: one `FoldedParameter` per parameter that evolves.
         layers: the coupled layers, by name.
-        parameters_before: how many numbers the parameters of the blocks have.
-        parameters_after: how many those of the layers have: w0, coefficients, those of `PerStep` modules and of the
+        parameters_before: the number of numbers in the parameters of the blocks.
+        parameters_after: the same for the layers: w0, coefficients, the parameters of `PerStep` modules and of the
             kernel.
-        seconds: what folding, and calibration, took.
-        aligned: by layer, what was permuted; nothing where no hidden units were recognised, or none were looked for.
+        seconds: the time that folding and calibration took.
+        aligned: what was permuted, by layer; an empty tuple if no hidden units were recognised, or with
+            ``align=False``.
     """
 
     def __init__(self, model: nn.Module, rows: Sequence[FoldedRow], align: bool, begun: float) -> None:
@@ -100,7 +101,7 @@ class FoldReport:
 
     @property
     def unrepresented(self) -> dict[str, float]:
-        """The parameters whose path the operators cannot represent, and by how much, before calibration."""
+        """The parameters whose path the operators cannot represent, with their errors before calibration."""
         return {p.name: p.error for p in self.parameters if p.error > EXACT}
 
     def calibrate(
@@ -111,22 +112,23 @@ class FoldReport:
         Every block of the folded model has the folded model's own input. The layers' parameters (w0, coefficients,
         those of `PerStep` modules) take Adam's steps on the mean square over the blocks of the relative errors
         ``|z_n - trained_n| / |trained_n|``, where the trained activations are those of the whole model as it was before
-        (its other modules as they are now). The parameters of the least errors seen are kept: they never become
-        larger, on the batches that show them. All other modules stay as they are.
+        (its other modules as they are now). The parameters with the smallest errors are kept, so the errors never grow
+        on the batches that measure them. All other modules stay as they are.
 
         Args:
-            batches: inputs of the model: a tensor, or a tuple of arguments, each. They are gone through again and
-                again; the first four show the errors before and after.
-            steps: the number of steps, a batch each; 0 measures alone.
-            lr: Adam's learning rate, as a part of the numbers' size in each parameter; it falls to zero as a cosine.
-            statistics: in the end give the layers' BatchNorms the statistics of the folded model's activations, over
-                the first four batches; those of the trained blocks otherwise.
+            batches: inputs of the model, each a tensor or a tuple of arguments. They are repeated as often as needed;
+                the first four measure the errors before and after.
+            steps: the number of steps, with one batch per step; 0 only measures.
+            lr: Adam's learning rate, as a fraction of the numbers' size in each parameter; it falls to zero as a
+                cosine.
+            statistics: whether to give the layers' BatchNorms, at the end, the statistics of the folded model's
+                activations over the first four batches. Otherwise they keep those of the trained blocks.
 
         Returns:
             This report, with the errors of the outputs in ``blocks``.
 
         Raises:
-            TypeError: for batches that are no inputs.
+            TypeError: for batches that are not inputs.
             ValueError: for a model in training mode, empty batches, a negative number of steps, a learning rate that is
                 not positive, or a row that runs several times in one pass.
         """
@@ -146,7 +148,7 @@ class FoldReport:
 
     @property
     def to_try(self) -> tuple[str, ...]:
-        """What may make it better, in words."""
+        """Suggestions for a better fold, as text."""
         found = []
         if self.undetermined:
             found.append(

@@ -16,7 +16,7 @@ from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.on_grid import GridProblem
 
 PREFIX = "module."
-"""Of the names of a block's parameters in the layer."""
+"""The prefix of the names of a block's parameters in the layer."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class FoldedRow:
     """A row of blocks and the layer that it became.
 
     Attributes:
-        names: of the blocks, as they were in the model.
+        names: the names of the blocks in the original model.
         holder: the container of the blocks, now of the layer.
         layer: the coupled layer.
-        trained: the blocks, with their hidden units aligned: copies, which are left as they are.
-        undetermined: the parameters, named from the block, whose w0 and q the weights do not determine.
+        trained: copies of the blocks, with their hidden units aligned. They are not changed.
+        undetermined: the parameters, by their names in the block, whose w0 and q the weights do not determine.
         aligned: what was permuted.
     """
 
@@ -41,19 +41,19 @@ class FoldedRow:
 
     @property
     def name(self) -> str:
-        """That of the layer in the model: the first block's."""
+        """The name of the layer in the model: that of the first block."""
         return self.names[0]
 
     @property
     def states(self) -> list[float]:
-        """The times of the solve behind each block."""
+        """The times of the solve after each block."""
         (t0, *_), count = self.layer.t, len(self.trained)
         return [t0 + n + 1.0 for n in range(count)]
 
     def replace(self, old: tuple[nn.Module, ...], new: tuple[nn.Module, ...]) -> None:
-        """Put some modules in the place of others, which are consecutive in the container.
+        """Replace modules that are consecutive in the container by others.
 
-        Raises ValueError if these are not there any more.
+        Raises ValueError if they are no longer there.
         """
         values = list(self.holder._modules.values())
         first = next((i for i in range(len(values)) if values[i] is old[0]), None)
@@ -71,8 +71,8 @@ class FoldedRow:
         self.holder._modules = OrderedDict(zip(keys, values, strict=True))  # type: ignore[assignment]
 
     def wanted(self, name: str) -> StageWeights:
-        """What the stages of the solve shall have of a parameter, named from the block: the weights of their block,
-        (steps, stages, *weight) in float64 on the CPU."""
+        """The target weights of a parameter, by its name in the block, at each stage of the solve: those of the stage's
+        block, (steps, stages, *weight) in float64 on the CPU."""
         weights = torch.stack([block.get_parameter(name).detach().to("cpu", torch.float64) for block in self.trained])
         scheme = self.layer.scheme
         rows = weights.repeat_interleave(scheme.grid.steps // len(weights), dim=0)
@@ -80,7 +80,7 @@ class FoldedRow:
 
     @torch.no_grad()
     def theta(self) -> Mapping[str, StageWeights]:
-        """The stage weights that there are of each evolving parameter, named from the block: those of `wanted`."""
+        """The layer's stage weights of each evolving parameter, by its name in the block, in the form of `wanted`."""
         field, scheme = self.layer.field, self.layer.scheme
         like = next(field.parameters())
         moving = GridProblem(field, scheme, like, (scheme.grid.steps,)).stage_weights()
@@ -115,7 +115,7 @@ def _root(difference: float, size: float) -> float:
 
 @contextmanager
 def unfolded(rows: list[FoldedRow]) -> Iterator[None]:
-    """The trained blocks in the place of the layers."""
+    """Put the trained blocks in the place of the layers, within the ``with`` statement."""
     held = [(row.holder, row.holder._modules) for row in rows]
     try:
         for row in rows:

@@ -1,4 +1,4 @@
-"""Trained blocks in a row as one coupled layer, whose weights move from one to the next."""
+"""Trained blocks in a row as one coupled layer, whose weights move from one block to the next."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from neuralode_coupled.kernels import TimeKernel
 from neuralode_coupled.runge_kutta import ADAPTIVE
 
 DEFAULT = (0.0, 1.0)
-"""The interval of a `BasisEvolution` that was given none."""
+"""The default interval of a `BasisEvolution`."""
 
 
 def fold(
@@ -63,50 +63,51 @@ def fold(
     """Turn trained blocks in a row into one coupled layer, whose weights move from one block to the next; in place.
 
     N blocks ``b_1 .. b_N`` become one block as f, ``f(z) = b(z) - z``, solved by Euler's method with ``t=(0, N)``,
-    ``steps=N``: a step of length 1 applies the block itself (`Block`), so that nothing has to be rescaled, and with
-    the blocks' own weights as stage weights the layer is the row, bit for bit. w0 and the coefficients of the
+    ``steps=N``. A step of length 1 applies the block itself (`Block`), so nothing has to be rescaled. With the blocks'
+    own weights as stage weights, the layer computes the same as the row, bit for bit. w0 and the coefficients of the
     operators are those whose stage weights, through the kernel, are nearest to the blocks' weights in least squares.
-    For a basis these are found exactly (of least norm where they are not unique), for flows by searches from several
-    starts, which for networks (`MLPEvolution`, `ConvEvolution`) may end above the least: the report has the errors.
+    For a basis these are found exactly (with least norm if they are not unique), for flows by searches from several
+    starts. For networks (`MLPEvolution`, `ConvEvolution`) a search may end above the minimum: the report has the
+    errors.
 
-    The layer is what `couple` makes with ``branch="block"``: it trains, and `nc.bake` gives plain blocks back. Its
-    parameters are new ones: give them to the optimizer anew.
+    The layer is the one that `couple` makes with ``branch="block"``: it trains, and `nc.bake` gives plain blocks back.
+    Its parameters are new: give them to the optimizer.
 
     Args:
         model: any module, in float32 or float64.
         blocks: names of the blocks, or patterns (``"layer?.[1-8]"``): consecutive modules of an ``nn.Sequential`` or
-            ``nn.ModuleList``, alike but for the values of their tensors. Blocks of several containers become a layer
-            for each.
+            ``nn.ModuleList`` that differ only in the values of their tensors. Blocks of several containers become one
+            layer per container.
         evolution: q. One operator or a mapping from names or patterns to operators, of which every parameter gets a
-            copy, or a function ``(name, weight) -> operator``. Names count from the block (``"conv1.weight"``). A
+            copy, or a function ``(name, weight) -> operator``. Names are relative to the block (``"conv1.weight"``). A
             `BasisEvolution` takes the interval of the solve.
         kernel: K, copied for each layer; `Dirac` by default.
-        steps: a multiple of N, by default N. Each block is then ``steps / N`` steps.
-        method: the Runge-Kutta method, one of fixed steps: every stage of a step has the weights of its block. Other
-            methods than Euler's, and more steps, solve the blocks' flow ``dz/dt = b(z) - z``.
+        steps: a multiple of N, by default N. Each block takes ``steps / N`` steps.
+        method: a Runge-Kutta method with fixed steps: every stage of a step has the weights of its block. Methods other
+            than Euler's, and more steps, solve the blocks' flow ``dz/dt = b(z) - z``.
         t: the interval of time, of length N; by default ``(0, N)``.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
         adjoint: how gradients come back; `DiscreteAdjoint` by default.
-        evolve: which parameters ``evolution`` is for: names, patterns or a predicate, as in `CoupledField`. By default
-            those with at least two axes, and those that an entry of a mapping other than ``"*"`` names. All others,
-            biases among them, keep the values of every block (pieces, ``BasisEvolution("piecewise", N - 1)``).
+        evolve: which parameters ``evolution`` applies to: names, patterns or a predicate, as in `CoupledField`. By
+            default those with at least two axes, and those that an entry of a mapping other than ``"*"`` names. All
+            others, such as biases, keep the values of every block (pieces, ``BasisEvolution("piecewise", N - 1)``).
         per_step: give normalisations (BatchNorm, LayerNorm, GroupNorm, ...) each block's own parameters and statistics
-            (`PerStep`). Without it their parameters are treated as others are, and statistics are those of the mean
-            distribution.
-        align: permute the hidden units of each block first, which leaves the block what it is, so that they match those
-            of the block before; see ``neuralode_coupled.convert.alignment.aligned``.
-        outputs: of blocks that return a tuple with the state in front, what stands behind it; see `Block`.
+            (`PerStep`). Otherwise their parameters are treated like the others, and the statistics are those of the
+            mean distribution.
+        align: first permute the hidden units of each block to match those of the block before. Each block still
+            computes the same. See ``neuralode_coupled.convert.alignment.aligned``.
+        outputs: for blocks that return a tuple with the state first, what follows the state; see `Block`.
 
     Returns:
-        The model, and a `FoldReport`: errors, numbers of parameters, what was not determined, and ``calibrate``.
+        The model, and a `FoldReport`: errors, numbers of parameters, undetermined parameters, and ``calibrate``.
 
     Raises:
         TypeError: if the model is not a module, or the blocks are not named by strings.
         ValueError: for blocks that match nothing, differ in more than the values of their tensors (the first difference
             is named), are not consecutive, have hooks, parametrisations, weights that are not finite, or parameters
             that are tied to others outside of the row; for fewer blocks than a basis has functions; for steps, times
-            and methods that do not fit; and as `couple`. The model is then as it was.
+            and methods that do not fit; and as `couple`. The model then stays as it was.
     """
     choice("outputs", outputs, get_args(Outputs))
     check_model(model)
@@ -142,7 +143,7 @@ def fold(
 
 @dataclass(frozen=True)
 class _How:
-    """How blocks are taken; see `fold`. ``choose`` is the user's evolution as a function of a parameter."""
+    """How blocks are folded; see `fold`. ``choose`` is the user's evolution as a function of a parameter."""
 
     choose: Callable[[str, Tensor], nn.Module]
     by_pattern: ByPattern | None
@@ -154,8 +155,8 @@ class _How:
     def operators(
         self, block: nn.Module, trained: Sequence[nn.Module], ends: tuple[float, float]
     ) -> dict[str, nn.Module]:
-        """What evolves each parameter of a block, by its name in the layer. What all blocks share does not evolve, and
-        what every step has for itself neither."""
+        """The operator of each parameter of a block, by the parameter's name in the layer. Parameters that all blocks
+        share do not evolve, nor do per-step parameters."""
         count, shared = len(trained), {id(t) for t in common(trained).values()}
         own = tuple([prefix for prefix, _ in per_step_modules(block)])
         parameters = {
@@ -175,7 +176,7 @@ class _How:
         return found
 
     def evolved(self, parameters: Mapping[str, Tensor]) -> set[str]:
-        """The names of the parameters that the user's evolution is for, counted from the block."""
+        """The names, relative to the block, of the parameters that the user's evolution applies to."""
         if self.evolve is not None:
             return set(chosen_by(self.evolve, parameters))
         named = [] if self.by_pattern is None else [entry for entry in self.by_pattern.operators if entry != "*"]
@@ -195,7 +196,7 @@ def _check_size(operator: BasisEvolution, name: str, count: int) -> None:
 
 
 def _chooser(evolution: Any) -> Callable[[str, Tensor], nn.Module]:
-    """The evolution as a function of a parameter: copies of one operator, and of those of a mapping."""
+    """The evolution as a function of a parameter: it copies one operator, or those of a mapping."""
     if isinstance(evolution, nn.Module):
         return lambda name, weight: copy.deepcopy(evolution)
     if isinstance(evolution, ByPattern):
@@ -218,7 +219,7 @@ def _folded(
     t: Times | None,
     **solve: Any,
 ) -> FoldedRow:
-    """The layer for one row; the model is left as it is."""
+    """The layer for one row; the model is not changed."""
     check_alike(row)
     check_tables(row)
     check_not_tied(model, row)
@@ -253,7 +254,7 @@ def _folded(
 
 
 def _grid(count: int, steps: int | None, t: Times | None) -> tuple[int, Times]:
-    """The steps and the interval of a solve of so many blocks."""
+    """The steps and the interval of a solve of ``count`` blocks."""
     steps = count if steps is None else whole("steps", steps)
     if steps % count:
         raise ValueError(
@@ -272,7 +273,7 @@ def _grid(count: int, steps: int | None, t: Times | None) -> tuple[int, Times]:
 
 
 def _with_own_numbers(trained: Sequence[nn.Module], steps: int, norms: bool) -> nn.Module:
-    """A copy of the first block, in which what each block keeps for itself is per step."""
+    """A copy of the first block, in which the modules that each block keeps for itself are per step."""
     block = copy.deepcopy(trained[0], {id(t): t for t in common(trained).values()})
     if not norms:
         pool_statistics(block, trained)
@@ -281,15 +282,15 @@ def _with_own_numbers(trained: Sequence[nn.Module], steps: int, norms: bool) -> 
 
 
 def _in_encoder(model: nn.Module, row: BlockRow) -> bool:
-    """Whether the blocks are the layers of an ``nn.TransformerEncoder``, which looks at their attributes."""
+    """Whether the blocks are the layers of an ``nn.TransformerEncoder``, which reads their attributes."""
     return any(isinstance(m, nn.TransformerEncoder) and m.layers is row.holder for m in model.modules()) and isinstance(
         row.blocks[0], nn.TransformerEncoderLayer
     )
 
 
 def _settle(model: nn.Module, layer: CoupledODE) -> None:
-    """Switch off what does not go with a folded layer."""
+    """Switch off features that do not work with a folded layer."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(one is layer for one in encoder.layers):
-            # Its fast path packs padded sequences into nested tensors, and looks for the original's linear layers.
+            # Its fast path packs padded sequences into nested tensors, and expects the original's linear layers.
             encoder.use_nested_tensor = False

@@ -1,4 +1,4 @@
-"""Nonlinear least squares that are linear in most of their unknowns: variable projection, without matrices."""
+"""Nonlinear least squares that are linear in most of the unknowns: variable projection, without matrices."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import torch
 from torch import Tensor
 
 ROUNDS = 6
-"""Of `ITERATIONS` of L-BFGS, at most."""
+"""The largest number of rounds of `ITERATIONS` of L-BFGS."""
 
 ITERATIONS = 20
 
 GAIN = 0.01
-"""A round that makes the error smaller by less than this part of it is the last one."""
+"""A round that reduces the error by less than this fraction is the last one."""
 
 NEAR = 0.05
-"""Below it a relative error is made smaller by Gauss-Newton steps."""
+"""Below this relative error Gauss-Newton steps take over."""
 
 STEPS = 20
-"""Of them, at most."""
+"""The largest number of Gauss-Newton steps."""
 
 INNER = 60
-"""Of conjugate gradients in each, at most."""
+"""The largest number of iterations of conjugate gradients per Gauss-Newton step."""
 
 ENOUGH = 1e-9
-"""A relative error below it is none."""
+"""A relative error below it counts as none."""
 
 ROUGH = 1e-3
-"""The slope in the linear unknowns at which they are solved for well enough while the others move."""
+"""While the other unknowns move, the linear ones are solved for until their slope is this small."""
 
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
 
 
 class Problem(Protocol):
-    """What `minimised` makes small.
+    """The least-squares problem that `minimised` solves.
 
     Attributes:
-        linear: unknowns in which the residuals are affine, if ``affine`` says so; where the search begins.
-        others: further unknowns, which are set in place.
+        linear: the starting values of the unknowns in which the residuals are affine, if ``affine`` is true.
+        others: the other unknowns, which are set in place.
         scale: errors are relative to it.
-        affine: see above.
+        affine: whether the residuals are affine in the linear unknowns.
     """
 
     linear: list[Tensor]
@@ -53,17 +53,17 @@ class Problem(Protocol):
     affine: bool
 
     def residuals(self, linear: Sequence[Tensor]) -> Tensor:
-        """All residuals, flat, at the given linear unknowns and the others as they are; ValueError for an overflow."""
+        """All residuals, flat, at the given linear unknowns and the present others; ValueError for an overflow."""
         ...
 
 
 @dataclass(frozen=True)
 class Least:
-    """The end of a search.
+    """The result of a search.
 
     Attributes:
         linear: the linear unknowns.
-        others: the others.
+        others: the other unknowns.
         error: the relative error, |residuals| / scale.
     """
 
@@ -72,10 +72,10 @@ class Least:
     error: float
 
     def hidden(self, problem: Problem) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] | None:
-        """The part of a random change of the unknowns that the residuals do not see, and all of it: linear and others
-        of each. None where there is no such part to speak of, or none was found for certain.
+        """The part of a random change of the unknowns that does not affect the residuals, and the whole change: linear
+        and others of each. None if that part is negligible, or was not found for certain.
 
-        The change of least norm with the same effect is what they see.
+        The rest of the change is the one of least norm with the same effect.
         """
         _set(problem, self.others)
         derivative = Derivative(problem, self.linear)
@@ -94,9 +94,9 @@ class Derivative:
     """The residuals' derivative at a point, as products with it and with its transpose.
 
     Args:
-        problem: whose residuals.
-        linear: the linear unknowns there; the others are as they are.
-        all_unknowns: whether the others count.
+        problem: the problem with these residuals.
+        linear: the linear unknowns at the point; the others have their present values.
+        all_unknowns: whether to differentiate with respect to the others too.
     """
 
     def __init__(self, problem: Problem, linear: Sequence[Tensor], all_unknowns: bool = True) -> None:
@@ -106,7 +106,7 @@ class Derivative:
             if all_unknowns:
                 self.unknowns = [*self.unknowns, *problem.others]
             self._back = torch.zeros_like(self._residuals, requires_grad=True)
-            # The transposed product is linear in what comes back: its own derivative is the product.
+            # The transposed product is linear in the incoming residuals: its own derivative is the product.
             self._transposed = torch.autograd.grad(
                 self._residuals, self.unknowns, self._back, create_graph=True, materialize_grads=True
             )
@@ -116,7 +116,7 @@ class Derivative:
             self._scales = [self._scale(i) for i in range(len(self.unknowns))]
 
     def _scale(self, i: int) -> float:
-        """What makes the columns of one unknown of about unit length."""
+        """The factor that gives the columns of one unknown about unit length."""
         generator = torch.Generator().manual_seed(i)
         change = [torch.zeros_like(u) for u in self.unknowns]
         change[i] = torch.randn(change[i].shape, dtype=change[i].dtype, generator=generator)
@@ -148,8 +148,8 @@ class Derivative:
     ) -> list[Tensor]:
         """The x of least norm with the least ``|J x - wanted|^2 + damping |x|^2``, by conjugate gradients.
 
-        They end where the slope is smaller than a part of the first one, ``tolerance``, or than ``enough``. Norms are
-        those of unknowns that are scaled to columns of unit length.
+        They end when the slope is smaller than ``tolerance`` times the first one, or than ``enough``. Norms are those
+        of unknowns that are scaled to columns of unit length.
         """
         x = [torch.zeros_like(u) for u in self.unknowns]
         rest, slope = wanted, self._scaled(self.back(wanted))
@@ -175,13 +175,14 @@ class Derivative:
 
 
 def minimised(problem: Problem, rounds: int = ROUNDS) -> Least:
-    """The unknowns with the least residuals near where the problem begins.
+    """The unknowns with the least residuals near the start of the problem.
 
-    L-BFGS on the others, where the linear ones are solved for at each evaluation; from `NEAR` on Gauss-Newton steps.
+    L-BFGS runs on the others, with the linear ones solved for at each evaluation. Below `NEAR`, Gauss-Newton steps
+    follow.
 
     Args:
-        problem: what is made small.
-        rounds: of L-BFGS, at most.
+        problem: the problem to solve.
+        rounds: the largest number of rounds of L-BFGS.
     """
     linear, error = _settled(problem, problem.linear)
     if error > NEAR and problem.others and rounds:
@@ -192,7 +193,7 @@ def minimised(problem: Problem, rounds: int = ROUNDS) -> Least:
 
 
 def _descended(problem: Problem, linear: list[Tensor], error: float, rounds: int) -> tuple[list[Tensor], float]:
-    """L-BFGS; with linear unknowns that are solved for the slope in the others is that with these held."""
+    """Run L-BFGS. If the linear unknowns are solved for, the slope in the others is the one with these held fixed."""
     held = [x.detach().clone() for x in linear]
     free = list(problem.others) if problem.affine else [*problem.others, *held]
     best = (error, [p.detach().clone() for p in problem.others], [x.clone() for x in held])
@@ -236,8 +237,8 @@ def _descended(problem: Problem, linear: list[Tensor], error: float, rounds: int
 
 
 def _polished(problem: Problem, linear: list[Tensor], error: float) -> tuple[list[Tensor], float]:
-    """Levenberg and Marquardt's steps on all unknowns; where the residuals are affine in the linear ones these are then
-    solved for anew, which makes the steps those of variable projection (Ruhe and Wedin)."""
+    """Take Levenberg-Marquardt steps on all unknowns. If the residuals are affine in the linear ones, these are then
+    solved for again, which makes the steps those of variable projection (Ruhe and Wedin)."""
     damping = 1e-6
     for _ in range(STEPS):
         if error < ENOUGH:
@@ -274,7 +275,7 @@ def _step(
 
 
 def _settled(problem: Problem, linear: Sequence[Tensor], enough: float = 1e-12) -> tuple[list[Tensor], float]:
-    """The linear unknowns, solved for where that is a linear problem, and the relative error."""
+    """The linear unknowns, solved for if that is a linear problem, and the relative error."""
     linear = [x.detach() for x in linear]
     if problem.affine:
         derivative = Derivative(problem, linear, all_unknowns=False)
@@ -286,8 +287,8 @@ def _settled(problem: Problem, linear: Sequence[Tensor], enough: float = 1e-12) 
 
 
 def _set(problem: Problem, values: Sequence[Tensor]) -> None:
-    """Set the other unknowns. A derivative that was made before is that of its own point once they are back there: so
-    autograd, which would refuse it, is not told."""
+    """Set the other unknowns. This bypasses autograd, which would refuse an earlier derivative: that is valid again
+    when the unknowns are back at its point."""
     for p, value in zip(problem.others, values, strict=True):
         p.data.copy_(value)
 

@@ -1,8 +1,8 @@
-"""Which hidden units of a block may be permuted: found by tracing what its modules do with them, by ``torch.fx``.
+"""The hidden units of a block that may be permuted, found by tracing with ``torch.fx`` what its modules do with them.
 
-Hidden units are what one convolution or linear layer makes and others use, with nothing in between but what treats
-every channel alike: activations, normalisations, dropout, products of such. Permuting what makes them, what normalises
-them and what uses them alike leaves the block what it is.
+Hidden units are the outputs of one convolution or linear layer that others use. Between these there may only be
+operations that treat every channel alike: activations, normalisations, dropout, products of such. If the layers that
+make the units, normalise them and use them are permuted in the same way, the block still computes the same.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Slot:
     """One axis of one tensor of a block, along which hidden units lie.
 
     Attributes:
-        name: of the parameter or buffer.
-        axis: which.
-        weighs: whether it counts when units are matched: weights do, what every block keeps for itself does not.
+        name: the name of the parameter or buffer.
+        axis: the axis.
+        weighs: whether it counts when units are matched: weights do, tensors that every block keeps for itself do not.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Slot:
 
     @property
     def place(self) -> str:
-        """The tensor and the axis in words."""
+        """A description of the tensor and the axis."""
         return f"{self.name}, axis {self.axis}"
 
 
 @dataclass(frozen=True)
 class Units:
-    """Hidden units that may be permuted, if all of the slots are.
+    """Hidden units that may be permuted if all of their slots are permuted together.
 
     Attributes:
-        size: how many.
-        slots: where they lie.
+        size: the number of units.
+        slots: the places of the units.
     """
 
     size: int
@@ -86,11 +86,11 @@ class Units:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one module's own code says.
+    """The result of reading one module's own code.
 
     Attributes:
-        units: what may be permuted, as far as this code goes.
-        fixed: the places of what may not.
+        units: the units that may be permuted, as far as this code shows.
+        fixed: the places of units that may not be permuted.
     """
 
     units: tuple[Units, ...]
@@ -100,7 +100,7 @@ class Reading:
 def hidden_units(block: nn.Module) -> list[Units]:
     """The hidden units of a block that may be permuted, in training and in evaluation; the block stays as it is.
 
-    A module whose code cannot be traced has none, and neither have those inside of it.
+    A module whose code cannot be traced has none, nor do the modules inside of it.
     """
     scratch = copy.deepcopy(block)
     found: list[Units] = []
@@ -114,7 +114,7 @@ def hidden_units(block: nn.Module) -> list[Units]:
 
 
 def _untied(block: nn.Module, found: list[Units]) -> list[Units]:
-    """Without those whose tensors stand at several places, of which others may be used in another way."""
+    """The units without those whose tensors occur at several places: the other places may use them in another way."""
     tensors = [*block.named_parameters(remove_duplicate=False), *block.named_buffers(remove_duplicate=False)]
     places: dict[int, int] = {}
     for _, tensor in tensors:
@@ -128,9 +128,9 @@ def _untied(block: nn.Module, found: list[Units]) -> list[Units]:
 
 
 def _open(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose own code is read: the block, and those inside that are called as they are by what can be read.
+    """The modules whose own code is read: the block, and modules inside that readable code calls as they are.
 
-    What torch's own transformer layers call is known.
+    The calls of torch's own transformer layers are known.
     """
     if next(module.children(), None) is None or isinstance(module, nn.MultiheadAttention):
         return
@@ -146,7 +146,7 @@ def _open(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into modules that are not torch's, or takes all but the outermost as they are."""
+    """Looks into modules that are not torch's, or leaves all but the outermost as they are."""
 
     def __init__(self, inline: bool) -> None:
         super().__init__()
@@ -157,14 +157,14 @@ class _Tracer(fx.Tracer):
 
 
 def _graph(module: nn.Module, training: bool) -> tuple[fx.Graph | None, list[str]]:
-    """What a module does, in as much detail as can be traced, and the modules with others inside that it calls."""
+    """The graph of a module, in as much detail as can be traced, and the modules it calls that contain others."""
     arguments = inspect.signature(module.forward).parameters.values()
     optional = {p.name: p.default for p in arguments if p.default is not p.empty}
     for inline in (True, False):
         scratch = copy.deepcopy(module).train(training)
         try:
             graph = _Tracer(inline).trace(scratch, concrete_args=optional)
-        except Exception:  # whatever the code raises when its input is a stand-in: it is then not read
+        except Exception:  # the code may raise anything when its input is a placeholder; then it is not read
             continue
         called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
         return graph, sorted(t for t in called if next(module.get_submodule(t).children(), None) is not None)
@@ -172,7 +172,7 @@ def _graph(module: nn.Module, training: bool) -> tuple[fx.Graph | None, list[str
 
 
 def _traced(module: nn.Module, name: str, training: bool) -> Reading:
-    """What one module's own code says; names count from the block."""
+    """The result of reading one module's own code; names are relative to the block."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and type(module) in _LAYERS:
         known = module.activation in (functional.relu, functional.gelu) or type(module.activation) in _EVERYWHERE
@@ -187,7 +187,7 @@ def _traced(module: nn.Module, name: str, training: bool) -> Reading:
 
 @dataclass
 class _Space:
-    """What is known of the channels of some nodes: False for what may not be permuted."""
+    """The knowledge about the channels of some nodes. ``free`` is False if they may not be permuted."""
 
     free: bool = True
     size: int | None = None
@@ -201,8 +201,8 @@ class _Reader:
     """Groups the nodes of a graph by the channels that they have in common.
 
     Args:
-        module: whose graph.
-        prefix: of the names of its tensors in the block.
+        module: the module with this graph.
+        prefix: the prefix of the names of its tensors in the block.
     """
 
     def __init__(self, module: nn.Module, prefix: str) -> None:
@@ -210,12 +210,12 @@ class _Reader:
         self._space: dict[fx.Node, _Space] = {}
 
     def read(self, graph: fx.Graph) -> Reading:
-        """What may be permuted, and what may not."""
+        """The units that may be permuted, and the places of those that may not."""
         fixed: set[str] = set()
         for node in graph.nodes:
             self._space[node] = _Space()
             self._read(node)
-            if node.op == "get_attr":  # code that looks at a tensor itself
+            if node.op == "get_attr":  # code that reads a tensor itself
                 fixed |= {Slot(f"{self._prefix}{node.target}", axis, True).place for axis in (0, 1)}
         spaces = list({id(space): space for space in self._space.values()}.values())
         fixed |= {slot.place for space in spaces if not space.free for slot in space.slots}
@@ -234,7 +234,7 @@ class _Reader:
                 self._space[other].free = False
 
     def _is_everywhere(self, node: fx.Node) -> bool:
-        """Whether a function treats every channel alike, and keeps them where they are."""
+        """Whether a function treats every channel alike, and keeps the channels where they are."""
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         inputs = node.all_input_nodes
         if name in _UNARY:
@@ -255,7 +255,7 @@ class _Reader:
         return False
 
     def _call(self, node: fx.Node, given: fx.Node, module: Any) -> None:
-        """A module that is called with one tensor. Classes are meant exactly: another forward may do anything."""
+        """A module that is called with one tensor. Classes must match exactly: another forward may do anything."""
         kind, target = type(module), str(node.target)
         if kind in _CONVOLUTIONS or kind is nn.Linear:
             self._layer(node, given, module, target)
@@ -297,7 +297,7 @@ class _Reader:
     def _along(
         self, node: fx.Node, given: fx.Node, axis: Axis, size: int | None, target: str, names: tuple[str, ...]
     ) -> None:
-        """A module with a number for each channel, or none."""
+        """A module with one number per channel, or none."""
         self._join(node, given)
         space, module = self._space[node], self._module.get_submodule(target)
         self._settle(space, axis, size)
@@ -311,13 +311,14 @@ class _Reader:
 
     @staticmethod
     def _settle(space: _Space, axis: Axis, size: int | None) -> None:
-        """Note where channels lie, and how many there are; nothing is free about which that is not sure."""
+        """Record the axis of the channels and their number. If these contradict earlier ones, the channels are not
+        free."""
         if space.axis not in (None, axis) or (None not in (space.size, size) and space.size != size):
             space.free = False
         space.axis, space.size = space.axis or axis, space.size or size
 
     def _join(self, a: fx.Node, b: fx.Node) -> None:
-        """Two nodes have the same channels."""
+        """Record that two nodes have the same channels."""
         one, other = self._space[a], self._space[b]
         if one is other:
             return

@@ -1,4 +1,4 @@
-"""What every block of a folded row keeps for itself: normalisations, and buffers that differ."""
+"""The modules that every block of a folded row keeps for itself: normalisations, and those with buffers that differ."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NORMS = (
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
 )
-"""Normalisations that a block has for itself."""
+"""Normalisations that each block keeps for itself."""
 
 
 def steps_of(blocks: Sequence[nn.Module], steps: int, norms: bool) -> dict[str, PerStep]:
-    """By name, the modules of a block that are to be one for each step: normalisations, if ``norms`` says so, and
-    others whose buffers differ from block to block.
+    """By name, the modules of a block that become per-step modules: normalisations if ``norms`` is true, and others
+    whose buffers differ from block to block.
 
-    Raises ValueError for one that also holds modules with weights, which could not evolve then.
+    Raises ValueError for a module that also holds modules with weights, because these could not evolve then.
     """
     shared = {id(tensor): tensor for tensor in common(blocks).values()}
     found: dict[str, PerStep] = {}
@@ -45,7 +45,7 @@ def steps_of(blocks: Sequence[nn.Module], steps: int, norms: bool) -> dict[str, 
 
 
 def _in_turn(modules: Sequence[nn.Module], steps: int, shared: Mapping[int, Tensor]) -> PerStep:
-    """Copies of modules, each for its part of the steps."""
+    """Copies of modules, each for its share of the steps."""
     made = PerStep(nn.Identity(), 1)
     made.copies = nn.ModuleList([copy.deepcopy(module, dict(shared)) for module in modules])
     made.training = made.copies.training = modules[0].training
@@ -63,7 +63,7 @@ def _differ(rows: Sequence[Mapping[str, Tensor]]) -> bool:
 
 @torch.no_grad()
 def pool_statistics(block: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Give the normalisations of a block the statistics of the mean of the distributions of some blocks."""
+    """Give the normalisations of a block the statistics of the mean distribution of some blocks."""
     for name, module in block.named_modules():
         mean, var = [getattr(module, f"running_{what}", None) for what in ("mean", "var")]
         if not isinstance(module, NORMS) or mean is None or var is None:

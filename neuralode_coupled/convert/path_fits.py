@@ -1,8 +1,8 @@
-"""Operators and initial weights fitted to the weights that the stages of a solve shall have.
+"""Operators and initial weights fitted to target weights at the stages of a solve.
 
     theta[n, i] = (kappa w)[n, i],    dw/dt = q(w; p),    w(t0) = w0
 
-in least squares over w0 and p: linear for a basis, by variable projection for the others.
+in least squares over w0 and p: a linear problem for a basis; by variable projection for the others.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from neuralode_coupled.kernels import TimeKernel
 Connected = Callable[[nn.Module, Weight], StageWeights]
 
 ALTERNATIONS = 30
-"""Of w0 and the c_k of a rank, at most."""
+"""The largest number of alternations between w0 and the c_k of a rank."""
 
 ROUNDS = 6
-"""Of L-BFGS from the best start, at most."""
+"""The largest number of rounds of L-BFGS from the best start."""
 
 GAIN = 1e-4
-"""A round that makes the error smaller by less than this part of it is the last one."""
+"""A round that reduces the error by less than this fraction is the last one."""
 
 RANDOM = 2
-"""Starts at random, of an operator that has none of its own."""
+"""The number of random starts, for an operator that has no starts of its own."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One evolving parameter and where its weights shall go.
+    """One evolving parameter and its target weights.
 
     Attributes:
-        name: of the parameter.
-        operator: which evolves it.
+        name: the name of the parameter.
+        operator: the operator that evolves it.
         w0: the parameter.
-        theta: the weights that each stage shall have, float64 on the CPU: (steps, stages, *weight).
+        theta: the target weights at each stage, float64 on the CPU: (steps, stages, *weight).
     """
 
     name: str
@@ -57,13 +57,13 @@ class Wanted:
 
 
 def fit(scheme: Scheme, kernel: TimeKernel, wanted: Sequence[Wanted]) -> set[str]:
-    """Give each parameter the w0, and its operator the coefficients, whose theta is nearest to what is wanted.
+    """Give each parameter the w0, and its operator the coefficients, whose theta is nearest to the target weights.
 
     Operators that share parameters are fitted together.
 
     Returns:
-        The names of the parameters whose w0 and q the weights do not determine: there they are of least norm (of a
-        basis), or the nearest to where the search began.
+        The names of the parameters whose w0 and q the weights do not determine. These are then of least norm (for a
+        basis), or the nearest to the start of the search.
     """
     cpu = torch.device("cpu")
     connected = scheme.connect(copy.deepcopy(kernel).to(cpu).requires_grad_(False), cpu)
@@ -78,7 +78,7 @@ def fit(scheme: Scheme, kernel: TimeKernel, wanted: Sequence[Wanted]) -> set[str
 
 
 def _groups(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
-    """What shares parameters of operators, together."""
+    """Group the targets whose operators share parameters."""
     groups: list[tuple[set[int], list[Wanted]]] = []
     for one in wanted:
         ids, members = {id(p) for p in one.operator.parameters()}, [one]
@@ -90,13 +90,13 @@ def _groups(wanted: Sequence[Wanted]) -> list[list[Wanted]]:
 
 
 def _rows(found: StageWeights, wanted: StageWeights) -> Tensor:
-    """What is wanted, in the stages that there are: all of a step may share one."""
+    """The target weights in the stages of ``found``, where all stages of a step may share one."""
     return wanted[:, : found.shape[1]]
 
 
 @torch.no_grad()
 def _fit_basis(connected: Connected, one: Wanted) -> bool:
-    """Least squares, of least norm; whether they determine w0 and all c_k."""
+    """Solve the least squares, of least norm; return whether they determine w0 and all c_k."""
     operator = one.operator
     design = _design(operator, connected)
     target = _rows(design, one.theta).flatten(0, 1).flatten(1)
@@ -123,14 +123,14 @@ def _design(operator: nn.Module, connected: Connected) -> Tensor:
 
 
 def _of_rank(rows: Tensor, target: Tensor, w0: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """w0 and c_k of a rank for ``rows @ (w0, c) = target``: each in turn is the best one beside the others.
+    """w0 and c_k of a rank for ``rows @ (w0, c) = target``: each in turn is set to the best one given the others.
 
     Args:
         rows: the design, (rows, 1 + size).
         target: (rows, numbers).
-        w0: of the full least squares, (numbers,).
-        c: likewise, (size, *weight).
-        rank: of each c_k as a matrix of its first axis by all others.
+        w0: the w0 of the full least squares, (numbers,).
+        c: the c of the full least squares, (size, *weight).
+        rank: the rank of each c_k as a matrix of its first axis by all others.
     """
     parts = torch.cat([w0[None], c.flatten(1)])
     squares, out = rows.square().sum(0), c.shape[1]
@@ -157,7 +157,7 @@ def _truncated(w: Tensor, out: int, rank: int) -> Tensor:
 
 
 def _fit_flow(scheme: Scheme, connected: Connected, group: list[Wanted]) -> bool:
-    """The best that searches from several starts find; whether it is determined."""
+    """Set the best result of searches from several starts; return whether it is determined."""
     operators = copy.deepcopy(nn.ModuleList([one.operator for one in group])).to("cpu", torch.float64)
     targets = [one.theta for one in group]
     starts = _starts(scheme, connected, operators, group)
@@ -179,7 +179,7 @@ def _has_columns(connected: Connected, operators: nn.ModuleList, targets: list[S
 def _by_columns(
     connected: Connected, operators: nn.ModuleList, targets: list[StageWeights], starts: list[Start]
 ) -> tuple[PathProblem, Least]:
-    """The best of the searches from all starts, with w0 eliminated in small matrices."""
+    """The best result of the searches from all starts, with w0 eliminated in small matrices."""
     with torch.no_grad():
         found = connected(operators[0], targets[0][0, 0])
     reduced = Reduced(operators[0], connected, _rows(found, targets[0]))
@@ -227,7 +227,7 @@ def _put(operators: nn.Module, values: Start) -> None:
 
 
 def _starts(scheme: Scheme, connected: Connected, operators: nn.ModuleList, group: list[Wanted]) -> list[Start]:
-    """Values for all coefficients: what the operator suggests, what it has, and some at random."""
+    """Starting values for all coefficients: the operator's suggestions, its present values, and random ones."""
     held = {name: p.detach().clone() for name, p in operators.named_parameters()}
     (operator, *others) = operators
     found: list[Start] = []
@@ -248,7 +248,7 @@ def _starts(scheme: Scheme, connected: Connected, operators: nn.ModuleList, grou
 
 
 class _Hats(nn.Module):
-    """A path that tells which points of the weights' grid theta is made of: w(t) are hat functions, one for each."""
+    """A path that shows which points of the weights' grid theta is made of: w(t) are hat functions, one per point."""
 
     def __init__(self, span: float, steps: int) -> None:
         super().__init__()
@@ -261,9 +261,9 @@ class _Hats(nn.Module):
 
 
 def _observed(scheme: Scheme, connected: Connected, theta: StageWeights) -> tuple[Tensor, Tensor] | None:
-    """Times since t0, and the weights there of which theta is made: (T,), (T, *weight). None for fewer than two.
+    """Times since t0, and the weights then that theta is made of: (T,), (T, *weight). None for fewer than two.
 
-    Where the kernel can be undone the weights are exact, else as if there were none.
+    If the kernel can be inverted, the weights are exact. Otherwise the values of theta stand for them.
     """
     grid = scheme.weight_grid
     kappa = connected(_Hats(grid.span, grid.steps), torch.zeros(grid.steps + 1, dtype=torch.float64))
@@ -274,7 +274,7 @@ def _observed(scheme: Scheme, connected: Connected, theta: StageWeights) -> tupl
         weights = torch.linalg.lstsq(rows[:, used], target.flatten(1)).solution
         points = points[used]
     else:
-        # Each row is about the weight at the mean of the times that it is made of.
+        # Each row is approximately the weight at the mean of the times that it is made of.
         means = (rows @ points) / rows.sum(1).clamp(min=1e-12)
         points, which = torch.unique(means, return_inverse=True)
         weights = torch.stack([target.flatten(1)[which == i].mean(0) for i in range(len(points))])
@@ -284,12 +284,12 @@ def _observed(scheme: Scheme, connected: Connected, theta: StageWeights) -> tupl
 
 
 class PathProblem:
-    """theta of some operators and w0 against what is wanted, for `minimised`: see `Problem`.
+    """theta of some operators and w0 against the target weights, for `minimised`: see `Problem`.
 
     Args:
-        connected: theta of an operator and w0.
-        operators: in float64, on the CPU; where they are is where the search begins.
-        targets: what is wanted of each, (steps, stages, *weight).
+        connected: theta as a function of an operator and w0.
+        operators: the operators, in float64 on the CPU; the search begins at their present coefficients.
+        targets: the target weights of each, (steps, stages, *weight).
     """
 
     def __init__(self, connected: Connected, operators: nn.ModuleList, targets: Sequence[StageWeights]) -> None:
@@ -303,7 +303,7 @@ class PathProblem:
         self.affine = self._is_affine()
 
     def residuals(self, linear: Sequence[Tensor]) -> Tensor:
-        """theta - wanted, flat; from the w0 given and the parameters as they are."""
+        """theta - wanted, flat, for the given w0 and the present parameters."""
         parts = []
         for operator, w0, target in zip(self._operators, linear, self._targets, strict=True):
             found = self._connected(operator, w0)
@@ -312,7 +312,7 @@ class PathProblem:
 
     @torch.no_grad()
     def _is_affine(self) -> bool:
-        """Whether theta is affine in w0, at other coefficients than these as well: a network's may be zero."""
+        """Whether theta is affine in w0, also at other coefficients: a network's present ones may be zero."""
         held = [p.clone() for p in self.others]
         generator = torch.Generator().manual_seed(0)
 
@@ -336,8 +336,8 @@ class PathProblem:
         return bool(bend.abs().max() <= 1e-9 * (values[1] - values[0]).abs().max())
 
     def is_determined(self, found: Least) -> bool:
-        """Whether w0 and q are the only ones with this theta: q by what it makes of other weights, for its factors may
-        be many."""
+        """Whether w0 and q are the only ones with this theta. q is judged by its effect on other weights, because many
+        factors may give the same q."""
         hidden = found.hidden(self)
         if hidden is None:
             return True

@@ -19,10 +19,10 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class Renamed:
-    """What one conversion has done to the names of a state dict.
+    """The changes of one conversion to the names of a state dict.
 
     Attributes:
-        before: the former name of every entry that has another one now. Of per-step modules it knows the first copy.
+        before: the former name of every entry that has a new name. For per-step modules, only the first copy is listed.
         made: the entries that are new, such as the coefficients of operators.
     """
 
@@ -30,7 +30,7 @@ class Renamed:
     made: frozenset[str]
 
     def former(self, name: str) -> str | None:
-        """The name before the conversion; None for what was not there."""
+        """The name before the conversion; None for an entry that did not exist."""
         for candidate in (name, _COPIES.sub("copies.0.", name)):
             if candidate in self.before:
                 return self.before[candidate]
@@ -38,12 +38,12 @@ class Renamed:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Any]:
-    """The entries of the state dict: parameters and buffers themselves."""
+    """The entries of the state dict: the parameters and buffers themselves."""
     return model.state_dict(keep_vars=True)
 
 
 def note(model: nn.Module, before: Mapping[str, Any], earlier: list[Renamed]) -> None:
-    """Note at a converted model what its entries were called; ``earlier`` are the conversions before this one."""
+    """Record the former names of its entries in a converted model; ``earlier`` are the conversions before this one."""
     names: dict[int, list[str]] = {}
     for name, tensor in before.items():
         names.setdefault(id(tensor), []).append(name)
@@ -70,7 +70,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
     Args:
         model: a model with parts converted by `nc.couple`.
-        state_dict: of the model as it was before, such as pretrained weights.
+        state_dict: the state dict of the unconverted model, such as pretrained weights.
 
     Returns:
         The model.
@@ -78,7 +78,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
     Raises:
         TypeError: if the model is not a module, or the state dict is not a mapping.
         ValueError: for a model without converted parts, and for entries that are missing, unknown, or of another
-            shape. The model is then as it was.
+            shape. The model then stays as it was.
     """
     check_model(model)
     if not isinstance(state_dict, Mapping):
@@ -99,7 +99,7 @@ def load_plain(model: nn.Module, state_dict: Mapping[str, Any]) -> nn.Module:
 
 
 def _former(name: str, records: list[tuple[str, Renamed]]) -> str | None:
-    """The name of an entry before all conversions: the last one, which is the outermost, is undone first."""
+    """The name of an entry before all conversions. The last conversion, which is the outermost, is undone first."""
     found: str | None = name
     for path, record in records:
         prefix = f"{path}." if path else ""
@@ -110,7 +110,7 @@ def _former(name: str, records: list[tuple[str, Renamed]]) -> str | None:
 
 
 def _check(chosen: Mapping[str, str], own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError for a state dict that does not go with the names."""
+    """Raise ValueError for a state dict that does not match the names."""
     missing = [former for former in dict.fromkeys(chosen.values()) if former not in state_dict]
     unknown = [name for name in state_dict if name not in set(chosen.values())]
     if missing or unknown:

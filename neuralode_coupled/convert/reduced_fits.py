@@ -1,8 +1,8 @@
 """Variable projection with small matrices: operators that act on the columns of a weight, all alike.
 
-A flow over pixels, or over output channels, takes each of many columns of a weight by one matrix, ``theta = A(p) w0``.
-With the best w0 for given p eliminated, the squared error is ``tr G - tr (A^T A)^-1 A^T G A``, where ``G = Y Y^T`` of
-the wanted columns Y is made once: a search takes no notice of how many columns there are.
+A flow over pixels, or over output channels, multiplies each of many columns of a weight by one matrix,
+``theta = A(p) w0``. With the best w0 for given p eliminated, the squared error is ``tr G - tr (A^T A)^-1 A^T G A``.
+``G = Y Y^T`` of the wanted columns Y is made once, so the cost of a search does not depend on the number of columns.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from neuralode_coupled._types import StageWeights, Weight
 from neuralode_coupled.evolution import LinearEvolution, NonFiniteWeights, ReactionDiffusionAdvection
 
 MOST = 4096
-"""Rows of the matrices, at most."""
+"""The largest number of rows of the matrices."""
 
 ITERATIONS = 25
-"""Of L-BFGS in a round."""
+"""The number of iterations of L-BFGS per round."""
 
 GAIN = 1e-3
-"""A round that makes the error smaller by less than this part of it is the last one."""
+"""A round that reduces the error by less than this fraction is the last one."""
 
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
@@ -35,9 +35,9 @@ class Reduced:
     """The error of an operator with the best w0, as a function of its coefficients.
 
     Args:
-        operator: in float64, on the CPU.
-        connected: theta of an operator and w0.
-        wanted: what the stages shall have, (steps, stages or 1, *weight).
+        operator: the operator, in float64 on the CPU.
+        connected: theta as a function of an operator and w0.
+        wanted: the target weights at the stages, (steps, stages or 1, *weight).
     """
 
     def __init__(self, operator: nn.Module, connected: Connected, wanted: StageWeights) -> None:
@@ -65,14 +65,14 @@ class Reduced:
         return fields.permute(1, 0, 3, 2).flatten(1, 2)
 
     def loss(self) -> Tensor:
-        """The squared error relative to the size of what is wanted; at least zero but for rounding."""
+        """The squared error relative to the size of the target weights; at least zero, up to rounding."""
         a, factor = self._matrices()
         explained = torch.cholesky_solve(a.mT @ self._gram @ a, factor).diagonal(dim1=-2, dim2=-1).sum()
         return (self._size - explained) / self._size.clamp(min=1e-300)
 
     @torch.no_grad()
     def w0(self) -> Tensor:
-        """The best w0 for the coefficients as they are: (*weight)."""
+        """The best w0 for the present coefficients: (*weight)."""
         a, factor = self._matrices()
         columns = torch.cholesky_solve(a.mT @ self._wanted, factor)
         return (columns.mT if self._by_pixels else columns).reshape(self._shape)
@@ -85,7 +85,7 @@ class Reduced:
         return a, torch.linalg.cholesky(normal + 1e-12 * scale * torch.eye(normal.shape[-1], dtype=normal.dtype))
 
     def search(self, rounds: int) -> float:
-        """Take the coefficients of the least error near where they are, by L-BFGS; that error."""
+        """Set the coefficients to those of least error near the present ones, by L-BFGS; return that error."""
         parameters = list(self._operator.parameters())
         optimizer = torch.optim.LBFGS(
             parameters, max_iter=ITERATIONS, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
@@ -96,7 +96,7 @@ class Reduced:
             nonlocal best, kept
             try:
                 loss = self.loss()
-            except (NonFiniteWeights, RuntimeError):  # an overflow, or no factor of what is nearly one
+            except (NonFiniteWeights, RuntimeError):  # an overflow, or no Cholesky factor
                 loss = torch.full((), math.inf, dtype=torch.float64)
             if not loss.isfinite():
                 for p in parameters:
@@ -126,7 +126,7 @@ class Reduced:
 
 def _probe(operator: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, bool] | None:
     """Weights whose columns are those of the unit matrix, and whether they are fields of pixels; None for an operator
-    that has no columns."""
+    that does not act on columns."""
     if isinstance(operator, LinearEvolution) and operator.scope == "channels":
         return torch.eye(shape[0], dtype=torch.float64), False
     if isinstance(operator, LinearEvolution):
@@ -135,7 +135,7 @@ def _probe(operator: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, bool] |
         alike = operator.scope == "layer"
     else:
         return None
-    if len(shape) < 3:  # one field, and no columns besides
+    if len(shape) < 3:  # one field, and no other columns
         return None
     pixels = math.prod(shape[2:])
     unit = torch.eye(pixels, dtype=torch.float64).reshape(1, pixels, *shape[2:])

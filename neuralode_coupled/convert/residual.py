@@ -1,4 +1,4 @@
-"""Finding the residual branches inside of a module: ``z + f(z)`` in what its ``forward`` does, by ``torch.fx``.
+"""Finding the residual branches inside of a module: ``z + f(z)`` in its traced ``forward``, by ``torch.fx``.
 
 A block is a row of stages, each ``u -> after(u + f(u))``: one for a ResNet's block (after: the last ReLU), two for a
 transformer's (attention and feed-forward).
@@ -30,7 +30,7 @@ class Stage:
 
     Attributes:
         branch: f, with the names that its parameters have in the block; None for a stage that adds nothing.
-        after: what follows the sum; None for nothing.
+        after: the module that follows the sum; None for nothing.
         outputs: which of the block's outputs the branch returns after f(u), by their places after the state.
     """
 
@@ -47,8 +47,8 @@ class Residual:
         stages: in order. Their modules take the state and, by position, the inputs after it.
         inputs: the names of the inputs after the state.
         fixed: the optional parameters, which have their defaults.
-        constants: what follows the state in the block's result, where it is not a tensor of a stage; None if the
-            block returns the state alone.
+        constants: the entries after the state in the block's result that are not tensors of a stage; None if the block
+            returns the state alone.
     """
 
     stages: list[Stage]
@@ -62,7 +62,7 @@ def taken_apart(block: nn.Module) -> Residual:
 
     Raises:
         NotResidual: if the block's forward cannot be traced, adds nothing to its own input, changes that in place, or
-            does something besides, which would be lost.
+            does something else that would be lost.
     """
     code = _Code(block)
     result = next(node for node in code.graph.nodes if node.op == "output").args[0]
@@ -78,7 +78,7 @@ def taken_apart(block: nn.Module) -> Residual:
 
 
 def _stages(code: _Code, end: fx.Node, rest: dict[int, Any]) -> list[Stage]:
-    """The stages that end at a node, and among them the nodes of the ``rest`` of the block's result."""
+    """The stages that end at a node, with the nodes of the ``rest`` of the block's result assigned to them."""
     block, start, found = code.block, code.start, []
     rest = {i: part for i, part in rest.items() if isinstance(part, fx.Node)}
     while end is not start:
@@ -115,14 +115,14 @@ def adds_around(parent: nn.Module, name: str) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Traces one module's own forward, and leaves every module that it calls as it is."""
+    """Traces one module's own forward, without looking into the modules that it calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 class _Code:
-    """What one module's forward does, as a graph. Raises NotResidual if it cannot be traced."""
+    """One module's forward as a graph. Raises NotResidual if it cannot be traced."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -144,7 +144,7 @@ class _Code:
                 self._on_state.add(node)
 
     def split(self, total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """A sum's terms as (u, f(u)): the one that the other is a function of, and of nothing else."""
+        """A sum's terms as (u, f(u)): the second term is a function of the first, and of nothing else."""
         first, second = total.all_input_nodes if len(total.all_input_nodes) == 2 else (total, total)
         for stem, branch in ((first, second), (second, first)):
             origin = self._through_identities(stem)
@@ -153,11 +153,11 @@ class _Code:
         return None
 
     def lies_between(self, stem: fx.Node, node: fx.Node, total: fx.Node) -> bool:
-        """Whether a node is made of the stem of a sum, and not of the sum."""
+        """Whether a node is computed from the stem of a sum, and not from the sum."""
         return self._depends_only(node, {stem}) and total not in self._between(stem, [node])
 
     def last_sum(self, end: fx.Node) -> fx.Node | None:
-        """The last sum on the only way from the state to ``end``, or None."""
+        """The last sum on the only path from the state to ``end``, or None."""
         node = end
         while not (_is_sum(node) and all(part in self._on_state for part in node.all_input_nodes)):
             sources = [part for part in node.all_input_nodes if part in self._on_state]
@@ -167,7 +167,8 @@ class _Code:
         return node
 
     def _depends_only(self, node: fx.Node, stems: set[fx.Node]) -> bool:
-        """Whether every way back from the node ends at one of the stems (a parameter, an input), and one does."""
+        """Whether every path back from the node ends at a stem, a parameter or an input, and at least one ends at a
+        stem."""
         reached, queue, seen = False, [node], set()
         while queue:
             part = queue.pop()
@@ -181,7 +182,8 @@ class _Code:
         return reached
 
     def check_nothing_besides(self, ends: list[fx.Node]) -> None:
-        """Raise NotResidual if the code does what its result does not show: in its place stands what makes that."""
+        """Raise NotResidual if the code does something that its result does not show: the replacement would not do
+        it."""
         constants = [name for name in self.sets if name.startswith("_tensor_constant")]
         if constants:
             raise NotResidual(
@@ -202,7 +204,7 @@ class _Code:
             )
 
     def adds(self, call: fx.Node) -> bool:
-        """Whether what a module is called with is added to its result."""
+        """Whether the input of a module's call is added to its result."""
         first = [call.args[0]] if call.args and isinstance(call.args[0], fx.Node) else call.all_input_nodes
         sources = {self._through_identities(part) for part in first}
         sums = [user.all_input_nodes for user in call.users if _is_sum(user)]
@@ -211,9 +213,10 @@ class _Code:
     def part(
         self, start: fx.Node | None, end: fx.Node, keeps_input: bool = False, outputs: Sequence[fx.Node] = ()
     ) -> nn.Module:
-        """What lies between two nodes as a module of the first, which it may have to leave as it is, and the inputs.
+        """The code between two nodes as a module that takes the first node and the inputs.
 
-        With ``outputs`` it returns a tuple, which has them behind the end.
+        With ``keeps_input`` it must not change the first in place. With ``outputs`` it returns a tuple: the end, then
+        the outputs.
         """
         needed = self._between(start, [end, *outputs])
         changed = [node for node in needed if node.args and node.args[0] is start and self._in_place(node)]
@@ -238,7 +241,7 @@ class _Code:
         return made
 
     def shown(self, result: object) -> str:
-        """What the block returns, for messages."""
+        """A description of what the block returns, for messages."""
         if isinstance(result, tuple | list):
             return f"({', '.join(self.shown(part) for part in result)})"
         if isinstance(result, dict):
@@ -259,7 +262,7 @@ class _Code:
         return f"{name}({inside})"
 
     def _between(self, start: fx.Node | None, ends: Sequence[fx.Node]) -> list[fx.Node]:
-        """What ``ends`` need besides ``start``, in the graph's order; without a start, all that they need."""
+        """The nodes that ``ends`` need besides ``start``, in the graph's order; without a start, all that they need."""
         needed, queue = set(), list(ends)
         while queue:
             node = queue.pop()
@@ -282,25 +285,25 @@ class _Code:
         if module is not None:
             return bool(getattr(module, "inplace", False))
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        # operator.and_ and the like have their underscore from Python's keywords.
+        # operator.and_ and the like end with an underscore only because of Python's keywords.
         changes = name.endswith("_") and getattr(node.target, "__module__", None) != operator.add.__module__
         return bool(node.kwargs.get("inplace")) or changes or node.target is operator.iadd
 
 
 def _trace(block: nn.Module) -> tuple[fx.Graph, list[str], dict[str, Any]]:
-    """The graph of the block's forward, which must be the same in training and evaluation, what it sets on self, and
-    the optional parameters, which have their defaults."""
-    # Arguments that have defaults keep them.
+    """The graph of the block's forward, which must be the same in training and evaluation, the names that it sets on
+    self, and the optional parameters, which have their defaults."""
+    # Arguments with defaults keep them.
     arguments = inspect.signature(block.forward).parameters.values()
     optional = {p.name: p.default for p in arguments if p.default is not p.empty}
     kept, graphs, changed = _Kept(block), [], []
     try:
         for training in (not block.training, block.training):
-            # The block's own flag alone: the modules that it calls are not looked into.
+            # Only the block's own flag: tracing does not look into the modules that it calls.
             block.training = training
             graphs.append(_Tracer().trace(block, concrete_args=optional))
             changed = kept.put_back()
-    except Exception as error:  # whatever the block's code raises when its input is a stand-in
+    except Exception as error:  # the block's code may raise anything when its input is a placeholder
         raise NotResidual(
             f"the forward of a {_kind(block)} cannot be traced ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
@@ -315,7 +318,7 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, list[str], dict[str, Any]]:
 
 
 class _Kept:
-    """A block's attributes and buffers as they were, for tracing runs whatever its forward does to them."""
+    """A block's attributes and buffers as they were, because tracing runs whatever its forward does to them."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -323,7 +326,7 @@ class _Kept:
         self.buffers = [(n, b, versions([b]), b.clone()) for n, b in block.named_buffers() if not b.is_inference()]
 
     def put_back(self) -> list[str]:
-        """Put everything back; the names of what was set."""
+        """Put everything back; return the names of the attributes that were set."""
         missing = object()
         attributes, own = vars(self.block), self.block._buffers
         changed = [n for n, value in attributes.items() if value is not self.attributes.get(n, missing)]

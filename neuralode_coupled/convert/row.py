@@ -11,13 +11,13 @@ from neuralode_coupled._types import Activation
 
 
 class Row(nn.Module):
-    """The stages of a block in a row, each of which gets the block's inputs; made by `nc.couple`.
+    """The stages of a block in a row; each gets the block's inputs. Made by `nc.couple`.
 
     Args:
-        parts: ``coupled0``, ``after0``, ``coupled1``, ... as far as they are there.
+        parts: ``coupled0``, ``after0``, ``coupled1``, ..., those that exist.
         inputs: the names of the inputs after the state.
         fixed: optional parameters of the block, which have their defaults here.
-        outputs: for each part, the places after the state of what it returns after its own.
+        outputs: for each part, the places in the block's result, after the state, of the part's further outputs.
         constants: the rest of the block's result; None if it returns the state alone.
     """
 
@@ -38,8 +38,8 @@ class Row(nn.Module):
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
         """The state after the last stage, as the block returns it: alone, or followed by its other outputs.
 
-        Raises TypeError for inputs that are missing or unknown, ValueError for an optional one, which was traced at
-        its default.
+        Raises TypeError for inputs that are missing or unknown, ValueError for an optional input: it was traced at its
+        default.
         """
         inputs = self._bound(args, kwargs)
         rest: list[Any] = list(self.constants or ())
@@ -79,10 +79,10 @@ class Row(nn.Module):
 
 
 class Run(nn.Sequential):
-    """Blocks in a row as one block, each of which gets the same inputs; the outputs are those of the last."""
+    """Blocks in a row as one block. Each gets the same inputs; the outputs are those of the last."""
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
-        """What the last block returns."""
+        """The outputs of the last block."""
         result: Any = z
         for block in self:
             result = block(result[0] if isinstance(result, tuple | list) else result, *args, **kwargs)

@@ -54,15 +54,15 @@ class Adaptive:
 
     @property
     def scheme(self) -> Any:
-        """There is no grid. Raises ValueError, which says how to make one."""
+        """Raise ValueError: there is no grid. The message says how to make one."""
         raise ValueError(
             f"what is asked for needs a fixed grid, and {self.method!r} chooses its own steps: fix the grid first, as "
             "by nc.with_steps(layer, 20, 'rk4')"
         )
 
     def check(self, field: CoupledField) -> None:
-        """Raise ValueError for dynamics with parameters of single steps, or a kernel that is neither of finite memory
-        nor sample-and-hold."""
+        """Raise ValueError for dynamics with per-step parameters, or for a kernel that has no finite memory and is not
+        sample-and-hold."""
         if field.per_step:
             name = field.per_step[0][0].rstrip(".")
             raise ValueError(
@@ -84,13 +84,13 @@ class Adaptive:
             )
 
     def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
-        """Raise ValueError for a gradient method that cannot solve this."""
+        """Raise ValueError if the gradient method cannot handle this solve."""
         check(adjoint, AdaptiveProblem(self, Augmented(field, []), (), self.interval.pick(0)))
 
     def states(
         self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
-        """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`."""
+        """z at the times ``wanted``, one tensor each, and the cost of the solve; see `solve`."""
         if torch.compiler.is_exporting():
             raise ValueError(
                 f"an adaptive layer cannot be exported, for {self.method!r} chooses its steps anew for every input: "
@@ -117,7 +117,7 @@ class Adaptive:
         return [state[0] for state in found], stats
 
     def _check_operators(self, field: CoupledField) -> None:
-        """Raise ValueError for an operator that makes a number of the time, where gradients flow to the ends."""
+        """Raise ValueError for an operator that turns the time into a number, if gradients flow to the ends."""
         if not self.interval.tensors:
             return
         (start, end), w0 = self.interval.tensors, field.evolving()
@@ -126,7 +126,7 @@ class Adaptive:
             check_follows_time(field.operator(name), w0[name], inside, end - start, integrated=True)
 
     def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
-        """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
+        """w, or theta if ``in_force``, at any times of the interval: (len(times), *weight) by name."""
         self._check_operators(field)
         kernel = field.kernel
         if in_force and isinstance(kernel, SampleAndHold):
@@ -150,7 +150,7 @@ class Adaptive:
         moving, at, ends = field.moving(), wanted.numbers, edges.numbers
         found, z = {}, z0
         for k in range(samples):
-            # What lies at the start belongs to the first share: where it is another tensor, it moves by itself.
+            # A time at the start belongs to the first share: if it is another tensor, it moves by itself.
             inside = [
                 j for j, t in enumerate(at) if sign * (t - ends[k + 1]) <= 0 and (k == 0 or sign * (t - ends[k]) > 0)
             ]
@@ -188,7 +188,7 @@ class Adaptive:
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         system = WeightSide(field, names)
         for found in self._solve(system, field.with_memory(w0), times, DiscreteAdjoint(), Stats()):
-            # The field's state begins with z, which has no part in this.
+            # The field's state begins with z, which is not used here.
             now = field.weights((w0[0], *found)).values() if in_force else found
             for name, weight in zip(names, now, strict=False):
                 rows[name].append(weight)
@@ -209,7 +209,7 @@ class Adaptive:
         start = self.interval.pick(0) if start is None else start
         if not y0:
             return [y0 for _ in wanted.numbers]
-        # Times that are one but for a rounding of the interval are one, unless each moves by itself.
+        # Times that differ only by a rounding of the interval count as one, unless each moves by itself.
         every, digits = joined(start, wanted), 12 if y0[0].dtype == torch.float64 else 7
         numbers, (t0, t1) = every.numbers, self.ends
         keys = [
@@ -226,7 +226,7 @@ class Adaptive:
         return [states[key] for key in keys[1:]]
 
 
-# Its loop decides by numbers: torch.compile breaks its graph around it rather than in every step.
+# Its loop branches on numbers: torch.compile breaks the graph once around it, not in every step.
 _solved = eagerly(Adaptive._states)
 
 
@@ -238,7 +238,7 @@ class AdaptiveProblem:
         system: the vector field.
         y0: the initial state.
         row: the times where states are wanted, the start first.
-        stats: where the cost is added to.
+        stats: the cost is added to it.
     """
 
     def __init__(self, solve: Adaptive, system: System, y0: State, row: TimeRow, stats: Stats | None = None) -> None:
@@ -273,7 +273,7 @@ class AdaptiveProblem:
         """The accepted steps."""
         system = self.system
         rtol, atol = [(tolerance,) * len(self.y0) for tolerance in self.tolerances]
-        # In float64 whatever the state is: far from 0 times that differ would be one in another dtype.
+        # In float64, whatever the state's dtype: far from 0, different times would be equal in another dtype.
         t = self.times(self.save, self.y0[0].new_empty((), dtype=torch.float64))
         params = (*system.params, *system.captured)
         dynamics = Dynamics(system, is_tuple=True, params=params, overlooked=Stages.overlooked)

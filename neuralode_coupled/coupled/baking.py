@@ -1,7 +1,7 @@
 """Trained coupled layers as plain PyTorch: after training theta does not depend on the data.
 
-Each activation step becomes a module with the weights of its stages; what is left has no ODE in it, and any runtime
-that runs the branch runs it: ``torch.export``, ONNX, TorchScript.
+Each activation step becomes a module with the weights of its stages. The result has no ODE in it, and any runtime that
+runs the branch runs it: ``torch.export``, ONNX, TorchScript.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from neuralode_coupled.field import Block, CoupledField, tupled
 from neuralode_coupled.field.block import Whole, structure_of
 
 Memo = dict[int, Any]
-"""What stands in for an object in a copy, by the object's identity: `copy.deepcopy`'s."""
+"""The memo of `copy.deepcopy`: the replacement of each object in a copy, by the object's identity."""
 
 
 class BakedStep(nn.Module):
@@ -43,7 +43,7 @@ class BakedStep(nn.Module):
         return f"b={self.b}"
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
-        """The state at the step's end, of the shape of z; inputs are handed on to the branches."""
+        """The state at the step's end, of the shape of z; inputs are passed on to the branches."""
         slopes: list[Tensor] = []
         for branch, row in zip(self.branches, self.a, strict=True):
             # Under autocast a branch may return another precision; the state keeps its own.
@@ -77,7 +77,7 @@ class BakedSteps(nn.Sequential):
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
         """The state after the last step, of the shape of z.
 
-        Raises TypeError for an input that is a function of time: what is baked has no time to call it at.
+        Raises TypeError for an input that is a function of time: a baked layer has no time to call it at.
         """
         _check_constant(args, kwargs)
         for step in self:
@@ -86,7 +86,7 @@ class BakedSteps(nn.Sequential):
 
 
 class BakedBlocks(nn.Sequential):
-    """Steps of a `Block` in a row, each of which gets the same inputs, and the last of which returns its outputs."""
+    """Steps of a `Block` in a row. Each gets the same inputs; the last returns the block's outputs."""
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
         """The state after the last step as the block returns it. Raises TypeError as `BakedSteps`."""
@@ -102,12 +102,12 @@ class BakedBlocks(nn.Sequential):
 
 
 class BakedBlockStep(BakedStep):
-    """A step of a `Block`, which is the block itself where it is ``applied``."""
+    """A step of a `Block`; if it is ``applied``, the block itself."""
 
     applied = False
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
-        """The state at the step's end, and the block with all that it has returned."""
+        """The state at the step's end, and the block with everything that it has returned."""
         slopes: list[Tensor] = []
         block, result = self.branches[-1], None
         assert isinstance(block, Block)
@@ -143,14 +143,14 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
         theta: the stage weights of the parameters that move, (N, stages or 1, *weight) by name.
 
     Returns:
-        ``N`` `BakedStep` in a row. What does not change from step to step is one tensor for all of them, a copy of
-        the field's.
+        ``N`` `BakedStep` in a row. Tensors that do not change from step to step are shared by all of them, and are
+        copies of the field's.
     """
     dynamics, grid, method = field.dynamics, scheme.grid, scheme.method
     originals = {name: id(p) for name, p in dynamics.named_parameters()}
     fixed: Memo = {id(p): _constant(p) for name, p in dynamics.named_parameters() if name not in theta}
     fixed |= {id(buffer): buffer.clone() for buffer in dynamics.buffers()}
-    # What pruning and weight norm compute from parameters, again and again, may have a graph, which cannot be copied.
+    # Pruning and weight norm recompute tensors from parameters. Such a tensor may have a graph and cannot be copied.
     computed = [value for module in dynamics.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     fixed |= {id(tensor): tensor.detach().clone() for tensor in computed}
     block = isinstance(dynamics, Block)
@@ -171,7 +171,7 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
         if block:
             steps[-1].applied = type(dynamics) is Block and method.b == (1.0,) and grid.h == 1.0
     stack = (BakedBlocks if block else BakedSteps)(*steps)
-    # The branches have the flags of their originals; what is new has the field's.
+    # The branches have the flags of their originals; new modules have the field's.
     for module in (stack, *stack, *(step.branches for step in steps)):
         module.training = field.training
     return stack
@@ -180,7 +180,7 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
 def _branch(field: CoupledField, n: int, memo: Memo) -> nn.Module:
     """A copy of the dynamics with step ``n``'s copies of per-step modules, and other tensors in place of its own.
 
-    Copying looks every object up in ``memo`` by its identity; so tied tensors stay tied.
+    Copying looks up every object in ``memo`` by its identity, so tied tensors stay tied.
     """
     memo = dict(memo)
     for _, module in field.per_step:

@@ -1,4 +1,4 @@
-"""What the user chooses of a solve's discretisation: a grid, or tolerances."""
+"""The user's choice of a discretisation: a grid, or tolerances."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Discretisation:
     Args:
         steps: the number of equal steps; None with an adaptive method.
         method: the Runge-Kutta method, see `solve`.
-        weight_steps: the number of steps of the weights' own grid; None for what the kernel suggests.
+        weight_steps: the number of steps of the weights' own grid; None for the kernel's suggestion.
         weight_method: the method on it; None for that of the activations.
         rtol: the relative tolerance of an adaptive method; None for torchdiffeq's default.
         atol: the absolute tolerance of an adaptive method; None for torchdiffeq's default.
 
     Raises:
-        ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another,
-            tolerances that are not positive, or that a fixed grid has no use for.
+        ValueError: for an unknown method, steps below one, steps with an adaptive method, no steps with another
+            method, tolerances that are not positive, or tolerances with a fixed grid, which does not use them.
     """
 
     steps: int | None = None
@@ -65,7 +65,7 @@ class Discretisation:
             tableau(self.weight_method)
 
     def on(self, field: CoupledField, interval: TimeRow) -> OnGrid | Adaptive:
-        """The solve of a field from the first to the last time, two of them.
+        """The solve of a field over an ``interval`` of two times, the first and the last.
 
         Raises ValueError for a kernel or a per-step module that does not fit.
         """
@@ -83,7 +83,7 @@ class Discretisation:
         return solve
 
     def _refuse(self, names: tuple[str, ...], message: str) -> None:
-        """Raise ValueError for any of the named choices that was made."""
+        """Raise ValueError if any of the named choices was made."""
         given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
         if given:
             raise ValueError(message.format(", ".join(given)))

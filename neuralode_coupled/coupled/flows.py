@@ -1,7 +1,7 @@
 """A coupled solve as flows: smooth vector fields that a general-purpose solver integrates.
 
-The augmented field ``(z, *w, *memory)`` where the kernel has finite memory, one flow for each share of the interval
-where weights are held.
+The augmented field ``(z, *w, *memory)`` if the kernel has finite memory; one flow per share of the interval if weights
+are held.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from neuralode_coupled.kernels import SampleAndHold
 
 
 def flow_refusal(field: CoupledField) -> str | None:
-    """Why a field gives no flow, by its kernel or an operator; None if it does."""
+    """Why a field gives no flow, because of its kernel or an operator; None if it gives one."""
     kernel = field.kernel
     if isinstance(kernel, SampleAndHold):
         return None
@@ -35,8 +35,8 @@ def flow_refusal(field: CoupledField) -> str | None:
 
 
 def augmented_flow(stages: Stages, last: int) -> Flow:
-    """(z, w, memory) as one system up to grid point ``last``; Static parameters stay outside of the state where they
-    can."""
+    """(z, w, memory) as one system up to grid point ``last``. Static parameters stay outside of the state if
+    possible."""
     field, moving = stages.field, stages.moving
     w0 = tuple(field.evolving(moving).values())
     # The backward pass may find other tensors in them, after a functional_call.
@@ -62,7 +62,7 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
 
 
 def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
-    """z under weights that are constants between two grid points."""
+    """z under weights that are constant between two grid points."""
 
     def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
         tensors = stages.named(stages.shared, stages.own[n], buffers) | theta
@@ -74,7 +74,8 @@ def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -
 
 
 def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:
-    """Raise `NonFiniteWeights` if evolving weights are why a solve could not go on after its evaluation at ``t``."""
+    """Raise `NonFiniteWeights` if evolving weights are the reason that a solve stopped after its evaluation at
+    ``t``."""
     for name, weight, derivative in zip(names, w, dw, strict=False):
         if not (weight.isfinite().all() and derivative.isfinite().all()):
             raise NonFiniteWeights(

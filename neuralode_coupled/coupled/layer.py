@@ -45,10 +45,10 @@ class CoupledODE(nn.Module):
         kernel: K; `Dirac` by default.
         steps: the number of activation steps; None with an adaptive method.
         t: the interval of time, as numbers or tensors. Gradients flow to a tensor that requires one (see `solve`). A
-            parameter becomes one of the layer, ``t0`` or ``t1`` (``ends`` if one holds both): it is learned, moved and
-            stored with it. Another tensor that requires a gradient is used as it is; if it is computed from others, set
-            it again after each backward pass. Each forward pass reads the numbers; if they are on a device, the host
-            waits. Such a layer cannot be compiled.
+            parameter becomes a parameter of the layer, ``t0`` or ``t1`` (``ends`` if one holds both): it is learned,
+            moved and stored with the layer. Another tensor that requires a gradient is used as it is; if it is computed
+            from others, set it again after each backward pass. Each forward pass reads the numbers; if they are on a
+            device, the host waits. Such a layer cannot be compiled.
         method: the Runge-Kutta method, see `solve`.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
@@ -65,8 +65,8 @@ class CoupledODE(nn.Module):
 
     Raises:
         TypeError, ValueError: as `CoupledField` and `solve`, and if the gradient method does not take the layer's grid,
-            method or kernel. The forward pass raises errors about z0, about an operator that is a map if a vector field
-            is needed, and about a gradient method that does not take what you changed later.
+            method or kernel. The forward pass raises errors about z0, about an operator that is a map where a vector
+            field is needed, and about a gradient method that does not take your later changes.
     """
 
     steps = _chosen("steps")
@@ -130,11 +130,11 @@ class CoupledODE(nn.Module):
         self._choose(discretisation, self._times())
 
     def _choose(self, discretisation: Discretisation, t: Times) -> None:
-        """A layer that cannot be solved fails where it is made or changed, and stays what it was."""
+        """Check and keep a choice. One that cannot be solved fails when it is made, and the layer stays as it was."""
         t = tuple(t) if isinstance(t, Iterator) else t
         with torch.no_grad():
             row = time_row(t)
-        # By numbers: what is made of tensors has a graph, and could not be copied with the layer.
+        # By numbers: a solve made of tensors has a graph, and could not be copied with the layer.
         chosen = discretisation.on(self.field, row.pick(0, -1))
         chosen.check_adjoint(self.field, self.adjoint)
         self._on: OnGrid | Adaptive = chosen
@@ -143,7 +143,7 @@ class CoupledODE(nn.Module):
         self._checked_kernel = (self.field.kernel,)  # in a tuple, or it would be a submodule of this layer too
 
     def _keep(self, t: Times, numbers: tuple[float, ...]) -> None:
-        """Keep the times: as numbers, or where one of them is learned or requires a gradient as they were given."""
+        """Keep the times as numbers; if one of them is learned or requires a gradient, as they were given."""
         for name in self._time_names():
             delattr(self, name)
         row = {"ends": t} if isinstance(t, Tensor) else {f"t{i}": time for i, time in enumerate(t)}
@@ -151,12 +151,12 @@ class CoupledODE(nn.Module):
         for name, time in learned.items():
             self.register_parameter(name, time)
         moving = any(isinstance(time, Tensor) and (time.requires_grad or name in learned) for name, time in row.items())
-        # A parameter by its name alone: it is looked up at every use, and may then be another.
+        # Of a parameter only its name: it is looked up at every use, because it may have been replaced.
         self._given = {name: None if name in learned else time for name, time in row.items()} if moving else {}
         self._numbers = () if moving else numbers
 
     def moving_times(self) -> list[Tensor]:
-        """The times that are tensors: learned, or of a gradient."""
+        """The times that are tensors: learned, or requiring a gradient."""
         return [time for time in self._times() if isinstance(time, Tensor)] if not self._numbers else []
 
     def _time_names(self) -> list[str]:
@@ -182,8 +182,8 @@ class CoupledODE(nn.Module):
 
         Raises:
             TypeError: for inputs that f does not take, or that are missing.
-            ValueError: if torch exports an adaptive layer, which has no grid; for a block's other outputs if there is
-                no last step to take them from; and as `solve`.
+            ValueError: if torch exports an adaptive layer, which has no grid; if a block's other outputs are wanted and
+                there is no last step to take them from; and as `solve`.
         """
         solve, block = self._solve_in_force(), self.field.dynamics
         if not isinstance(block, Block):
@@ -230,8 +230,8 @@ class CoupledODE(nn.Module):
         kinetic energy is computed between the points of the weights' grid, ``sum_m |w_{m+1} - w_m|^2 / h_w``.
 
         Args:
-            w0: the weight of the initial weights' part.
-            p: the weight of the part of the evolution operators' parameters.
+            w0: the weight of the term of the initial weights.
+            p: the weight of the term of the evolution operators' parameters.
             kinetic: the weight of the kinetic energy of the evolving weights.
             displacement: the weight of the squared distance from w(t0) to w(t1).
 
@@ -288,7 +288,7 @@ class CoupledODE(nn.Module):
         return self.scheme.grid
 
     def _solve_in_force(self) -> OnGrid | Adaptive:
-        """How the layer is solved; checked again where its kernel has been exchanged."""
+        """How the layer is solved; checked again if its kernel has been replaced."""
         if self._checked_kernel[0] is not self.field.kernel:
             self.discretise(self.discretisation)
         if self._numbers:
@@ -296,7 +296,7 @@ class CoupledODE(nn.Module):
         return self.discretisation.on(self.field, time_row(self._times(), self.field.device).pick(0, -1))
 
     def _within(self, solve: OnGrid | Adaptive, t: Times) -> TimeRow:
-        """Times of the interval of a solve."""
+        """Times within the interval of a solve."""
         return time_row(t, self.field.device, partial(times_within, ends=solve.ends, whose="layer"))
 
     def _solve(
@@ -308,7 +308,7 @@ class CoupledODE(nn.Module):
         kwargs: Mapping[str, Any] | None,
         further: Further | None = None,
     ) -> list[Tensor]:
-        """z at the times ``wanted``, not stacked: that would copy the states, and lose their memory format."""
+        """z at the times ``wanted``, not stacked: stacking would copy the states and lose their memory format."""
         with with_inputs(self.field, args, kwargs) as field:
             if isinstance(solve, OnGrid) and further is not None:
                 z, self.stats = solve.states(field, z0, wanted, self.adjoint, further)
@@ -331,5 +331,5 @@ def bake(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, CoupledODE)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no coupled layer to bake: it is plain PyTorch already")
-    # A copy takes what stands in `memo` for an object, wherever the object occurs.
+    # A copy takes the replacement that the memo has for an object, wherever the object occurs.
     return copy.deepcopy(model, {id(layer): layer.bake() for layer in layers})

@@ -68,7 +68,7 @@ class OnGrid:
         return TimeRow((self.scheme.grid.t1,), self.scheme.grid.ends[1:])
 
     def check(self, field: CoupledField) -> None:
-        """Raise ValueError for a field whose per-step modules or whose kernel do not fit the grids."""
+        """Raise ValueError for a field whose per-step modules or kernel do not fit the grids."""
         scheme, steps = self.scheme, self.scheme.grid.steps
         for name, module in field.per_step:
             if len(module) != steps:
@@ -84,8 +84,8 @@ class OnGrid:
             field.kernel.check(steps, scheme.method.c, scheme.weight_grid.steps, scheme.grid.span)
 
     def _check_no_own_grid(self, field: CoupledField, name: str) -> None:
-        """Raise ValueError for a grid of their own for weights that jump: its points do not say which step they are
-        for."""
+        """Raise ValueError if weights that jump have a grid of their own: its points do not belong to particular
+        steps."""
         scheme, operator = self.scheme, field.operator(name)
         if field.kernel.memory == 0 and jumps(operator) and not scheme.together(field.kernel):
             raise ValueError(
@@ -95,7 +95,7 @@ class OnGrid:
             )
 
     def check_adjoint(self, field: CoupledField, adjoint: GradientMethod) -> None:
-        """Raise ValueError for a gradient method that cannot solve this."""
+        """Raise ValueError if the gradient method cannot handle this solve."""
         check(adjoint, GridProblem(field, self.scheme, None, ()))
 
     def states(
@@ -106,9 +106,9 @@ class OnGrid:
         adjoint: GradientMethod,
         further: Further | None = None,
     ) -> tuple[list[Activation], Stats]:
-        """z at the times ``wanted``, one tensor each, and what the solve cost; see `solve`.
+        """z at the times ``wanted``, one tensor each, and the cost of the solve; see `solve`.
 
-        ``further`` gets what a `Block` returns besides the state in the last step.
+        ``further`` receives what a `Block` returns besides the state in the last step.
         """
         field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
@@ -127,7 +127,7 @@ class OnGrid:
         return [place.state(found) for place in places], stats
 
     def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
-        """w, or theta if those in force are asked for, at any times of the interval: (len(times), *weight) by name."""
+        """w, or theta if ``in_force``, at any times of the interval: (len(times), *weight) by name."""
         found, grid = {}, self.scheme.weight_grid
         for name, w0 in field.evolving().items():
             operator = field.operator(name)
@@ -145,7 +145,7 @@ class _Place:
 
     Attributes:
         base, low, high: grid points.
-        fraction: of the way from low to high; differentiable where the time or the grid moves.
+        fraction: the fraction of the way from low to high; differentiable if the time or the grid moves.
     """
 
     base: int
@@ -155,7 +155,7 @@ class _Place:
 
     @staticmethod
     def of(grid: Grid, number: float, t: Scalar) -> _Place:
-        """The place of a time, given as a number and as what is differentiated."""
+        """The place of a time, given as a number and as the scalar that is differentiated."""
         low, high, fraction = grid.bracket(number)
         still = not isinstance(t, Tensor) and not grid.ends
         if still or any(t is end for end in grid.ends):  # the ends are grid points wherever they are
@@ -177,8 +177,8 @@ class _Place:
 
 @contextmanager
 def _unchanged(field: CoupledField, adjoint: GradientMethod) -> Iterator[None]:
-    """Raise `DynamicsError` for a solve that changes an object among its inputs, such as a cache, and that a backward
-    pass would repeat: it would be changed once more."""
+    """Raise `DynamicsError` for a solve that changes an object among its inputs, such as a cache, if the backward pass
+    repeats the solve: the object would be changed once more."""
     inputs = field.inputs
     if inputs is None or isinstance(adjoint, Backprop) or not torch.is_grad_enabled() or tracing():
         yield
@@ -193,7 +193,7 @@ def _unchanged(field: CoupledField, adjoint: GradientMethod) -> Iterator[None]:
 
 
 def _check_resolved(grid: Grid, dtype: torch.dtype) -> None:
-    """Raise ValueError for steps that f, which sees the time as a number of a dtype, could not tell apart."""
+    """Raise ValueError for steps so short that f, which sees the time in this dtype, could not tell them apart."""
     if abs(grid.h) <= torch.finfo(dtype).eps * max(abs(grid.t0), abs(grid.t1)):
         points = [grid.time(n) for n in range(grid.steps + 1)]
         n = unresolved(points[:-1], points[1:], dtype)
@@ -207,9 +207,9 @@ class GridProblem:
     Args:
         field: the coupled field.
         scheme: the discretisation.
-        z0: the initial activations; None where only `refusal` is asked.
+        z0: the initial activations; None if only `refusal` is called.
         save: the grid points whose states are wanted.
-        further: what a `Block` returns besides the state in the last step is emitted behind them, if it is wanted.
+        further: if given, what a `Block` returns besides the state in the last step is emitted after those states.
     """
 
     tolerances: tuple[float, float] | None = None
@@ -224,7 +224,7 @@ class GridProblem:
     ) -> None:
         self._further = further
         self.z0 = torch.empty(0) if z0 is None else z0
-        # The ends of the grid, where gradients flow to them: in front of what all steps share.
+        # The ends of the grid, if gradients flow to them: before the tensors that all steps share.
         self.ends = tuple([end.to(self.z0.device) for end in scheme.grid.ends])
         self.field, self.scheme, self.save = field, scheme.moved(self.ends) if self.ends else scheme, save
         self.method = scheme.method.name
@@ -239,7 +239,7 @@ class GridProblem:
         return times_at([self.scheme.grid.start(n) for n in points], like)
 
     def check_times(self) -> None:
-        """Raise ValueError for an operator, or for dynamics, that makes numbers of times that gradients flow to."""
+        """Raise ValueError for an operator or dynamics that turn times that gradients flow to into numbers."""
         if not self.ends:
             return
         grid, w0 = self.scheme.weight_grid, self.field.evolving()
@@ -265,9 +265,10 @@ class GridProblem:
         return self._plan(self._step), Operands((self.z0,), inputs, shared, self.field.captured)
 
     def advancing(self) -> tuple[Plan, Operands]:
-        """The solve as Runge-Kutta steps in each of which the weights advance too.
+        """The solve as Runge-Kutta steps that advance the weights too.
 
-        What an operator reaches at once from w0 is made from it in each step; other weights are part of the state.
+        Weights that an operator reaches at once from w0 are made from it in each step; other weights are part of the
+        state.
         """
         require(self, "advancing")
         own = OwnWeights(self.field, self.scheme)
@@ -283,9 +284,9 @@ class GridProblem:
         return self._plan(advance), Operands((self.z0, *own.carried), self.stages.own, shared, self.field.captured)
 
     def reversible(self, own_weights: bool = False) -> tuple[Plan, Plan, Operands]:
-        """The solve as increments there and back over each step; both use the step's own parameters and buffers.
+        """The solve as increments forwards and backwards over each step; both use the step's parameters and buffers.
 
-        With ``own_weights`` each makes its weights.
+        With ``own_weights`` each makes its own weights.
         """
         ways = [partial(self._increment, backwards) for backwards in (False, True)]
         shared, rows = (*self.ends, *self.stages.shared), self.stages.own
@@ -311,10 +312,10 @@ class GridProblem:
         return there, replace(there, step=ways[1], listener=None), operands
 
     def continuous(self) -> tuple[Plan, State, list[Flow]]:
-        """The solve as flows: the augmented field's where the kernel has memory, one for each sample held."""
+        """The solve as flows: the augmented field's if the kernel has memory, else one per sample held."""
         require(self, "continuous")
         plan, kernel = self._plan(self._step), self.field.kernel
-        plan.stats.evaluations = 0  # counted as they come
+        plan.stats.evaluations = 0  # they are counted as they happen
         if not isinstance(kernel, SampleAndHold):
             return plan, (self.z0,), [augmented_flow(self.stages, plan.count)]
         share, flows = plan.count // kernel.samples, []
@@ -325,7 +326,7 @@ class GridProblem:
         return plan, (self.z0,), flows
 
     def stage_weights(self, backwards: bool = False) -> dict[str, Tensor]:
-        """theta[n, i] of every parameter that moves; ``backwards``: for steps taken from their end to their start.
+        """theta[n, i] of every parameter that moves; with ``backwards``, for steps taken from their end to their start.
 
         Weights evolve in their own precision, also under autocast.
         """
@@ -344,7 +345,7 @@ class GridProblem:
             check_finite(theta, name)
         except NonFiniteWeights:
             if not self.scheme.together(self.field.kernel):
-                # A kernel that averages spreads them over all steps: the weights' own path says where they begin.
+                # A kernel that averages spreads such values over all steps; the weights' own path shows the first.
                 check_finite(self.scheme.path(operator, w0), name, "weight step")
             raise
         return theta
@@ -370,7 +371,7 @@ class GridProblem:
         )
 
     def _within(self, shared: State) -> Scheme:
-        """The discretisation between the ends that a step is handed, where gradients flow to them."""
+        """The discretisation between the ends that a step receives, if gradients flow to them."""
         return self.scheme.moved(shared[: len(self.ends)]) if self.ends else self.scheme
 
     def _step(self, n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
@@ -392,7 +393,7 @@ class GridProblem:
     def _increment(
         self, backwards: bool, n: int, y: State, inputs: State, shared: State, buffers: State
     ) -> tuple[State, tuple[State, ...]]:
-        """The increment of the method over step ``n``, from its start, or ``backwards`` from its end."""
+        """The increment of the method over step ``n``, from its start; with ``backwards``, from its end."""
         grid = self._within(shared).grid
         start, h = (grid.start(n + 1), -grid.length) if backwards else (grid.start(n), grid.length)
         slope = self._slopes(n, start, h, inputs, shared, buffers)
@@ -411,7 +412,7 @@ class GridProblem:
     ) -> Callable[[int, State], State]:
         """f at the stages of a step of length ``h`` from ``start``.
 
-        Of a block its own state, if it is to be ``applied``; all that it returns is added to ``further``.
+        For a block that is to be ``applied``: its own state. Everything that it returns is added to ``further``.
         """
         stages, moving, c = self.stages, self.stages.moving, self.scheme.method.c
         theta = [weights.unbind() for weights in inputs[: len(moving)]]

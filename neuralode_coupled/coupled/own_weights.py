@@ -16,7 +16,7 @@ from neuralode_coupled.field import CoupledField
 def own_weights_refusal(field: CoupledField, scheme: Scheme, backwards: bool) -> str | None:
     """Why steps cannot make their own weights; None if they can.
 
-    They can where weights and activations advance by one method on one grid; ``backwards`` too, where every weight is
+    They can if weights and activations advance by one method on one grid. With ``backwards``, every weight must also be
     reached at once.
     """
     if not scheme.together(field.kernel):
@@ -46,10 +46,10 @@ class OwnWeights:
         backwards: whether steps are taken from their end as well, for which every weight must be reached at once.
 
     Attributes:
-        shared: w0 of what an operator reaches at once from it, then the parameters of the operators.
-        carried: w0 of the rest, which the state has to carry from step to step.
+        shared: w0 of the weights that an operator reaches at once, then the parameters of the operators.
+        carried: w0 of the other weights, which the state has to carry from step to step.
 
-    What it needs is what `own_weights_refusal` says.
+    `own_weights_refusal` states the conditions.
     """
 
     def __init__(self, field: CoupledField, scheme: Scheme, backwards: bool = False) -> None:
@@ -67,7 +67,7 @@ class OwnWeights:
         self._owner = field.dynamics
         with alone(self._owner, *self._operators.values()):
             parameters = tuple({id(p): p for q in self._operators.values() for p in q.parameters()}.values())
-            # torch.compile takes parameters as they are, and does not look into a module that is made meanwhile.
+            # torch.compile takes parameters as they are, and does not look into a module made while it traces.
             self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
             self._places = [] if self._held is None else places_of(self._held, parameters)
         self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
@@ -78,8 +78,8 @@ class OwnWeights:
     ) -> tuple[State, State]:
         """theta at the stages of step ``n``, each (stages, *weight), and the carried weights at its end.
 
-        ``scheme`` is the one that this was made for, between the ends that the step is handed. All from the tensors
-        handed in: by the time of a recomputation the modules may hold others.
+        ``scheme`` is the one given at construction, between the ends that the step receives. Everything is computed
+        from the tensors passed in: by the time of a recomputation the modules may hold others.
         """
         if not self._operators:
             return (), ()

@@ -148,7 +148,7 @@ _METHODS = {
   year = {1969}
 }""",
 }
-"""The methods that are known by their authors. Euler's, Heun's and Kutta's stand in every textbook."""
+"""The methods known by their authors' names. Euler's, Heun's and Kutta's are in every textbook."""
 
 
 def citation(layer: nn.Module | None = None) -> str:

@@ -29,8 +29,8 @@ def with_steps(model: Model, steps: int, method: str | None = None) -> Model:
     does, bit for bit.
 
     The copy shares the model's parameters (and times that require a gradient), so training the copy trains the model.
-    It has its own buffers. The running statistics of BatchNorm belong to the trained steps, and not to the states on
-    the new grid; ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them again, without gradients and without
+    It has its own buffers. The running statistics of BatchNorm belong to the trained steps, not to the states on the
+    new grid; ``torch.optim.swa_utils.update_bn(batches, copy)`` estimates them again, without gradients and without
     changing the model's.
 
     Args:
@@ -67,7 +67,7 @@ def _layers(model: nn.Module) -> list[CoupledODE]:
 
 
 def _change(layer: CoupledODE, steps: int, method: str | None) -> None:
-    """Put a layer that nobody else uses on another grid."""
+    """Put a layer that nothing else uses on another grid."""
     old = layer.discretisation
     method = old.method if method is None else method
     if method in ADAPTIVE:
@@ -77,5 +77,5 @@ def _change(layer: CoupledODE, steps: int, method: str | None) -> None:
         )
     layer.stats = None
     layer.field.resample(steps)
-    # The tolerances of an adaptive layer are of no use on a grid.
+    # A grid does not use the tolerances of an adaptive layer.
     layer.discretise(Discretisation(steps, method, old.weight_steps, old.weight_method))

@@ -26,11 +26,11 @@ from neuralode_coupled.runge_kutta import Tableau, step
 class Grid:
     """``steps`` equal steps from ``t0`` to ``t1`` (which may lie before ``t0``).
 
-    Numbers decide: which step a time lies in, whether two grids are one. What is computed with, and differentiated, is
-    `start`, `length` and `whole`.
+    Plain numbers decide which step a time lies in, and whether two grids are equal. Computations use `start`, `length`
+    and `whole`, which are differentiable if the ends are.
 
     Attributes:
-        ends: t0 and t1 as scalar tensors, where gradients flow to one of them.
+        ends: t0 and t1 as scalar tensors, if gradients flow to one of them.
         span: the length of the interval, negative where time runs backwards.
         h: the length of one step, likewise.
     """
@@ -51,7 +51,7 @@ class Grid:
         return self.t0 + (n + fraction) * self.h
 
     def start(self, n: int, fraction: float = 0.0) -> Scalar:
-        """`time`, differentiable where the ends are."""
+        """`time`, differentiable if the ends are."""
         return self.ends[0] + (n + fraction) * self.length if self.ends else self.time(n, fraction)
 
     @property
@@ -65,7 +65,7 @@ class Grid:
         return self.ends[1] - self.ends[0] if self.ends else self.span
 
     def bracket(self, t: float) -> tuple[int, int, float]:
-        """The grid points around ``t`` and how far between them it lies; the same point twice where it is one."""
+        """The grid points around ``t``, and the fraction of the way between them; the same point twice if t is one."""
         position = (t - self.t0) / self.h
         nearest = round(position)
         if abs(position - nearest) <= 1e-6:
@@ -76,13 +76,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A coupled discretisation, and the weight side of it.
+    """A coupled discretisation, and its weight side.
 
     Args:
         grid: the grid of the activation ODE.
         method: the method that integrates it.
         weight_grid: the grid of the evolution ODE.
-        weight_method: the method that integrates it, where an operator has no closed form.
+        weight_method: the method that integrates it, if an operator has no closed form.
     """
 
     grid: Grid
@@ -91,20 +91,19 @@ class Scheme:
     weight_method: Tableau
 
     def together(self, kernel: TimeKernel) -> bool:
-        """Whether weights and activations advance by one method on one grid, the weights used as they are."""
+        """Whether weights and activations advance by one method on one grid, and the weights are used as they are."""
         return kernel.memory == 0 and (self.weight_grid, self.weight_method) == (self.grid, self.method)
 
     def moved(self, ends: State) -> Scheme:
-        """The same grids between other ends: the tensors that a step is handed, in place of those that it was made
-        of."""
+        """The same grids between other ends: the tensors that a step receives, in place of the original ones."""
         return replace(self, grid=replace(self.grid, ends=ends), weight_grid=replace(self.weight_grid, ends=ends))
 
     def connect(
         self, kernel: TimeKernel, device: torch.device, backwards: bool = False
     ) -> Callable[[nn.Module, Weight], StageWeights]:
-        """theta as a function of operator and w0: what all parameters of a field share is made once.
+        """theta as a function of operator and w0. What all parameters of a field share is made once.
 
-        theta has the shape (N, stages, *weight), or (N, 1, *weight) where the stages of a step share it. Weights on the
+        theta has the shape (N, stages, *weight), or (N, 1, *weight) if the stages of a step share it. Weights on the
         activations' own grid, used as they are (``K = delta``), are the stage states of the weights' own Runge-Kutta
         step: the coupled system is then solved by one method on one grid. With ``backwards`` the stage times count from
         the end of each step towards its start.
@@ -119,14 +118,14 @@ class Scheme:
             return kernel.connect(self.grid.steps, c, self.weight_grid.steps, span, device)
 
         if self.grid.ends:
-            # A path of numbers, of which hardly two combinations are the same.
+            # A path of numbers whose combinations are practically all different.
             path = torch.arange(self.weight_grid.steps + 1, dtype=torch.float64, device=device).cos()
             self._check_kernel(kernel, "connect(..., span)", lambda span: connection(span)(path))
         theta = connection(self.grid.whole)
         return lambda operator, w0: theta(self.path(operator, w0))
 
     def _check_kernel(self, kernel: TimeKernel, what: str, make: Callable[[Tensor], Tensor]) -> None:
-        """Raise ValueError for a kernel that makes a number of the interval's length; see `check_followed`."""
+        """Raise ValueError for a kernel that turns the interval's length into a number; see `check_followed`."""
         check_followed(kernel, what, make, self.grid.ends[1] - self.grid.ends[0], abs(self.grid.span))
 
     def in_force(self, operator: nn.Module, kernel: TimeKernel, w0: Weight, times: TimeRow) -> WeightPath:
@@ -170,7 +169,7 @@ class Scheme:
         return torch.stack(stages).unflatten(0, (self.weight_grid.steps, self.weight_method.stages))
 
     def stage_fractions(self, like: Tensor, backwards: bool = False) -> Float[Tensor, " stages"]:
-        """Where in a step its stages are, counted in steps; ``backwards``: from its end. On the device of ``like``."""
+        """The stage times as fractions of a step; with ``backwards``, from its end. On the device of ``like``."""
         c = tuple(1 - fraction for fraction in self.weight_method.c) if backwards else self.weight_method.c
         return time_vector(c, like)
 
@@ -205,7 +204,7 @@ class Scheme:
         return path.unflatten(0, (self.weight_grid.steps, len(fractions)))
 
     def _at_places(self, operator: nn.Module, w0: Weight, places: list[tuple[int, float]]) -> WeightPath:
-        """w at fractions of steps on a grid whose ends move: grid points stay grid points."""
+        """w at ``places`` (step, fraction) on a grid whose ends move: grid points stay grid points."""
         path, found, propagate = self.path(operator, w0).unbind(), [], closed_form_for_many_steps(operator, w0)
         for n, fraction in places:
             part = self._lengths(fraction * self.weight_grid.length)
@@ -214,7 +213,7 @@ class Scheme:
         return torch.stack(found)
 
     def at(self, operator: nn.Module, w0: Weight, times: TimeRow) -> WeightPath:
-        """w at any times: from the last grid point before, one step of the length that remains."""
+        """w at any times: one step of the remaining length from the last grid point before."""
         trajectory, grid = all_at_once(operator), self.weight_grid
         if trajectory is not None:
             return trajectory(w0, self._elapsed(times, w0))
@@ -241,15 +240,15 @@ class Scheme:
         return time_vector([t - grid.start(0) for t in times.scalars], w0)
 
     def _beside(self, operator: nn.Module, propagate: Propagate | None, path: State, n: int, t: Scalar) -> Weight:
-        """w at grid point ``n``, as a function of how far beside it the time lies: nothing, but for its derivative.
+        """w at grid point ``n``. The time's distance from the point changes only the derivative, not the value.
 
-        There w has a corner: the derivative is the mean of both sides, as central differences have it.
+        w has a corner there: the derivative is the mean of both sides, as in central differences.
         """
         grid = self.weight_grid
         beside = time_like(t - grid.start(n), path[n])
 
         def moved(m: int, length: Scalar) -> Tensor:
-            """What being beside the point does to the end of a step of that length."""
+            """The change in the end of a step of that length, if the time is beside the point."""
             ends = [length + rest for rest in (beside, beside.detach())]
             after, before = [self._step(operator, propagate, path[m], m, self._lengths(end))[0] for end in ends]
             return after - before
@@ -258,13 +257,13 @@ class Scheme:
         return path[n] + sum(sides) / len(sides)
 
     def _lengths(self, h: Scalar) -> tuple[Scalar, ...]:
-        """The length of a step, and how far its stages are from its start: made once for many steps."""
+        """The length of a step, and the distances of its stages from its start: made once for many steps."""
         return (h, *[c * h for c in self.weight_method.c])
 
     def _step(
         self, operator: nn.Module, propagate: Propagate | None, w: Tensor, n: int, lengths: tuple[Scalar, ...]
     ) -> tuple[Tensor, list[Tensor]]:
-        """One step of the evolution ODE, by the closed form where there is one: the next w, and w at the stages."""
+        """One step of the evolution ODE, by the closed form if there is one: the next w, and w at the stages."""
         (h, *inner), c = lengths, self.weight_method.c
         if propagate is not None:
             end = check_evolved(propagate(w, h), w, operator)
@@ -278,7 +277,7 @@ class Scheme:
         return w, [y[0] for y in stages]
 
     def _times(self, w0: Tensor, fractions: tuple[float, ...], last: bool) -> Tensor:
-        """Times since t0 of the given fractions of every step; made on w0's device: nothing is copied there."""
+        """Times since t0 of the given fractions of every step; made on w0's device, so nothing is copied there."""
         n = torch.arange(self.weight_grid.steps, dtype=w0.dtype, device=w0.device)
         times = torch.stack([(n + fraction) * self.weight_grid.length for fraction in fractions], dim=-1).flatten()
         if last:

@@ -25,8 +25,8 @@ class Solution:
 
     Attributes:
         z: the activations: at the requested times, (len(t), *shape of z0), or at the end alone, of the shape of z0.
-        t: the times that ``z`` belongs to, as numbers.
-        stats: what the solve cost; backward passes add to ``stats.recomputed``.
+        t: the times of ``z``, as numbers.
+        stats: the cost of the solve; backward passes add to ``stats.recomputed``.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Solution:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
         Differentiable in these times and in those of the solve, if they are tensors that require a gradient. Raises
-        TypeError if ``t`` holds no times, ValueError for times out of order or outside of the solve's interval, and on
-        the CPU for weights that are not finite.
+        TypeError if ``t`` holds no times; ValueError for times out of order or outside of the solve's interval, and, on
+        the CPU, for weights that are not finite.
         """
         read = partial(times_within, ends=self._solve.ends, whose="solve")
         return self._solve.weights(self._field, time_row(t, self._field.device, read), in_force=True)
@@ -75,7 +75,7 @@ def solve(
 
     Args:
         field: the coupled field.
-        z0: the initial activations, any shape with a batch axis; their dtype and device must be the weights'.
+        z0: the initial activations, of any shape with a batch axis, and of the weights' dtype and device.
         t: strictly monotone times; the first is that of z0. ``Solution.z`` then has one entry per time, with linear
             interpolation between grid points, as in torchdiffeq. None: solve from 0 to 1 and return only the end.
             Gradients flow to every time that is a tensor and requires one: through the grid, the weights on it and the
@@ -101,11 +101,11 @@ def solve(
     Raises:
         TypeError: if z0 is not a floating-point tensor, ``t`` is not a row of numbers, ``adjoint`` is not a gradient
             method, or ``args`` is not a tuple; if f does not take the inputs, or needs others.
-        ValueError: for an unknown method, steps below one, steps with an adaptive method or none with another, times
-            out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that change
-            the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve that
-            cannot go on, or, on the CPU, a state that is not finite. For a time that requires a gradient: if dynamics,
-            an operator or a kernel turns it into a number, or inside of ``torch.compile``.
+        ValueError: for an unknown method, steps below one, steps with an adaptive method, no steps with another method,
+            times out of order or not finite, z0 on another device or of another dtype than the weights, dynamics that
+            change the state's shape, a kernel that the grid or an adaptive method cannot represent, an adaptive solve
+            that cannot go on, or, on the CPU, a state that is not finite. For a time that requires a gradient: if
+            dynamics, an operator or a kernel turns it into a number, or inside of ``torch.compile``.
     """
     at = time_row((0.0, 1.0) if t is None else t, field.device)
     ends = at.pick(0, -1)
@@ -120,8 +120,8 @@ def solve(
 
 
 def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:
-    """Raise ValueError for a state that is not finite: on the CPU, where looking makes nobody wait."""
-    if tracing():  # it hides the numbers
+    """Raise ValueError for a state that is not finite. Only on the CPU, where the check does not synchronise."""
+    if tracing():  # tracing hides the numbers
         return
     for state, t in zip(z, wanted, strict=True):
         if state.device.type == "cpu" and not state.isfinite().all():

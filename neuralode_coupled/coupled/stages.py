@@ -25,15 +25,15 @@ def _differentiable(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _plain_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that do not: a step may modify them."""
+    """Buffers that require no gradient: a step may modify them."""
     return [(name, buffer) for name, buffer in module.named_buffers() if not buffer.requires_grad]
 
 
 class Stages:
-    """The tensors that the steps of a solve hand to f, and f with them.
+    """The tensors that the steps of a solve pass to f, and f with them.
 
-    Static parameters, and evolving ones whose operator is `Static` where the kernel keeps constants, are shared by all
-    steps; the parameters and buffers of per-step modules belong to one step each. Buffers outside of them are in every
+    All steps share the static parameters, and the evolving ones whose operator is `Static` if the kernel keeps
+    constants. The parameters and buffers of per-step modules belong to one step each. All other buffers are in every
     step's row: any step may modify them. Buffers that require a gradient count as parameters.
 
     Args:
@@ -64,9 +64,9 @@ class Stages:
         self._names = (*self._shared, *own, *buffers)
 
     def _rows(self, members: Members, steps: int, prefixes: tuple[str, ...] | None = None) -> tuple[list[str], Rows]:
-        """Members of single steps under the names of the first copy: (names, one row for each step).
+        """Members of single steps under the names of the first copy: (names, one row per step).
 
-        With ``prefixes``, those of per-step modules, all other members of the dynamics are in each row too.
+        With ``prefixes`` (those of per-step modules), each row also has all other members of the dynamics.
         """
         names: list[str] = []
         columns: list[list[Tensor]] = []
@@ -87,11 +87,11 @@ class Stages:
         return dict(zip(self._names, (*shared, *own, *buffers), strict=True))
 
     def time(self, t: Scalar, z: Tensor) -> Tensor | None:
-        """A time as f or an input takes it, on the device and of the dtype of z; None where none does."""
+        """A time as f or an input takes it, on the device and of the dtype of z; None if neither takes one."""
         return time_like(t, z) if self.field.follows_time else None
 
     def applies(self, method: Tableau, length: Scalar) -> bool:
-        """Whether a step of this length is one application of a block: neither subtracts nor adds its input."""
+        """Whether a step of this length is one application of a block, which neither subtracts nor adds its input."""
         block, euler = type(self.field.dynamics) is Block, method.stages == 1 and method.b == (1.0,)
         return block and euler and not isinstance(length, Tensor) and length == 1.0
 
@@ -102,16 +102,16 @@ class Stages:
     def whole(
         self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool
     ) -> tuple[Tensor, Any]:
-        """Of a `Block`: f at one stage, or where it is ``applied`` the state itself, and all that it returns."""
+        """For a `Block`: f at one stage (the state itself if ``applied``), and everything that the block returns."""
         found, result = self._evaluate(t, z, tensors, first, applied)
         return check_slope(found, z).to(z.dtype), result
 
     def _evaluate(
         self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool | None = None
     ) -> Any:
-        """What dynamics return. The very first evaluation is where a z0 that f cannot take shows: it is named there."""
+        """What the dynamics return. The very first evaluation shows if f cannot take z0: the error then names z0."""
         if z.requires_grad and not torch.is_grad_enabled():
-            z = z.detach()  # f may ask whether there is a graph, and have marked z so itself, at an earlier evaluation
+            z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
         try:
             # Under autocast f may return another precision; the state keeps its own.
             return self.field.evaluate(t, z, tensors, bool(self.moving), begun=True, applied=applied)
@@ -124,12 +124,12 @@ class Stages:
             ) from error
 
     def check_follows_time(self, z: Tensor, t: Tensor, span: float) -> None:
-        """Raise ValueError for dynamics that make a number of the time, where a time requires a gradient.
+        """Raise ValueError for dynamics that turn the time into a number, if a time requires a gradient.
 
         Args:
             z: an activation.
             t: a time of the solve, a scalar tensor.
-            span: how long the solve is.
+            span: the length of the solve's interval.
         """
         if not self.field.follows_time:
             return

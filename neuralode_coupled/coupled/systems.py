@@ -23,9 +23,9 @@ class System(nn.Module):
 
     Attributes:
         params: the tensors that gradients flow to besides the initial state.
-        captured: those of the inputs.
+        captured: the tensors of the inputs.
         latest: the last evaluation of the forward pass: t, the weights, their derivatives.
-        choosing: whether an adaptive method is choosing its steps, with a graph where it is to be kept.
+        choosing: whether an adaptive method is choosing its steps, with a graph if it is to be kept.
     """
 
     params: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ class System(nn.Module):
         return theta, derivatives
 
     def explain(self, error: Exception) -> None:
-        """Raise `NonFiniteWeights` if evolving weights are why the solve could not go on."""
+        """Raise `NonFiniteWeights` if evolving weights are the reason that the solve stopped."""
         if self.latest is not None:
             explain(self.names, *self.latest, error)
 
@@ -58,7 +58,7 @@ class System(nn.Module):
         raise NotImplementedError
 
     def _unused_plan(self, stages: Stages, last: int) -> Plan:
-        """What a flow needs of a plan: buffers, and where to count."""
+        """The parts of a plan that a flow needs: the buffers and the statistics."""
         none = (0,) * last
         return Plan(_no_step, none, stages.buffers, self.field.dynamics, none, Stats())
 
@@ -91,9 +91,9 @@ class HeldWeights(System):
 
     def __init__(self, field: CoupledField, theta: Tensors) -> None:
         super().__init__(field, ())
-        # At the start a weight is the parameter itself, in whose place a step would be given another; a view is not.
+        # At the start a weight is the parameter itself, which a step would replace; it does not replace a view.
         self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
-        # The operators' parameters get their gradients through theta: named here too, they would get them twice.
+        # The operators' parameters get their gradients through theta. If named here too, they would get them twice.
         with alone(field.dynamics):
             members = (*field.dynamics.named_parameters(), *field.dynamics.named_buffers())
         static = [p for name, p in members if name not in theta and p.requires_grad]

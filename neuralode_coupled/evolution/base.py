@@ -38,47 +38,46 @@ class EvolutionOperator(nn.Module):
     * ``trajectory(w0, times) -> w`` at all times at once, ``(len(times), *weight)``, if ``propagate`` is a flow with
       the semigroup property.
     * ``propagator(dt, like) -> advance``, with ``advance(w) == propagate(w, dt)``, if much of ``propagate`` depends on
-      ``dt`` alone. A solve makes one for each length of step, and calls it at every step. ``like`` has the shape, dtype
-      and device of ``w``.
+      ``dt`` alone. A solve makes one per step length, and calls it at every step. ``like`` has the shape, dtype and
+      device of ``w``.
     * ``path_from(w, start, times, middles=None) -> w`` at some times, ``(len(times), *weight)``, on the path with the
       value ``w`` at ``start``, for a q that depends on time and has a closed form. Times count from the start of the
       solve; ``middles`` are the middles of their steps. Such an operator has a ``trajectory`` and no ``propagate``.
-    * ``check_interval(t0, t1)`` raises ValueError for a solve over another interval than its own.
-    * ``jumps``: true if its path is not continuous. There is no q(t, w) then, and only grids can solve it.
+    * ``check_interval(t0, t1)`` raises ValueError for a solve over an interval that is not the operator's own.
+    * ``jumps``: true if its path is not continuous. Then there is no q(t, w), and only solves on a grid take it.
 
     If a time requires a gradient, the results must be differentiable in the times. An operator that turns them into
     numbers (``math.exp(float(dt))``) raises a ValueError at the solve, because the gradient would be lost.
 
-    An operator refuses a weight that it cannot evolve by a ValueError from ``bind``. The field adds the parameter's
-    name.
+    ``bind`` raises ValueError for a weight that the operator cannot evolve. The field adds the parameter's name.
     """
 
     def bind(self, weight: Weight) -> Self:
         """Create the coefficients that depend on the shape, dtype and device of the parameter; return self.
 
-        Called once for every parameter that the operator evolves. The default does nothing.
+        The field calls it once per parameter that the operator evolves. The default does nothing.
         """
         return self
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
-        """dw/dt at the time ``t``, of the shape of ``w``. A subclass defines it: here it raises NotImplementedError."""
+        """dw/dt at the time ``t``, of the shape of ``w``. Subclasses define it; this one raises NotImplementedError."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(t, w) -> dw/dt")
 
 
 def closed_form(operator: nn.Module) -> Propagate | None:
-    """The operator's ``propagate``, or None where its equation has to be solved numerically."""
+    """The operator's ``propagate``, or None if its equation has to be solved numerically."""
     return cast("Propagate | None", getattr(operator, "propagate", None))
 
 
 def check_follows_time(operator: nn.Module, w: Weight, t: Scalar, span: Scalar, integrated: bool = False) -> None:
-    """Raise ValueError for an operator that makes numbers of its times, one of which requires a gradient.
+    """Raise ValueError for an operator that turns its times into numbers, if one of them requires a gradient.
 
     Args:
         operator: the operator.
         w: a weight that it evolves.
         t: a time of a solve.
-        span: how long it is.
-        integrated: whether a closed form is not made use of.
+        span: the length of the solve's interval.
+        integrated: whether the solve does not use a closed form.
     """
     held = w.detach()
     trajectory, propagate = (None, None) if integrated else (all_at_once(operator), closed_form(operator))
@@ -92,9 +91,9 @@ def check_follows_time(operator: nn.Module, w: Weight, t: Scalar, span: Scalar, 
 
 
 def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate | None:
-    """`closed_form` for one solve: what depends on the length of a step alone is made once for each length.
+    """`closed_form` for one solve: what depends only on the length of a step is made once per length.
 
-    A length that is a tensor is known again as that very tensor. Operators are given it in the weight's dtype.
+    A length that is a tensor is recognised by its identity. Operators get it in the weight's dtype.
     """
     propagate = closed_form(operator)
     propagator = cast("Callable[[Scalar, Tensor], Advance] | None", getattr(operator, "propagator", None))
@@ -113,12 +112,12 @@ def closed_form_for_many_steps(operator: nn.Module, like: Weight) -> Propagate |
 
 
 def all_at_once(operator: nn.Module) -> Trajectory | None:
-    """The operator's ``trajectory``, or None where it can only go from step to step."""
+    """The operator's ``trajectory``, or None if it can only go from step to step."""
     return cast("Trajectory | None", getattr(operator, "trajectory", None))
 
 
 def within_steps(operator: nn.Module) -> PathFrom | None:
-    """``(w0, times, middles) -> w`` at stages of steps, of an operator whose path jumps; None for others."""
+    """``(w0, times, middles) -> w`` at stages of steps, for an operator whose path jumps; None for others."""
     if not jumps(operator):
         return None
     path_from = cast("PathFrom", operator.path_from)
@@ -130,7 +129,7 @@ def within_steps(operator: nn.Module) -> PathFrom | None:
 
 
 def path_from(operator: nn.Module) -> PathFrom | None:
-    """The operator's ``path_from``, or None where its closed form does not depend on the time, or there is none."""
+    """The operator's ``path_from``, or None if it has no closed form or one that does not depend on the time."""
     return cast("PathFrom | None", getattr(operator, "path_from", None))
 
 
@@ -140,7 +139,7 @@ def jumps(operator: nn.Module) -> bool:
 
 
 def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None:
-    """Raise ValueError for an operator, that of parameter ``name``, which is made for another interval."""
+    """Raise ValueError if the operator of parameter ``name`` is made for another interval."""
     check = cast("Callable[[float, float], None] | None", getattr(operator, "check_interval", None))
     if isinstance(operator, EvolutionOperator) and check is not None:
         try:
@@ -150,7 +149,7 @@ def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None
 
 
 def no_flow(operator: nn.Module, name: str, who: str) -> str | None:
-    """Why ``who``, which integrates q(t, w), cannot evolve parameter ``name`` by the operator; None if it can."""
+    """Why ``who``, which integrates q(t, w), cannot evolve parameter ``name`` with the operator; None if it can."""
     if not jumps(operator):
         return None
     return (
@@ -176,8 +175,8 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
 
     Args:
         operator: the operator, with parameters for earlier weights.
-        wanted: what its parameters would have to be made for.
-        bound: what they were made for.
+        wanted: the layout that its parameters would have to have.
+        bound: the layout that they have.
         shape: the shape of the further weight.
     """
     if wanted != bound:
@@ -204,7 +203,7 @@ def is_seen(flag: Tensor) -> bool:
 
 
 def named(name: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``make(*args, **kwargs)``; a `NonFiniteWeights` on the way says that they are those of parameter ``name``."""
+    """``make(*args, **kwargs)``; if it raises `NonFiniteWeights`, the message names parameter ``name``."""
     try:
         return make(*args, **kwargs)
     except NonFiniteWeights as error:
@@ -214,19 +213,19 @@ def named(name: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
 def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0) -> None:
     """Raise `NonFiniteWeights`, a ValueError, if the weights of parameter ``name`` are NaN or infinite on their path.
 
-    On the CPU only: elsewhere looking would make the host wait. Not inside of ``torch.compile`` and ``torch.func``
-    transforms, which hide the numbers.
+    Only on the CPU: on other devices the check would make the host wait. Not inside of ``torch.compile`` and
+    ``torch.func`` transforms, which hide the numbers.
 
     Args:
-        path: weights with an axis of steps in front, (steps, *weight) or (steps, stages, *weight).
+        path: weights with a leading axis of steps, (steps, *weight) or (steps, stages, *weight).
         name: the parameter's name, for the message.
         what: what the first axis counts, for the message.
-        first: where it begins to count.
+        first: the number of its first entry.
     """
     if path.device.type != "cpu" or tracing():
         return
     path = path.detach()
-    if not is_seen(~path.sum().isfinite()):  # one pass; a sum may overflow where no term does, so look again
+    if not is_seen(~path.sum().isfinite()):  # one pass; a sum may overflow although no term does, so look again
         return
     finite = path.isfinite().flatten(1).all(1).tolist()
     if all(finite):
@@ -243,7 +242,7 @@ def check_finite(path: WeightPath, name: str, what: str = "step", first: int = 0
 
 
 def finite_path(name: str, what: str, make: Callable[P, Tensor], *args: P.args, **kwargs: P.kwargs) -> WeightPath:
-    """The path ``make(*args, **kwargs)`` of parameter ``name``; see `named` and `check_finite` for what is raised."""
+    """The path ``make(*args, **kwargs)`` of parameter ``name``; raises as `named` and `check_finite`."""
     path = named(name, make, *args, **kwargs)
     check_finite(path, name, what)
     return path

@@ -20,32 +20,32 @@ from neuralode_coupled.evolution.functions import FUNCTIONS, Rows, quadrature
 Basis = Literal["legendre", "bspline", "piecewise", "fourier"]
 
 BEYOND = 1.0
-"""So many lengths of the interval beyond its ends q still has values: adaptive solvers look there, and come back."""
+"""How far q continues beyond the interval's ends, in lengths of the interval: adaptive solvers evaluate there."""
 
 
 class BasisEvolution(EvolutionOperator):
     """``w(t) = w0 + sum_k c_k (phi_k(t) - phi_k(t0))``, k = 1 .. size: weights as any functions of time.
 
-    No function is a constant, so w(t0) = w0 and no direction occurs twice. All c_k start at zero, which is `Static`, as
-    is ``size=0``. With s = (t - t0) / (t1 - t0):
+    No function is a constant, so w(t0) = w0 and no direction occurs twice. All c_k start at zero, which is `Static`;
+    so is ``size=0``. With s = (t - t0) / (t1 - t0):
 
     * ``"legendre"``: the Legendre polynomials P_1 .. P_size of 2 s - 1.
-    * ``"bspline"``: cubic B-splines on ``size - 2`` equal intervals but the first one (below three functions
-      polynomials of degree ``size``), twice continuously differentiable.
+    * ``"bspline"``: cubic B-splines on ``size - 2`` equal intervals, without the first spline, twice continuously
+      differentiable (for fewer than three functions, polynomials of degree ``size``).
     * ``"piecewise"``: constants on ``size + 1`` equal pieces, ``[k / (size + 1), (k + 1) / (size + 1))``, the last one
-      closed; w0 is the first, ``w0 + c_k`` those behind. A stage of a step that lies on a border takes the piece that
-      its step is in. There is no q(t, w): it is solved on grids alone.
+      closed; w0 is the first constant, ``w0 + c_k`` are the others. A stage that lies on a border takes the piece that
+      its step is in. There is no q(t, w), so only solves on a grid take it.
     * ``"fourier"``: cos(2 pi s), sin(2 pi s), cos(4 pi s), ... The path is periodic: w(t1) = w0.
 
     A solve evaluates every time at once. General-purpose solvers use ``dw/dt = sum_k c_k phi_k'(t)``.
 
     Args:
         basis: the name of the functions.
-        size: how many c_k there are.
+        size: the number of c_k.
         rank: None: each c_k has the weight's shape. A number r: ``c_k = U_k V_k^T``, for the weight as a matrix of its
             first axis by all others, ``(out, rest)``, with U_k ``(out, r)`` random and V_k ``(rest, r)`` zero at
             the start: size * r * (out + rest) numbers.
-        t: the interval [t0, t1] of the solve; time may run backwards. A solve over another interval is refused.
+        t: the interval [t0, t1] of the solve; time may run backwards. A solve over another interval raises ValueError.
 
     Attributes:
         coefficients: c, (size, *weight); None with a rank, or without functions.
@@ -53,10 +53,10 @@ class BasisEvolution(EvolutionOperator):
         right: V, (size, rest, rank); None without a rank.
 
     Raises:
-        TypeError: for an interval that is no pair of numbers.
-        ValueError: for an unknown basis, a size below 0 or a rank below 1 that are no whole numbers, a rank that the
-            weight does not have, times outside of the interval, or when bound to a parameter of another shape than
-            before; for ``"piecewise"``, if a solver needs q(t, w).
+        TypeError: if the interval is not a pair of numbers.
+        ValueError: for an unknown basis, a size that is not a whole number of at least 0, a rank that is not a whole
+            number of at least 1, a rank that the weight does not have, times outside of the interval, or when bound to
+            a parameter of another shape than before; for ``"piecewise"``, if a solver needs q(t, w).
     """
 
     coefficients: nn.Parameter | None
@@ -100,13 +100,13 @@ class BasisEvolution(EvolutionOperator):
         if self.rank is not None:
             self._check_rank(self.rank, shape)
         self.weight_shape = shape
-        # Where the coefficients live, also while there are none.
+        # The coefficients' device and dtype, also while there are none.
         self.register_buffer("place", weight.new_empty(0), persistent=False)
         self._create()
         return self
 
     def _create(self) -> None:
-        """Coefficients that are zero."""
+        """Create coefficients that are zero."""
         for name in ("coefficients", "left", "right"):
             setattr(self, name, None)
         assert self.weight_shape is not None
@@ -145,7 +145,7 @@ class BasisEvolution(EvolutionOperator):
             )
 
     def matrices(self) -> Tensor:
-        """c: (size, *weight), of the factors where there is a rank."""
+        """c: (size, *weight); with a rank, computed from the factors."""
         if self.weight_shape is None:
             raise ValueError(f"{self} has no coefficients yet: bind it to a weight first, by bind(weight)")
         if self.coefficients is not None:
@@ -162,16 +162,17 @@ class BasisEvolution(EvolutionOperator):
         the c_k have that rank. Gradients and optimizer states of the parameter belong to its old values.
 
         Args:
-            times: strictly monotone times of the interval, at least ``size + 1``, in every piece one.
-            weights: the weights at them, (len(times), *weight), or a row of them.
+            times: strictly monotone times of the interval, at least ``size + 1`` of them and one in every piece.
+            weights: the weights at these times, (len(times), *weight), or a sequence of weights.
 
         Returns:
-            The weight that the path starts at, for w0 (the operator does not hold it), and the relative error.
+            The weight at the start of the path, to be used as w0 (the operator does not hold it), and the relative
+            error.
 
         Raises:
-            TypeError: for what are no times or real weights.
+            TypeError: if the times are not times, or the weights are not real weights.
             ValueError: for times out of order, outside of the interval, or that do not determine the coefficients, and
-                for weights that are not finite, not one for each time, or of another shape than before.
+                for weights that are not finite, not one per time, or of another shape than before.
         """
         read = partial(times_within, ends=self.t, whose="basis")
         fewest = f"{self}, with {self.size} functions and w0,"
@@ -195,15 +196,15 @@ class BasisEvolution(EvolutionOperator):
     def refine(self, size: int) -> Self:
         """Use more functions, and keep the path; return self.
 
-        Legendre polynomials and Fourier modes get zeros; pieces and knots are divided. The coefficients are new
-        parameters: give them to the optimizer.
+        New Legendre polynomials and Fourier modes get zero coefficients; pieces and knots are divided. The coefficients
+        are new parameters: give them to the optimizer.
 
         Args:
-            size: how many c_k there shall be. ``size + 1`` pieces must be a multiple of those there are, and so must
-                the intervals of a spline, ``size - 2``, where there are two or more.
+            size: the new number of c_k. The number of pieces, ``size + 1``, must be a multiple of the present one. So
+                must the number of intervals of a spline, ``size - 2``, if there are two or more now.
 
         Raises:
-            ValueError: for a size that is smaller or not nested, or where c_k of the rank cannot be the path.
+            ValueError: for a size that is smaller or not nested, or if c_k of the given rank cannot represent the path.
         """
         whole("size", size, least=0)
         functions = FUNCTIONS[self.basis]
@@ -215,15 +216,15 @@ class BasisEvolution(EvolutionOperator):
         return self._resize(size, exactly=True)
 
     def coarsen(self, size: int) -> Self:
-        """Use fewer functions, and the path from the same w0 that is nearest in L2 on the interval; return self.
+        """Use fewer functions, and take the nearest path from the same w0, in L2 on the interval; return self.
 
         With a rank each c_k is then the nearest one of that rank. The coefficients are new parameters.
 
         Args:
-            size: how many c_k there shall be, at most as many as there are.
+            size: the new number of c_k, at most the present one.
 
         Raises:
-            ValueError: for a size that is larger, negative or no whole number.
+            ValueError: for a size that is larger, negative or not a whole number.
         """
         whole("size", size, least=0)
         if size > self.size:
@@ -252,7 +253,7 @@ class BasisEvolution(EvolutionOperator):
         return self.requires_grad_(required)
 
     def _change(self, size: int, other: int) -> Tensor:
-        """The coefficients that some of ``size`` functions have among ``other``: (other, size), by L2 projection."""
+        """The matrix from coefficients of ``size`` functions to those of ``other``: (other, size), by L2 projection."""
         functions = FUNCTIONS[self.basis]
         pieces = math.lcm(functions.pieces(size), functions.pieces(other))
         if functions.pieces(other) == 1 == functions.pieces(size) and other >= size and self.basis != "bspline":
@@ -272,7 +273,7 @@ class BasisEvolution(EvolutionOperator):
 
     @torch.no_grad()
     def take(self, c: Tensor) -> Tensor:
-        """Take coefficients c, (size, *weight); with a rank the nearest of it. Returns what was taken."""
+        """Set the coefficients to c, (size, *weight); with a rank, to the nearest of that rank. Returns them."""
         if self.size == 0:
             return c
         if self.rank is None:
@@ -288,7 +289,7 @@ class BasisEvolution(EvolutionOperator):
 
     def _truncated(self, c: Tensor) -> tuple[Tensor, Tensor, float]:
         """U, V of the nearest matrices of the rank, and the largest singular value that is left out. Columns of U have
-        length one, also where c is zero: gradients flow to V then."""
+        length one even if c is zero, so that gradients flow to V."""
         u, s, v = torch.linalg.svd(c.flatten(2), full_matrices=False)
         left, right = u[..., : self.rank], v.mT[..., : self.rank] * s[:, None, : self.rank]
         rest = s[:, self.rank :]
@@ -297,8 +298,8 @@ class BasisEvolution(EvolutionOperator):
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt = sum_k c_k phi_k'(t), of the shape of ``w``; it does not depend on ``w``.
 
-        An adaptive solver evaluates beyond the end before it interpolates, so the functions continue by one length of
-        the interval on both sides. Raises ValueError for times further out (on the CPU), and for ``"piecewise"``.
+        An adaptive solver evaluates beyond the end before it interpolates, so the functions continue on both sides, by
+        the length of the interval. Raises ValueError for times further out (on the CPU), and for ``"piecewise"``.
         """
         if self.size == 0:
             return torch.zeros_like(w)
@@ -318,7 +319,9 @@ class BasisEvolution(EvolutionOperator):
         return self.path_from(w0, times.new_zeros(()), times)
 
     def path_from(self, w: Weight, start: Tensor, times: Tensor, middles: Tensor | None = None) -> WeightPath:
-        """w at times since t0, where it is ``w`` at ``start``: (len(times), *shape of w); see the base class.
+        """w at times since t0, on the path with the value ``w`` at ``start``: (len(times), *shape of w).
+
+        See the base class.
 
         On the CPU it raises ValueError for times outside of the interval.
         """
@@ -341,7 +344,7 @@ class BasisEvolution(EvolutionOperator):
         return (rows.to(c) @ c.flatten(1)).unflatten(1, c.shape[1:]) if c.ndim > 1 else rows.to(c) @ c
 
     def _check_inside(self, s: Tensor, slack: float) -> None:
-        """Raise ValueError for times outside of the interval; not where looking would make the host wait."""
+        """Raise ValueError for times outside of the interval; no check if it would make the host wait."""
         if s.device.type != "cpu" or tracing():
             return
         low, high = s.detach().min(), s.detach().max()
@@ -364,10 +367,10 @@ def _shares(t: Tensor) -> Tensor:
 
 
 def _precise(t: Tensor) -> Tensor:
-    """Times of weights in half precision would be too coarse."""
+    """Times in at least float32: those of weights in half precision would be too coarse."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def keeps_weights(operator: nn.Module) -> bool:
-    """Whether weights stay what they are under an operator: `Static`, or a basis without functions."""
+    """Whether an operator leaves weights unchanged: `Static`, or a basis without functions."""
     return isinstance(operator, Static) or (isinstance(operator, BasisEvolution) and operator.size == 0)

@@ -1,4 +1,4 @@
-"""The exponential of matrices, with a derivative that is linear in what arrives."""
+"""The exponential of matrices, with a derivative that is linear in the incoming gradient."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 SMALL = 8
-"""Times the number of rows, it is what a direction is made smaller by than its matrix norm at most."""
+"""A direction, scaled to a largest entry of one, is divided by this times its number of rows."""
 
 
 def exponential(matrices: Tensor) -> Tensor:
     """``exp(A)`` of each matrix, (..., n, n), with derivatives of any order, forwards and backwards.
 
-    ``torch.linalg.matrix_exp`` takes its derivative in a direction G from the exponential of ``[[A, G], [0, A]]``,
-    which is the less exact the larger G is beside A: in float32 a gradient that gradient scaling makes 2^16 times as
-    large was off by 11%. Here G has one size whatever the loss's: twice the gradient gives twice the derivative to the
-    last bit. A gradient of zero gives zero, one that is not finite gives nan.
+    ``torch.linalg.matrix_exp`` takes its derivative in a direction G from the exponential of ``[[A, G], [0, A]]``. The
+    larger G is relative to A, the less exact this is: in float32, with gradient scaling by 2^16, the gradient was off
+    by 11%. Here G has the same size whatever the size of the loss: twice the gradient gives twice the derivative to the
+    last bit. A gradient of zero gives zero; one that is not finite gives nan.
     """
-    if torch.compiler.is_compiling():  # which takes no Function with a derivative forwards
+    if torch.compiler.is_compiling():  # it takes no Function with a forward-mode derivative
         return _Exponential.apply(matrices)  # pyright: ignore[reportReturnType]
     return _BothWays.apply(matrices)  # pyright: ignore[reportReturnType]
 
 
 def _derivative(matrices: Tensor, direction: Tensor) -> Tensor:
-    """The derivative of exp at A in the direction G: the corner of ``exp([[A, G], [0, A]])``, of a G made small."""
+    """The derivative of exp at A in the direction G: the corner of ``exp([[A, G], [0, A]])``, with G scaled down."""
     with torch.no_grad():
         size = direction.abs().amax((-2, -1), keepdim=True)
         size = torch.where(size > 0, size, 1)

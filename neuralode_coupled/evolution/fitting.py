@@ -18,38 +18,38 @@ Start = Mapping[str, Tensor]
 """Values for the coefficients of an operator, by name."""
 
 SUBSTEPS = 4
-"""Of the classical Runge-Kutta method from one time to the next, for an operator without a closed form."""
+"""Steps of the classical Runge-Kutta method from one time to the next, for an operator without a closed form."""
 
 ROUNDS = 12
-"""Of `ITERATIONS` of L-BFGS from each start, at most."""
+"""The largest number of rounds of `ITERATIONS` of L-BFGS from each start."""
 
 ITERATIONS = 25
 
 ENOUGH = 1e-5
-"""A relative error below it is none: the search is at its end."""
+"""A relative error below it counts as none: the search ends."""
 
 GAIN = 0.01
-"""A round that makes the error smaller by less than this part of it is the last one."""
+"""A round that reduces the error by less than this fraction is the last one."""
 
 NEAR = 0.01
-"""Below it a relative error is made smaller by Gauss-Newton steps, where gradients alone no longer get on."""
+"""Below this relative error Gauss-Newton steps take over, because gradients alone make little progress there."""
 
 POLISHING = 40
-"""Such steps, at most."""
+"""The largest number of Gauss-Newton steps."""
 
 LARGEST = 4_000_000
-"""Numbers of the Jacobian that such a step solves with, at most."""
+"""The largest number of entries of the Jacobian that such a step solves with."""
 
 HUGE = 1e30
 """The loss of coefficients whose path overflows."""
 
 
 class Projection(NamedTuple):
-    """What is left to say of weights that have been projected onto a basis.
+    """The result of projecting weights onto a basis, besides the coefficients.
 
     Attributes:
-        w0: where the projected path starts, a weight.
-        error: how far it is from the given weights, ``|w - given| / |given|`` over all times.
+        w0: the weight at the start of the projected path.
+        error: the relative error of the path, ``|w - given| / |given|`` over all times.
     """
 
     w0: Tensor
@@ -68,13 +68,13 @@ def read_path(
 
     Args:
         t: strictly monotone times.
-        weights: one at each time: a tensor (T, *weight), or a row of weights.
-        shape: what the operator has coefficients for; None for any.
-        fewest: how many times there have to be.
-        why: what for, for the message.
-        read: what reads the times as numbers.
+        weights: one per time: a tensor (T, *weight), or a sequence of weights.
+        shape: the shape that the operator has coefficients for; None for any.
+        fewest: the smallest number of times.
+        why: why so many are needed, for the message.
+        read: the function that reads the times as numbers.
 
-    Raises TypeError for what are no times or weights, ValueError for others than these.
+    Raises TypeError if these are not times or weights, ValueError if they do not fit.
     """
     numbers = times(t, fewest=1) if read is None else read(t)
     if not isinstance(weights, Tensor):
@@ -95,7 +95,7 @@ def read_path(
 
 
 def _stacked(weights: object) -> Tensor:
-    """A row of weights as one tensor. Raises TypeError for anything else."""
+    """A sequence of weights as one tensor. Raises TypeError for anything else."""
     rows = [row for row in weights if isinstance(row, Tensor)] if isinstance(weights, list | tuple) else []
     if (
         not isinstance(weights, list | tuple)
@@ -110,7 +110,7 @@ def _stacked(weights: object) -> Tensor:
 
 
 def relative_error(found: Tensor, given: Tensor) -> float:
-    """``|found - given| / |given|``; zero where both are."""
+    """``|found - given| / |given|``; zero if both are zero."""
     difference = float((found - given).norm())
     return difference / (float(given.norm()) or 1.0)
 
@@ -118,10 +118,10 @@ def relative_error(found: Tensor, given: Tensor) -> float:
 def fit_coefficients(operator: nn.Module, t: Tensor, path: WeightPath, starts: Sequence[Start]) -> float:
     """Give an operator the coefficients whose path from ``path[0]`` is nearest to a path, in least squares.
 
-    L-BFGS from each start; the best is taken.
+    L-BFGS runs from each start; the best result is used.
 
     Args:
-        operator: with coefficients for these weights.
+        operator: an operator with coefficients for these weights.
         t: the times, (T,).
         path: the weights, (T, *weight).
         starts: values of all the coefficients.
@@ -189,7 +189,7 @@ def _error(operator: nn.Module, t: Tensor, path: WeightPath) -> float:
 
 
 def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath) -> float:
-    """L-BFGS on the squared error relative to how far the weights get; the relative error at its end."""
+    """Run L-BFGS on the squared error relative to how far the weights move; return the relative error at the end."""
     scale = float((path - path[0]).square().sum()) or 1.0
     optimizer = torch.optim.LBFGS(
         parameters,
@@ -224,7 +224,7 @@ def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path
 
 
 def _polished(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath, error: float) -> float:
-    """Levenberg and Marquardt's steps from the present parameters; the relative error at their end.
+    """Take Levenberg-Marquardt steps from the present parameters; return the relative error at the end.
 
     Least squares that are nearly linear there have narrow valleys, which a quasi-Newton method follows slowly.
     """
@@ -257,7 +257,7 @@ def _polished(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, pa
 def _linearised(
     operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath
 ) -> tuple[Tensor, Tensor]:
-    """The residual of the path, (n,), and its derivative by all parameters, (n, parameters)."""
+    """The residual of the path, (n,), and its derivative with respect to all parameters, (n, parameters)."""
     with torch.enable_grad():
         residuals = (predicted(operator, t, path[0]) - path)[1:].flatten()
     rows = torch.eye(len(residuals), dtype=residuals.dtype)

@@ -1,4 +1,4 @@
-"""Functions of time that weight paths are made of, on [0, 1], without the constant."""
+"""Functions of time on [0, 1] that weight paths are sums of, without the constant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Rows = Float[Tensor, "time size"]
-"""Each function at each time."""
+"""The values of the functions: one row per time, one column per function."""
 
 CUBIC = 3
-"""The degree of splines, where there are functions enough."""
+"""The degree of splines, if there are enough functions."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Functions:
         values: ``values(s, size, middles) -> (len(s), size)``. The middles are those of the steps that the times
             belong to, or None; a family that jumps takes, at a border, the side that the middle is on.
         slopes: ``slopes(s, size)``, their derivatives; None for a family that jumps.
-        pieces: into how many equal pieces of [0, 1], each smooth, the first ``size`` functions divide it.
+        pieces: the number of equal pieces of [0, 1] on each of which the first ``size`` functions are smooth.
         nested: whether the first ``size`` functions and the constant are combinations of those of another size.
-        sizes: what to say of the sizes for which they are.
+        sizes: a description of such sizes, for messages.
     """
 
     values: Callable[[Tensor, int, Tensor | None], Rows]
@@ -80,12 +80,12 @@ def _indicators(s: Tensor, size: int, middles: Tensor | None = None) -> Rows:
     position = s.detach() * pieces
     border = position.round()
     slack = 16 * torch.finfo(s.dtype).eps * pieces
-    # Times that are on a border but for rounding belong to what begins there, or to their step.
+    # Times that are on a border up to rounding belong to the piece that begins there, or to their step's.
     after = torch.ones_like(border, dtype=torch.bool) if middles is None else middles.detach() * pieces > border - slack
     piece = torch.where((position - border).abs() <= slack, torch.where(after, border, border - 1), position.floor())
     piece = piece.clamp(0, size)
     k = torch.arange(1, pieces, device=s.device)
-    # The sum with zero says that its derivative in time is zero: it is no number that was read off the time.
+    # Adding zero times s gives a zero derivative in time; without it, the time would seem to be read as a number.
     return (piece[..., None] == k).to(s.dtype) + 0 * s[..., None]
 
 
@@ -94,14 +94,14 @@ def _degree(size: int) -> int:
 
 
 def _intervals(size: int) -> int:
-    """Of splines: ``size + 1`` functions of degree d are on ``size + 1 - d`` intervals."""
+    """The number of intervals of splines: ``size + 1`` functions of degree d have ``size + 1 - d``."""
     return max(size + 1 - _degree(size), 1)
 
 
 def _splines(s: Tensor, size: int, degree: int) -> tuple[Tensor, Tensor]:
     """All B-splines up to a degree on the clamped knots of the full degree, and the knots (Cox and de Boor).
 
-    The first and the last polynomial go on beyond the ends.
+    The first and the last polynomial continue beyond the ends.
     """
     full, intervals = _degree(size), _intervals(size)
     places = torch.arange(-full, intervals + full + 1, device=s.device).clamp(0, intervals)
@@ -116,12 +116,12 @@ def _splines(s: Tensor, size: int, degree: int) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(numerator: Tensor, length: Tensor) -> Tensor:
-    """Zero where knots coincide."""
+    """The ratio; zero where knots coincide."""
     return torch.where(length > 0, numerator / torch.where(length > 0, length, 1), 0)
 
 
 def _bsplines(s: Tensor, size: int, middles: Tensor | None = None) -> Rows:
-    """All but the first, which alone is not zero at 0."""
+    """All splines but the first, the only one that is not zero at 0."""
     return _splines(s, size, _degree(size))[0][..., 1:]
 
 
@@ -166,7 +166,7 @@ FUNCTIONS: dict[str, Functions] = {
 
 
 def quadrature(pieces: int, points: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre nodes and weights on each of some equal pieces of [0, 1], in float64, one after the other.
+    """Gauss-Legendre nodes and weights on each of ``pieces`` equal pieces of [0, 1], in float64, one after the other.
 
     Exact for polynomials of degree ``2 points - 1`` on each piece (Golub and Welsch).
     """

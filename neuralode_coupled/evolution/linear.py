@@ -21,18 +21,18 @@ LinearScope = Literal["pixels", "channels"]
 Per = Literal["layer", "filter"]
 
 MOST_PIXELS = 1024
-"""Matrices over more pixels than this are refused: their exponential would cost more than any layer."""
+"""Matrices over more pixels than this raise ValueError: their exponential would cost more than any layer."""
 
 
 class LinearEvolution(EvolutionOperator):
     """``dw/dt = A w``: the linear case of Eq. 5c, with its closed form ``w(t) = exp(A t) w(0)``.
 
     Over ``"pixels"`` A is a full matrix that acts on the pixels of every kernel. Reaction-diffusion-advection with the
-    identity activation is a special case (a circulant A with few coefficients). Over
-    ``"channels"`` A is ``U V^T`` of low rank and mixes the output channels; its exponential is
-    ``I + U t phi(t V^T U) V^T`` with ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
+    identity activation is a special case (a circulant A with few coefficients). Over ``"channels"`` A is ``U V^T`` of
+    low rank and mixes the output channels; its exponential is ``I + U t phi(t V^T U) V^T`` with
+    ``phi(X) = (exp(X) - I) / X``, a matrix of the rank's size only.
 
-    The flow starts as the identity: A is zero. In ``U V^T``, U is random and V zero, so that gradients flow. On CUDA
+    The flow starts as the identity: A is zero. In ``U V^T``, U is random and V is zero, so that gradients flow. On CUDA
     the host waits for ``torch.linalg.matrix_exp``, so a solve with this operator cannot be captured in a graph.
 
     Args:
@@ -86,7 +86,7 @@ class LinearEvolution(EvolutionOperator):
             self.matrix = nn.Parameter(weight.new_zeros(*layout, layout[-1]))
             return self
         assert self.rank is not None
-        # Columns of about unit length: V alone sets the speed.
+        # Columns of about unit length, so that V alone sets the speed.
         random = torch.randn(layout[0], self.rank, dtype=weight.dtype, device=weight.device)
         self.left = nn.Parameter(random / math.sqrt(layout[0]))
         self.right = nn.Parameter(weight.new_zeros(layout[0], self.rank))
@@ -97,20 +97,20 @@ class LinearEvolution(EvolutionOperator):
 
         The search starts from the A of two linear least-squares problems, and from zero. The problems are the logarithm
         of the map from one time to the next, if times are equidistant (it alone finds a path ``exp(A t) w0`` that turns
-        by less than half a circle between two times), and that of differences. What the weights do not determine is
-        zero: A has the least norm. Over channels A is then cut to the rank.
+        by less than half a circle between two times), and that of differences. Parts that the weights do not determine
+        are zero: A has the least norm. Over channels A is then cut to the rank.
 
         Args:
             times: strictly monotone times, at least two.
-            weights: the weights at them, (len(times), *weight), or a row of them.
+            weights: the weights at these times, (len(times), *weight), or a sequence of weights.
 
         Returns:
             The relative error of the path, ``|w - given| / |given|`` over all times.
 
         Raises:
-            TypeError: for what are no times or real weights.
-            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one for each
-                time, or of another shape than before.
+            TypeError: if the times are not times, or the weights are not real weights.
+            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one per time,
+                or of another shape than before.
         """
         t, path = read_path(times, weights, None, 2, f"{self}, a flow,")
         check_layout(
@@ -119,8 +119,8 @@ class LinearEvolution(EvolutionOperator):
         return fit_coefficients(self, t, path, self.starts(t, path))
 
     def starts(self, t: Tensor, path: WeightPath) -> list[Start]:
-        """Where a search for the coefficients begins: (T,) times and weights at them, float64 on the CPU; bound."""
-        # Columns that one matrix is applied to: pixels by fields, or channels by the rest.
+        """Starts of a search for the coefficients, from times (T,) and weights, float64 on the CPU. Needs `bind`."""
+        # The columns that one matrix acts on: pixels by fields, or channels by the rest.
         columns = path.flatten(2) if self.matrix is None else torch.stack([self._fields(w).mT for w in path])
         before, after, dt = columns[:-1], columns[1:], t.diff()
         starts: list[Start] = []
@@ -159,13 +159,13 @@ class LinearEvolution(EvolutionOperator):
         return self.left, self.right
 
     def _fields(self, w: Tensor) -> Tensor:
-        """(fields, pixels), or (out, in, pixels) where every filter has its own matrix."""
+        """(fields, pixels), or (out, in, pixels) if every filter has its own matrix."""
         assert self.layout is not None
         return w.reshape(*self.layout[:-1], -1, self.layout[-1])
 
     def _layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What of a weight's shape the matrices depend on: (out,) over channels, (pixels,) or (out, pixels) over
-        pixels."""
+        """The part of a weight's shape that the matrices depend on: (out,) over channels, (pixels,) or (out, pixels)
+        over pixels."""
         fewest = 1 if self.scope == "channels" else 2
         if len(shape) < fewest:
             raise ValueError(
@@ -186,7 +186,8 @@ class LinearEvolution(EvolutionOperator):
 
 
 def _integrated_exponential(x: Tensor, times: Tensor) -> Tensor:
-    """``int_0^t exp(s X) ds`` for every t: (times, n, n). It is the corner of a matrix exponential twice the size."""
+    """``int_0^t exp(s X) ds`` for every t: (times, n, n). It is the corner of a matrix exponential of twice the
+    size."""
     n = len(x)
     top = torch.cat([x, torch.eye(n, dtype=x.dtype, device=x.device)], dim=1)
     block = torch.cat([top, torch.zeros_like(top)])

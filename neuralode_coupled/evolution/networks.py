@@ -19,7 +19,7 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvEvolution(EvolutionOperator):
-    """q is a small convolutional block, ``conv, tanh, conv``, that acts on filters as on images.
+    """q is a small convolutional block, ``conv, tanh, conv``, that treats filters as images.
 
     Every filter of a convolution ``(out, in, *pixels)`` is an image with ``in`` channels; the block is the same for
     all of them. A linear layer ``(out, in)`` is one image with one channel. The last convolution starts at zero, so
@@ -27,13 +27,14 @@ class ConvEvolution(EvolutionOperator):
 
     Args:
         hidden: the channels between the two convolutions.
-        kernel_size: the size of both convolutions, odd, along every axis.
+        kernel_size: the size of both convolutions along every axis, an odd number.
         padding: the values beyond a filter's edge: the filter again (``"circular"``, the boundary of
             reaction-diffusion-advection) or ``"zeros"``.
 
     Raises:
         ValueError: for an even or nonpositive size, hidden channels below 1 or an unknown padding, or when bound to a
-            parameter that is not of two to five axes, smaller than its padding, or of other channels than before.
+            parameter that does not have two to five axes, is smaller than its padding, or has other channels than
+            before.
     """
 
     def __init__(self, hidden: int, kernel_size: int = 3, padding: Padding = "circular") -> None:
@@ -93,9 +94,9 @@ class MLPEvolution(EvolutionOperator):
 
     Args:
         hidden: the units between the two layers.
-        time: whether the network sees t as well: q(t, w).
-        scope: what it sees at once: the pixels of one ``"kernel"`` of a weight ``(out, in, *pixels)``, or all entries
-            of one ``"filter"``. The kernels and filters of a linear layer ``(out, in)`` are its rows.
+        time: whether the network also takes t: q(t, w).
+        scope: the entries that it takes at once: the pixels of one ``"kernel"`` of a weight ``(out, in, *pixels)``, or
+            all entries of one ``"filter"``. The kernels and filters of a linear layer ``(out, in)`` are its rows.
 
     Raises:
         ValueError: for hidden units below 1 or an unknown scope, or when bound to a parameter with fewer than two axes
@@ -143,21 +144,20 @@ class HyperNetwork(EvolutionOperator):
     """``q(t, w) = g(e) - w``: a network g turns an embedding e into weights, and w moves towards them.
 
     One Euler step of size 1 reaches g(e) from any w0: ``w0 + 1 * (g(e) - w0) = g(e)``. That is the static hypernetwork
-    of
-    Ha, Dai and Le (arXiv:1609.09106), and in this layer theta is always g(e)::
+    of Ha, Dai and Le (arXiv:1609.09106), and in this layer theta is always g(e)::
 
         nc.CoupledODE(f, nc.HyperNetwork(4, 16), nc.SampleAndHold(1), steps=N, weight_steps=1, weight_method="euler")
 
     With more steps w approaches ``g(e)`` as ``w(t) = g(e) + exp(-t) (w0 - g(e))``, and depends on w0.
 
-    g has their two linear layers: for every input channel i of a weight ``(out, in, *pixels)`` an own
-    ``a_i = W_i e + B_i`` of ``hidden`` entries, and one layer for all, ``g(e)[:, i] = W_out a_i + B_out``. At the start
-    the generated weights are about as large as w0 (in the root mean square). An operator that is shared by several
-    parameters of one shape has one g and, as in the paper, an embedding for each.
+    g has the two linear layers of their paper: for every input channel i of a weight ``(out, in, *pixels)`` its own
+    ``a_i = W_i e + B_i`` with ``hidden`` entries, then one layer for all channels, ``g(e)[:, i] = W_out a_i + B_out``.
+    At the start the generated weights are about as large as w0 (in the root mean square). An operator that several
+    parameters of one shape share has one g and, as in that paper, one embedding per parameter.
 
     Args:
-        embedding: the entries of e.
-        hidden: the entries of every a_i.
+        embedding: the number of entries of e.
+        hidden: the number of entries of every a_i.
 
     Attributes:
         embedding: e, of shape (embedding,).
@@ -183,7 +183,8 @@ class HyperNetwork(EvolutionOperator):
         return f"embedding={self.size}, hidden={self.hidden}"
 
     def bind(self, weight: Weight) -> Self:
-        """Create g and an embedding; for a further parameter, return an operator with the same g and its own."""
+        """Create g and an embedding. For a further parameter, return an operator with the same g and an embedding of
+        its own."""
         shape = tuple(weight.shape)
         check_real(weight, "a hypernetwork")
         _check_axes("a hypernetwork", shape)
@@ -237,7 +238,7 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 def _scaled(layer: nn.Linear) -> nn.Linear:
-    """Entries of unit variance stay of unit variance."""
+    """The layer, scaled so that entries of unit variance keep unit variance."""
     nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
     nn.init.zeros_(layer.bias)
     return layer

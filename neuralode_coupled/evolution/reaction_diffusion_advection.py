@@ -44,23 +44,23 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     Args:
         form: ``"propagator"`` (Eq. 9, exact in time) or ``"ode"`` (Eq. 8, integrated by the solver).
-        activation: sigma, by name or an elementwise function (one with parameters, an ``nn.Module``, is trained too).
-        scope: what has coefficients of its own: the whole ``"layer"``, every output ``"filter"``, or every single
+        activation: sigma, by name or as an elementwise function (an ``nn.Module`` with parameters is trained too).
+        scope: the part that has its own coefficients: the whole ``"layer"``, every output ``"filter"``, or every single
             ``"kernel"``.
-        diffusion: whether there is the term tau Lap w.
-        advection: whether there is the term upsilon . grad w.
-        reaction: whether there is the term rho w.
+        diffusion: whether to use the term tau Lap w.
+        advection: whether to use the term upsilon . grad w.
+        reaction: whether to use the term rho w.
         nonnegative_diffusion: use ``max(tau, 0)``; negative diffusion sharpens, and grows without bound in time.
 
     Attributes:
-        diffusion: tau, of shape ``(1,)``, ``(out,)`` or ``(out, in)`` by ``scope``; None where the term is absent.
-        advection: upsilon, ``(d,)``, ``(out, d)`` or ``(out, in, d)`` on d spatial axes; None where the term is absent.
-        reaction: rho, of the shape of ``diffusion``; None where the term is absent. State dicts of older versions, in
+        diffusion: tau, of shape ``(1,)``, ``(out,)`` or ``(out, in)`` by ``scope``; None if the term is absent.
+        advection: upsilon, ``(d,)``, ``(out, d)`` or ``(out, in, d)`` on d spatial axes; None if the term is absent.
+        reaction: rho, of the shape of ``diffusion``; None if the term is absent. State dicts of older versions, in
             which ``diffusion`` and ``reaction`` had no axis with ``scope="layer"``, still load.
 
     Raises:
         TypeError: for an activation that is neither a name nor a function.
-        ValueError: for an unknown form, activation or scope, an activation that is not elementwise, if no term is left,
+        ValueError: for an unknown form, activation or scope, an activation that is not elementwise, if no term is used,
             or when bound to a parameter with fewer than two axes or of another shape than before.
         NonFiniteWeights: a ValueError, on the CPU, if a mode of a filter grows beyond the range of its dtype.
     """
@@ -115,7 +115,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
                 "leave it out of `evolve`, or give it another operator"
             )
         if self.weight_shape is not None:
-            # One operator may serve several parameters: then they must have its coefficients' groups and pixels.
+            # One operator may serve several parameters: they must have the same groups of coefficients and pixels.
             if _layout(shape, self.scope) != _layout(self.weight_shape, self.scope):
                 raise ValueError(
                     f"this operator has coefficients for weights of shape {self.weight_shape} (scope {self.scope!r}), "
@@ -125,7 +125,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         groups, pixels = _layout(shape, self.scope)
         self.weight_shape = shape
         self.spectrum = Spectrum(pixels, weight.dtype, weight.device)
-        # One number for the layer has an axis too: fully_shard takes no parameter without.
+        # One number for the layer has an axis too: fully_shard takes no parameter without axes.
         shapes = {"diffusion": groups or (1,), "advection": (*groups, len(pixels)), "reaction": groups or (1,)}
         for term, present in self.terms.items():
             if present:
@@ -142,15 +142,15 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
         Args:
             times: strictly monotone times, at least two.
-            weights: the weights at them, (len(times), *weight), or a row of them.
+            weights: the weights at these times, (len(times), *weight), or a sequence of weights.
 
         Returns:
             The relative error of the path, ``|w - given| / |given|`` over all times.
 
         Raises:
-            TypeError: for what are no times or real weights.
-            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one for each
-                time, or of another shape than before.
+            TypeError: if the times are not times, or the weights are not real weights.
+            ValueError: for times out of order or fewer than two, and for weights that are not finite, not one per time,
+                or of another shape than before.
         """
         t, path = read_path(times, weights, self.weight_shape, 2, f"{self}, a flow,")
         self.bind(weights[0])
@@ -164,11 +164,11 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return fit_coefficients(self, t, path, starts)
 
     def starts(self, t: Tensor, path: WeightPath) -> list[Start]:
-        """Where a search for the coefficients begins: (T,) times and weights at them, float64 on the CPU; bound."""
+        """Starts of a search for the coefficients, from times (T,) and weights, float64 on the CPU. Needs `bind`."""
         before, after = path[:-1], path[1:]
         if self.sigma in _INVERSES:
             inverse, dt = _INVERSES[self.sigma], t.diff().reshape(-1, *[1] * (path.ndim - 1))
-            # Where sigma has been undone, what is left is a linear flow.
+            # After sigma is inverted, a linear flow remains.
             after = inverse(after) if self.form == "propagator" else before + dt * inverse((after - before) / dt)
         spectrum = Spectrum(self.spectrum.pixels, torch.float64)
         before, after = [torch.stack([self._group(w) for w in states]) for states in (before, after)]
@@ -181,7 +181,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         return starts
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
-        """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is no flow."""
+        """dw/dt of Eq. 8. Raises ValueError for the propagator form with a nonlinear sigma, which is not a flow."""
         if self.form == "propagator" and self.sigma is not None:
             raise ValueError(
                 "the propagator form with a nonlinear activation (Eq. 9) is a map, not a vector field: "
@@ -192,8 +192,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     @property
     def propagate(self) -> Callable[[Tensor, Scalar], Tensor] | None:
-        """``propagate(w, dt)``: Eq. 9 over a time ``dt``, differentiable in one that is a tensor. None in the ODE form,
-        which a solver integrates."""
+        """``propagate(w, dt)``: Eq. 9 over a time ``dt``, differentiable in a ``dt`` that is a tensor. None in the ODE
+        form, which a solver integrates."""
         return None if self.form == "ode" else self._propagate
 
     @property
@@ -203,8 +203,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     @property
     def trajectory(self) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """``trajectory(w0, times)``: w at all times in one product. None but for a propagator with sigma = identity,
-        which alone reaches every time at once."""
+        """``trajectory(w0, times)``: w at all times in one product. None unless the form is a propagator with sigma =
+        identity: only that reaches every time at once."""
         return None if self.form == "ode" or self.sigma is not None else self._trajectory
 
     def _propagate(self, w: Weight, dt: Scalar) -> Weight:
@@ -225,7 +225,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
     def _flow(self, times: Tensor) -> Callable[[Weight], WeightPath]:
         """The linear flow from any w to all the times."""
         tau, upsilon, rho = self._coefficients()
-        # Elsewhere looking would make the host wait, and inside torch.compile it would break the graph.
+        # On other devices the check would make the host wait; inside torch.compile it would break the graph.
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_overflow(times.detach(), tau, rho)
         advance = self.spectrum.propagator(times, tau, upsilon, rho)
@@ -245,7 +245,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         )
 
     def _coefficients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """tau (groups,), upsilon (groups, axes), rho (groups,); None where the term is absent."""
+        """tau (groups,), upsilon (groups, axes), rho (groups,); None if the term is absent."""
         tau, upsilon, rho = self.diffusion, self.advection, self.reaction
         if tau is not None and self.nonnegative_diffusion:
             tau = tau.clamp(min=0)
@@ -256,19 +256,19 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         )
 
     def _group(self, w: Tensor) -> Tensor:
-        """(out, in, *pixels) -> (groups, fields a group, *pixels)."""
+        """(out, in, *pixels) -> (groups, fields per group, *pixels)."""
         groups, pixels = _layout(tuple(w.shape), self.scope)
         return w.reshape(math.prod(groups), -1, *pixels)
 
     @staticmethod
     def _ungroup(fields: Tensor, w: Tensor) -> Tensor:
-        """(..., groups, fields a group, *pixels) -> (..., *shape of w)."""
+        """(..., groups, fields per group, *pixels) -> (..., *shape of w)."""
         pixels = fields.ndim - (w.ndim if w.ndim > 2 else 4)
         return fields.reshape(*fields.shape[:pixels], *w.shape)
 
 
 def _elementwise(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The activation; raises an error for one that is not a function of single entries."""
+    """The activation; raises an error if it is not elementwise."""
     if not callable(activation) or isinstance(activation, type):
         raise TypeError(
             f"activation must be one of {', '.join(ACTIVATIONS)} or a function (of a class, one instance), "
@@ -302,11 +302,11 @@ _INVERSES: dict[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]] =
     torch.tanh: lambda x: x.clamp(-1 + 1e-9, 1 - 1e-9).atanh(),
     torch.sigmoid: lambda x: x.logit(1e-9),
 }
-"""Of activations, where they have one."""
+"""The inverses of activations that have one."""
 
 
 def _group_name(group: int, groups: tuple[int, ...]) -> str:
-    """What the coefficients of one group belong to, in words."""
+    """A description of what the coefficients of one group belong to."""
     if len(groups) == 2:
         return f"kernel {divmod(group, groups[1])}"
     return f"filter {group}" if groups else "every field"

@@ -1,8 +1,8 @@
 """Linear, translation-invariant flows on a small periodic grid: their generator and their propagator.
 
-On a filter's few pixels both are small real circulant matrices, linear in a handful of numbers a mode. Building them
-from a table and applying them by one matrix product is far faster than FFT, multiply, inverse FFT; the FFT remains for
-large grids.
+On a filter's few pixels both are small real circulant matrices, linear in a handful of numbers per mode. Building them
+from a table and applying them by one matrix product is far faster than FFT, multiplication and inverse FFT. Large grids
+use the FFT.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from neuralode_coupled.evolution.base import is_seen
 
 DENSE_PIXELS = 64
-"""Up to this many pixels a dense matrix, above it the FFT."""
+"""Use a dense matrix up to this many pixels, and the FFT above it."""
 
 
 class Spectrum(nn.Module):
     """The Fourier modes of a periodic grid, and the flow ``dw/dt = tau Lap w + upsilon . grad w + rho w`` on it.
 
     Coefficients come in ``groups``: ``tau`` and ``rho`` of shape (groups,), ``upsilon`` of shape (groups, axes), each
-    None where absent. Fields have shape (groups, fields, *pixels).
+    None if absent. Fields have shape (groups, fields, *pixels).
 
     Args:
         pixels: the grid's shape.
         dtype: the fields' dtype.
-        device: where the tables live.
-        dense: force matrices (True) or the FFT (False); by default by size.
+        device: the device of the tables.
+        dense: force matrices (True) or the FFT (False); by default the size decides.
     """
 
     laplacian: Tensor
@@ -49,7 +49,7 @@ class Spectrum(nn.Module):
         self.count = math.prod(self.pixels)
         self.dense = self.count <= DENSE_PIXELS if dense is None else dense
         self._exact: dict[str, Tensor] = {}
-        with torch.device("cpu"):  # whatever the default device: no state dict brings the numbers later
+        with torch.device("cpu"):  # whatever the default device is: no state dict brings the numbers later
             axes = [2 * math.pi * torch.fft.fftfreq(n, dtype=torch.float64) for n in self.pixels]
             k = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(len(self.pixels), self.count)
             self._table("laplacian", -k.square().sum(0), dtype, device)
@@ -66,7 +66,7 @@ class Spectrum(nn.Module):
 
     @staticmethod
     def _placed(exact: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A table for fields of a dtype on a device; those of a model on "meta", to be filled in later, are real."""
+        """A table for fields of a dtype on a device. For a model on "meta", filled in later, it has real numbers."""
         return exact.to(dtype=dtype, device="cpu" if device.type == "meta" else device)
 
     def _apply(self, fn, recurse: bool = True):
@@ -141,8 +141,8 @@ class Spectrum(nn.Module):
     def overflow(
         self, times: Tensor, tau: Tensor | None, rho: Tensor | None
     ) -> tuple[int, tuple[int, ...], float] | None:
-        """Where within ``times`` a mode grows beyond the dtype: its group, its indices in the discrete Fourier
-        transform and its exponent; None where all fit. A coefficient that is NaN or infinite does not."""
+        """A mode that grows beyond the range of the dtype within ``times``: its group, its indices in the discrete
+        Fourier transform and its exponent; None if all fit. A coefficient that is NaN or infinite does not fit."""
         growth, _ = self._rates(tau, None, rho)
         peak = torch.maximum(growth * times.max(), growth * times.min())
         if not is_seen(~(peak.max() <= math.log(torch.finfo(peak.dtype).max))):

@@ -1,4 +1,4 @@
-"""Where a search for the coefficients of a flow begins: least squares that are linear."""
+"""Starts of a search for the coefficients of a flow: linear least squares."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from neuralode_coupled.evolution.spectral import Spectrum
 
 CUT = 1e-10
-"""Singular values below this part of the largest one are none: what is not determined stays zero."""
+"""Singular values below this fraction of the largest one count as zero: undetermined parts stay zero."""
 
 CORRECTIONS = 30
-"""Each makes the error smaller by the square of how far a step turns, about."""
+"""The number of corrections. Each makes the error smaller by about the square of the turn of one step."""
 
 
 def generators(before: Tensor, after: Tensor, dt: Tensor) -> list[Tensor]:
-    """Matrices A of ``after = exp(A dt) before`` in least squares: (..., n, n) each; of least norm.
+    """Matrices A of ``after = exp(A dt) before`` in least squares, of least norm: (..., n, n) each.
 
-    The logarithm of the map from time to time, where times are equidistant and it is real; and the matrix of
-    ``after - before = A dt (before + after) / 2``, corrected by what is then missing of ``after``.
+    One is the logarithm of the map from one time to the next, if times are equidistant and it is real. The other is the
+    matrix of ``after - before = A dt (before + after) / 2``, corrected by the remaining error in ``after``.
 
     Args:
         before: states at all times but the last, (T, ..., n, columns).
-        after: those at all but the first.
+        after: states at all times but the first.
         dt: the lengths between them, (T,).
     """
     lengths = dt.reshape(-1, *[1] * (before.ndim - 1))
@@ -43,12 +43,12 @@ def generators(before: Tensor, after: Tensor, dt: Tensor) -> list[Tensor]:
 
 
 def equidistant(dt: Tensor) -> bool:
-    """Whether all lengths are one but for rounding."""
+    """Whether all lengths are equal up to rounding."""
     return bool((dt - dt.mean()).abs().max() <= 1e-6 * dt.mean().abs())
 
 
 def beside(states: Tensor) -> Tensor:
-    """The columns of all times beside one another: (T, ..., n, columns) -> (..., n, T * columns)."""
+    """The columns of all times side by side: (T, ..., n, columns) -> (..., n, T * columns)."""
     return states.movedim(0, -2).flatten(-2)
 
 
@@ -58,15 +58,15 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
 
 
 def logarithm(change: Tensor) -> Tensor:
-    """The real part of ``log(1 + change)`` of matrices, by eigenvectors. It is a start: it need not be exact for a
-    matrix without a basis of them."""
+    """The real part of ``log(1 + change)`` of matrices, by eigenvectors. As a start, it need not be exact for a matrix
+    without a basis of eigenvectors."""
     eye = torch.eye(change.shape[-1], dtype=change.dtype)
     values, vectors = torch.linalg.eig(eye + change)
     return (vectors @ torch.diag_embed(values.log()) @ torch.linalg.pinv(vectors)).real
 
 
 def low_rank(a: Tensor, rank: int, reached: Tensor) -> tuple[Tensor, Tensor]:
-    """U, V, (n, rank), of the ``U V^T`` nearest to A on what it is applied to, (n, columns)."""
+    """U, V, (n, rank), of the ``U V^T`` nearest to A on the columns that it is applied to, (n, columns)."""
     left = torch.linalg.svd(a @ reached, full_matrices=False).U[:, :rank]
     left = torch.nn.functional.pad(left, (0, rank - left.shape[1]))
     return left, a.mT @ left
@@ -77,15 +77,15 @@ def spectral_terms(
 ) -> list[dict[str, Tensor]]:
     """Coefficients of each group for ``after = exp(L dt) before`` in least squares, where L has the terms present.
 
-    From the growth and the turn of each Fourier mode, weighted by its energy; and from
+    They follow from the growth and the turn of each Fourier mode, weighted by its energy, and from
     ``after - before = L dt (before + after) / 2``.
 
     Args:
         spectrum: the modes of the pixels.
         before: fields at all times but the last, (T, groups, fields, *pixels).
-        after: those at all but the first.
+        after: fields at all times but the first.
         dt: the lengths between them, (T,).
-        present: of "diffusion", "advection" and "reaction".
+        present: the terms present, out of "diffusion", "advection" and "reaction".
 
     Returns:
         By term (groups,), and (groups, axes) for the advection.
@@ -127,7 +127,7 @@ def _by_modes(spectrum: Spectrum, before: Tensor, after: Tensor, dt: Tensor, pre
         design = torch.stack([growth[term] for term in real], dim=-1) * weight[..., None]
         found |= _named(torch.linalg.pinv(design, rtol=CUT) @ (weight * logs.real)[..., None], real, 1)
     if "advection" in present:
-        # The alternating mode of an even axis does not turn: its phase says nothing.
+        # The alternating mode of an even axis does not turn: its phase has no information.
         turns = weight * (spectrum.wavenumbers != 0).any(0)
         design = spectrum.wavenumbers.mT * turns[..., None]
         solution = torch.linalg.pinv(design, rtol=CUT) @ (turns * logs.imag)[..., None]
@@ -138,7 +138,7 @@ def _by_modes(spectrum: Spectrum, before: Tensor, after: Tensor, dt: Tensor, pre
 def _rates(b: Tensor, a: Tensor, dt: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """The lambda of ``a = exp(lambda dt) b`` in least squares for each mode, and whether there is one: (groups, modes).
 
-    By the logarithm where times are equidistant, else by Gauss and Newton from that of differences.
+    Found by the logarithm if times are equidistant, else by Gauss-Newton steps from the solution of differences.
     """
     known = energy > CUT * energy.amax(-1, keepdim=True)
     if equidistant(dt):

@@ -16,8 +16,8 @@ Evolve = str | Iterable[str] | Callable[[str, Tensor], bool] | None
 
 
 def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], evolve: Evolve) -> tuple[str, ...]:
-    """The names of the evolving parameters, in the module's order; those of single steps cannot evolve, nor can tables
-    of whole numbers."""
+    """The names of the evolving parameters, in the module's order. Per-step parameters and tables of whole numbers
+    cannot evolve."""
     prefixes = tuple(name for name, _ in per_step)
     parameters = {
         name: p
@@ -32,8 +32,8 @@ def _select(dynamics: nn.Module, per_step: tuple[tuple[str, nn.Module], ...], ev
 def chosen_by(
     evolve: str | Iterable[str] | Callable[[str, Tensor], bool], parameters: Mapping[str, Tensor]
 ) -> list[str]:
-    """The names of the parameters that are named, or that a predicate wants. Raises ValueError for a pattern that
-    matches none."""
+    """The names of the parameters that names or patterns match, or that a predicate accepts. Raises ValueError for a
+    pattern that matches none."""
     if callable(evolve):
         return [name for name, p in parameters.items() if evolve(name, p)]
     patterns = [evolve] if isinstance(evolve, str) else list(evolve)
@@ -50,14 +50,14 @@ _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))
 
 
 def _key(name: str) -> str:
-    """Where `CoupledField.evolution` has a parameter's operator: a module's name must not contain the dots of a
-    parameter's, nor be that of an attribute, such as ``keys``."""
+    """The key of a parameter's operator in `CoupledField.evolution`. A module's name must not contain dots, as a
+    parameter's does, nor be the name of an attribute, such as ``keys``."""
     key = name.replace(".", "/")
     return f"/{key}" if key in _ATTRIBUTES else key
 
 
 def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """One bound operator for each evolving parameter."""
+    """One bound operator per evolving parameter."""
     by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
     choose = evolution if by_pattern is None else by_pattern
     operators: dict[str, nn.Module] = {}
@@ -81,7 +81,7 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
 
 
 def asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor) -> nn.Module:
-    """The operator that a function chooses for a parameter. Raises TypeError for a function that is q(t, w) itself."""
+    """The operator that a function chooses for a parameter. Raises TypeError if the function is itself q(t, w)."""
     called = f"evolution, called as a function ({name!r}, weight),"
     advice = "write q as an nn.Module with forward(t, w); a function must be (name, weight) -> such a module"
     try:
@@ -100,11 +100,12 @@ def asked(choose: Callable[[str, Tensor], nn.Module], name: str, weight: Tensor)
 
 
 class ByPattern:
-    """A mapping from names or patterns to operators as a function ``(name, weight) -> operator``, which knows what was
-    asked of it: for several fields that share the mapping.
+    """A mapping from names or patterns to operators, as a function ``(name, weight) -> operator``.
+
+    It remembers its calls, so several fields can share the mapping.
 
     Args:
-        operators: the mapping. A name comes before every pattern, the first pattern before the others.
+        operators: the mapping. A name takes precedence over every pattern, the first pattern over the others.
     """
 
     def __init__(self, operators: Mapping[str, nn.Module]) -> None:
@@ -123,7 +124,7 @@ class ByPattern:
         raise ValueError(f"no operator for parameter {name!r} among {among}: add one, or '*': nc.Static()")
 
     def check(self) -> None:
-        """Raise ValueError for an entry that no parameter can have asked for; ``"*"`` is for the rest, maybe none."""
+        """Raise ValueError for an entry that matches no parameter; ``"*"`` stands for the rest and may match none."""
         entries = list(self.operators)
         behind = entries[entries.index("*") + 1 :] if "*" in entries else []
         for entry in entries:

@@ -15,16 +15,16 @@ from neuralode_coupled._torch import flattened, tracing
 from neuralode_coupled._types import Activation
 
 Outputs = Literal["last", "drop"]
-"""What becomes of a block's outputs besides the state: those of the last step are kept, or none."""
+"""What happens to a block's outputs besides the state: keep those of the last step, or none."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A state for which a `Block` is asked for all that it returns.
+    """A state that asks a `Block` for everything that it returns.
 
     Attributes:
         z: the state.
-        applied: whether the block's own state is wanted, in place of the slope.
+        applied: whether to return the block's own state instead of the slope.
     """
 
     z: Activation
@@ -50,7 +50,7 @@ class Block(nn.Module):
         module: the block.
         outputs: the choice.
         structure: the class and length of the tuple that the block returned at its last call; None for a tensor.
-            Inside of ``torch.compile`` it stays what it was.
+            Inside of ``torch.compile`` it does not change.
 
     Raises:
         TypeError: if ``module`` is not a module. A call raises it if the block returns no state.
@@ -70,7 +70,7 @@ class Block(nn.Module):
         return f"outputs={self.outputs!r}"
 
     def forward(self, z: Activation | Whole, *args: Any, **kwargs: Any) -> Any:
-        """The slope, of the shape of z and at least float32; for a `Whole` state (slope or state, all outputs)."""
+        """The slope, of the shape of z and at least float32; for a `Whole` state ``(slope or state, all outputs)``."""
         given = z if isinstance(z, Whole) else Whole(z, applied=False)
         result = self.module(given.z, *args, **kwargs)
         found = self.state(result, given.z)
@@ -84,7 +84,7 @@ class Block(nn.Module):
         return found.to(dtype) - z.to(dtype)
 
     def state(self, result: Any, z: Activation) -> Tensor:
-        """The state among what the block returns; notes the structure of the rest."""
+        """The state from the block's outputs; records the structure of the rest."""
         what = type(self.module).__name__
         found = result
         if isinstance(result, tuple | list):
@@ -105,18 +105,18 @@ class Block(nn.Module):
 
 
 class Branch(Block):
-    """A residual branch f that returns ``(f(z), *outputs)``: the slope itself stands first.
+    """A residual branch f that returns ``(f(z), *outputs)``: the slope itself comes first.
 
     Args, attributes and errors are those of `Block`.
     """
 
     def slope(self, found: Tensor, z: Activation) -> Tensor:
-        """What the branch returned."""
+        """The branch's own output."""
         return found
 
 
 class DynamicsTypeError(TypeError):
-    """A block returns what is no state."""
+    """A block returns something that is not a state."""
 
 
 class Further:
@@ -125,11 +125,11 @@ class Further:
     Its tensors are outputs of the solve, through which gradients flow; the structure around them is kept here.
 
     Args:
-        drop: whether nothing but the structure is wanted.
+        drop: whether only the structure is wanted.
 
     Attributes:
         tensors: those outputs, once the solve is made.
-        structure: as that of `Block`, of the last step.
+        structure: like that of `Block`, for the last step.
     """
 
     def __init__(self, drop: bool = False) -> None:
@@ -140,7 +140,7 @@ class Further:
         self._restore: Any = None
 
     def split(self, result: Any) -> list[Tensor]:
-        """The tensors behind the state in what a block has returned."""
+        """The tensors after the state in a block's outputs."""
         self.structure = structure_of(result)
         if self._drop or not isinstance(result, tuple | list):
             return []
@@ -150,7 +150,7 @@ class Further:
         return tensors
 
     def join(self) -> tuple[Any, ...] | None:
-        """The same structure around the tensors that the solve returns; None where none was looked for."""
+        """The same structure around the tensors that the solve returns; None if no structure was recorded."""
         if self._restore is None:
             return None
         rest = iter(self.tensors)
@@ -158,7 +158,7 @@ class Further:
 
 
 _HERE = object()
-"""Stands for a tensor."""
+"""The placeholder of a tensor."""
 
 
 def structure_of(result: Any) -> tuple[type, int] | None:
@@ -167,7 +167,7 @@ def structure_of(result: Any) -> tuple[type, int] | None:
 
 
 def tupled(structure: tuple[type, int] | None, z: Tensor, further: tuple[Any, ...] | None) -> Any:
-    """The state as a block returns it: alone, or in front of what there is besides; None stands for what is
+    """The state as a block returns it: alone, or before the other outputs. None stands for outputs that are
     dropped."""
     if structure is None:
         return z
@@ -177,7 +177,7 @@ def tupled(structure: tuple[type, int] | None, z: Tensor, further: tuple[Any, ..
 
 
 def described(result: Any) -> str:
-    """What a block returned, for an error."""
+    """A description of what a block returned, for an error message."""
     if isinstance(result, tuple | list):
         return f"({', '.join(described(part) for part in result)})"
     return f"a tensor of {result.dtype}" if isinstance(result, Tensor) else f"{type(result).__name__}"

@@ -1,4 +1,4 @@
-"""Checking what goes into a field and what comes out of it."""
+"""Checks of a field's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
         raise TypeError(f"z0 must be a floating-point tensor, got {what}: convert it with .float()")
     if z0.ndim < 1:
         raise ValueError(f"z0 must have a batch axis, got shape {tuple(z0.shape)}")
-    # f may have parameters of other dtypes as well (complex, whole numbers, frozen in float64): it knows which fit z0.
+    # f may have parameters of other dtypes too (complex, whole numbers, frozen in float64): f knows which ones fit z0.
     own = [p for part in parts(dynamics) for p in part._parameters.values() if p is not None and p.is_floating_point()]
     for p in own:
         if z0.device == p.device and z0.dtype == p.dtype:
-            return  # as nearly always
+            return  # the usual case
     if not own:
         return
     evolving = next((p for p in own if p.ndim >= 2), own[0])
@@ -32,7 +32,7 @@ def check_activation(dynamics: nn.Module, z0: Tensor) -> None:
 
 
 def check_slope(dz: Tensor, z: Tensor) -> Tensor:
-    """dz; raises TypeError or ValueError if the dynamics do not return a state of its shape."""
+    """dz; raises TypeError or ValueError if it is not a tensor of the shape of z."""
     if not isinstance(dz, Tensor):
         raise TypeError(f"dynamics must return a tensor, got {type(dz).__name__}: wrap it in a module that returns one")
     if dz.shape != z.shape:

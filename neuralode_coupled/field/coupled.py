@@ -49,8 +49,8 @@ _EXPORTED = (
 class CoupledField(nn.Module):
     """``dz/dt = f(z, theta(t))`` and ``dw/dt = q(w; p)`` as one vector field (Eqs. 5b, 5c, 5d).
 
-    A kernel with finite memory adds the ODEs of its convolution: no more states for `Dirac`, one for each weight for
-    `Exponential`, k for `Erlang` of order k. Give the field to
+    A kernel with finite memory adds the ODEs of its convolution: no extra states for `Dirac`, one per weight for
+    `Exponential`, k per weight for `Erlang` of order k. Give the field to
     ``torchdiffeq.odeint(field, field.initial_state(z0), t)`` or ``odeint_adjoint``; for solvers of one-tensor states
     see `FlatField`. `nc.solve` uses the structure of the system, and takes every kernel.
 
@@ -98,7 +98,7 @@ class CoupledField(nn.Module):
 
     @property
     def device(self) -> torch.device | None:
-        """That of the first parameter; None where there is none."""
+        """The device of the first parameter; None if there is none."""
         return next((parameter.device for parameter in self.parameters()), None)
 
     def operator(self, name: str) -> nn.Module:
@@ -108,7 +108,7 @@ class CoupledField(nn.Module):
     def evolving(self, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
         """w0: the evolving parameters themselves, by name; all of them, or those of the given names.
 
-        Raises `DynamicsError`, a ValueError, for one that the dynamics have no more.
+        Raises `DynamicsError`, a ValueError, for a parameter that the dynamics no longer have.
         """
         names = self.names if names is None else tuple(names)
         with alone(self.dynamics):
@@ -159,10 +159,10 @@ class CoupledField(nn.Module):
 
         ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
 
-        Raises TypeError or ValueError for a z0 that the field cannot take, TypeError for inputs that f needs and has
-        not been given (see `bind`), ValueError for weights that move and are no parameters any more, or for parameters
-        with hooks for the gradients of every sample. Warns where torch exports dynamics in training mode; with
-        ``strict=True`` that is a ValueError.
+        Raises TypeError or ValueError for a z0 that the field cannot take, TypeError for missing inputs of f (see
+        `bind`), ValueError for weights that move and are no longer parameters, and for parameters with hooks for
+        per-sample gradients. Warns if torch exports dynamics in training mode; with ``strict=True`` that is a
+        ValueError.
         """
         check_activation(self.dynamics, z0)
         if self.inputs is None:
@@ -182,8 +182,8 @@ class CoupledField(nn.Module):
             )
 
     def _check_exported(self) -> None:
-        """Warn of training mode in an exported program; a ValueError if torch reads the code itself (``strict=True``),
-        which hides warnings."""
+        """Warn of training mode in an exported program. Raise ValueError if torch reads the code itself
+        (``strict=True``), because that hides warnings."""
         if not any(module.training for module in self.dynamics.modules()):
             return
         if torch.compiler.is_dynamo_compiling():
@@ -191,17 +191,17 @@ class CoupledField(nn.Module):
         warnings.warn(_EXPORTED, stacklevel=4)
 
     def moving(self) -> list[str]:
-        """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all
-        under a kernel that changes constants."""
+        """The evolving parameters whose theta is not w0 at all times: those whose operator is not `Static`, or all of
+        them if the kernel changes constants."""
         if not self.kernel.keeps_constants:
             return list(self.names)
         return [name for name in self.names if not keeps_weights(self.operator(name))]
 
     def resample(self, steps: int) -> None:
-        """Put per-step modules on a grid of so many steps; see `PerStep.resample`."""
+        """Put per-step modules on a grid of ``steps`` steps; see `PerStep.resample`."""
         for _, module in self.per_step:
             module.copies = module.resample(steps).copies
-        self._aliases = _aliases(self.dynamics)  # copies that share parameters have come, or gone
+        self._aliases = _aliases(self.dynamics)  # copies that share parameters may be new, or gone
 
     def initial_state(self, z0: Activation) -> State:
         """``(z0, *w0, *memory)``, with the parameters themselves, so that gradients reach them.
@@ -210,8 +210,8 @@ class CoupledField(nn.Module):
 
         Raises:
             TypeError: if z0 is not a floating-point tensor.
-            ValueError: if its dtype or device is not that of the weights, the kernel has no finite realisation, or
-                dynamics have lost an evolving parameter (by pruning, say).
+            ValueError: if its dtype or device is not that of the weights, the kernel has no finite realisation, or the
+                dynamics have lost an evolving parameter (for example by pruning).
         """
         self._require_realisation()
         self.begin(z0)
@@ -256,7 +256,7 @@ class CoupledField(nn.Module):
         return {name: self.kernel.theta(w, m) for name, w, m in zip(self.names, weights, memory, strict=True)}
 
     def with_memory(self, w0: State) -> State:
-        """``(*w0, *memory)``: initial weights, and behind them what the kernel remembers of each."""
+        """``(*w0, *memory)``: the initial weights, then the kernel's memory of each."""
         return (*w0, *(part for w in w0 for part in self.kernel.initial_memory(w)))
 
     def weight_side(self, t: Tensor, names: Sequence[str], state: State) -> tuple[dict[str, Tensor], State]:
@@ -289,7 +289,8 @@ class CoupledField(nn.Module):
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers.
 
         ``moving`` says whether any weight's theta is not w0; by default it is looked up. ``begun`` says that `begin`
-        has looked at the dynamics as they are. ``applied`` asks a `Block` for all that it returns, see `Whole`.
+        has checked the dynamics in their present state. ``applied`` asks a `Block` for everything that it returns, see
+        `Whole`.
         """
         arguments: tuple[Any, ...] = (t, z) if self.takes_time else (z,)
         if applied is not None:
@@ -315,7 +316,7 @@ class CoupledField(nn.Module):
         return result
 
     def _split(self, state: State, count: int) -> tuple[State, list[State]]:
-        """``(*w, *memory)`` as the weights and the memory of each."""
+        """``(*w, *memory)`` split into the weights and the memory of each."""
         size = self.kernel.memory or 0
         starts = [count + i * size for i in range(count)]
         return state[:count], [state[start : start + size] for start in starts]
@@ -337,14 +338,14 @@ class CoupledField(nn.Module):
 
 @contextmanager
 def with_inputs(field: CoupledField, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Iterator[CoupledField]:
-    """For a solve: the field with inputs, where there are some. Raises TypeError for ``args`` that are no tuple."""
+    """For a solve: the field with its inputs, if there are any. Raises TypeError if ``args`` is not a tuple."""
     if not isinstance(args, tuple):
         raise TypeError(f"args must be a tuple of inputs, got {type(args).__name__}: give one input as args=(c,)")
     if not args and not kwargs:
         yield field
     elif tracing() != "compile":
         yield field.bind(*args, **(kwargs or {}))
-    else:  # it cannot copy a module; what it traces meanwhile has the inputs
+    else:  # the compiler cannot copy a module; while it traces, the field itself has the inputs
         before, field.inputs = field.inputs, Inputs(args, kwargs or {})
         try:
             yield field
@@ -353,9 +354,9 @@ def with_inputs(field: CoupledField, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
-    """``run()`` without ``torch.utils.checkpoint`` in it: that would evaluate f again with w0, and nobody would see.
+    """``run()`` without ``torch.utils.checkpoint`` in it, which would silently evaluate f again with w0.
 
-    Raises `DynamicsError`, unless there are hooks around the solve already, which do no harm but hide those within.
+    Raises `DynamicsError` for a checkpoint. Hooks that are already around the solve do no harm, but hide those within.
     """
     guard = disable_saved_tensors_hooks(_HOOKS)
     try:
@@ -373,7 +374,7 @@ def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
 
 
 def _aliases(dynamics: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All places of each tensor that the module holds in several, by the first of them."""
+    """All names of each tensor that the module holds under several names, by the first name."""
     names: dict[int, list[str]] = {}
     for name, tensor, _, _ in holdings(dynamics):
         names.setdefault(id(tensor), []).append(name)

@@ -62,7 +62,7 @@ class FlatField(nn.Module):
             raise ValueError(f"a flat state is one state, (n,) or (1, n), got shape {tuple(x.shape)}")
         dx = self.pack(self.field(t, self.unpack(x.reshape(-1))))
         if torch.is_grad_enabled():
-            # w0 enters through the initial state alone. torchdyn's adjoints want a gradient, zero, from every
-            # parameter at every evaluation, and give one they miss the wrong shape.
+            # w0 enters only through the initial state. torchdyn's adjoints want a gradient from every parameter at
+            # every evaluation, if only zero; a missing one gets the wrong shape.
             dx = dx + sum(0 * w.reshape(-1)[0] for w in self.field.evolving().values())
         return dx.reshape(x.shape)

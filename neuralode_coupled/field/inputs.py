@@ -23,11 +23,12 @@ _UNCHANGING = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.
 class Inputs:
     """The inputs of one solve, ``f(z, *args, **kwargs)``.
 
-    Tensors, nests of them (tuples, lists, dicts, registered pytrees), functions of time ``c(t)`` in their places, and
-    any other value, which f gets as it is. All are constants of the solve: tensors are never split in time.
+    Inputs are tensors, nests of them (tuples, lists, dicts, registered pytrees), functions of time ``c(t)`` in their
+    places, and any other values, which f gets as they are. All are constants of the solve: tensors are never split in
+    time.
 
     Attributes:
-        captured: the tensors that gradients may flow to, of the functions too.
+        captured: the tensors that gradients may flow to, including those of the functions.
         follow_time: whether there are functions of time.
     """
 
@@ -49,7 +50,7 @@ class Inputs:
     def at(self, t: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """args and kwargs at a time, a scalar tensor.
 
-        Raises `DynamicsError` for a function of time that updates buffers of its own, which no recomputation would see.
+        Raises `DynamicsError` for a function of time that updates its own buffers: a recomputation would not see that.
         """
         leaves = list(self._leaves)
         before = versions(self._buffers) if self._buffers and not tracing() else []
@@ -63,7 +64,8 @@ class Inputs:
         return self._restore(leaves)
 
     def check_kept(self, given: tuple[Any, ...]) -> None:
-        """Raise `DynamicsError` for containers that f has changed: they are its own copies, and would be lost."""
+        """Raise `DynamicsError` for containers that f has changed: they are copies made for f, so the changes would be
+        lost."""
         if not self._nested or tracing():
             return
         leaves, _ = flattened(given)
@@ -79,7 +81,7 @@ class Inputs:
             )
 
     def seen(self) -> list[tuple[int, int]]:
-        """What tensors the inputs of classes of their own, such as caches, hold now, and their versions."""
+        """The tensors that inputs of other classes, such as caches, hold now, and the tensors' versions."""
         found: list[Tensor] = []
         queue, known = list(self._objects), dict[int, Any]()
         while queue:
@@ -96,7 +98,7 @@ class Inputs:
         return list(zip(map(id, found), versions(found), strict=True))
 
     def described(self) -> str:
-        """Their shapes, for an error."""
+        """The inputs' shapes, for an error message."""
         shapes = [str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in self._leaves]
         return ", ".join(shapes)
 
@@ -104,8 +106,8 @@ class Inputs:
 class Signature:
     """How the forward method of dynamics takes time, state and inputs.
 
-    It takes the time if its first parameter is named exactly ``t``, or if ``takes_time`` says so; the number of its
-    parameters decides nothing. A `Block` takes what its block takes, and no time.
+    It takes the time if its first parameter is named exactly ``t``, or if ``takes_time`` says so. The number of its
+    parameters does not matter. A `Block` takes what its block takes, and no time.
 
     Raises:
         TypeError: for a forward method without a parameter for the state.

@@ -1,4 +1,4 @@
-"""Modules with parameters and statistics of their own for every activation step."""
+"""Modules with their own parameters and statistics at every activation step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class PerStep(nn.Module):
-    """``steps`` copies of a module, of which activation step ``n`` uses copy ``n``.
+    """``steps`` copies of a module; activation step ``n`` uses copy ``n``.
 
     Made for BatchNorm inside an ODE block: each step of the discrete map has its own statistics and affine parameters.
     `nc.solve` and `nc.CoupledODE` choose the copy by the index of the step (all Runge-Kutta stages of a step share it).
@@ -34,8 +34,7 @@ class PerStep(nn.Module):
         self.copies = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(steps - 1))])
 
     def __getattr__(self, name: str) -> Any:
-        """What code around it reads off a module, such as ``self.norm.eps`` or ``self.norm.weight``: of the copy in
-        force."""
+        """An attribute of the copy in force, for code that reads ``self.norm.eps`` or ``self.norm.weight``."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -67,7 +66,7 @@ class PerStep(nn.Module):
         return resampled
 
     def forward(self, *args, **kwargs):
-        """What the copy in force returns: in a solve the tensors of step ``n`` stand in for those of the first copy."""
+        """The output of the copy in force. In a solve, the tensors of step ``n`` replace those of the first copy."""
         return self.copies[0](*args, **kwargs)
 
 
@@ -79,5 +78,5 @@ def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:
 
 
 def sharing_parameters(module: Module, tensors: Iterable[Tensor] = ()) -> Module:
-    """A copy of a module with the very parameters of the original, and other tensors of it, and buffers of its own."""
+    """A copy of a module that shares the original's parameters and the given tensors, and has its own buffers."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *tensors)})

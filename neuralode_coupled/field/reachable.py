@@ -1,4 +1,4 @@
-"""What a plain callable uses besides its arguments: modules and tensors in closures, globals and attributes."""
+"""The modules and tensors that a plain callable uses besides its arguments: in closures, globals and attributes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def captured(func: Callable[..., Any]) -> tuple[list[nn.Module], list[Tensor]]:
         thing = queue.pop(0)
         if id(thing) in seen:
             continue
-        # Kept, so that the identity of a temporary object is not given to another one.
+        # Keep the object, so that another one cannot get the identity of a temporary one.
         seen[id(thing)] = thing
         if isinstance(thing, nn.Module):
             modules.append(thing)
@@ -32,7 +32,7 @@ def captured(func: Callable[..., Any]) -> tuple[list[nn.Module], list[Tensor]]:
 
 
 def _within(thing: Any) -> Iterator[Any]:
-    """What one object refers to, as far as a right-hand side is likely to be reached through it."""
+    """The objects that one object refers to, as far as they are likely to lead to a right-hand side."""
     if isinstance(thing, types.FunctionType):
         yield from _names_of(thing)
     elif isinstance(thing, types.MethodType):
@@ -58,7 +58,7 @@ def _names_of(function: types.FunctionType) -> Iterator[Any]:
             continue
     for name in function.__code__.co_names:
         found = function.__globals__.get(name)
-        # Library functions are not searched: what they refer to is not the caller's.
+        # Library functions are not searched: the objects they refer to are not the caller's.
         if isinstance(found, nn.Module | Tensor | list | tuple | dict) or (
             isinstance(found, types.FunctionType) and found.__module__ == function.__module__
         ):

@@ -25,8 +25,8 @@ class TimeKernel(nn.Module):
     ValueError at the solve, because the gradient would be lost.
 
     Attributes:
-        memory: how many extra states a weight needs in the augmented vector field (0: theta is w itself), or None if no
-            finite number is enough; then `nc.solve` can integrate the field, and general-purpose solvers cannot.
+        memory: the number of extra states per weight in the augmented vector field (0: theta is w itself), or None if
+            no finite number is enough; then `nc.solve` can integrate the field, but general-purpose solvers cannot.
         keeps_constants: whether weights that do not evolve stay unchanged.
     """
 
@@ -34,7 +34,7 @@ class TimeKernel(nn.Module):
     keeps_constants: bool = True
 
     def weight_steps(self, steps: int) -> int:
-        """The number of steps of the weight grid, if the user chose none."""
+        """The number of steps of the weight grid, if the user does not choose one."""
         return steps
 
     def stage_weights(self, path: WeightPath, steps: int, c: tuple[float, ...], span: Scalar = 1.0) -> StageWeights:
@@ -62,7 +62,7 @@ class TimeKernel(nn.Module):
     ) -> Connection:
         """`stage_weights` for two grids, as a function of the path alone.
 
-        A solve calls it once, and the function for each evolving parameter: kappa is made once.
+        A solve calls `connect` once, and the function once per evolving parameter: kappa is made only once.
         """
         rows = self._checked(steps, c, weight_steps, span, device)
         return lambda path: torch.tensordot(rows.to(path), path, dims=1)
@@ -74,7 +74,7 @@ class TimeKernel(nn.Module):
     def _checked(
         self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar, device: torch.device | None
     ) -> Tensor:
-        """kappa, if it has the required shape."""
+        """kappa, after a check of its shape."""
         rows = self.kappa(steps, c, weight_steps, span, device)
         wanted = (steps, len(c), weight_steps + 1)
         if not isinstance(rows, Tensor) or rows.shape not in (wanted, (steps, 1, weight_steps + 1)):
@@ -114,11 +114,11 @@ class TimeKernel(nn.Module):
         return ()
 
     def theta(self, w: Weight, memory: State) -> Weight:
-        """theta, as the weight and its memory give it."""
+        """theta, from the weight and its memory."""
         return w
 
 
 def share(fractions: Tensor, count: int) -> Tensor:
-    """Which of ``count`` equal shares of the interval each time belongs to; the last one has its end."""
-    # Times that are on a boundary but for rounding belong to what begins there.
+    """The index of each time's share, out of ``count`` equal shares of the interval; the last one includes its end."""
+    # Times that are on a boundary up to rounding belong to the share that begins there.
     return (fractions * count + 1e-9).long().clamp(0, count - 1)

@@ -1,4 +1,4 @@
-"""Whether the methods of your own kernel belong to one kernel."""
+"""A check that the methods of a user's kernel belong to one kernel."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 from neuralode_coupled._torch import tracing
 
 HALVINGS = 20
-"""The smallest age that is looked at is the interval halved so many times."""
+"""The number of times that the interval is halved to get the smallest age checked."""
 
 PANELS = 64
-"""Simpson's rule has so many between an age and its double."""
+"""The number of panels of Simpson's rule between an age and its double."""
 
 TOLERANCE = 1e-3
-"""Above the error of quadrature where F has a kink, and below that of a mistake."""
+"""Larger than the error of quadrature where F has a kink, and smaller than the error of a mistake."""
 
 
 @torch.no_grad()
 def check_consistent(kernel: Any, span: float) -> None:
     """Raise ValueError for a `DensityKernel` whose methods do not belong together, up to the age ``span``.
 
-    What it cannot look at, it takes for consistent: numbers on a device, or hidden by torch.compile and torch.func.
+    It skips numbers that it cannot read: those on a device, or hidden by torch.compile and torch.func.
     """
     tensors = chain(kernel.parameters(), kernel.buffers())
     if tracing() or any(tensor.device.type != "cpu" for tensor in tensors):
@@ -37,7 +37,7 @@ def check_consistent(kernel: Any, span: float) -> None:
 
 
 def _check_integral(kernel: Any, span: float) -> None:
-    """int F between each age and its double, by Simpson's rule."""
+    """Check int F between each age and its double, by Simpson's rule."""
     ages = span * 2.0 ** torch.arange(-HALVINGS, 1, dtype=torch.float64, device="cpu")
     widths = ages.diff()
     inner = torch.linspace(0, 1, PANELS + 1, dtype=torch.float64, device="cpu")
@@ -55,7 +55,7 @@ def _check_integral(kernel: Any, span: float) -> None:
 
 
 def _check_memory(kernel: Any, span: float) -> None:
-    """The memory's answer to w = 1 from t = 0 on, from a memory of zeros: it is F(t).
+    """Check the memory's response to w = 1 from t = 0 on, from a memory of zeros: it is F(t).
 
     The ODE of memory and w is linear, ``d(m, 1)/dt = A (m, 1)``, and elementwise: given unit vectors, the methods
     return the rows of A.
@@ -75,6 +75,6 @@ def _check_memory(kernel: Any, span: float) -> None:
 
 
 def _first(a: Tensor, b: Tensor, tolerance: Tensor) -> int | None:
-    """Where two rows of numbers first differ by more than a tolerance, or are no numbers; None where they agree."""
+    """The first index where two rows of numbers differ by more than a tolerance, or are NaN; None if they agree."""
     off = (~((a - b).abs() <= tolerance)).nonzero()
     return int(off[0]) if len(off) else None

@@ -36,7 +36,7 @@ class DensityKernel(TimeKernel):
     Raises:
         ValueError: for an unknown history; later, for an interval that runs backwards in time, or if two methods of a
             subclass contradict each other: ``cumulative_integral`` must be the integral of ``cumulative``, and the
-            memory's answer to a step must be ``cumulative``. This is checked once for each length of interval, when a
+            memory's response to a step must be ``cumulative``. This is checked once per length of interval, when a
             layer is made or a solve begins, on the CPU.
     """
 
@@ -55,14 +55,14 @@ class DensityKernel(TimeKernel):
         raise NotImplementedError(f"{type(self).__name__} must define cumulative_integral(s)")
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """Any grids will do, but time has to run forwards, and the methods have to belong together: see above."""
+        """Raise ValueError if time runs backwards or the methods do not belong together, see above. Any grids fit."""
         length = as_number(span)
         if length < 0:
             raise ValueError(
                 f"{self} remembers the past, and t runs backwards (from the first to the last time is {length:g}): "
                 "let t increase, or use Dirac(), SampleAndHold(...) or MatrixKernel(...)"
             )
-        # Those of the package have tests of their own.
+        # The package's own kernels have their own tests.
         if not type(self).__module__.startswith(__name__.partition(".")[0] + ".") and length not in self._consistent:
             check_consistent(self, length)
             self._consistent.add(length)
@@ -100,8 +100,8 @@ class DensityKernel(TimeKernel):
 
 
 class Erlang(DensityKernel):
-    """The gamma density of whole order, ``K(s) = rate^k s^(k-1) e^(-rate s) / (k-1)!``: a delay of ``k / rate`` on
-    average, the sharper the higher the order.
+    """The gamma density of whole order, ``K(s) = rate^k s^(k-1) e^(-rate s) / (k-1)!``: a mean delay of ``k / rate``.
+    A higher order makes the delay sharper.
 
     It is the end of a chain of k exponential averages, and so has a finite realisation: ``dm_1/dt = rate (w - m_1)``,
     ``dm_j/dt = rate (m_{j-1} - m_j)``, ``theta = m_k``.
@@ -130,7 +130,7 @@ class Erlang(DensityKernel):
         return f"order={self.order}, {self._details()}"
 
     def cumulative(self, s: Tensor) -> Tensor:
-        """``F(s)``: the probability that a Poisson process has made ``k`` jumps. See the base class."""
+        """``F(s)``: the probability that a Poisson process has made at least ``k`` jumps. See the base class."""
         return jumps_from(self.order, self.rate * s)[0]
 
     def cumulative_integral(self, s: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class Erlang(DensityKernel):
         return jumps_from(self.order, self.rate * s)[1] / self.rate
 
     def memory_derivative(self, w: Weight, memory: State) -> State:
-        """The chain, see above."""
+        """The derivatives of the chain, see above."""
         return tuple(self.rate * (source - m) for source, m in zip((w, *memory[:-1]), memory, strict=True))
 
     def theta(self, w: Weight, memory: State) -> Weight:

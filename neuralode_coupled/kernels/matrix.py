@@ -20,8 +20,8 @@ class MatrixKernel(TimeKernel):
     Args:
         matrix: of shape (N, M + 1), floating-point and finite; an ``nn.Parameter`` is learned as it is.
         learnable: make a parameter of a copy of the matrix.
-        causal: whether step n may only use weights up to its own start, ``m / M <= n / N``. Entries beyond must be
-            zero, and stay zero while the others are learned.
+        causal: whether step n may only use weights up to its own start, ``m / M <= n / N``. Later entries must be zero,
+            and stay zero while the others are learned.
 
     Raises:
         TypeError: if the matrix is not a floating-point tensor.
@@ -50,7 +50,7 @@ class MatrixKernel(TimeKernel):
         return f"{len(self.matrix)} steps of {self.matrix.shape[1] - 1} weight steps{learnable}, causal={self.causal}"
 
     def weight_steps(self, steps: int) -> int:
-        """Those that the matrix has columns for."""
+        """The number of steps that the matrix has columns for."""
         return self.matrix.shape[1] - 1
 
     def connect(
@@ -67,7 +67,7 @@ class MatrixKernel(TimeKernel):
         return lambda path: torch.tensordot(rows.to(path), path, dims=1).unsqueeze(1)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """The grids have to be those of the matrix: see the base class."""
+        """Raise ValueError if the grids are not those of the matrix, see the base class."""
         rows, columns = self.matrix.shape
         if (rows, columns) != (steps, weight_steps + 1):
             raise ValueError(
@@ -84,7 +84,7 @@ class MatrixKernel(TimeKernel):
         span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
-        """The matrix, with its row for every stage of a step. See the base class."""
+        """The matrix: every stage of a step uses the step's row. See the base class."""
         self.check(steps, c, weight_steps)
         return self._rows().to(device)[:, None].expand(-1, len(c), -1)
 
@@ -103,7 +103,7 @@ class MatrixKernel(TimeKernel):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """A state that is not causal is refused as the matrix would be: its entries ahead would have no effect."""
+        """Refuse a state that is not causal, as for the matrix itself: its later entries would have no effect."""
         found = state_dict.get(f"{prefix}matrix")
         if self.causal and isinstance(found, Tensor) and found.shape == self.matrix.shape:
             try:
@@ -121,7 +121,7 @@ class MatrixKernel(TimeKernel):
 def _not_ahead(matrix: Tensor) -> Tensor:
     steps, nodes = matrix.shape
     n = torch.arange(steps, device=matrix.device)[:, None]
-    # In whole numbers, for which m / M <= n / N has no rounding.
+    # In whole numbers, so that m / M <= n / N is not rounded.
     return torch.arange(nodes, device=matrix.device) * steps <= n * (nodes - 1)
 
 

@@ -12,15 +12,15 @@ def jumps_from(order: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """``P(N >= k)`` and ``E max(N - k, 0)`` of a number N with Poisson's distribution of mean x, elementwise: the gamma
     distribution of order k and its integral from 0 to x.
 
-    Sums of positive terms on both sides of ``x = k``, for a difference of two numbers near one would lose the small
-    ones that a low rate, which divides them, makes large again.
+    Both are sums of positive terms on both sides of ``x = k``. A difference of two numbers near one would lose the
+    small results, and the division by a low rate makes these large again.
 
     Args:
         order: k, at least 1.
         x: means, at least 0 (float64).
     """
     small, middle = x < order, torch.full_like(x, order)
-    least = torch.finfo(x.dtype).tiny  # in place of zero, whose logarithm has no gradient
+    least = torch.finfo(x.dtype).tiny  # instead of zero, whose logarithm has no gradient
     low, high = torch.where(small, x.clamp(min=least), middle), torch.where(small, middle, x)
     above, above_order = _moments(_poisson(order, low), order, low)
     below, below_order = _moments(_poisson(order, high), order, high, downwards=True)
@@ -32,8 +32,8 @@ def _poisson(jumps: int, x: Tensor) -> Tensor:
 
 
 def _moments(term: Tensor, order: int, x: Tensor, downwards: bool = False) -> tuple[Tensor, Tensor]:
-    """From the probability of k jumps of mean x, those of more jumps, k included, or of fewer: the sum of them, and of
-    how far from k they lie times their probabilities."""
+    """From the probability of k jumps of mean x: the sum of the probabilities of at least k jumps (or of fewer), and
+    the sum of the probabilities times the distance from k."""
     total, first = (torch.zeros_like(term) if downwards else term), torch.zeros_like(term)
     largest = 1.0
     for n in range(1, order + 1 if downwards else order + 60):

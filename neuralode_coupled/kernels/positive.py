@@ -25,19 +25,19 @@ class Positive:
         """Give a module its number; raises TypeError or ValueError for one that is not positive and finite."""
         number = float(positive(self._name, value))
         setattr(module, self._fixed, number)
-        # Of one axis: fully_shard takes no parameter without.
+        # With one axis: fully_shard takes no parameter without axes.
         module.register_parameter(self._log, nn.Parameter(torch.tensor([math.log(number)])) if learnable else None)
         takes_scalars(module, (self._log,))
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
-        """A number, or where it is learnable a scalar tensor that gradients go through."""
+        """A number; if it is learnable, a scalar tensor that gradients flow through."""
         if module is None:
             return self
         log = getattr(module, self._log)
         return getattr(module, self._fixed) if log is None else log.exp().reshape(())
 
     def shown(self, module: nn.Module) -> str:
-        """For ``extra_repr``."""
+        """The number as ``extra_repr`` shows it."""
         value, learnable = self.__get__(module), ""
         if isinstance(value, Tensor):
             value, learnable = float(value.detach()), ", learnable=True"

@@ -1,4 +1,4 @@
-"""Kernels that pick weights off their grid: the two configurations of the paper."""
+"""Kernels that pick weights at points of their grid: the two configurations of the paper."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class SelectingKernel(TimeKernel):
         span: Scalar = 1.0,
         device: torch.device | None = None,
     ) -> Float[Tensor, "steps stages nodes"]:
-        """A one where a point is picked, see the base class."""
+        """One where a point is picked, else zero; see the base class."""
         return _one_hot(torch.tensor(self._selected(steps, c, weight_steps), device=device), weight_steps)
 
     def check(self, steps: int, c: tuple[float, ...], weight_steps: int, span: Scalar = 1.0) -> None:
-        """Without the matrix, because every solve asks."""
+        """Raise ValueError if the grids do not fit. This makes no matrix, because every solve calls it."""
         self._selected(steps, c, weight_steps)
 
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
-        """Which grid point each stage of each step uses; raises ValueError where the grids do not fit."""
+        """The grid point that each stage of each step uses; raises ValueError if the grids do not fit."""
         raise NotImplementedError(f"{type(self).__name__} must define _selected(steps, c, weight_steps)")
 
 
@@ -42,8 +42,8 @@ class Dirac(SelectingKernel):
     """``K = delta``: theta(t) = w(t) (configuration one). The weights are their own memory.
 
     Raises:
-        ValueError: at the solve, if the weight grid has no point at some stage time; the message names a multiple that
-            has.
+        ValueError: at the solve, if the weight grid has no point at some stage time; the message names a number of
+            weight steps that fits.
     """
 
     memory = 0
@@ -100,7 +100,7 @@ class SampleAndHold(SelectingKernel):
         return f"samples={self.samples}"
 
     def weight_steps(self, steps: int) -> int:
-        """The smallest number, at least ``steps``, with every sample on the grid."""
+        """The smallest number, at least ``steps``, that puts every sample on the grid."""
         gaps = max(self.samples - 1, 1)
         return -(-steps // gaps) * gaps
 
@@ -124,7 +124,7 @@ class SampleAndHold(SelectingKernel):
     def kappa_at(
         self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
     ) -> Float[Tensor, "time nodes"]:
-        """The sample that is held at each time, see the base class."""
+        """Rows that pick the sample held at each time, see the base class."""
         nodes = torch.tensor(self._nodes(weight_steps), device=fractions.device)
         held = nodes[share(fractions, self.samples)]
         return _one_hot(held, weight_steps)
