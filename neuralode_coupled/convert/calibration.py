@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,11 @@ def _fitted(
             if found is not None and _total(found) < _total(best):
                 best, kept = found, [p.detach().clone() for p in parameters]
             if not finite:
+                warnings.warn(
+                    f"calibration ended at step {n} of {steps}, where a gradient is not finite: the parameters with "
+                    f"the smallest errors so far stay. Take a smaller lr than {lr:g}",
+                    stacklevel=4,
+                )
                 break
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -281,6 +282,15 @@ def test_calibration_never_makes_an_exact_fold_worse():
     _, report = nc.fold(model, "1.*", nc.BasisEvolution("legendre", N - 1))
     report.calibrate([x], steps=3)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_calibration_that_breaks_off_says_so():
+    model, x = network(), images()
+    _, report = nc.fold(model, "1.*", nc.BasisEvolution("legendre", 1))
+    parameters = [p.detach().clone() for p in model[1].parameters()]
+    with pytest.warns(UserWarning, match=r"at step 2 of 3, where a gradient is not finite.*smaller lr than 0\.01"):
+        report.calibrate([x, torch.full_like(x, math.nan)], steps=3)
+    assert all(torch.equal(p, q) for p, q in zip(model[1].parameters(), parameters, strict=True))
 
 
 @pytest.mark.parametrize(
