@@ -229,6 +229,12 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
     return found
 
 
+def hooks(module: nn.Module) -> list[str]:
+    """The names of the hooks that are registered on a module."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
+
+
 def drops_out(module: nn.Module) -> bool:
     """Whether a module draws random numbers as dropout does, in the mode it is in."""
     return isinstance(module, _DropoutNd) and module.training and module.p > 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import BasicBlock
 
-from benchmarks.fold.task import Batch, Schedule
+from benchmarks.fold.task import Batch, Schedule, groups_of
 
 MARGIN = 4
 """Pixels around an image, of which crops are taken."""
@@ -137,12 +137,7 @@ class Images:
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """SGD with Nesterov's momentum; no decay of norms and biases."""
-        needed = [p for p in network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in needed if p.ndim > 1]},
-            {"params": [p for p in needed if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = groups_of(network)
         return torch.optim.SGD(groups, lr=self.schedule.peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
     @torch.no_grad()

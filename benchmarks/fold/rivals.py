@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuralode_coupled.convert.alignment import aligned
-from neuralode_coupled.convert.calibration import LOOKS, MEASURED, _rates
+from neuralode_coupled.convert.calibration import LOOKS, MEASURED, step_sizes
 
 
 class Difference(nn.Module):
@@ -127,7 +127,7 @@ def _descend(
         with torch.no_grad():
             return sum(loss(inputs).item() for inputs in batches[:MEASURED])
 
-    rates = _rates(parameters, lr)
+    rates = step_sizes(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     least, kept = look(), [p.detach().clone() for p in parameters]
     for n, inputs in enumerate(batches, 1):

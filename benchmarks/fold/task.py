@@ -79,3 +79,13 @@ class Task(Protocol):
     def quality(self, network: nn.Module) -> float:
         """Of a network in evaluation mode on all of the test data."""
         ...
+
+
+def groups_of(network: nn.Module) -> list[dict[str, Any]]:
+    """What an optimizer is given: the parameters that require gradients, norms and biases without weight decay."""
+    needed = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in needed if p.ndim > 1]},
+        {"params": [p for p in needed if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.fold.task import Batch, Schedule
+from benchmarks.fold.task import Batch, Schedule, groups_of
 
 BYTES = 256
 EVERY = 10
@@ -152,12 +152,7 @@ class Text:
 
     def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
         """AdamW; no decay of norms and biases."""
-        needed = [p for p in network.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in needed if p.ndim > 1]},
-            {"params": [p for p in needed if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = groups_of(network)
         return torch.optim.AdamW(groups, lr=self.schedule.peak, betas=(0.9, 0.98), weight_decay=0.05)
 
     @torch.no_grad()

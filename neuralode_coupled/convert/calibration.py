@@ -80,7 +80,7 @@ def _fitted(
 ) -> list[list[float]]:
     """Take Adam's steps, and keep the parameters with the smallest errors on the first batches. Return these errors,
     per row."""
-    rates = _rates(parameters, lr)
+    rates = step_sizes(parameters, lr)
     optimizer = torch.optim.Adam([{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)])
     kept = [p.detach().clone() for p in parameters]
     for n in range(1, steps + 1):
@@ -124,7 +124,7 @@ def _estimate(model: nn.Module, rows: Sequence[FoldedRow], batches: Sequence[Bat
             m.momentum, m.training = momentum, training
 
 
-def _rates(parameters: Sequence[nn.Parameter], lr: float) -> list[float]:
+def step_sizes(parameters: Sequence[nn.Parameter], lr: float) -> list[float]:
     """Adam moves every number by about its rate, here a fraction of the numbers' size in each parameter. Parameters
     that are zero move as slowly as the smallest ones."""
     sizes = [float(p.detach().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from neuralode_coupled._checks import Times, check_model, choice, some
+from neuralode_coupled._torch import hooks
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
@@ -487,13 +488,12 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
 
 def _check_no_hooks(target: nn.Module) -> None:
     """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
-    kinds = (target._forward_hooks, target._forward_pre_hooks, target._backward_hooks, target._backward_pre_hooks)
-    hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
-    if hooks:
+    registered = hooks(target)
+    if registered:
         raise ValueError(
-            f"a {type(target).__name__} has hooks ({', '.join(hooks)}), which a coupled layer in its place would not "
-            "call: remove them by handle.remove(), and register them on the converted model; those on modules inside "
-            "of it stay"
+            f"a {type(target).__name__} has hooks ({', '.join(registered)}), which a coupled layer in its place would "
+            "not call: remove them by handle.remove(), and register them on the converted model; those on modules "
+            "inside of it stay"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from neuralode_coupled._checks import is_differentiable, shown, some
+from neuralode_coupled._torch import hooks
 
 Holder = nn.Sequential | nn.ModuleList
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
@@ -100,12 +101,11 @@ def _check_plain(name: str, block: nn.Module) -> None:
     compute parameters from others."""
     for inner, module in block.named_modules():
         at = f"{name}.{inner}" if inner else name
-        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        hooks = [getattr(hook, "__name__", repr(hook)) for kind in kinds for hook in kind.values()]
-        if hooks:
+        registered = hooks(module)
+        if registered:
             raise ValueError(
-                f"{at} has hooks ({some(hooks, _SHOWN)}), and one block takes the place of the row: remove them by "
-                "handle.remove() (weight norm, spectral norm and pruning by their remove_... functions), fold, and "
+                f"{at} has hooks ({some(registered, _SHOWN)}), and one block takes the place of the row: remove them "
+                "by handle.remove() (weight norm, spectral norm and pruning by their remove_... functions), fold, and "
                 "register them on the folded model"
             )
         if parametrize.is_parametrized(module):

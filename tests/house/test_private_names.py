@@ -235,3 +235,19 @@ def test_nests_of_containers_are_taken_apart():
     leaves, restore = _torch.flattened((1, [2, {"a": None, "b": (3,)}]))
     assert leaves == [1, 2, None, 3]
     assert restore([4, 5, 6, 7]) == (4, [5, {"a": 6, "b": (7,)}])
+
+
+def test_hooks_of_a_module_are_seen():
+    """`hooks`: a module that is taken apart or folded must have none. torch has no public list of them: without these
+    attributes, refuse nothing, and say in docs/convert.md that hooks are lost."""
+
+    def watch(*given):
+        return None
+
+    module = nn.Linear(1, 1)
+    assert _torch.hooks(module) == []
+    module.register_forward_hook(watch)
+    module.register_forward_pre_hook(watch)
+    module.register_full_backward_hook(watch)
+    module.register_full_backward_pre_hook(watch)
+    assert _torch.hooks(module) == ["watch"] * 4
