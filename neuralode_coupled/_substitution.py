@@ -143,18 +143,15 @@ def untouched(
     state: Sequence[Tensor],
     run: Callable[..., Result],
     *arguments: Any,
-    plainly: bool = False,
 ) -> Result:
     """``run(*arguments)``; raises `DynamicsError` if it overwrites the state, which the solve needs again.
 
-    Changes of inference tensors are not noticed: these tensors count no changes. ``plainly`` says that `runs_plainly`
-    is known to hold.
+    Changes of inference tensors are not noticed: these tensors count no changes.
     """
-    if not plainly:
-        if tracing():
-            return run(*arguments)
-        if saved_tensors_are_hooked():
-            run = partial(noticing, module, run)
+    if tracing():
+        return run(*arguments)
+    if saved_tensors_are_hooked():
+        run = partial(noticing, module, run)
     before = versions(state)
     observer = _THREAD.observer
     if observer is None:
@@ -164,11 +161,16 @@ def untouched(
         with observer:
             result = run(*arguments)
     if versions(state) != before:
-        raise DynamicsError(
-            f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
-            "clone"
-        )
+        raise overwritten(module)
     return result
+
+
+def overwritten(module: Callable[..., Any]) -> DynamicsError:
+    """The error for a module that writes into the state it is given."""
+    return DynamicsError(
+        f"{type(module).__name__} changes its input in place, which the solve needs again: use inplace=False, or a "
+        "clone"
+    )
 
 
 def runs_plainly() -> bool:
@@ -378,6 +380,11 @@ def observing(observer: AbstractContextManager) -> Iterator[None]:
         yield
     finally:
         _THREAD.observer = before
+
+
+def observed_next() -> bool:
+    """Whether the next evaluation of dynamics is observed."""
+    return _THREAD.observer is not None
 
 
 def observed(run: Callable[[], Result]) -> Result:

@@ -50,11 +50,13 @@ __all__ = [
     "keeps_graph",
     "made_since",
     "noticing_changes",
+    "older",
     "recomputed_later",
     "run_backward",
     "saved_by",
     "saved_tensors_are_hooked",
     "tracing",
+    "version",
     "versions",
     "without_cached_parametrizations",
     "written",
@@ -139,6 +141,11 @@ def made_since(tensor: Tensor, clock: int) -> bool:
     return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= clock
 
 
+def older(node: Any, clock: int) -> bool:
+    """Whether this thread made a node of a graph, other than a leaf's, before `graph_clock` gave ``clock``."""
+    return node._sequence_nr() < clock
+
+
 def recomputed_later() -> bool:
     """Whether `torch.utils.checkpoint` runs the present code, and will run it again in the backward pass."""
     hooks = _top_saved_tensors_default_hooks(True)
@@ -219,6 +226,11 @@ def written(tensors: Iterable[Tensor]) -> bool:
         if tensor.is_inference() or tensor._version > 0:
             return True
     return False
+
+
+def version(tensor: Tensor) -> int:
+    """How often in-place operations have changed a tensor; 0 for an inference tensor."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:

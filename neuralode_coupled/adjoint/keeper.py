@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from neuralode_coupled._torch import graph_clock
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.recording import Recording
 from neuralode_coupled.adjoint.step_graph import Kept, narrow
@@ -52,7 +53,10 @@ class Keeper:
             span.tracer.plan = self._recording.plan  # the first attempt at the first step may have replaced it
             return span.step(plan.buffers[n])
 
-        found, emitted = self._recording.recorded(n, y, run, span.leaves if n == 0 else ())
+        clock = graph_clock()
+        found, emitted = self._recording.recorded(n, y, run, graph=True)
+        if n == 0 and self._recording.looks and not span.closed(clock):
+            self._recording.look(y, span.leaves)
         keep = n > self.first or self._learn(span)
         # A step that depends on tensors that it was not handed is made, and checked, in the backward pass.
         end, parts = y, tuple([part.detach() for part in found])

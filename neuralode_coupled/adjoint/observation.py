@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from neuralode_coupled._torch import graph_clock, has_hooks, made_since
+from neuralode_coupled._torch import graph_clock, has_hooks, made_since, older
 
 _LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
 """The node of a leaf: it has the tensor as its ``variable``."""
@@ -156,6 +156,20 @@ def foreign(
         return leaves
     ids = set(map(id, known))
     return [leaf for leaf in leaves if id(leaf) not in ids]
+
+
+def closed(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], clock: int) -> bool:
+    """Whether a graph, given by its ends, leads to the known tensors and to nothing else that is older than ``clock``.
+
+    Then the function that made it has reached no other tensor by itself. Else an `Observer` must look: the graph does
+    not show tensors, only their nodes, nor whether a leaf was made by the function.
+    """
+    known = list(known)
+    ids = set(map(id, known))
+    for node in walk(ends, places_in_graph(known)):
+        if (id(node.variable) not in ids) if type(node) is _LEAF else older(node, clock):
+            return False
+    return True
 
 
 def lasting(suspects: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Tensor | None:

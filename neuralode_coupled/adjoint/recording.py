@@ -66,12 +66,12 @@ class Recording:
         if count != emits[n]:
             self.plan = replace(self.plan, emits=(*emits[:n], count, *emits[n + 1 :]))
 
-    def recorded(self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = ()) -> Result:
-        """Step ``n``, made by ``run``; with its graph, computed on ``leaves``, if these are given."""
+    def recorded(self, n: int, y: State, run: Callable[[], Result], graph: bool = False) -> Result:
+        """Step ``n``, made by ``run``. If it has a ``graph``, its maker looks for the tensors that it captures."""
         if self.plan.announce is not None:
             self.plan.announce(n, y)
         random = self.replay.before(n)
-        result = self._observed(run, random, leaves) if n == 0 else self._run(run, random)
+        result = self._observed(run, random) if n == 0 and self.looks and not graph else self._run(run, random)
         self.replay.after(random)
         if self.plan.listener is not None:
             self.plan.passed(n)
@@ -90,18 +90,31 @@ class Recording:
         with look or nullcontext():
             return run()
 
-    def _observed(self, run: Callable[[], Result], random: list, leaves: Sequence[Tensor]) -> Result:
-        """The first step. It shows which tensors gradients flow to besides the operands."""
-        if self.plan.overlooked is None or self.plan.observed:
-            return self._run(run, random)
-        observer = Observer((*self.flat, *leaves))
+    @property
+    def looks(self) -> bool:
+        """Whether the first step is to show which tensors gradients flow to besides the operands."""
+        return self.plan.overlooked is not None and not self.plan.observed
+
+    def _observed(self, run: Callable[[], Result], random: list) -> Result:
+        """The first step, watched by an observer."""
+        observer = Observer(self.flat)
         with observing(observer):
             result = self._run(run, random, observer)
-        found = observer.found
+        self._capture(observer.found)
+        return result
+
+    def look(self, y: State, leaves: Sequence[Tensor]) -> None:
+        """Make the first step, which began with ``y``, once more for an observer; the step was made on ``leaves``."""
+        observer, (scratch, world) = Observer((*self.flat, *leaves)), self.replay.again(0)
+        with torch.no_grad(), world, observing(observer):
+            self.plan.step(0, y, self._detached.inputs[0], self._detached.shared, scratch)
+        self._capture(observer.found)
+
+    def _capture(self, found: list[Tensor]) -> None:
+        """Add tensors to those that gradients flow to."""
         if found:
             self.operands = replace(self.operands, captured=(*self.operands.captured, *found))
             self.flat, self.wanted = [*self.flat, *found], [*self.wanted, *[True] * len(found)]
-        return result
 
 
 def asks_for_graph(error: Exception) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import held_bytes
-from neuralode_coupled.adjoint.observation import foreign, lasting, need_replacing, places_in_graph, replaced
+from neuralode_coupled.adjoint.observation import closed, foreign, lasting, need_replacing, places_in_graph, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges, leaves
@@ -152,6 +152,10 @@ class Span:
         count = 0 if all_steps else self._before[2]
         ends = edges([*self._y, *self._emitted[count:]])
         return foreign(ends, self.leaves, self.tracer.stops, self._seen)
+
+    def closed(self, clock: int) -> bool:
+        """Whether the graph shows that the steps so far reach no tensors by themselves; see `closed`."""
+        return closed(edges([*self._y, *self._emitted]), self.leaves, clock)
 
     def back(self) -> None:
         """Take the last step out again."""

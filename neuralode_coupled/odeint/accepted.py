@@ -17,17 +17,18 @@ from torch import Tensor
 
 from neuralode_coupled._substitution import observing
 from neuralode_coupled._times import differentiated
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import graph_clock, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.budget import Memory
-from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, states
-from neuralode_coupled.adjoint.observation import Observer
+from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, restore, states
+from neuralode_coupled.adjoint.observation import Observer, closed
 from neuralode_coupled.adjoint.recording import asks_for_graph, with_graph, without_graph
+from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.growing import Growing
 from neuralode_coupled.odeint.repeated import AcceptedSteps
-from neuralode_coupled.odeint.times import Grid, rows, too_short, unresolved
+from neuralode_coupled.odeint.times import Grid, rows, time_tensor, too_short, unresolved
 from neuralode_coupled.runge_kutta import (
     AdaptiveOptions,
     Callbacks,
@@ -148,7 +149,7 @@ class AdaptiveSolve:
     def _check_resolved(self, watched: _Watched, step: Step) -> None:
         """Raise ValueError if func uses the time, but sees no difference between the ends of the step."""
         real = self.y0[0].dtype.to_real()
-        if watched.uses_time and unresolved([step.start], [step.end], real) is not None:
+        if unresolved([step.start], [step.end], real) is not None and watched.uses_time(step.start, step.y):
             raise too_short(step.start, step.end, real)
 
     def _whole(self, outputs: list[State], stats: Stats) -> tuple[Plan, Operands]:
@@ -255,40 +256,69 @@ class _Watched:
     Attributes:
         found: the tensors that the dynamics reached by itself.
         own_graph: whether the dynamics differentiates its input.
-        uses_time: whether the dynamics uses the time.
         wanted: whether any of all these tensors requires a gradient.
     """
 
     def __init__(self, dynamics: Dynamics, others: State, graph: bool, growing: Growing) -> None:
         self._dynamics, self._growing = dynamics, growing
         self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared, *growing.captured)
-        self._observed = graph and dynamics.overlooked is not None
+        self._looks = graph and dynamics.overlooked is not None and tracing() is None
         # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
         self.found: State = ()
-        self.own_graph = self.uses_time = False
+        self._begun = self.own_graph = False
         self._generators: list[Generator] = []
         self._random: list[Any] = []
 
     def __call__(self, t: Tensor, y: State) -> State:
-        if self._generators:  # the first evaluation is done
-            if self.own_graph or (torch.is_grad_enabled() and not self._growing.open):
-                with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
-                    return self._evaluate(t, y)
-            try:
-                return self._dynamics(t, y)  # as nearly always
-            except (RuntimeError, ValueError) as error:
-                return self._by_graph(error, t, y)
-        observer = None if tracing() else Observer(self._known, watched=t)
-        with nullcontext() if observer is None else observing(observer):
-            slope = self._evaluate(t, y, observer)
-        if observer is not None:
-            self.found = tuple(observer.found) if self._observed else ()
-            self.wanted, self.uses_time = self.wanted or len(self.found) > 0, observer.used
+        if not self._begun:
+            return self._first(t, y)
+        if self.own_graph or (torch.is_grad_enabled() and not self._growing.open):
+            with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
+                return self._evaluate(t, y)
+        try:
+            return self._dynamics(t, y)  # as nearly always
+        except (RuntimeError, ValueError) as error:
+            return self._by_graph(error, t, y)
+
+    def _first(self, t: Tensor, y: State) -> State:
+        """The first evaluation. Its graph shows most quickly that the dynamics reaches no tensor by itself."""
+        clock, graph = graph_clock(), self._growing.open and torch.is_grad_enabled()
+        if self._looks and not graph:
+            observer = Observer(self._known)
+            with observing(observer):
+                slope = self._evaluate(t, y, observer)
+            self.found = tuple(observer.found)
+        else:
+            slope = self._evaluate(t, y)
+            if self._looks and not closed(edges(slope), self._known, clock):
+                self.found = tuple(self._look(t, y).found)
+        self.wanted = self.wanted or len(self.found) > 0
         self._growing.measure(slope, self.found)
-        self._generators = [*of_torch(y[0].device), *others()]
-        self._random = states(self._generators)
+        self._begun = True
+        if self.wanted:
+            self._generators = [*of_torch(y[0].device), *others()]
+            self._random = states(self._generators)
         return slope
+
+    def uses_time(self, at: float, y: State) -> bool:
+        """Whether the dynamics uses the time, as an evaluation at this time and state shows."""
+        t = time_tensor(at, y[0])
+        return self._look(t, y).used
+
+    def _look(self, t: Tensor, y: State) -> Observer:
+        """What an observer sees in one more evaluation, which leaves no trace."""
+        observer, generators = Observer(self._known, watched=t), [*of_torch(y[0].device), *others()]
+        scratch, random = tuple([buffer.clone() for buffer in self._dynamics.buffers]), states(generators)
+        state = tuple([part.detach() for part in y])
+
+        def run() -> State:
+            with torch.no_grad(), observing(observer):
+                return self._evaluate(t, state, observer)
+
+        self._dynamics.within(self._growing.shared, scratch, run)
+        restore(generators, random)
+        return observer
 
     def _evaluate(self, t: Tensor, y: State, observer: Observer | None = None) -> State:
         if self.own_graph:

@@ -16,10 +16,12 @@ from neuralode_coupled._substitution import (
     exchanged,
     holdings,
     indexed,
+    observed_next,
+    overwritten,
     runs_plainly,
     untouched,
 )
-from neuralode_coupled._torch import caches_parametrizations, without_cached_parametrizations
+from neuralode_coupled._torch import caches_parametrizations, version, without_cached_parametrizations
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.plan import Overlooked
 from neuralode_coupled.field.reachable import captured
@@ -150,9 +152,16 @@ class Dynamics:
         if y[0].requires_grad and not torch.is_grad_enabled():
             # func may look whether there is a graph, and may have marked the state so at an earlier evaluation.
             y = tuple([part.detach() for part in y])
-        slope = untouched(self._func, y, self._func, t, y if self._is_tuple else y[0], plainly=self._plainly)
-        if not self._is_tuple and isinstance(slope, Tensor) and slope.shape == y[0].shape and slope.dtype == y[0].dtype:
-            return (slope,)  # the usual case, kept fast: this runs at every evaluation
+        if self._is_tuple or not self._plainly or observed_next():
+            return self._checked(untouched(self._func, y, self._func, t, y if self._is_tuple else y[0]), y)
+        # The usual case, the same in one piece: this runs at every evaluation.
+        part = y[0]
+        before = version(part)
+        slope = self._func(t, part)
+        if before != version(part):
+            raise overwritten(self._func)
+        if isinstance(slope, Tensor) and slope.shape == part.shape and slope.dtype == part.dtype:
+            return (slope,)
         return self._checked(slope, y)
 
     def _checked(self, slope: Any, y: State) -> State:

@@ -63,24 +63,42 @@ def combine(
     plainly: bool = False,
 ) -> State:
     """``y + dt * sum_j weights[j] slopes[j]``, without the zeros. ``plainly``: it is known that nothing is traced."""
-    terms: list[tuple[Any, State]] = [
-        (dt * w, k) for w, k in zip(weights, slopes, strict=True) if isinstance(w, Tensor) or w != 0.0
-    ]
+    # If one weight is a tensor, so is the first one: it is the first slope's, at a time that is a tensor.
+    if isinstance(dt, Tensor) or (weights and isinstance(weights[0], Tensor)):
+        return _combine_by_tensors(y, slopes, weights, dt)
     # Without a graph the additions after the first write into its result: large states then need no new memory for
     # each. Not in a transform, which may have given y fewer axes than the slopes.
-    in_place = len(terms) > 1 and not torch.is_grad_enabled() and (plainly or not tracing())
+    in_place = not torch.is_grad_enabled() and (plainly or not tracing())
+    numbers: Sequence[Any] = weights
     moved: list[Tensor] = []
     for i, part in enumerate(y):
         total, own = part, False
-        for scale, slope in terms:
+        for weight, slope in zip(numbers, slopes, strict=True):
+            if weight == 0.0:
+                continue
+            # A scaled addition is one pass over memory and keeps nothing for its backward.
             if own:
-                total.add_(slope[i], alpha=scale)
-            elif isinstance(scale, Tensor):
-                # A part without axes would not determine the dtype beside another scalar: it keeps its own.
-                total = total + (scale * slope[i]).to(part.dtype)
+                total.add_(slope[i], alpha=dt * weight)
             else:
-                # A scaled addition is one pass over memory and keeps nothing for its backward.
-                total = total.add(slope[i], alpha=scale)
-                own = in_place
+                total, own = total.add(slope[i], alpha=dt * weight), in_place
+        moved.append(total)
+    return tuple(moved)
+
+
+def _combine_by_tensors(
+    y: State, slopes: Sequence[State], weights: Sequence[float | Tensor], dt: float | Tensor
+) -> State:
+    """`combine` where gradients flow to the step's length or to a time within it."""
+    terms: list[tuple[Any, State]] = [
+        (dt * weight, slope)
+        for weight, slope in zip(weights, slopes, strict=True)
+        if isinstance(weight, Tensor) or weight != 0.0
+    ]
+    moved: list[Tensor] = []
+    for i, part in enumerate(y):
+        total = part
+        for scale, slope in terms:
+            # A part without axes would not determine the dtype beside another scalar: it keeps its own.
+            total = total + (scale * slope[i]).to(part.dtype)
         moved.append(total)
     return tuple(moved)

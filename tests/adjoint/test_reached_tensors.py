@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 import weakref
 
 import pytest
@@ -469,8 +470,30 @@ def test_nothing_else_becomes_an_operand(adjoint, method, monkeypatch):
         grid = {} if method == "dopri5" else {"steps": 3}
         layer = nc.CoupledODE(f, nc.ReactionDiffusionAdvection(), method=method, adjoint=adjoint, **grid).double()
         layer(torch.randn(4, 3, **FLOAT64, requires_grad=True)).sum().backward()
-    assert found
     assert not any(found)
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_only_hidden_tensors_cost_an_evaluation(hidden, solve):
+    """The first graph shows that f reaches nothing by itself; else the first step, or evaluation, is made once more."""
+    net, scale = nn.Linear(3, 3, **FLOAT64), torch.ones((), **FLOAT64, requires_grad=True)
+    place = itertools.repeat(scale)  # no search looks into an iterator
+    counts, gradients = [], []
+
+    def f(t, y):
+        counts[-1] += 1
+        return torch.tanh(net(y)) * (next(place) if hidden else 1.0)
+
+    del scale
+    for solver in (nc.odeint_dto, odeint):
+        counts.append(0)
+        next(place).grad = None
+        solver(f, torch.ones(2, 3, **FLOAT64), T, **SOLVES[solve]).square().sum().backward()
+        gradients.append(next(place).grad)
+    assert counts[0] == counts[1] + hidden * {"rk4": 4, "dopri5": 1}[solve]  # a step is observed, or an evaluation
+    if hidden:
+        torch.testing.assert_close(*gradients)
 
 
 class OwnSlope(nn.Module):

@@ -76,18 +76,21 @@ def test_what_a_graph_holds_can_be_looked_at():
 
 
 def test_nodes_are_numbered():
-    """`graph_clock`, `made_since`: what an `autograd.Function` makes in a solve is not taken for a tensor from outside.
+    """`graph_clock`, `made_since`, `older`: what an `autograd.Function` makes in a solve is not a tensor from outside.
     Without the numbers of nodes ask whether a tensor depends on the leaves of the solve."""
     x = torch.randn(2, requires_grad=True)
     before = x.tanh()
     clock = _torch.graph_clock()
     assert not _torch.made_since(before, clock)
     assert not _torch.made_since(x, clock)
-    assert _torch.made_since(x.tanh(), clock)
+    after = x.tanh()
+    assert _torch.made_since(after, clock)
+    assert _torch.older(before.grad_fn, clock)
+    assert not _torch.older(after.grad_fn, clock)
 
 
 def test_changes_in_place_are_counted():
-    """`versions`: inputs that f overwrites, and states that the caller does.
+    """`version`, `versions`: inputs that f overwrites, and states that the caller does.
 
     Without ``Tensor._version`` compare copies, or leave those checks out and say so.
     """
