@@ -12,6 +12,8 @@ This module makes the forward pass; `sweep` makes the backward pass.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +28,7 @@ from neuralode_coupled.adjoint.products import Keep, selective_contexts
 from neuralode_coupled.adjoint.recording import Recording, uncached_casts, without_graph
 from neuralode_coupled.adjoint.schedules import Schedule, schedule
 from neuralode_coupled.adjoint.stores import Store, store
+from neuralode_coupled.adjoint.tracer import Span
 
 
 def unroll(plan: Plan, operands: Operands) -> list[State]:
@@ -60,7 +63,7 @@ def checkpointed(plan: Plan, operands: Operands, memory: Memory, keep: Keep | No
     """
     if torch.compiler.is_compiling():
         return _compiled(plan, operands, memory, keep)
-    if unrolled():
+    if plan.whole or unrolled():
         return unroll(plan, operands)
     if keep is not None:
         raise ValueError(f"keep={keep!r} works only inside of torch.compile: leave it out, or compile")
@@ -72,7 +75,7 @@ def stacked(plan: Plan, operands: Operands, memory: Memory, parts: int) -> State
 
     One output of one node, which a module that keeps it does not keep alive.
     """
-    if torch.compiler.is_compiling() or unrolled():
+    if torch.compiler.is_compiling() or plan.whole or unrolled():
         states = [operands.y0, *checkpointed(plan, operands, memory)]
         return tuple([torch.stack([state[i] for state in states]) for i in range(parts)])
     return tuple(_Forward(plan, operands, memory, stacked=parts).run())
@@ -149,16 +152,25 @@ class _Forward:
         """The outputs, as a node of autograd's graph if a gradient is wanted."""
         with without_graph(self._recording.y0[0].device):
             outputs = self._steps()
-            if self._stacked is not None:
-                states = [self._recording.y0, *arranged(outputs, len(self._recording.y0))]
-                outputs = [torch.stack([state[i] for state in states]) for i in range(self._stacked)]
+            whole = self._keeper is not None and self._keeper.whole is not None
+            if not whole:
+                outputs = self._in_form(self._recording.y0, outputs)
+        if whole:
+            return self._in_form(self._recording.operands.y0, outputs)
         if not self._graph:
             return outputs
         found = [*outputs, *self._stored]
         return list(Checkpointed.apply(self._solve(), found, *self._recording.flat)[: len(outputs)])
 
+    def _in_form(self, y0: State, emitted: list[Tensor]) -> list[Tensor]:
+        """The emitted states as outputs: stacked behind y0, if that is wanted."""
+        if self._stacked is None:
+            return emitted
+        states = [y0, *arranged(emitted, len(y0))]
+        return [torch.stack([state[i] for state in states]) for i in range(self._stacked)]
+
     def _steps(self) -> list[Tensor]:
-        """The emitted states, flat and without a graph."""
+        """The emitted states, flat and without a graph; with it if it is autograd's own."""
         plan = self._recording.plan
         if plan.made is not None:
             self._recording.replay.leave_out(plan.count)
@@ -178,6 +190,8 @@ class _Forward:
             before, keeper = y, self._keeper
             if keeper is not None and keeper.first <= n < keeper.end:
                 y, out = keeper.step(n, y)
+                if keeper.whole is not None:
+                    return self._rest(keeper, keeper.whole)
             else:
                 y, out = recording.step(n, y)
             if n == 0:
@@ -192,6 +206,20 @@ class _Forward:
             self._schedule = self._scheduled(self._behind)
         if len(self._schedule.stored) == 1 and self._keeper is None and not recording.plan.observed:
             self._end = y
+        return emitted
+
+    def _rest(self, keeper: Keeper, first: Span) -> list[Tensor]:
+        """The emitted states after the first step, in autograd's own graph: nothing is recorded or repeated."""
+        plan, operands = self._recording.plan, self._recording.operands
+        y, emitted = first.made
+        with torch.enable_grad():
+            for n in range(1, plan.count):
+                if plan.announce is not None:
+                    plan.announce(n, tuple([part.detach() for part in y]))
+                y, out = plan.step(n, y, operands.inputs[n], keeper.shared, plan.buffers[n])
+                emitted.extend(chain.from_iterable(out))
+        plan.stats.kept += plan.count // plan.parts
+        plan.stats.kept_bytes += plan.count * keeper.size
         return emitted
 
     @property

@@ -40,8 +40,9 @@ class DiscreteAdjoint:
     By default it keeps the graphs of the first steps, as many as fit into ``memory`` bytes, and recomputes the other
     steps from stored states. Small states cost as much as with `Backprop`, large ones one more forward pass. Memory:
     ``memory`` bytes, the stored states and one step's graph, O(L) + O(N_t). With ``checkpoints=None`` each step is
-    recomputed once; with fewer stored states more steps are recomputed, the fewest possible. A kept graph serves one
-    backward pass. No graph is kept under hooks on saved tensors, or if an operation in C++ hides the tensors it holds.
+    recomputed once; with fewer stored states more steps are recomputed, the fewest possible. If the graphs of all steps
+    are kept, they are autograd's own, as with `Backprop`; one of several serves a single backward pass. No graph is
+    kept under hooks on saved tensors, or if an operation in C++ hides the tensors it holds.
 
     The gradient is exact for the discrete map, to the rounding of `Backprop`. Recomputed steps see the random numbers,
     buffers, autocast and train/eval flags of the forward pass. A second backward (``retain_graph=True``) and a double

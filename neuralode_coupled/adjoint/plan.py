@@ -96,6 +96,8 @@ class Plan:
             tensors than y0.
         kept: the graphs of the first steps, if making the plan has already made them.
         made: the states that all steps emit, if ``kept`` has all of them: the forward pass then makes no step.
+        whole: whether the step only hands out what has been made, with a graph that autograd keeps: there is nothing to
+            recompute.
         around: ``around(shared, buffers, run)`` returns ``run()``, which makes steps on these tensors. It puts the
             tensors in their places once, in place of once per step. None if there is nothing to put in place.
         more: whether the last step may emit more states than ``emits`` says, and reports their structure.
@@ -116,6 +118,7 @@ class Plan:
     parts: int = 1
     kept: tuple[Kept, ...] = ()
     made: tuple[State, ...] | None = None
+    whole: bool = False
     around: Callable[[State, State, Callable[[], Any]], Any] | None = None
     more: bool = False
     count: int = field(init=False)

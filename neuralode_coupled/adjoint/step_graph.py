@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import Parameter
 
 from neuralode_coupled._torch import add_many, add_many_, run_backward, versions
 from neuralode_coupled._types import State
@@ -105,6 +107,26 @@ def leaves(tensors: State, wanted: Sequence[bool]) -> State:
     return tuple([tensor.detach().requires_grad_() if want else tensor.detach() for tensor, want in rows])
 
 
+def linked(tensors: State, wanted: Sequence[bool]) -> State:
+    """Views in place of the tensors, at which a graph can be cut off as at `leaves`, or go on outside."""
+    with torch.enable_grad():
+        rows = zip(tensors, wanted, strict=True)
+        return tuple([tensor.view_as(tensor) if want else tensor.detach() for tensor, want in rows])
+
+
+def may_be_linked(tensors: Iterable[Tensor], captured: Sequence[Tensor]) -> bool:
+    """Whether a graph of `linked` tensors, which also uses the captured ones, can still be cut off.
+
+    Not if a captured tensor may lie behind one of the others: autograd would go past the cut to reach it.
+    """
+    for tensor in tensors:
+        if len(captured) > 0 and tensor.grad_fn is not None:
+            return False
+        if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided:
+            return False  # others need not have views
+    return True
+
+
 def edges(outputs: Sequence[Tensor]) -> list[GradientEdge | None]:
     """Where gradients of tensors enter their graph; None for tensors without one. The edges do not hold the tensors."""
     return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs]
@@ -121,9 +143,17 @@ def vjp(
     if not pairs or not leaves:
         return [None] * len(leaves)
     heads, weights = zip(*pairs, strict=True)
-    if not create_graph:
-        return list(run_backward(heads, weights, tuple(leaves)))
-    return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
+    with _uncast(weights[0].device):
+        if not create_graph:
+            return list(run_backward(heads, weights, tuple(leaves)))
+        return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
+
+
+def _uncast(device: torch.device) -> AbstractContextManager:
+    """Autocast off: a backward pass computes in the precisions of its forward pass, which may have had it off inside of
+    f. A recomputed step runs within autocast."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.budget import held_bytes
-from neuralode_coupled.adjoint.observation import closed, foreign, lasting, need_replacing, places_in_graph, replaced
+from neuralode_coupled.adjoint.observation import (
+    Places,
+    closed,
+    foreign,
+    lasting,
+    need_replacing,
+    places_in_graph,
+    replaced,
+)
 from neuralode_coupled.adjoint.plan import Operands, Plan
 from neuralode_coupled.adjoint.replay import Replay
-from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges, leaves
+from neuralode_coupled.adjoint.step_graph import Chain, StepGraph, edges, leaves, linked
 
 Traced = tuple[StepGraph, State, tuple[State, ...]]
 """A step's graph, the next state, and what the step emits."""
@@ -26,6 +34,7 @@ class Tracer:
         plan: the steps.
         operands: their tensors.
         needed: the operands' structure with a bool at every leaf.
+        linked: whether the graph goes on outside, see `linked`, in place of beginning at leaves.
 
     Attributes:
         first: the first step that a gradient is asked of; before it there is nothing to do.
@@ -33,8 +42,8 @@ class Tracer:
         stops: the places of these tensors in a graph outside.
     """
 
-    def __init__(self, plan: Plan, operands: Operands, needed: Operands) -> None:
-        self.plan, self.operands = plan, operands
+    def __init__(self, plan: Plan, operands: Operands, needed: Operands, linked: bool = False) -> None:
+        self.plan, self.operands, self.linked = plan, operands, linked
         self.needed: Any = needed
         everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
@@ -44,8 +53,12 @@ class Tracer:
         captured, self._replaced = operands.captured, ()
         if need_replacing(captured):
             self._replaced, captured = captured, leaves(captured, self.needed.captured)
-        self.captured, self.stops = captured, places_in_graph(captured)
-        self.shared = leaves(operands.shared, self.needed.shared)
+        self.shared = self.starts(operands.shared, self.needed.shared)
+        self.captured, self.stops = captured, places_in_graph((*captured, *self.shared) if linked else captured)
+
+    def starts(self, tensors: State, wanted: list[bool]) -> State:
+        """Where a graph begins, in place of the tensors."""
+        return linked(tensors, wanted) if self.linked else leaves(tensors, wanted)
 
     @property
     def replaces(self) -> bool:
@@ -111,7 +124,7 @@ class Span:
     def __init__(self, tracer: Tracer, first: int, y: State, wanted_y: list[bool]) -> None:
         self.tracer, self.first, self.end = tracer, first, first
         self._wanted: tuple[list[bool], list[bool], list[bool]] = (wanted_y, [], list(tracer.needed.shared))
-        self._start = self._y = leaves(y, wanted_y)
+        self._start = self._y = tracer.starts(y, wanted_y)
         self._shared = tracer.shared
         self._inputs: list[Tensor] = []
         self._emitted: list[Tensor] = []
@@ -124,10 +137,21 @@ class Span:
         """The tensors that the steps so far were computed on: state, inputs, shared and captured tensors."""
         return [*self._start, *self._inputs, *self._shared, *self.tracer.captured]
 
+    @property
+    def _stops(self) -> Places:
+        """Where the graph begins, or goes on outside."""
+        stops = self.tracer.stops
+        return stops | places_in_graph((*self._start, *self._inputs)) if self.tracer.linked else stops
+
+    @property
+    def made(self) -> tuple[State, list[Tensor]]:
+        """The state at the end, and what the steps have emitted, flat; with their graph."""
+        return self._y, self._emitted
+
     def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One more step: the next state and what it emits, with their graph."""
         n, needed = self.end, self.tracer.needed.inputs[self.end]
-        inputs = leaves(self.tracer.operands.inputs[n], needed) if needed else ()
+        inputs = self.tracer.starts(self.tracer.operands.inputs[n], needed) if needed else ()
         y, emitted = self.tracer.run(n, self._y, inputs, self._shared, buffers)
         self._before = self._y, len(self._inputs), len(self._emitted)
         self._y = y
@@ -151,7 +175,7 @@ class Span:
             return []
         count = 0 if all_steps else self._before[2]
         ends = edges([*self._y, *self._emitted[count:]])
-        return foreign(ends, self.leaves, self.tracer.stops, self._seen)
+        return foreign(ends, self.leaves, self._stops, self._seen)
 
     def closed(self, clock: int) -> bool:
         """Whether the graph shows that the steps so far reach no tensors by themselves; see `closed`."""
@@ -166,7 +190,7 @@ class Span:
     def held_bytes(self) -> int | None:
         """The bytes that the graph holds besides operands and states; None if they cannot be determined."""
         states = [*self._y, *self._emitted]
-        return held_bytes(edges(states), [*states, *self.leaves], self.tracer.stops)
+        return held_bytes(edges(states), [*states, *self.leaves], self._stops)
 
     def graph(self) -> StepGraph:
         """The graph of all steps so far, for one vector-Jacobian product."""

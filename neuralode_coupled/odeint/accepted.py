@@ -115,8 +115,10 @@ class AdaptiveSolve:
 
         self._run(recent or watched, growing, take, stats)
         if not steps:
-            return self._whole(outputs, stats)
+            return self._whole(outputs, stats, tuple([part.detach() for part in self.y0]))
         watched.check(self.advance is accepted_steps)
+        if growing.whole(stats, len(steps)):
+            return self._whole([y for step in steps for y in step.outputs], stats, self.y0)
         grid = self._grid(steps, within)
         again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
         made = growing.steps == len(steps)
@@ -152,14 +154,14 @@ class AdaptiveSolve:
         if unresolved([step.start], [step.end], real) is not None and watched.uses_time(step.start, step.y):
             raise too_short(step.start, step.end, real)
 
-    def _whole(self, outputs: list[State], stats: Stats) -> tuple[Plan, Operands]:
-        """The solve as one step without a graph, which keeps only the outputs."""
+    def _whole(self, outputs: list[State], stats: Stats, y0: State) -> tuple[Plan, Operands]:
+        """The solve as one step, which has been made: without a graph, or with one that needs nothing else."""
 
         def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
             return outputs[-1], tuple(outputs)
 
-        plan = Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats)
-        return plan, Operands(tuple(part.detach() for part in self.y0), ((),), ())
+        plan = Plan(step, (len(outputs),), ((),), self.dynamics.module, (0,), stats, whole=True)
+        return plan, Operands(y0, ((),), ())
 
     def _run(self, f: Slope, growing: Growing, take: Callable[[Iterator[Step]], None], stats: Stats) -> None:
         """Hand the accepted steps to ``take``, with a graph if ``growing`` wants one."""

@@ -98,8 +98,8 @@ def odeint_dto(
         memory: the bytes that graphs may take between the passes, see `DiscreteAdjoint`.
         params: the tensors that gradients flow to besides y0 and t. None: all that func uses. These are the parameters
             of func, or of the modules in a plain callable's closure, globals and attributes; buffers and tensors there
-            that require gradients; and the tensors that the first evaluation of each solve uses. If only a later step
-            uses a tensor that is in none of these places, the backward pass raises an error.
+            that require gradients; and the tensors that the first evaluation of each solve uses. If a step that is
+            recomputed uses a tensor that is in none of these places, the backward pass raises an error.
         adjoint: a `ReversibleAdjoint` solves by its reversible scheme on the steps that an adaptive method accepts.
             Then only the final states and the lengths of the steps are kept between the passes, so memory does not grow
             with the number of steps. Steps end at all t, which must not require gradients. Each pass takes two more

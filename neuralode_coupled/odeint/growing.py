@@ -13,9 +13,10 @@ from torch.autograd.graph import GradientEdge
 
 from neuralode_coupled._torch import saved_tensors_are_hooked, tracing
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint import Stats
 from neuralode_coupled.adjoint.budget import NODE, Memory, held_bytes
 from neuralode_coupled.adjoint.observation import Places, foreign, need_replacing, places_in_graph, replaced
-from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, leaves, narrow
+from neuralode_coupled.adjoint.step_graph import Chain, Kept, StepGraph, edges, leaves, linked, may_be_linked, narrow
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.runge_kutta import Embedded, Step
 
@@ -36,6 +37,8 @@ class Growing:
         y0, shared: the leaves that the steps are computed on.
         captured: the tensors at which the gradients of captured tensors are taken.
         open: whether the next evaluations get a graph.
+        linked: whether this graph goes on outside: if all steps are kept, it is the graph of the solve. Else it is cut
+            off at y0 and the shared tensors.
         fits: whether the graph of one step fits into the memory, as far as the first evaluation shows.
         steps: how many steps are kept.
     """
@@ -44,13 +47,17 @@ class Growing:
         self._dynamics, self._method, self._memory = dynamics, method, memory
         flat = (*y0, *dynamics.shared, *dynamics.captured)
         self.open = graph and not tracing() and any(x.requires_grad for x in flat)
-        self.y0, self.shared = self._leaves(y0), self._leaves(dynamics.shared)
         # As in `Tracer`: gradients are taken at the captured tensors themselves where possible.
         self._replaced = dynamics.captured if self.open and need_replacing(dynamics.captured) else ()
-        self.captured: State = self._leaves(self._replaced) or dynamics.captured
-        self._stops: Places = set()
         # The size of tensors that hooks pack is not known.
         self._keeps = memory.auto and not saved_tensors_are_hooked()
+        # Buffers may change before the backward pass, and gradients may be left out on purpose.
+        all_of_it = self.open and self._keeps and dynamics.overlooked is not None and not dynamics.buffers
+        self._given = (*y0, *dynamics.shared)
+        self.linked = all_of_it and not self._replaced and may_be_linked(self._given, dynamics.captured)
+        self.y0, self.shared = self._starts(y0), self._starts(dynamics.shared)
+        self.captured: State = self._leaves(self._replaced) or dynamics.captured
+        self._stops: Places = set()
         self.fits, self.steps = False, 0
         self._size, self._room = 0, 0
         self._emitted: list[Tensor] = []
@@ -60,6 +67,10 @@ class Growing:
 
     def _leaves(self, tensors: State) -> State:
         return leaves(tensors, [self.open and x.requires_grad for x in tensors])
+
+    def _starts(self, tensors: State) -> State:
+        """Where the graph begins."""
+        return linked(tensors, [x.requires_grad for x in tensors]) if self.linked else self._leaves(tensors)
 
     def step(self, accepted: Iterator[Step]) -> Step | None:
         """The next step, or None after the last one."""
@@ -80,7 +91,7 @@ class Growing:
         if not self.open:
             return
         self.captured = (*self.captured, *found)
-        self._stops = places_in_graph(self.captured)
+        self._stops = places_in_graph(self._known)
         # The sums of slopes hold no tensors. A step's graph is that of its evaluations, each at its own state.
         size = held_bytes(edges(slope), [*slope, *self.shared, *self.captured], self._stops)
         slopes = self._method.slopes
@@ -88,6 +99,7 @@ class Growing:
         self._room = 0 if size is None else self._memory.graphs // max(self._size, 1)
         self.fits = self._room >= 1
         late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))
+        late = late or (self.linked and not may_be_linked(self._given, found))
         # In 16 bits a sum over many steps in one graph would lose most of them.
         summed = any(map(narrow, (*self._dynamics.shared, *self.captured)))
         self.open = self._keeps and self.fits and not summed and not late
@@ -97,7 +109,7 @@ class Growing:
         if not self.open:
             return
         end = step.next_y if self._method.reuses else (*step.next_y, *step.last)
-        if self.steps == 0 and self._foreign(edges([*end, *step.last])):
+        if self.steps == 0 and not self.linked and self._foreign(edges([*end, *step.last])):
             self.open = False  # the backward pass makes the graph, and checks it
             return
         self._chain.append([part.grad_fn for part in end])
@@ -114,6 +126,14 @@ class Growing:
     @property
     def _known(self) -> list[Tensor]:
         return [*self.y0, *self.shared, *self.captured]
+
+    def whole(self, stats: Stats, steps: int) -> bool:
+        """Whether the graph is that of the solve, which has so many steps; ``stats`` then counts what it keeps."""
+        if not self.linked or self.steps < steps:
+            return False
+        stats.kept += steps
+        stats.kept_bytes += steps * self._size
+        return True
 
     def kept(self, start: State, parts: int) -> tuple[Kept, ...]:
         """The graph of the steps so far, which begin with the state ``start`` and have ``parts`` each."""

@@ -121,7 +121,9 @@ def test_solves_are_unrolled_autograd(data, problem, method, memory, checkpoints
         exact = solved(torchdiffeq.odeint, func, y0, t, asked, **arguments)
     else:  # everything recomputed
         exact = solved(odeint_dto, func, y0, t, asked, **arguments, checkpoints=None)
-    assert oracle.largest_error(found, exact) < (1e-5 if single else 1e-9 if short else 1e-12)
+    # Differences of times in float32 are rounded in another order by torchdiffeq.
+    bound = (1e-4 if asked[1] else 1e-5) if single else 1e-9 if short else 1e-12
+    assert oracle.largest_error(found, exact) < bound
 
 
 @given(problems(), st.sampled_from([*METHODS, *ADAPTIVE]), MEMORY, st.booleans())
@@ -330,7 +332,7 @@ SOLVES = {
 
 @pytest.mark.parametrize("memory", [0, 60_000, 2**25])
 @pytest.mark.parametrize("solve", SOLVES)
-def test_the_graphs_go_with_the_first_backward_pass_or_with_the_output(solve, memory):
+def test_the_graphs_go_with_the_backward_pass_or_with_the_output(solve, memory):
     layer = nc.CoupledODE(Through(), adjoint=nc.DiscreteAdjoint(memory=memory), **SOLVES[solve]).double()
     z0 = torch.randn(3, **FLOAT64, requires_grad=True)
     gc.disable()  # nothing waits for a collection of circles
@@ -345,8 +347,12 @@ def test_the_graphs_go_with_the_first_backward_pass_or_with_the_output(solve, me
             assert len(Marked.alive) == kept
             torch.autograd.grad(loss, z0, retain_graph=True, create_graph=create_graph)
             gc.collect()  # a graph of second order is a circle of autograd's own
-            assert len(Marked.alive) == 0
+            # If all steps are kept, the graph is autograd's own, which `retain_graph` retains.
+            whole = layer.stats.kept == layer.stats.accepted or layer.stats.kept == SOLVES[solve].get("steps")
+            assert len(Marked.alive) == (kept if whole else 0)
             del loss
+            gc.collect()
+            assert len(Marked.alive) == 0
         with torch.no_grad():
             layer(z0)
         layer.requires_grad_(False)(z0.detach())
@@ -734,7 +740,9 @@ def test_the_statistics(steps, method, fitting):
     loss.backward(retain_graph=True)
     assert layer.stats.recomputed == (steps - kept) * stages
     loss.backward()
-    assert layer.stats.recomputed == (2 * steps - kept) * stages  # all states behind the kept steps are there
+    # All states behind the kept steps are there. The graph of a solve that is all kept has been retained.
+    again = 0 if kept == steps else 2 * steps - kept
+    assert layer.stats.recomputed == again * stages
 
 
 class Heavily(nn.Module):
