@@ -75,7 +75,10 @@ def stacked(plan: Plan, operands: Operands, memory: Memory, parts: int) -> State
 
     One output of one node, which a module that keeps it does not keep alive.
     """
-    if torch.compiler.is_compiling() or plan.whole or unrolled():
+    if plan.whole:
+        states = [operands.y0, *plan.step(0, operands.y0, (), (), ())[1]]
+        return tuple([torch.stack([state[i] for state in states]) for i in range(parts)])
+    if torch.compiler.is_compiling() or unrolled():
         states = [operands.y0, *checkpointed(plan, operands, memory)]
         return tuple([torch.stack([state[i] for state in states]) for i in range(parts)])
     return tuple(_Forward(plan, operands, memory, stacked=parts).run())

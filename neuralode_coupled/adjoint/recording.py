@@ -141,14 +141,20 @@ def _detached(state: State) -> State:
     return tuple([part.detach() for part in state])
 
 
-@contextmanager
-def without_graph(device: torch.device) -> Iterator[None]:
+def without_graph(device: torch.device) -> AbstractContextManager:
     """Run a forward pass without a graph, and leave nothing in it that the code outside would find.
 
     Autocast would cache casts made here and hand them, without a graph, to the code outside that uses the same
     parameters. Hooks outside must not see the tensors that dynamics save for a derivative of their own:
     `torch.utils.checkpoint` would run the layer again, inside of its own evaluation.
     """
+    if not saved_tensors_are_hooked() and not torch.is_autocast_enabled(device.type):
+        return torch.no_grad()
+    return _unseen(device)
+
+
+@contextmanager
+def _unseen(device: torch.device) -> Iterator[None]:
     unseen = saved_tensors_hooks(_same, _same) if saved_tensors_are_hooked() else nullcontext()
     with torch.no_grad(), uncached_casts(device), unseen:
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,17 +142,19 @@ def vjp(
     if not pairs or not leaves:
         return [None] * len(leaves)
     heads, weights = zip(*pairs, strict=True)
-    with _uncast(weights[0].device):
+
+    def run() -> Gradients:
         if not create_graph:
             return list(run_backward(heads, weights, tuple(leaves)))
         return list(torch.autograd.grad(heads, leaves, weights, create_graph=create_graph, allow_unused=True))
 
-
-def _uncast(device: torch.device) -> AbstractContextManager:
-    """Autocast off: a backward pass computes in the precisions of its forward pass, which may have had it off inside of
-    f. A recomputed step runs within autocast."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    kind = weights[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return run()
+    # A recomputed step runs within autocast; but a backward pass computes in the precisions of its forward pass, which
+    # may have had autocast off inside of f.
+    with torch.autocast(kind, enabled=False):
+        return run()
 
 
 def add(alpha: Gradients, more: Sequence[Tensor | None]) -> Gradients:

@@ -159,7 +159,11 @@ class Sweep:
 
     def _arrives(self, first: int, end: int) -> bool:
         """Whether there is a gradient to take back through these steps."""
-        return any(part is not None for part in chain(self._alpha, *self._arriving[first:end]))
+        for row in (self._alpha, *self._arriving[first:end]):
+            for part in row:
+                if part is not None:
+                    return True
+        return False
 
     def _through(self, first: int, end: int, graph: StepGraph) -> None:
         """Compute alpha_n and gamma_n from alpha_{n+1}, of one or several steps; add to the shared gradients."""

@@ -39,6 +39,7 @@ class Tracer:
     Attributes:
         first: the first step that a gradient is asked of; before it there is nothing to do.
         captured: the tensors at which the gradients of captured tensors are asked for.
+        roots: the nodes of the shared leaves, at which every step's graph ends.
         stops: the places of these tensors in a graph outside.
     """
 
@@ -55,6 +56,7 @@ class Tracer:
             self._replaced, captured = captured, leaves(captured, self.needed.captured)
         self.shared = self.starts(operands.shared, self.needed.shared)
         self.captured, self.stops = captured, places_in_graph((*captured, *self.shared) if linked else captured)
+        self.roots = [] if linked else [edge.node for edge in edges(self.shared) if edge is not None]
 
     def starts(self, tensors: State, wanted: list[bool]) -> State:
         """Where a graph begins, in place of the tensors."""
@@ -128,7 +130,7 @@ class Span:
         self._shared = tracer.shared
         self._inputs: list[Tensor] = []
         self._emitted: list[Tensor] = []
-        self._seen: set[Any] = set()
+        self._seen: set[Any] = set(tracer.roots)
         self._before: tuple[State, int, int] = self._y, 0, 0
         self._chain: Chain = []  # the last attribute, see `Chain`
 

@@ -108,7 +108,7 @@ class AdaptiveSolve:
                 self._check_resolved(watched, step)
                 growing.add(step)
                 if watched.wanted:  # known after the first evaluation
-                    steps.append(step.kept(not method.reuses))
+                    steps.append(step if growing.linked and growing.open else step.kept(not method.reuses))
                     within.append(times)
                 else:
                     outputs.extend(step.outputs)
@@ -119,6 +119,7 @@ class AdaptiveSolve:
         watched.check(self.advance is accepted_steps)
         if growing.whole(stats, len(steps)):
             return self._whole([y for step in steps for y in step.outputs], stats, self.y0)
+        steps = [step.kept(not method.reuses) if step.next_y else step for step in steps]
         grid = self._grid(steps, within)
         again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
         made = growing.steps == len(steps)
@@ -268,20 +269,20 @@ class _Watched:
         # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
         self.found: State = ()
-        self._begun = self.own_graph = False
+        self._begun = self._plainly = self.own_graph = False
         self._generators: list[Generator] = []
         self._random: list[Any] = []
 
     def __call__(self, t: Tensor, y: State) -> State:
+        if self._plainly:  # as nearly always
+            try:
+                return self._dynamics(t, y)
+            except (RuntimeError, ValueError) as error:
+                return self._by_graph(error, t, y)
         if not self._begun:
             return self._first(t, y)
-        if self.own_graph or (torch.is_grad_enabled() and not self._growing.open):
-            with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
-                return self._evaluate(t, y)
-        try:
-            return self._dynamics(t, y)  # as nearly always
-        except (RuntimeError, ValueError) as error:
-            return self._by_graph(error, t, y)
+        with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
+            return self._evaluate(t, y)
 
     def _first(self, t: Tensor, y: State) -> State:
         """The first evaluation. Its graph shows most quickly that the dynamics reaches no tensor by itself."""
@@ -298,6 +299,8 @@ class _Watched:
         self.wanted = self.wanted or len(self.found) > 0
         self._growing.measure(slope, self.found)
         self._begun = True
+        # A step with a graph may turn out to be one without while it is made.
+        self._plainly = not self.own_graph and (self._growing.open or not torch.is_grad_enabled())
         if self.wanted:
             self._generators = [*of_torch(y[0].device), *others()]
             self._random = states(self._generators)
@@ -334,7 +337,7 @@ class _Watched:
         """Evaluate dynamics that differentiate their input. Raises any ``error`` that does not ask for a graph."""
         if error is not None and not asks_for_graph(error):
             raise error
-        self.own_graph = True
+        self.own_graph, self._plainly = True, False
         graph = torch.is_grad_enabled()
         leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
         with torch.enable_grad(), observer or nullcontext():  # it must see how the input is made

@@ -25,25 +25,27 @@ def step(f: Callable[[int, State], State], y: State, dt: float | Tensor, method:
     Returns:
         The state at the end of the step, and the stage states ``y_i`` (the first is ``y`` itself).
     """
-    slopes, stages = _evaluate(f, y, dt, method)
-    return combine(y, slopes, method.b, dt), stages
+    plainly = not tracing()
+    slopes, stages = _evaluate(f, y, dt, method, plainly)
+    return combine(y, slopes, method.b, dt, plainly), stages
 
 
 def increment(f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau) -> State:
     """What `step` adds to ``y``, without the rounding of the addition."""
-    slopes, _ = _evaluate(f, y, dt, method)
-    return combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt)
+    plainly = not tracing()
+    slopes, _ = _evaluate(f, y, dt, method, plainly)
+    return combine(tuple(torch.zeros_like(part) for part in y), slopes, method.b, dt, plainly)
 
 
 def _evaluate(
-    f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau
+    f: Callable[[int, State], State], y: State, dt: float | Tensor, method: Tableau, plainly: bool
 ) -> tuple[list[State], list[State]]:
     """The slopes at all stages, and the stage states."""
-    slopes, stages, compiled = [f(0, y)], [y], torch.compiler.is_compiling()
+    slopes, stages, compiled = [f(0, y)], [y], not plainly and torch.compiler.is_compiling()
     for i, row in enumerate(method.a[1:], 1):
         if not compiled and written(slopes[-1]):
             slopes[-1] = lasting(slopes[-1])
-        stages.append(combine(y, slopes, row, dt))
+        stages.append(combine(y, slopes, row, dt, plainly))
         slopes.append(f(i, stages[-1]))
     return slopes, stages
 
