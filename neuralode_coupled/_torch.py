@@ -5,7 +5,7 @@ Each has a test (``tests/house/test_private_names.py``) that says what to do whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -141,9 +141,9 @@ def made_since(tensor: Tensor, clock: int) -> bool:
     return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() >= clock
 
 
-def older(node: Any, clock: int) -> bool:
-    """Whether this thread made a node of a graph, other than a leaf's, before `graph_clock` gave ``clock``."""
-    return node._sequence_nr() < clock
+def older(nodes: Sequence[Any], clock: int) -> bool:
+    """Whether this thread made one of the nodes of a graph, leaves aside, before `graph_clock` gave ``clock``."""
+    return min(node._sequence_nr() for node in nodes) < clock if nodes else False
 
 
 def recomputed_later() -> bool:

@@ -165,11 +165,11 @@ def closed(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], clock: 
     not show tensors, only their nodes, nor whether a leaf was made by the function.
     """
     known = list(known)
-    ids = set(map(id, known))
-    for node in walk(ends, places_in_graph(known)):
-        if (id(node.variable) not in ids) if type(node) is _LEAF else older(node, clock):
+    ids, found = set(map(id, known)), walk(ends, places_in_graph(known))
+    for node in found:
+        if type(node) is _LEAF and id(node.variable) not in ids:
             return False
-    return True
+    return not older(found, clock)
 
 
 def lasting(suspects: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Tensor | None:

@@ -110,13 +110,13 @@ class OnGrid:
 
         ``further`` receives what a `Block` returns besides the state in the last step.
         """
-        field.begin(z0, unrolled=isinstance(adjoint, Backprop))
+        moving = field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
         if field.follows_time:
             _check_resolved(grid, z0.dtype)
         places = [_Place.of(grid, time, t) for time, t in zip(wanted.numbers, wanted.scalars, strict=True)]
         save = {n for place in places for n in (place.base, place.low, place.high)}
-        problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)), further)
+        problem = GridProblem(field, self.scheme, z0, tuple(sorted(save)), further, moving)
         problem.check_times()
         with _unchanged(field, adjoint):
             saved, stats = adjoint.integrate(problem)
@@ -210,6 +210,7 @@ class GridProblem:
         z0: the initial activations; None if only `refusal` is called.
         save: the grid points whose states are wanted.
         further: if given, what a `Block` returns besides the state in the last step is emitted after those states.
+        moving: see `Stages`.
     """
 
     tolerances: tuple[float, float] | None = None
@@ -221,6 +222,7 @@ class GridProblem:
         z0: Tensor | None,
         save: tuple[int, ...],
         further: Further | None = None,
+        moving: list[str] | None = None,
     ) -> None:
         self._further = further
         self.z0 = torch.empty(0) if z0 is None else z0
@@ -228,7 +230,7 @@ class GridProblem:
         self.ends = tuple([end.to(self.z0.device) for end in scheme.grid.ends])
         self.field, self.scheme, self.save = field, scheme.moved(self.ends) if self.ends else scheme, save
         self.method = scheme.method.name
-        self.stages = Stages(field, scheme.grid.steps)
+        self.stages = Stages(field, scheme.grid.steps, moving)
 
     def time(self, n: int) -> float:
         """The time of grid point ``n``."""

@@ -39,6 +39,7 @@ class Stages:
     Args:
         field: the coupled field.
         steps: the number of steps.
+        moving: what `CoupledField.begin` has just returned; by default the field is looked at anew.
 
     Attributes:
         moving: the names of the parameters that evolve.
@@ -47,11 +48,11 @@ class Stages:
         buffers: for each step, the buffers that it may modify.
     """
 
-    def __init__(self, field: CoupledField, steps: int) -> None:
+    def __init__(self, field: CoupledField, steps: int, moving: list[str] | None = None) -> None:
         self.field = field
-        self.moving = field.moving()
+        self.moving = field.moving() if moving is None else moving
         prefixes = tuple([prefix for prefix, _ in field.per_step])
-        with alone(field.dynamics, anew=True):
+        with alone(field.dynamics, anew=moving is None):
             self._shared: list[str] = []
             shared: list[Tensor] = []
             for name, tensor in _differentiable(field.dynamics):

@@ -154,8 +154,8 @@ class CoupledField(nn.Module):
         """Whether f, or an input, is a function of the time."""
         return self.takes_time or (self.inputs is not None and self.inputs.follow_time)
 
-    def begin(self, z0: Activation, unrolled: bool = False) -> None:
-        """Begin a solve: look at the dynamics as they are now, and check z0.
+    def begin(self, z0: Activation, unrolled: bool = False) -> list[str]:
+        """Begin a solve: look at the dynamics as they are now, and check z0. Returns the parameters of `moving`.
 
         ``unrolled`` says whether the steps use the parameters themselves, where none of them moves.
 
@@ -173,13 +173,14 @@ class CoupledField(nn.Module):
         if tracing() == "compile":
             if torch.compiler.is_exporting():
                 self._check_exported()
-            return
+            return moving
         with alone(self.dynamics, anew=True):
             self._aliases = _aliases(self.dynamics)
         if not unrolled or moving:
             check_no_sample_gradients(
                 self, "" if moving else "; or, as nothing evolves, adjoint=nc.Backprop() on a grid"
             )
+        return moving
 
     def _check_exported(self) -> None:
         """Warn of training mode in an exported program. Raise ValueError if torch reads the code itself
