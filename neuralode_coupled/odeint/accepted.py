@@ -121,7 +121,8 @@ class AdaptiveSolve:
             return self._whole([y for step in steps for y in step.outputs], stats, self.y0)
         steps = [step.kept(not method.reuses) if step.next_y else step for step in steps]
         grid = self._grid(steps, within)
-        again = AcceptedSteps(self.dynamics, grid, method, [step.jump for step in steps], growing.fits, self.sided)
+        jumps = [step.jump for step in steps]
+        again = AcceptedSteps(self.dynamics, grid, method, jumps, self.y0[0], growing.fits, self.sided)
         made = growing.steps == len(steps)
         plan, operands = again.discrete(self.y0, steps, stats, made)
         step = with_graph(plan.step) if watched.own_graph else plan.step

@@ -18,8 +18,8 @@ from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
 from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor, too_short, unresolved
 from neuralode_coupled.runge_kutta import Tableau, lasting, step
-from neuralode_coupled.runge_kutta.adaptive import HOST
 from neuralode_coupled.runge_kutta.rounding import rounding
+from neuralode_coupled.runge_kutta.stage_times import HOST
 
 Announce = Callable[[Tensor, State, Tensor], Any]
 """``announce(t, y, dt)`` is called before each step of the forward pass."""

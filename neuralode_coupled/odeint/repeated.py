@@ -13,7 +13,7 @@ from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.times import Grid, Scalar, time_tensor
 from neuralode_coupled.runge_kutta import Embedded, Step, combine, lasting
-from neuralode_coupled.runge_kutta.adaptive import HOST
+from neuralode_coupled.runge_kutta.stage_times import HOST, StageTimes
 
 TOGETHER = 4
 """How many evaluations of an accepted step have a graph at the same time, at most (one more if it has outputs)."""
@@ -30,6 +30,7 @@ class AcceptedSteps:
         grid: the accepted steps.
         method: the coefficients.
         jumps: whether each step ends at a discontinuity.
+        like: a tensor of the state's dtype, on its device.
         whole: whether the graph of a whole step may be held at once.
         sided: whether func sees the ends of a step from within.
     """
@@ -40,11 +41,13 @@ class AcceptedSteps:
         grid: Grid,
         method: Embedded,
         jumps: list[bool],
+        like: Tensor,
         whole: bool = False,
         sided: bool = True,
     ) -> None:
         self.dynamics, self.grid, self.method, self.jumps = dynamics, grid, method, jumps
         self._side = (1 if grid.length[0] > 0 else -1) if sided else 0
+        self._at = StageTimes(method, like, self._side)
         stages = method.method.stages
         self._parts = 1 if whole else -(-stages // TOGETHER)
         self._bounds = [stages * part // self._parts for part in range(self._parts + 1)]
@@ -117,14 +120,15 @@ class AcceptedSteps:
 
     def _advance(self, n: int, part: int, state: State, inputs: State) -> tuple[State, tuple[State, ...]]:
         """The slopes of one part of step ``n``; for the last part, the state at the step's end."""
-        t0, dt, t1, _ = self.grid.step(n, inputs)
+        dt = self.grid.step(n, inputs)[1]
         width = len(state) // (self._bounds[part] + 1) if part > 0 else self._width(state)
         y, *slopes = (state[i : i + width] for i in range(0, len(state), width))
         if part == 0 and not self.method.reuses and n == 0:
             slopes = []  # nothing is carried to the start
-        for i in range(len(slopes), self._bounds[part + 1]):
+        begin, end = len(slopes), self._bounds[part + 1]
+        for i, t in enumerate(self._times(n, inputs, y[0], begin, end), begin):
             stage = combine(y, slopes, self.method.method.a[i], dt)
-            slopes.append(self._slope(n, i, stage, (t0, dt, t1)))
+            slopes.append(lasting(self.dynamics(t, stage)))
         if part < self._parts - 1:
             return (*y, *(tensor for slope in slopes for tensor in slope)), ()
         return self._end(n, y, slopes, inputs)
@@ -133,18 +137,24 @@ class AcceptedSteps:
         """How many tensors y has in the state at a step's start."""
         return len(state) if self.method.reuses else len(state) // 2
 
-    def _slope(self, n: int, i: int, stage: State, times: tuple[Scalar, Scalar, Scalar]) -> State:
-        t0, dt, t1 = times
-        c = self.method.method.c[i]
-        t, side = (t0, self._before(n)) if i == 0 else (t1, -self._side) if c == 1 else (t0 + c * dt, 0)
-        return lasting(self.dynamics(time_tensor(t, stage[0], side), stage))
+    def _times(self, n: int, inputs: State, like: Tensor, begin: int, end: int) -> Sequence[Tensor]:
+        """The times of the evaluations ``begin`` to ``end`` of step ``n``, the latter excluded. The one behind the
+        stages is at the end of the step."""
+        t0, dt, t1, _ = self.grid.step(n, inputs)
+        if isinstance(t0, Tensor) or isinstance(dt, Tensor) or isinstance(t1, Tensor):
+            c = (*self.method.method.c, 1.0)
+            places = [(t0, self._before(n)), *[(t1, -self._side) if x == 1 else (t0 + x * dt, 0) for x in c[1:]]]
+            return [time_tensor(t, like, side) for t, side in places[begin:end]]
+        numbers = [self._at.beside(t0, self._before(n)), *self._at.numbers(t0, dt, t1)]
+        return self._at.tensors(numbers[begin:end])
 
     def _end(self, n: int, y: State, slopes: list[State], inputs: State) -> tuple[State, tuple[State, ...]]:
         """The state at the end of step ``n``, and its outputs, from all slopes."""
         t0, dt, t1, outputs = self.grid.step(n, inputs)
         y_next = combine(y, slopes, self.method.method.b, dt)
         if self.method.reuses and len(outputs) > 0:
-            slopes.append(self.dynamics(time_tensor(t1, y_next[0], -self._side), y_next))
+            (t,) = self._times(n, inputs, y[0], len(slopes), len(slopes) + 1)
+            slopes.append(self.dynamics(t, y_next))
         emitted = tuple(map(self._emit, self._within(y, slopes, (t0, dt), outputs)))
         if self.method.reuses:
             return y_next, emitted

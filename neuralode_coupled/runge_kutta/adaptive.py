@@ -23,7 +23,8 @@ from neuralode_coupled._torch import tracing, written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
 from neuralode_coupled.runge_kutta.embedded_pairs import Embedded
-from neuralode_coupled.runge_kutta.rounding import beside, rounding
+from neuralode_coupled.runge_kutta.rounding import rounding
+from neuralode_coupled.runge_kutta.stage_times import HOST, StageTimes
 from neuralode_coupled.runge_kutta.stepping import combine, lasting
 
 Slope = Callable[[Tensor, State], State]
@@ -38,9 +39,6 @@ of the times' dtype."""
 
 Tolerances = tuple[float | Tensor, ...]
 """One tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
-
-HOST = ("cpu",)
-"""The devices that numbers are copied to without waiting."""
 
 
 def mixed_norm(state: State) -> Tensor:
@@ -271,10 +269,7 @@ class _Ode:
         self.times = [self.sign * t for t in times]
         self.round = rounding(self._dtype)
         self.min_step, self.max_step = self.round(problem.options.min_step), self.round(problem.options.max_step)
-        # The times of a step's evaluations after the first: those within the step, and those at its end.
-        self._rounded = rounding(self._real)
-        fractions = [*problem.method.method.c[1:], *[1.0] * problem.method.reuses]
-        self._fractions = [(self._rounded(c), c == 1.0) for c in fractions]
+        self._at = StageTimes(problem.method, like, self.sign)
         self._roots = [math.sqrt(max(part.numel(), 1)) for part in problem.y0]
         # As tensors: one operation then makes the relative tolerance's share and adds this one.
         self._atol = [
@@ -308,14 +303,13 @@ class _Ode:
 
     def slope(self, at: float, y: State, side: int = 0) -> State:
         """f at a time and state; with ``side`` 1 at the next time."""
-        t = self._rounded(self.sign * at)
-        t = t if side == 0 else beside(t, self.sign * math.inf, self._real)
+        t = self._at.beside(self.sign * at, side * self.sign)
         return self._f(torch.full((), t, dtype=self._real, device=self._device), y)
 
     def attempt(self, y: State, first: State, at: float, length: float, end: float) -> tuple[State, list[State], float]:
         """One step: the state at its end, its slopes, and its error in units of the tolerances."""
         method, slopes, dt = self._method.method, [first], self.sign * length
-        times = self._tensors(self._stage_times(self.sign * at, self.sign * length, self.sign * end))
+        times = self._at.tensors(self._at.numbers(self.sign * at, dt, self.sign * end))
         for row, t in zip(method.a[1:], times, strict=False):
             slopes.append(self._f(t, combine(y, slopes, row, dt, self._plainly)))
         y_next = combine(y, slopes, method.b, dt, self._plainly)
@@ -328,23 +322,6 @@ class _Ode:
         self._counts.evaluations += 1
         slope = self._problem.f(t, y)
         return lasting(slope) if written(slope) else slope
-
-    def _tensors(self, times: list[float]) -> Sequence[Tensor]:
-        """Times as f takes them."""
-        if self._device.type in HOST:
-            return torch.tensor(times, dtype=self._real, device=self._device).unbind()
-        # Filled on the device: copying numbers there would make the host wait.
-        return [torch.full((), t, dtype=self._real, device=self._device) for t in times]
-
-    def _stage_times(self, start: float, length: float, end: float) -> list[float]:
-        """The times of the evaluations after the first, rounded as operations in the state's dtype would round them.
-
-        Those at the end are just before it, in case f jumps there.
-        """
-        rounded = self._rounded
-        start, length = rounded(start), rounded(length)
-        before = beside(rounded(end), -self.sign * math.inf, self._real)
-        return [before if at_end else rounded(start + rounded(c * length)) for c, at_end in self._fractions]
 
     def _ratio(self, y: State, y_next: State, slopes: list[State], dt: float) -> float:
         """The norm of the estimated error in units of the tolerances; nan if the state at the end is not finite."""
