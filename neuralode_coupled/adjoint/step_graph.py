@@ -116,10 +116,11 @@ def linked(tensors: State, wanted: Sequence[bool]) -> State:
 def may_be_linked(tensors: Iterable[Tensor], captured: Sequence[Tensor]) -> bool:
     """Whether a graph of `linked` tensors, which also uses the captured ones, can still be cut off.
 
-    Not if a captured tensor may lie behind one of the others: autograd would go past the cut to reach it.
+    Not if a captured tensor is, or may lie behind, one of the others: autograd would go past the cut to reach it.
     """
+    behind = set(map(id, captured))
     for tensor in tensors:
-        if len(captured) > 0 and tensor.grad_fn is not None:
+        if behind and (tensor.grad_fn is not None or id(tensor) in behind):
             return False
         if type(tensor) not in (Tensor, Parameter) or tensor.layout != torch.strided:
             return False  # others need not have views

@@ -478,6 +478,27 @@ def test_nothing_else_becomes_an_operand(adjoint, method, monkeypatch):
 
 
 @pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("memory", [0, 40_000, 200_000, 2**25])
+@pytest.mark.parametrize("role", ["y0", "parameter", "function of y0"])
+def test_what_f_holds_may_be_an_operand_too(role, memory, solve):
+    """f holds y0 or a function of it, or y0 is a parameter of f: whether all steps are kept, some or none."""
+    steps, found = {"step_size": 0.05} if solve == "rk4" else {"max_step": 0.05}, []
+    for solver, more in ((nc.odeint_dto, {"memory": memory}), (odeint, {})):
+        torch.manual_seed(0)
+        net, y0 = nn.Linear(3, 3, **FLOAT64), torch.randn(3, 3, **FLOAT64, requires_grad=True)
+        held = {"y0": y0, "parameter": torch.ones(()), "function of y0": torch.sin(y0)}[role]
+
+        def f(t, y, net=net, held=held):
+            return torch.tanh(net(y)) + 0.1 * torch.cos(held)
+
+        start = net.weight if role == "parameter" else y0
+        loss = solver(f, start, T, **SOLVES[solve] | {"options": steps}, **more).square().sum()
+        leaves = dict(net.named_parameters()) | ({} if role == "parameter" else {"y0": y0})
+        found.append(oracle.gradients(loss, leaves))
+    assert oracle.largest_error(*found) < 1e-8
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_only_hidden_tensors_cost_an_evaluation(hidden, solve):
     """The first graph shows that f reaches nothing by itself; else the first step, or evaluation, is made once more."""
