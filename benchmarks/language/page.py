@@ -33,10 +33,23 @@ from benchmarks.lib.pages import DOCS
 PAGE = DOCS / "looped-layers.md"
 FIGURE = DOCS / "figures" / "looped_layers.png"
 
-SUMMARY = ""
+SUMMARY = (
+    "**In short.** If you loop a layer to save parameters, loop it with the same weights. Loops are worth it: they "
+    "take 0.15 bits per byte off a single pass. To tell the passes apart adds next to nothing: no mechanism of at most "
+    "1% more parameters beat the plain loop with its own best number of loops. The one to try is a scale for each pass "
+    "and matrix: 24 numbers gain 0.015 ± 0.012 on a plain loop of as many passes. LoRA with 10% more parameters gains "
+    "0.009, layers of their own, with four times the parameters, 0.155. What a looped layer lacks is parameters, not a "
+    "way to know which pass it is in. And fix the number of passes before you train: half or double of it afterwards "
+    "costs 0.2 bits or more with every mechanism within the budget."
+)
 """By hand: what the table says in three sentences, in front of everything."""
 
-INSTEAD = ""
+INSTEAD = (
+    "**What evolving weights are good for instead.** To make one block of trained ones, without data or with little: "
+    "[When evolving weights pay](when-evolving-weights-pay.md). To learn a law that itself moves in time, which "
+    "constant weights cannot: [Transport](transport.md). Whether they help the paper's networks for images: "
+    "[Reproduction](reproduction.md)."
+)
 """By hand, if evolving weights lose: what they are good for instead, with the pages that have measured it."""
 
 LINES = ("-", "--", ":")
@@ -108,6 +121,8 @@ def sentence(row: Row, base: Row) -> str:
         if row.diverged
         else "too few seeds to say",
     }[row.verdict]
+    if row.alike is not None and row.loops != base.loops:
+        verdict += f" ({gap(row.alike)} against {row.loops} shared loops)"
     return f"{start}{verdict}, for {cost}."
 
 
@@ -124,7 +139,7 @@ def verdict(found: Sequence[Row]) -> str:
         worse = sum(row.verdict == "worse" for row in evolving)
         return (
             f"**Evolving weights do not win here.** None of {len(evolving)} ways beats the shared loop with its own "
-            f"best number of loops; {worse} are worse."
+            f"best number of loops; {worse or 'none'} {'is' if worse == 1 else 'are'} worse."
         )
     best = min(better, key=lambda row: statistics.mean(row.losses))
     text = (

@@ -27,6 +27,7 @@ class Row:
         losses: bits per byte on the test files, of the seeds that did not diverge.
         diverged: how many seeds did.
         against: paired differences to the shared loop at its own loops; None for that loop.
+        alike: those to the shared loop with as many loops; None for a shared loop, and where there are no such runs.
         changed: mean bits with other numbers of loops; None where there are no such weights.
         extra: parameters more than the shared loop's.
         share: those as a share of the shared loop's.
@@ -38,6 +39,7 @@ class Row:
     losses: tuple[float, ...]
     diverged: int
     against: Difference | None
+    alike: Difference | None
     changed: Mapping[str, float | None]
     extra: int
     share: float
@@ -64,9 +66,10 @@ class Row:
 
 
 def cells(loops: Mapping[str, int]) -> list[Cell]:
-    """The rows of the table: the shared loop, the controls with one loop and half as many, the others."""
+    """The rows of the table: the shared loop, the controls (one loop, half as many, as many as each of the others has),
+    the others."""
     shared = loops[SHARED]
-    fewer = sorted({1, shared // 2} - {0, shared}, reverse=True)
+    fewer = sorted({1, shared // 2, *loops.values()} - {0, shared}, reverse=True)
     others = [(name, count) for name, count in loops.items() if name != SHARED]
     return [(SHARED, shared), *[(SHARED, count) for count in fewer], *others]
 
@@ -94,9 +97,17 @@ def rows(
     found: dict[Cell, dict[int, Record]] = {}
     for record in records:
         found.setdefault((record["mechanism"], record["loops"]), {})[record["seed"]] = record
-    base = _losses(found.get((SHARED, loops[SHARED]), {}))
+    shared = {count: _losses(runs) for (name, count), runs in found.items() if name == SHARED}
+    base = shared.get(loops[SHARED], {})
     return [
-        _row(cell, found[cell], None if cell == (SHARED, loops[SHARED]) else base, settings, (times or {}).get(cell))
+        _row(
+            cell,
+            found[cell],
+            None if cell == (SHARED, loops[SHARED]) else base,
+            None if cell[0] == SHARED else shared.get(cell[1]),
+            settings,
+            (times or {}).get(cell),
+        )
         for cell in cells(loops)
         if cell in found
     ]
@@ -107,12 +118,16 @@ def _losses(runs: Mapping[int, Record]) -> dict[int, float]:
 
 
 def _row(
-    cell: Cell, runs: Mapping[int, Record], base: Mapping[int, float] | None, settings: Settings, time: float | None
+    cell: Cell,
+    runs: Mapping[int, Record],
+    base: Mapping[int, float] | None,
+    alike: Mapping[int, float] | None,
+    settings: Settings,
+    time: float | None,
 ) -> Row:
-    """The row of some runs; ``base`` is the shared loop's losses."""
+    """The row of some runs. ``base`` and ``alike``: the shared loop's losses, with its own and with as many loops."""
     name, count = cell
     losses = _losses(runs)
-    gaps = [losses[seed] - base[seed] for seed in sorted(losses.keys() & base.keys())] if base is not None else []
     changed = {
         change: _mean([record["changed"][change] for record in runs.values() if "changed" in record])
         for change in CHANGES
@@ -123,12 +138,20 @@ def _row(
         count,
         tuple(losses.values()),
         len(runs) - len(losses),
-        mean_difference(gaps),
+        _paired(losses, base),
+        _paired(losses, alike),
         changed,
         more,
         more / parameters(SHARED, count, settings.size),
         time,
     )
+
+
+def _paired(losses: Mapping[int, float], others: Mapping[int, float] | None) -> Difference | None:
+    """The differences, seed by seed; None if there is nothing to compare with."""
+    if others is None:
+        return None
+    return mean_difference([losses[seed] - others[seed] for seed in sorted(losses.keys() & others.keys())])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -140,16 +163,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def table(found: Sequence[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| passes differ by | loops | parameters | bits per byte | against the shared loop | half the loops: coarser / "
-        "stopped | double: finer / longer | time of a step |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| passes differ by | loops | parameters | bits per byte | against the shared loop | against as many shared "
+        "loops | half the loops: coarser / stopped | double: finer / longer | time of a step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found:
         half, stopped, finer, longer = (_number(row.changed[change]) for change in CHANGES)
         time = "" if row.time is None else f"{row.time:.2f}"
         lines.append(
-            f"| {row.title} | {row.loops} | {_more(row)} | {_bits(row)} | {gap(row.against)} | {half} / {stopped} | "
-            f"{finer} / {longer} | {time} |"
+            f"| {row.title} | {row.loops} | {_more(row)} | {_bits(row)} | {gap(row.against)} | {gap(row.alike)} | "
+            f"{half} / {stopped} | {finer} / {longer} | {time} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -130,10 +130,18 @@ def test_loops_are_chosen_by_the_least_loss_and_the_fewest(small_text, tmp_path)
 
 def test_intervals_are_paired_and_controls_are_in_the_table():
     assert cells(LOOPS)[:3] == [(SHARED, 4), (SHARED, 2), (SHARED, 1)]
-    assert cells({**LOOPS, SHARED: 1})[:2] == [(SHARED, 1), ("reaction-diffusion-advection", 2)]
+    assert cells({**LOOPS, SHARED: 1})[:3] == [(SHARED, 1), (SHARED, 2), ("reaction-diffusion-advection", 2)]
+    assert cells({**LOOPS, "lora": 3})[:4] == [(SHARED, 4), (SHARED, 3), (SHARED, 2), (SHARED, 1)]
+    fewer = {2: 0.5, 1: 0.7}
     gaps = {"linear": (-0.2, -0.1, -0.3), "lora": (0.1, 0.2, 0.3), "scales": (-0.1, 0.1, 0.0)}
     found = [
-        finished(asked, 2.0 + asked.seed + gaps.get(asked.mechanism, (0.0, 0.0, 0.0))[asked.seed])
+        finished(
+            asked,
+            2.0
+            + asked.seed
+            + gaps.get(asked.mechanism, (0.0, 0.0, 0.0))[asked.seed]
+            + (fewer.get(asked.loops, 0.0) if asked.mechanism == SHARED else 0.0),
+        )
         for asked in plan(LOOPS, range(3), TINY)
         if (asked.mechanism, asked.seed) != ("low-rank", 1)
     ]
@@ -145,6 +153,9 @@ def test_intervals_are_paired_and_controls_are_in_the_table():
     linear = by_name["linear", 2].against
     assert linear.mean == pytest.approx(-0.2)
     assert linear.half_width == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)  # Student's, 2 degrees of freedom
+    assert by_name["linear", 2].alike.mean == pytest.approx(-0.7)  # the shared loop with 2 loops is 0.5 worse
+    assert by_name["linear", 2].alike.half_width == pytest.approx(linear.half_width)
+    assert by_name[SHARED, 2].alike is None
     assert by_name["low-rank", 2].against.pairs == 2
     verdicts = {name: by_name[name, 2].verdict for name in ("linear", "lora", "scales", "low-rank", "fourier")}
     assert verdicts["linear"] == "not told apart"  # by -0.2 within 0.248
@@ -161,7 +172,7 @@ def test_intervals_are_paired_and_controls_are_in_the_table():
     ("loss", "verdict", "words"),
     [
         (1.9, "better", ("**Evolving weights beat the shared loop** in 1 of 5 ways",)),
-        (2.1, "worse", ("**Evolving weights do not win here.** None of 5 ways", "; 1 are worse")),
+        (2.1, "worse", ("**Evolving weights do not win here.** None of 5 ways", "; 1 is worse")),
     ],
 )
 def test_sentences_follow_the_numbers(loss, verdict, words):
