@@ -52,6 +52,7 @@ __all__ = [
     "noticing_changes",
     "older",
     "recomputed_later",
+    "reenters",
     "run_backward",
     "saved_by",
     "saved_tensors_are_hooked",
@@ -93,11 +94,11 @@ def saved_by(node: Any) -> list[Tensor]:
     """The tensors that a node of a graph holds for its backward.
 
     They are read, not unpacked: unpacking calls hooks, and `torch.utils.checkpoint` computes in its hooks. Raises
-    `UnknownError` for tensors that hooks have packed, for operations written in C++, and for operations in place on a
-    part of a tensor, whose node is hidden in another one.
+    `UnknownError` for tensors that hooks have packed, for operations written in C++, for reentrant checkpoints, and for
+    operations in place on a part of a tensor, whose node is hidden in another one.
     """
     kind = type(node)
-    if kind.__name__ in ("CppFunction", "CopySlices"):
+    if kind.__name__ in ("CppFunction", "CopySlices") or reenters(node):
         raise UnknownError
     if kind not in _RAW:
         _RAW[kind] = tuple([name for name in dir(kind) if name.startswith("_raw_saved_")])
@@ -112,13 +113,18 @@ def saved_by(node: Any) -> list[Tensor]:
     return found
 
 
+def reenters(node: Any) -> bool:
+    """Whether a node is a reentrant `torch.utils.checkpoint`, whose backward evaluates modules as they are then."""
+    return type(node).__name__ == "CheckpointFunctionBackward"
+
+
 _RAW: dict[type, tuple[str, ...]] = {}
 """The attributes in which each kind of node keeps its saved tensors."""
 
 
 def has_hooks(tensor: Tensor) -> bool:
-    """Whether hooks change, or read, the gradient that arrives at a tensor."""
-    return bool(tensor._backward_hooks)
+    """Whether hooks change, or read, the gradient that arrives at a tensor; ``retain_grad`` reads it too."""
+    return bool(tensor._backward_hooks) or (tensor.requires_grad and not tensor.is_leaf and tensor.retains_grad)
 
 
 def keeps_graph() -> bool:

@@ -205,6 +205,9 @@ class _Forward:
             # A state that is both emitted and stored has one memory, but must be two outputs. None has a graph here.
             for state in out:
                 emitted.extend([part.detach() for part in state])
+        if self._keeper is not None and self._keeper.unclear and recording.look():
+            for part in self._keeper.kept:
+                part.graph = None  # it lacks the tensors that have been found
         if self._auto:
             self._schedule = self._scheduled(self._behind)
         if len(self._schedule.stored) == 1 and self._keeper is None and not recording.plan.observed:

@@ -26,15 +26,17 @@ class Keeper:
         first, end: the steps that are kept or may still be, the last one excluded.
         size: the bytes that one step's graph holds, as far as they can be counted.
         whole: the first step, if the graph of all steps is kept and is autograd's own: nothing else is recorded.
+        unclear: whether the first graph leads to tensors that are not known; somebody has to look.
     """
 
     def __init__(self, recording: Recording, first: int, end: int, memory: float | None) -> None:
         self._recording, self._memory, self.size = recording, memory, 0
-        self._from_start = first == 0
+        self._from_start, self._known_size = first == 0, False
         self._tracer = self._make_tracer()
         self.first, self.end = max(first, self._tracer.first), end
         self.kept: list[Kept] = []
         self.whole: Span | None = None
+        self.unclear = False
         self._span: Span | None = None
 
     def _make_tracer(self) -> Tracer:
@@ -65,14 +67,15 @@ class Keeper:
             span.tracer.plan = self._recording.plan  # the first attempt at the first step may have replaced it
             return span.step(plan.buffers[n])
 
-        clock = graph_clock()
-        found, emitted = self._recording.recorded(n, y, run, graph=True)
-        if n == 0 and self._recording.looks and not span.closed(clock):
-            self._recording.look(y, span.leaves)
+        clock, linked = graph_clock(), span.tracer.linked
+        found, emitted = self._recording.recorded(n, y, run, span.leaves if n == 0 else (), look=not linked)
         keep = n > self.first or self._learn(span)
-        if keep and n == 0 and span.tracer.linked and self.end == plan.count:
-            self.whole = span
-            return found, emitted
+        if n == 0 and linked:
+            self.unclear = self._recording.looks and not span.closed(clock)
+            summed = self.unclear and any(map(narrow, span.hidden()))
+            if self._known_size and keep and self.end == plan.count and not summed:
+                self.whole = span
+                return found, emitted
         # A step that depends on tensors that it was not handed is made, and checked, in the backward pass.
         end, parts = y, tuple([part.detach() for part in found])
         if not keep or (n == span.first and span.foreign()):
@@ -97,13 +100,12 @@ class Keeper:
     def _learn(self, span: Span) -> bool:
         """Learn from the first step how many fit and which tensors they capture; False if it is not to be kept."""
         if len(self._recording.operands.captured) > len(span.tracer.operands.captured):
-            linked = span.tracer.linked
             self._tracer = span.tracer = self._make_tracer()
-            if self._tracer.replaces or linked != self._tracer.linked:
+            if self._tracer.replaces:
                 return False  # it was made with the tensors themselves
         size = span.held_bytes()
         if self._memory is not None:
             fitting = 0 if size is None else self._memory // size if size > 0 else self.end
             self.end = min(self.end, self.first + int(fitting))
-        self.size = size or 0
+        self.size, self._known_size = size or 0, size is not None
         return self.end > self.first

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from neuralode_coupled._torch import keeps_graph, versions
+from neuralode_coupled._torch import has_hooks, keeps_graph, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.observation import foreign, lasting, replaced
 from neuralode_coupled.adjoint.plan import Operands, Plan, arranged
@@ -73,6 +73,9 @@ class Solve:
         inside = 0 if self.store is not None else (len(self.schedule.stored) - 1) * len(operands.y0)
         between = arranged(saved[:inside], len(operands.y0))
         states = Stored(operands.y0, self.schedule.stored, between, self.store)
+        if any(map(has_hooks, operands.captured)):
+            for part in self.kept:
+                part.graph = None  # a hook may be newer than the graph, and would see each part of a gradient
         tracer = Tracer(self.plan, operands, self.structure.restore(needed))
         sweep = Sweep(self.plan, operands, tracer, self.replay, self._final())
         sweep.refill(self.schedule, self.store)

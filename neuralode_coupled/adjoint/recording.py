@@ -66,12 +66,16 @@ class Recording:
         if count != emits[n]:
             self.plan = replace(self.plan, emits=(*emits[:n], count, *emits[n + 1 :]))
 
-    def recorded(self, n: int, y: State, run: Callable[[], Result], graph: bool = False) -> Result:
-        """Step ``n``, made by ``run``. If it has a ``graph``, its maker looks for the tensors that it captures."""
+    def recorded(
+        self, n: int, y: State, run: Callable[[], Result], leaves: Sequence[Tensor] = (), look: bool = True
+    ) -> Result:
+        """Step ``n``, made by ``run``; with its graph, computed on ``leaves``, if these are given. ``look``: the first
+        step is watched."""
         if self.plan.announce is not None:
             self.plan.announce(n, y)
         random = self.replay.before(n)
-        result = self._observed(run, random) if n == 0 and self.looks and not graph else self._run(run, random)
+        watched = n == 0 and look and self.looks
+        result = self._observed(run, random, leaves) if watched else self._run(run, random)
         self.replay.after(random)
         if self.plan.listener is not None:
             self.plan.passed(n)
@@ -95,20 +99,28 @@ class Recording:
         """Whether the first step is to show which tensors gradients flow to besides the operands."""
         return self.plan.overlooked is not None and not self.plan.observed
 
-    def _observed(self, run: Callable[[], Result], random: list) -> Result:
+    def _observed(self, run: Callable[[], Result], random: list, leaves: Sequence[Tensor]) -> Result:
         """The first step, watched by an observer."""
-        observer = Observer(self.flat)
+        observer = Observer((*self.flat, *leaves))
         with observing(observer):
             result = self._run(run, random, observer)
         self._capture(observer.found)
         return result
 
-    def look(self, y: State, leaves: Sequence[Tensor]) -> None:
-        """Make the first step, which began with ``y``, once more for an observer; the step was made on ``leaves``."""
-        observer, (scratch, world) = Observer((*self.flat, *leaves)), self.replay.again(0)
+    def look(self) -> bool:
+        """Make the first step once more, behind the last one, for an observer; whether it uses tensors by itself."""
+        observer, (scratch, world) = Observer(self.flat), self.replay.again(0)
+        arguments = 0, self.y0, self._detached.inputs[0], self._detached.shared, scratch
         with torch.no_grad(), world, observing(observer):
-            self.plan.step(0, y, self._detached.inputs[0], self._detached.shared, scratch)
+            try:
+                self.plan.step(*arguments)
+            except (RuntimeError, ValueError) as error:
+                if not asks_for_graph(error):
+                    raise
+                with observer:  # as in `_run`
+                    with_graph(self.plan.step)(*arguments)
         self._capture(observer.found)
+        return len(observer.found) > 0
 
     def _capture(self, found: list[Tensor]) -> None:
         """Add tensors to those that gradients flow to."""

@@ -143,7 +143,7 @@ class Span:
     def _stops(self) -> Places:
         """Where the graph begins, or goes on outside."""
         stops = self.tracer.stops
-        return stops | places_in_graph((*self._start, *self._inputs)) if self.tracer.linked else stops
+        return stops | places_in_graph((*self._start, *self._inputs, *self._shared)) if self.tracer.linked else stops
 
     @property
     def made(self) -> tuple[State, list[Tensor]]:
@@ -182,6 +182,10 @@ class Span:
     def closed(self, clock: int) -> bool:
         """Whether the graph shows that the steps so far reach no tensors by themselves; see `closed`."""
         return closed(edges([*self._y, *self._emitted]), self.leaves, clock)
+
+    def hidden(self) -> list[Tensor]:
+        """The leaves with a gradient that the steps so far depend on and were not handed."""
+        return foreign(edges([*self._y, *self._emitted]), self.leaves, self._stops)
 
     def back(self) -> None:
         """Take the last step out again."""

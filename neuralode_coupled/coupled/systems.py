@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import alone
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Plan, Stats
 from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
-from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.coupled.stages import Stages, check_no_checkpoint
 from neuralode_coupled.field import CoupledField, check_slope
 
 Tensors = dict[str, Tensor]
@@ -35,7 +36,7 @@ class System(nn.Module):
         self.field, self.names = field, list(names)
         self.captured = field.captured
         self.latest: tuple[Tensor, State, State] | None = None
-        self.choosing = False
+        self.choosing = self._looked = False
 
     def weight_side(self, t: Tensor, state: State) -> tuple[Tensors, State]:
         """`CoupledField.weight_side` of the named weights."""
@@ -51,7 +52,11 @@ class System(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
-        return check_slope(self.field.evaluate(t, z, theta, begun=True), z).to(z.dtype)
+        found = self.field.evaluate(t, z, theta, begun=True)
+        if theta and torch.is_grad_enabled() and not self._looked and not tracing():
+            self._looked = True
+            check_no_checkpoint(self.field.dynamics, found, (z, *theta.values()))
+        return check_slope(found, z).to(z.dtype)
 
     def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:
         """The system as a flow for continuous adjoints."""

@@ -22,7 +22,7 @@ from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, restore, states
-from neuralode_coupled.adjoint.observation import Observer, closed
+from neuralode_coupled.adjoint.observation import Observer, closed, foreign
 from neuralode_coupled.adjoint.recording import asks_for_graph, with_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.odeint.dynamics import Dynamics
@@ -119,6 +119,7 @@ class AdaptiveSolve:
         watched.check(self.advance is accepted_steps)
         if growing.whole(stats, len(steps)):
             return self._whole([y for step in steps for y in step.outputs], stats, self.y0)
+        watched.look(self.t[0].detach())
         steps = [step.kept(not method.reuses) if step.next_y else step for step in steps]
         grid = self._grid(steps, within)
         jumps = [step.jump for step in steps]
@@ -270,7 +271,7 @@ class _Watched:
         # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
         self.found: State = ()
-        self._begun = self._plainly = self.own_graph = False
+        self._begun = self._plainly = self._unclear = self.own_graph = False
         self._generators: list[Generator] = []
         self._random: list[Any] = []
 
@@ -286,19 +287,19 @@ class _Watched:
             return self._evaluate(t, y)
 
     def _first(self, t: Tensor, y: State) -> State:
-        """The first evaluation. Its graph shows most quickly that the dynamics reaches no tensor by itself."""
-        clock, graph = graph_clock(), self._growing.open and torch.is_grad_enabled()
-        if self._looks and not graph:
+        """The first evaluation. A linked graph shows most quickly that the dynamics reaches no tensor by itself."""
+        clock, hidden = graph_clock(), list[Tensor]()
+        if self._looks and not self._growing.linked:
             observer = Observer(self._known)
             with observing(observer):
                 slope = self._evaluate(t, y, observer)
             self.found = tuple(observer.found)
+            self.wanted = self.wanted or len(self.found) > 0
         else:
             slope = self._evaluate(t, y)
-            if self._looks and not closed(edges(slope), self._known, clock):
-                self.found = tuple(self._look(t, y).found)
-        self.wanted = self.wanted or len(self.found) > 0
-        self._growing.measure(slope, self.found)
+            self._unclear = self._looks and not closed(edges(slope), self._known, clock)
+            hidden = foreign(edges(slope), self._known) if self._unclear else hidden
+        self._growing.measure(slope, self.found, hidden)
         self._begun = True
         # A step with a graph may turn out to be one without while it is made.
         self._plainly = not self.own_graph and (self._growing.open or not torch.is_grad_enabled())
@@ -306,6 +307,15 @@ class _Watched:
             self._generators = [*of_torch(y[0].device), *others()]
             self._random = states(self._generators)
         return slope
+
+    def look(self, start: Tensor) -> None:
+        """Behind the last step of a solve that is not whole: look for tensors if the first graph was unclear."""
+        if self._unclear:
+            y = self._growing.y0
+            with without_graph(y[0].device):
+                self.found = tuple(self._look(start.to(y[0].dtype.to_real()), y).found)
+            if self.found:
+                self._growing.give_up()
 
     def uses_time(self, at: float, y: State) -> bool:
         """Whether the dynamics uses the time, as an evaluation at this time and state shows."""

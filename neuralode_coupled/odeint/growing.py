@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -86,8 +86,9 @@ class Growing:
         with torch.set_grad_enabled(self.open), replaced(self._replaced if self.open else (), self.captured):
             yield
 
-    def measure(self, slope: State, found: State) -> None:
-        """Take the size of a step's graph from the first evaluation, which captured the tensors ``found``."""
+    def measure(self, slope: State, found: State, hidden: Sequence[Tensor] = ()) -> None:
+        """Take the size of a step's graph from the first evaluation, which captured the tensors ``found``, or depends
+        on leaves that are still ``hidden``."""
         if not self.open:
             return
         self.captured = (*self.captured, *found)
@@ -99,9 +100,8 @@ class Growing:
         self._room = 0 if size is None else self._memory.graphs // max(self._size, 1)
         self.fits = self._room >= 1
         late = len(found) > 0 and need_replacing((*self._dynamics.captured, *found))
-        late = late or (self.linked and not may_be_linked(self._given, found))
         # In 16 bits a sum over many steps in one graph would lose most of them.
-        summed = any(map(narrow, (*self._dynamics.shared, *self.captured)))
+        summed = any(map(narrow, (*self._dynamics.shared, *self.captured, *hidden)))
         self.open = self._keeps and self.fits and not summed and not late
 
     def add(self, step: Step) -> None:
@@ -126,6 +126,10 @@ class Growing:
     @property
     def _known(self) -> list[Tensor]:
         return [*self.y0, *self.shared, *self.captured]
+
+    def give_up(self) -> None:
+        """Keep nothing: the graph uses tensors that are known only now."""
+        self.open, self.steps = False, 0
 
     def whole(self, stats: Stats, steps: int) -> bool:
         """Whether the graph is that of the solve, which has so many steps; ``stats`` then counts what it keeps."""

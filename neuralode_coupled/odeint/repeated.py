@@ -75,7 +75,7 @@ class AcceptedSteps:
             parts=parts,
             made=self._made(taken) if made else None,
         )
-        self._plan = plan
+        self._stats, self._costs = stats, plan.evaluations  # not the plan: it holds this object
         inputs = tuple(row for row in self.grid.inputs for _ in range(parts))
         return plan, Operands(start, inputs, self.dynamics.shared, self.dynamics.captured)
 
@@ -114,7 +114,7 @@ class AcceptedSteps:
     def _part(self, m: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
         if self._recorded.pop(m, None) is not None:
             # The forward pass runs this step, with its graph, in place of reading it.
-            self._plan.stats.evaluations += self._plan.evaluations[m]
+            self._stats.evaluations += self._costs[m]
         n, part = divmod(m, self._parts)
         return self.dynamics.within(shared, buffers, lambda: self._advance(n, part, y, inputs))
 

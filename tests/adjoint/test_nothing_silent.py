@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint
 
 import neuralode_coupled as nc
@@ -208,6 +209,31 @@ def test_and_those_of_tensors_that_the_first_step_shows(method, checkpoints):
     for z in solves:
         (found,) = torch.autograd.grad(z.sum(), context[0][0])
         assert torch.allclose(found.float(), torch.ones(2), rtol=1e-2)  # a step of several stages sums these in 16
+
+
+class Checkpointing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, z):
+        return checkpoint(self.net, z, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    "solve", [{"steps": 4}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}], ids=["grid", "dopri5"]
+)
+@pytest.mark.parametrize(
+    "adjoint",
+    [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(memory=20_000)],
+    ids=str,
+)
+def test_a_reentrant_checkpoint_around_evolving_weights_is_refused(adjoint, solve):
+    """Its backward pass would evaluate f with w0 in place of theta(t)."""
+    layer = nc.CoupledODE(Checkpointing(), nc.LinearEvolution(), adjoint=adjoint, **solve).double()
+    z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=True"):
+        layer(z0).sum().backward()
 
 
 # what plain autograd does

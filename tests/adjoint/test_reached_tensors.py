@@ -478,6 +478,47 @@ def test_nothing_else_becomes_an_operand(adjoint, method, monkeypatch):
 
 
 @pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("memory", [0, 20_000, 2**25])
+@pytest.mark.parametrize("place", ["hidden", "inside"])
+def test_the_look_does_not_disturb_the_solve(place, memory, solve):
+    """f counts its evaluations, or differentiates at a leaf of its own, without caring whether gradients are on."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    hidden = itertools.repeat(torch.ones((), **FLOAT64, requires_grad=True))
+    found = []
+    for solver, more in ((nc.odeint_dto, {"memory": memory}), (odeint, {})):
+        count = itertools.count()
+
+        def f(t, y, count=count):
+            if place == "hidden":
+                return -y * next(hidden) * (1 + 1e-3 * next(count))
+            z = y.detach().requires_grad_()
+            return torch.autograd.grad(net(z).sum(), z, create_graph=True)[0]
+
+        found.append(solver(f, torch.ones(2, 3, **FLOAT64), T, **SOLVES[solve], **more).detach())
+    assert torch.allclose(*found, rtol=1e-10)
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
+@pytest.mark.parametrize("memory", [0, 20_000, 2**25])
+@pytest.mark.parametrize("when", ["before", "after", "retained"])
+def test_a_hook_on_a_captured_tensor_sees_its_gradient_once_whenever_it_comes(when, memory, solve):
+    seen = []
+    for solver, more in ((nc.odeint_dto, {"memory": memory}), (odeint, {})):
+        a = torch.full((), 0.5, **FLOAT64, requires_grad=True)
+        p = a * 1.0
+        if when == "before":
+            p.register_hook(lambda grad: 2 * grad)
+        elif when == "retained":
+            p.retain_grad()
+        end = solver(lambda t, y, p=p: y * p, torch.ones(2, **FLOAT64), T, **SOLVES[solve], **more)[-1]
+        if when == "after":
+            p.register_hook(lambda grad: 2 * grad)
+        end.sum().backward()
+        seen.append({"a": a.grad, "p": p.grad if when == "retained" else a.grad})
+    assert oracle.largest_error(*seen) < 1e-8
+
+
+@pytest.mark.parametrize("solve", ["rk4", "dopri5"])
 @pytest.mark.parametrize("memory", [0, 40_000, 200_000, 2**25])
 @pytest.mark.parametrize("role", ["y0", "parameter", "function of y0"])
 def test_what_f_holds_may_be_an_operand_too(role, memory, solve):
@@ -501,7 +542,8 @@ def test_what_f_holds_may_be_an_operand_too(role, memory, solve):
 @pytest.mark.parametrize("solve", ["rk4", "dopri5"])
 @pytest.mark.parametrize("hidden", [False, True])
 def test_only_hidden_tensors_cost_an_evaluation(hidden, solve):
-    """The first graph shows that f reaches nothing by itself; else the first step, or evaluation, is made once more."""
+    """The first graph shows that f reaches nothing by itself; else the first step, or evaluation, is made once more,
+    behind the last one, unless autograd has the whole graph."""
     net, scale = nn.Linear(3, 3, **FLOAT64), torch.ones((), **FLOAT64, requires_grad=True)
     place = itertools.repeat(scale)  # no search looks into an iterator
     counts, gradients = [], []
@@ -511,14 +553,19 @@ def test_only_hidden_tensors_cost_an_evaluation(hidden, solve):
         return torch.tanh(net(y)) * (next(place) if hidden else 1.0)
 
     del scale
-    for solver in (nc.odeint_dto, odeint):
+    for solver, more in ((odeint, {}), (nc.odeint_dto, {}), (nc.odeint_dto, {"memory": 20_000})):
         counts.append(0)
         next(place).grad = None
-        solver(f, torch.ones(2, 3, **FLOAT64), T, **SOLVES[solve]).square().sum().backward()
+        loss = solver(f, torch.ones(2, 3, **FLOAT64), T, **SOLVES[solve], **more).square().sum()
+        counts.append(0)  # those of the backward pass
+        loss.backward()
         gradients.append(next(place).grad)
-    assert counts[0] == counts[1] + hidden * {"rk4": 4, "dopri5": 1}[solve]  # a step is observed, or an evaluation
+    theirs, ours, recomputed = counts[::2]
+    assert ours == theirs
+    assert recomputed == theirs + hidden * {"rk4": 4, "dopri5": 1}[solve]
     if hidden:
-        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(gradients[1], gradients[0])
+        torch.testing.assert_close(gradients[2], gradients[0])
 
 
 class OwnSlope(nn.Module):

@@ -75,6 +75,16 @@ def test_what_a_graph_holds_can_be_looked_at():
         _torch.saved_by(part.grad_fn)
 
 
+def test_reentrant_checkpoints_have_a_node():
+    """`reenters`: they evaluate modules in the backward pass, where evolving weights are gone.
+
+    If the name changes, `test_a_reentrant_checkpoint_around_evolving_weights_is_refused` fails too.
+    """
+    out = checkpoint(torch.tanh, torch.ones(2, requires_grad=True), use_reentrant=True)
+    assert _torch.reenters(out.grad_fn)
+    assert not _torch.reenters(out.exp().grad_fn)
+
+
 def test_nodes_are_numbered():
     """`graph_clock`, `made_since`, `older`: what an `autograd.Function` makes in a solve is not a tensor from outside.
     Without the numbers of nodes ask whether a tensor depends on the leaves of the solve."""
