@@ -39,8 +39,8 @@ class Tracer:
     Attributes:
         first: the first step that a gradient is asked of; before it there is nothing to do.
         captured: the tensors at which the gradients of captured tensors are asked for.
-        roots: the nodes of the shared leaves, at which every step's graph ends.
         stops: the places of these tensors in a graph outside.
+        roots: the nodes of the shared leaves, at which every step's graph ends.
     """
 
     def __init__(self, plan: Plan, operands: Operands, needed: Operands, linked: bool = False) -> None:
@@ -55,7 +55,7 @@ class Tracer:
         if need_replacing(captured):
             self._replaced, captured = captured, leaves(captured, self.needed.captured)
         self.shared = self.starts(operands.shared, self.needed.shared)
-        self.captured, self.stops = captured, places_in_graph((*captured, *self.shared) if linked else captured)
+        self.captured, self.stops = captured, places_in_graph(captured)
         self.roots = [] if linked else [edge.node for edge in edges(self.shared) if edge is not None]
 
     def starts(self, tensors: State, wanted: list[bool]) -> State:
@@ -148,7 +148,7 @@ class Span:
     @property
     def made(self) -> tuple[State, list[Tensor]]:
         """The state at the end, and what the steps have emitted, flat; with their graph."""
-        return self._y, self._emitted
+        return self._y, [*self._emitted]
 
     def step(self, buffers: State) -> tuple[State, tuple[State, ...]]:
         """One more step: the next state and what it emits, with their graph."""

@@ -29,19 +29,19 @@ class StageTimes:
 
     def __init__(self, method: Embedded, like: Tensor, side: int) -> None:
         self._real, self._device, self._side = like.dtype.to_real(), like.device, side
-        self.round = rounding(self._real)
+        self._round = rounding(self._real)
         fractions = [*method.method.c[1:], *[1.0] * method.reuses]
-        self._fractions = [(self.round(c), c == 1.0) for c in fractions]
+        self._fractions = [(self._round(c), c == 1.0) for c in fractions]
 
     def numbers(self, start: float, length: float, end: float) -> list[float]:
         """The times of a step; its length is negative if time runs backwards."""
-        rounded = self.round
+        rounded = self._round
         start, length, end = rounded(start), rounded(length), self.beside(end, -self._side)
         return [end if at_end else rounded(start + rounded(c * length)) for c, at_end in self._fractions]
 
     def beside(self, t: float, side: int) -> float:
         """A time, rounded; with ``side`` 1 or -1 the next number above or below."""
-        t = self.round(t)
+        t = self._round(t)
         return t if side == 0 else beside(t, side * math.inf, self._real)
 
     def tensors(self, times: list[float]) -> Sequence[Tensor]:
