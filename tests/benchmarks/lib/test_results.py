@@ -40,5 +40,16 @@ def test_the_committed_records_are_as_they_would_be_written():
         assert text == results.compact(json.loads(text)) + "\n", path.name
 
 
-def test_the_committed_records_are_few_lines():
-    assert sum(len(path.read_text().splitlines()) for path in results.RESULTS.iterdir()) <= 2000
+def test_the_committed_records_are_a_twentieth_of_the_lines_at_most():
+    """A share and not a number: a campaign adds a line for each of its runs."""
+    root = results.RESULTS.parent.parent
+    suffixes = (".py", ".md", ".json", ".jsonl")
+    files = [
+        path
+        for folder in ("neuralode_coupled", "benchmarks", "tests", "docs")
+        for path in (root / folder).rglob("*")
+        if path.suffix in suffixes
+    ]
+    lines = {path: len(path.read_text().splitlines()) for path in files}
+    records = sum(lines[path] for path in files if path.parent == results.RESULTS)
+    assert 0 < records <= sum(lines.values()) / 20
