@@ -25,6 +25,7 @@ from torch._C._autograd import (
     _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
 )
 from torch.autograd import Variable, forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef  # undocumented
 from torch.nn.modules.dropout import _DropoutNd
@@ -50,6 +51,7 @@ __all__ = [
     "keeps_graph",
     "made_since",
     "noticing_changes",
+    "of_function",
     "older",
     "recomputed_later",
     "reenters",
@@ -116,6 +118,14 @@ def saved_by(node: Any) -> list[Tensor]:
 def reenters(node: Any) -> bool:
     """Whether a node is a reentrant `torch.utils.checkpoint`, whose backward evaluates modules as they are then."""
     return type(node).__name__ == "CheckpointFunctionBackward"
+
+
+def of_function(node: Any) -> tuple[Any, ...]:
+    """What the node of an `autograd.Function` may use in its backward pass besides gradients and saved tensors: the
+    attributes of its context, and ``backward`` itself. Nothing for other nodes."""
+    if not isinstance(node, BackwardCFunction):
+        return ()
+    return (vars(node), type(node)._forward_cls.backward)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _RAW: dict[type, tuple[str, ...]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from neuralode_coupled._torch import graph_clock, has_hooks, made_since, older, reenters
+from neuralode_coupled._torch import graph_clock, has_hooks, made_since, older
 
 _LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
 """The node of a leaf: it has the tensor as its ``variable``."""
@@ -170,11 +170,6 @@ def closed(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], clock: 
         if type(node) is _LEAF and id(node.variable) not in ids:
             return False
     return not older(found, clock)
-
-
-def checkpoints_within(ends: Iterable[GradientEdge | None], known: Iterable[Tensor]) -> bool:
-    """Whether a graph, made of the known tensors and given by its ends, has reentrant checkpoints in it."""
-    return any(map(reenters, walk(ends, places_in_graph(known))))
 
 
 def lasting(suspects: Sequence[Tensor], again: Callable[[], Sequence[Tensor]]) -> Tensor | None:

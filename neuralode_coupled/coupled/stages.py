@@ -12,9 +12,7 @@ from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.adjoint.observation import checkpoints_within
-from neuralode_coupled.adjoint.step_graph import edges
-from neuralode_coupled.field import Block, CoupledField, check_slope
+from neuralode_coupled.field import Block, CoupledField, check_not_evaluated_later, check_slope
 from neuralode_coupled.runge_kutta import Tableau
 
 Rows = tuple[State, ...]
@@ -30,20 +28,6 @@ def _differentiable(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _plain_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Buffers that require no gradient: a step may modify them."""
     return [(name, buffer) for name, buffer in module.named_buffers() if not buffer.requires_grad]
-
-
-def check_no_checkpoint(dynamics: nn.Module, found: Any, known: State) -> None:
-    """Raise `DynamicsError` for a reentrant `torch.utils.checkpoint` inside of dynamics whose weights evolve.
-
-    Its backward pass evaluates modules again, with w0 in place of the weights of the step.
-    """
-    results = found if isinstance(found, tuple) else (found,)
-    if checkpoints_within(edges([x for x in results if isinstance(x, Tensor)]), known):
-        raise DynamicsError(
-            f"torch.utils.checkpoint(..., use_reentrant=True) inside of {type(dynamics).__name__}, whose weights "
-            "evolve, would evaluate it again with w0 in the backward pass: leave it out (DiscreteAdjoint recomputes "
-            "every step anyway)"
-        )
 
 
 class Stages:
@@ -141,7 +125,7 @@ class Stages:
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
         if first and self.moving and torch.is_grad_enabled() and not tracing():
-            check_no_checkpoint(self.field.dynamics, found, (z, *tensors.values()))
+            check_not_evaluated_later(self.field.dynamics, self.moving, found, (z, *tensors.values()))
         return found
 
     def check_follows_time(self, z: Tensor, t: Tensor, span: float) -> None:

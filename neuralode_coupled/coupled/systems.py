@@ -13,8 +13,8 @@ from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Plan, Stats
 from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
-from neuralode_coupled.coupled.stages import Stages, check_no_checkpoint
-from neuralode_coupled.field import CoupledField, check_slope
+from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.field import CoupledField, check_not_evaluated_later, check_slope
 
 Tensors = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ class System(nn.Module):
         found = self.field.evaluate(t, z, theta, begun=True)
         if theta and torch.is_grad_enabled() and not self._looked and not tracing():
             self._looked = True
-            check_no_checkpoint(self.field.dynamics, found, (z, *theta.values()))
+            check_not_evaluated_later(self.field.dynamics, self.names, found, (z, *theta.values()))
         return check_slope(found, z).to(z.dtype)
 
     def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:

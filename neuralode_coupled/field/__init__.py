@@ -5,6 +5,7 @@ from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tuple
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
+from neuralode_coupled.field.later import check_not_evaluated_later
 from neuralode_coupled.field.per_step import PerStep
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Outputs",
     "PerStep",
     "check_activation",
+    "check_not_evaluated_later",
     "check_slope",
     "tupled",
     "with_inputs",

@@ -31,6 +31,7 @@ from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key,
 from neuralode_coupled.field.block import Whole
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.inputs import Inputs, Signature
+from neuralode_coupled.field.later import check_not_evaluated_later
 from neuralode_coupled.field.per_step import per_step_modules
 from neuralode_coupled.kernels import Dirac, TimeKernel
 
@@ -70,6 +71,9 @@ class CoupledField(nn.Module):
         ValueError: if a name or pattern matches nothing, a parameter has no operator, or an operator cannot take a
             parameter.
     """
+
+    _looked = False
+    """Whether a solve of `forward` has looked at the graph of f."""
 
     def __init__(
         self,
@@ -165,6 +169,7 @@ class CoupledField(nn.Module):
         ValueError.
         """
         check_activation(self.dynamics, z0)
+        self._looked = False
         if self.inputs is None:
             self._signature.check_none()
         check_surroundings(self.dynamics)
@@ -237,7 +242,11 @@ class CoupledField(nn.Module):
             )
         self._check_state(state)
         theta, derivatives = self.weight_side(t, self.names, state[1:])
-        return (check_slope(self.evaluate(t, state[0], theta), state[0]), *derivatives)
+        found = self.evaluate(t, state[0], theta)
+        if not self._looked and torch.is_grad_enabled() and not tracing():
+            self._looked = True
+            check_not_evaluated_later(self.dynamics, self.moving(), found, (state[0], *theta.values()))
+        return (check_slope(found, state[0]), *derivatives)
 
     def activation(self, state: State) -> Tensor:
         """z, the first part of the state."""

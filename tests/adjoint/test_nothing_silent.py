@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import weakref
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchdiffeq import odeint
+from torchdiffeq import odeint, odeint_adjoint
 
 import neuralode_coupled as nc
 from tests.helpers import oracle
@@ -211,29 +212,108 @@ def test_and_those_of_tensors_that_the_first_step_shows(method, checkpoints):
         assert torch.allclose(found.float(), torch.ones(2), rtol=1e-2)  # a step of several stages sums these in 16
 
 
-class Checkpointing(nn.Module):
-    def __init__(self):
+class Again(torch.autograd.Function):
+    """As reversible blocks and other packages' checkpoints: ``backward`` evaluates what the context holds."""
+
+    @staticmethod
+    def forward(ctx, run, z):
+        ctx.run = run
+        ctx.save_for_backward(z)
+        return run(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            z = ctx.saved_tensors[0].detach().requires_grad_()
+            torch.autograd.backward(ctx.run(z), g)
+        return None, z.grad
+
+
+class Scaled(torch.autograd.Function):
+    """Its context holds what evolves not, and its ``backward`` is of tensors alone."""
+
+    @staticmethod
+    def forward(ctx, held, z):
+        ctx.held, ctx.factor = held, 2.0
+        return 2 * z
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, ctx.factor * g
+
+
+def _held(net, way):
+    return {
+        "module": net,
+        "closure": lambda z: 1.0 * net(z),
+        "partial": functools.partial(lambda module, z: module(z), net),
+        "method": net.forward,
+        "within another": nn.Sequential(net),
+    }[way]
+
+
+class Evaluating(nn.Module):
+    def __init__(self, way):
         super().__init__()
-        self.net = nn.Linear(3, 3)
+        self.net, self.way = nn.Linear(3, 3), way
 
     def forward(self, z):
-        return checkpoint(self.net, z, use_reentrant=True)
+        if self.way == "checkpoint":
+            return checkpoint(self.net, z, use_reentrant=True)
+        return torch.tanh(Again.apply(_held(self.net, self.way), z))
+
+
+WAYS = ["checkpoint", "module", "closure", "partial", "method", "within another"]
+WORDS = "would evaluate it again with w0|When use_reentrant=True"  # or torch's own words
+
+
+BY_ALL = [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(memory=20_000)]
 
 
 @pytest.mark.parametrize(
-    "solve", [{"steps": 4}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}], ids=["grid", "dopri5"]
-)
-@pytest.mark.parametrize(
-    "adjoint",
-    [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None), nc.DiscreteAdjoint(memory=20_000)],
+    ("solve", "adjoint"),
+    [
+        *(({"steps": 4}, adjoint) for adjoint in [*BY_ALL, nc.ContinuousAdjoint(), nc.ReversibleAdjoint()]),
+        *(({"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}, a) for a in [*BY_ALL, nc.ContinuousAdjoint()]),
+    ],
     ids=str,
 )
-def test_a_reentrant_checkpoint_around_evolving_weights_is_refused(adjoint, solve):
-    """Its backward pass would evaluate f with w0 in place of theta(t)."""
-    layer = nc.CoupledODE(Checkpointing(), nc.LinearEvolution(), adjoint=adjoint, **solve).double()
+@pytest.mark.parametrize("way", WAYS)
+def test_what_evaluates_evolving_weights_in_its_backward_pass_is_refused(solve, adjoint, way):
+    """It would find w0 in place of theta(t): gradients would be wrong without a word."""
+    layer = nc.CoupledODE(Evaluating(way), nc.LinearEvolution(), adjoint=adjoint, **solve).double()
     z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    with pytest.raises((ValueError, RuntimeError), match="use_reentrant=True"):
+    with pytest.raises((ValueError, RuntimeError), match=WORDS):
         layer(z0).sum().backward()
+
+
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("way", WAYS)
+def test_and_with_general_purpose_solvers(solver, way):
+    field = nc.CoupledField(Evaluating(way), nc.LinearEvolution()).double()
+    z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    times = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    with pytest.raises((ValueError, RuntimeError), match=WORDS):
+        solver(field, field.initial_state(z0), times, method="euler")[0].sum().backward()
+
+
+@pytest.mark.parametrize("held", ["nothing", "another module", "the module that stands still"])
+def test_a_function_whose_context_holds_nothing_that_evolves_is_not_refused(held):
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.still = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, z):
+            what = {"nothing": None, "another module": nn.Tanh(), "the module that stands still": self.still}[held]
+            return self.net(Scaled.apply(what, z))
+
+    layer = nc.CoupledODE(Holding(), {"net.weight": nc.LinearEvolution()}, evolve="net.weight", steps=3).double()
+    z0 = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(layer(z0).square().sum(), z0)
+    with torch.no_grad():
+        end = [layer(z0 + s * 1e-6 * torch.ones_like(z0)).square().sum() for s in (1, -1)]
+    assert found.sum().item() == pytest.approx((end[0] - end[1]).item() / 2e-6, rel=1e-6)
 
 
 # what plain autograd does

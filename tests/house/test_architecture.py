@@ -14,7 +14,7 @@ import neuralode_coupled as nc
 NAME, FOLDER = nc.__name__, Path(nc.__file__).parent
 ROOMS = [
     *("_types", "_checks", "_torch", "_times", "_extras", "_files", "_version", "_substitution"),
-    *("runge_kutta", "kernels", "evolution", "field", "adjoint", "odeint", "coupled", "convert", "kkt", "models"),
+    *("runge_kutta", "kernels", "evolution", "adjoint", "field", "odeint", "coupled", "convert", "kkt", "models"),
     *("figures", "__init__", "transport", "train", "cli", "__main__"),
 ]
 """Each imports only what stands before it; ``__init__`` is the package itself, as in ``import neuralode_coupled``."""

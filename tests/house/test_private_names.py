@@ -78,11 +78,31 @@ def test_what_a_graph_holds_can_be_looked_at():
 def test_reentrant_checkpoints_have_a_node():
     """`reenters`: they evaluate modules in the backward pass, where evolving weights are gone.
 
-    If the name changes, `test_a_reentrant_checkpoint_around_evolving_weights_is_refused` fails too.
+    If the name changes, `test_what_evaluates_evolving_weights_in_its_backward_pass_is_refused` fails too.
     """
     out = checkpoint(torch.tanh, torch.ones(2, requires_grad=True), use_reentrant=True)
     assert _torch.reenters(out.grad_fn)
     assert not _torch.reenters(out.exp().grad_fn)
+
+
+def test_what_a_function_may_use_in_its_backward_pass_can_be_looked_at():
+    """`of_function`: modules there would be evaluated with w0. Without ``_forward_cls`` look at the context alone."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.held = "this"
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    out = Function.apply(torch.ones(2, requires_grad=True))
+    attributes, backward = _torch.of_function(out.grad_fn)
+    assert attributes["held"] == "this"
+    assert backward is Function.backward
+    assert not _torch.of_function(out.exp().grad_fn)
 
 
 def test_nodes_are_numbered():
