@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 import neuralode_coupled as nc
 from neuralode_coupled.models import ADJOINTS, by_name, evolution_named, kernel_named
@@ -93,7 +94,7 @@ def build_classifier(experiment: Experiment, classes: int) -> Classifier:
         schedule=experiment.schedule,
         origin=origin(experiment),
     )
-    _try(copy.deepcopy(classifier.model))
+    _try(copy.deepcopy(classifier.model), _empty())
     if experiment.precision == "64-true":
         # Lightning does so after it has read the checkpoint, which it would round to float32.
         classifier.double()
@@ -129,17 +130,26 @@ def origin(experiment: Experiment) -> dict[str, Any]:
     return {name: getattr(experiment, name) for name in decisive} | {"version": nc.__version__}
 
 
-def function_evaluations(model: nn.Module, batch: int) -> tuple[int, int]:
+def function_evaluations(
+    model: nn.Module, batch: int, images: Float[Tensor, "few 3 32 32"] | None = None
+) -> tuple[int, int]:
     """How often one training step evaluates the model's residual branches: forward, and recomputed in backward.
 
     Coupled layers count their dynamics; a plain residual block is one evaluation. The model does not change. Graphs are
-    kept as with ``batch`` images: it runs two images, with the same share of the memory for graphs.
+    kept as with ``batch`` images: it runs a few, with the same share of the memory for graphs.
+
+    Args:
+        model: the network, on any device.
+        batch: the images of a training step.
+        images: a few that it is trained on. Methods that choose their steps choose them by these. By default two empty
+            ones, which is right for fixed grids alone.
     """
+    images = _empty() if images is None else images
     probe = copy.deepcopy(model)
     for layer in nc.models.coupled_layers(probe).values():
         if isinstance(layer.adjoint, nc.DiscreteAdjoint):
-            layer.adjoint = replace(layer.adjoint, memory=layer.adjoint.memory * _TRIED / batch)
-    _try(probe, backward=True)
+            layer.adjoint = replace(layer.adjoint, memory=layer.adjoint.memory * len(images) / batch)
+    _try(probe, images, backward=True)
     costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
     plain = sum(isinstance(module, Residual) for module in probe.modules())
     return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
@@ -152,14 +162,15 @@ def _compiles(adjoint: nc.GradientMethod) -> bool:
     return isinstance(adjoint, nc.Backprop)
 
 
-_TRIED = 2
-"""How many images a model is tried on."""
+def _empty() -> Float[Tensor, "2 3 32 32"]:
+    """What a model is tried on before there are images."""
+    return torch.zeros(2, 3, 32, 32)
 
 
-def _try(probe: nn.Module, backward: bool = False) -> None:
-    """Run a copy of the model on two empty images, as in training. Raises as the model does."""
+def _try(probe: nn.Module, images: Float[Tensor, "few 3 32 32"], backward: bool = False) -> None:
+    """Run a copy of the model on some images, as in training. Raises as the model does."""
     probe.cpu().float().train()
     with torch.random.fork_rng(devices=[]):
-        logits = probe(torch.zeros(_TRIED, 3, 32, 32))
+        logits = probe(images.cpu().float())
         if backward:
             logits.sum().backward()

@@ -122,6 +122,11 @@ class ImageData(pl.LightningDataModule):
         `setup`."""
         return self._statistics[torch.device("cpu")]
 
+    def first_images(self, count: int) -> Float[Tensor, "few 3 32 32"]:
+        """The first training images, at most so many, normalised and not augmented. Available after `setup`."""
+        assert self.train is not None
+        return self.normalise(self.train.pixels[:count])
+
     def train_dataloader(self) -> DataLoader:
         """Batches in a new order in each epoch, distributed over the devices."""
         images = self._on_device("train")

@@ -24,7 +24,8 @@ class Result:
         final_accuracy: the test accuracy after the last epoch, a fraction.
         seconds: the median seconds per epoch of training (without testing).
         evaluations: evaluations of residual branches in one forward pass: those of the dynamics that coupled layers
-            count, and one for each plain residual block.
+            count, and one for each plain residual block. Methods that choose their steps are counted on a few
+            training images.
         recomputed: the number of them that a backward pass repeats.
         memory: peak memory of training in bytes, see `PeakMemory`.
         epochs: the number of epochs.

@@ -84,7 +84,9 @@ class Training:
 
     def _result(self) -> Result:
         model = self.classifier.model
-        evaluations, recomputed = function_evaluations(model, self.experiment.batch_size or 1)
+        self.data.setup()  # a run that is resumed after its last epoch has not loaded them
+        images = self.data.first_images(2)
+        evaluations, recomputed = function_evaluations(model, self.experiment.batch_size or 1, images)
         return Result.summarise(
             self.folder.rows(),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -410,6 +410,17 @@ def test_function_evaluations_count_all_residual_branches(model, variant, method
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
+def test_function_evaluations_of_an_adaptive_method_are_those_on_the_images():
+    """Steps are chosen by what flows through the network: empty images say little of how many."""
+    torch.manual_seed(0)
+    network = nc.models.build("resnet4", "anode", method="dopri5", dynamics="conv-group-relu-conv-group")
+    images = 30 * torch.randn(3, 3, 32, 32)
+    found, _ = building.function_evaluations(network, 3, images)
+    network.train()(images)
+    assert found == sum(layer.stats.evaluations for layer in nc.models.coupled_layers(network).values())
+    assert found != building.function_evaluations(network, 3)[0]
+
+
 def test_evolution_norms_add_up_the_layers():
     network = nc.models.build("resnet10", "anodev2-1")
     assert set(callbacks.evolution_norms(network).values()) == {0.0}
