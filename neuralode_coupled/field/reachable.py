@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 
-def captured(func: Callable[..., Any]) -> tuple[list[nn.Module], list[Tensor]]:
-    """The modules, and the tensors with a gradient, that a callable can reach by name; neither with duplicates."""
+def captured(held: Any) -> tuple[list[nn.Module], list[Tensor]]:
+    """The modules, and the tensors with a gradient, that a callable, or a nest of things, can reach by name; neither
+    with duplicates."""
     modules: list[nn.Module] = []
     tensors: list[Tensor] = []
     seen: dict[int, Any] = {}
-    queue: list[Any] = [func]
+    queue: list[Any] = [held]
     while queue:
         thing = queue.pop(0)
         if id(thing) in seen:
