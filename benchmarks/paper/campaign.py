@@ -182,12 +182,13 @@ class Processes:
     def launch(self, arguments: list[str], seconds: float | None) -> int | None:
         """Run it for at most so many seconds: the exit code, or None if the time was up or all have been ended."""
         environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
-        line = [sys.executable, "-u", "-m", "neuralode_coupled.cli", *arguments]
+        line = [sys.executable, "-u", "-m", "neuralode_coupled.cli", *arguments, "--end-with-stdin"]
         output = subprocess.PIPE if self._named else None
         with self._lock:
             if self._ended:
                 return None
-            started = subprocess.Popen(line, env=environment, text=True, stdout=output)
+            # The pipe to its standard input ends with this process, however that ends, and then so does the other.
+            started = subprocess.Popen(line, env=environment, text=True, stdin=subprocess.PIPE, stdout=output)
             self._running.add(started)
         relay = Thread(target=_relay, args=(arguments, started.stdout))
         relay.start()
@@ -201,6 +202,8 @@ class Processes:
                 started.terminate()
                 started.wait()
             self._running.discard(started)
+            assert started.stdin is not None
+            started.stdin.close()
             relay.join()
         return None if self._ended else code
 

@@ -6,7 +6,6 @@ import csv
 import io
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from neuralode_coupled.train import Experiment, Result, RunFolder, compare, pict
 from neuralode_coupled.train.compare import Outcome, Planned, plan
 from neuralode_coupled.train.table import Line
 from tests.helpers.images import image_folder
+from tests.helpers.waiting import free, within_a_minute
 
 
 @pytest.fixture
@@ -268,28 +268,13 @@ def test_a_run_ends_with_the_comparison_that_started_it(shared, tmp_path):
     command[command.index("--out") + 1] = str(out)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
         try:
-            _within_a_minute(planned.folder.last.exists)
+            within_a_minute(planned.folder.last.exists)
             with pytest.raises(ValueError, match="in use by"):
                 planned.folder.lock()
         finally:
             parent.kill()  # also where the test fails: it would train for days
-    _within_a_minute(lambda: _free(planned.folder))
+    within_a_minute(lambda: free(planned.folder))
     assert planned.folder.result() is None
-
-
-def _within_a_minute(happens) -> None:
-    end = time.monotonic() + 60
-    while not happens():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def _free(folder: RunFolder) -> bool:
-    try:
-        folder.lock().release()
-    except ValueError:
-        return False
-    return True
 
 
 def test_processes_wait_passively_unless_told_otherwise(monkeypatch):

@@ -15,9 +15,11 @@ from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import schedule_name
 from benchmarks.paper import campaign, cifar10, tables
 from benchmarks.paper.experiments import CHOICES, plan
+from neuralode_coupled.train.compare import command
 from neuralode_coupled.train.folder import RunFolder
 from tests.benchmarks.helpers import finish, records, shared
 from tests.helpers.images import image_folder
+from tests.helpers.waiting import free, within_a_minute
 
 
 def test_the_order_fills_the_tables_evenly(images, tmp_path):
@@ -132,8 +134,8 @@ def test_the_budget_stops_runs_and_starts_no_more(images, tmp_path):
 
 
 def test_a_process_is_stopped_when_its_time_is_up():
-    assert campaign.Processes().launch(["--help"], None) == 0
-    assert campaign.Processes().launch(["--help"], 0.01) is None
+    assert campaign.Processes().launch(["train", "--help"], None) == 0
+    assert campaign.Processes().launch(["train", "--help"], 0.01) is None
 
 
 def variant_of(arguments: list[str]) -> str:
@@ -221,6 +223,23 @@ def test_an_error_ends_every_process_and_starts_no_more(images, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         campaign.run(runs, "test", tmp_path / "records.jsonl", at_once=2, report=lambda text: None)
     assert [process.poll() for process in sleeping] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.slow
+def test_runs_end_with_the_campaign_that_started_them(images, tmp_path):
+    """However that ends: here it is killed without a word."""
+    (planned,) = plan(tmp_path, shared(images, epochs=100_000), ["resnet4"], ["baseline"], [0])
+    launch = f"from benchmarks.paper.campaign import Processes; Processes().launch({command(planned)!r}, None)"
+    with subprocess.Popen(
+        [sys.executable, "-c", launch], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as parent:
+        try:
+            within_a_minute(planned.folder.last.exists)
+            with pytest.raises(ValueError, match="in use by"):
+                planned.folder.lock()
+        finally:
+            parent.kill()  # also where the test fails: it would train for days
+    within_a_minute(lambda: free(planned.folder))
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
