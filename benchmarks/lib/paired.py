@@ -36,7 +36,7 @@ class Difference:
             return "holds"
         if self.pairs >= FEWEST and self.mean + self.half_width < 0:
             return "does not hold"
-        return "not enough runs"
+        return "not decided" if self.pairs >= FEWEST else "not enough runs"
 
 
 def mean_difference(gaps: Sequence[float]) -> Difference | None:

@@ -18,7 +18,7 @@ from benchmarks.lib.results import RESULTS
 from benchmarks.paper.records import read_as
 from benchmarks.paper.show import show
 
-RECORDS = RESULTS / "cifar10.jsonl"
+RECORDS, WHOLE = RESULTS / "cifar10.jsonl", RESULTS / "cifar10_whole.jsonl"
 NAMES = {"alexnet": "AlexNet", "resnet4": "ResNet-4", "resnet10": "ResNet-10"}
 VARIANTS = {
     "baseline": "Baseline",
@@ -153,7 +153,8 @@ def claims(cells: Mapping[Cell, Mapping[int, Run]]) -> list[str]:
         if not own:
             continue
         for better, others in (
-            (("anode", 2), [("node", 2)]),
+            (("anode", 2), [("baseline", None), ("node", 2)]),
+            (("anode", 5), [("baseline", None), ("node", 5)]),
             (("anodev2-1", 5), [("baseline", None), ("node", 5), ("node", 2), ("anode", 5), ("anode", 2)]),
             (("anodev2-2", 2), [("baseline", None), ("node", 2), ("anode", 2)]),
         ):
