@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import neuralode_coupled as nc
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.clock import clocked, quartiles
@@ -31,9 +32,10 @@ from benchmarks.lib.memory import peak_of_network, printed
 from benchmarks.lib.results import environment
 from benchmarks.paper.campaign import trained
 from benchmarks.paper.records import last, schedule_of
-from neuralode_coupled.train.building import build_data, build_model, function_evaluations
+from neuralode_coupled.train.building import build_data, build_model
 from neuralode_coupled.train.compare import Planned
 from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.layouts import memory_format
 
 ROUNDS = 7
 Part = dict[str, dict[str, Any]]
@@ -97,20 +99,29 @@ def whole_gradient(model: nn.Module, batch: Batch) -> Tensor:
 
 def gradient_errors(runs: Sequence[Planned], costed: Sequence[Planned]) -> Part:
     """The relative error against the discrete adjoint's gradient, at the weights that this trained, and the cosine
-    between the two; and the evaluations of the dynamics in a training step, forward and recomputed."""
+    between the two; and the evaluations of the dynamics in a training step, forward and recomputed, at the same
+    weights."""
     batch = first_batch(costed[0].experiment)
     finished = {(cell(run.experiment), run.experiment.seed): run for run in runs}
     found: Part = {}
     for planned in costed:
         e = planned.experiment
-        forward, recomputed = function_evaluations(build_model(e, CLASSES), len(batch[1]))
-        found[cell(e)] = {"evaluations": forward, "recomputed": recomputed}
         source = finished.get((f"{e.variant} {e.method} discrete", e.seed))
+        model = build_model(e, CLASSES) if source is None else trained(source, adjoint=e.adjoint)
+        ours = whole_gradient(model, batch)
+        found[cell(e)] = counted(model)
         if source is not None:
-            exact = whole_gradient(trained(source), batch)
-            ours = whole_gradient(trained(source, adjoint=e.adjoint), batch)
-            found[cell(e)] |= compared(ours, exact)
+            found[cell(e)] |= compared(ours, whole_gradient(trained(source), batch))
     return found
+
+
+def counted(model: nn.Module) -> dict[str, int]:
+    """The evaluations of the dynamics in the model's last training step, and those that its backward pass repeated."""
+    costs = [layer.stats for layer in nc.models.coupled_layers(model).values() if layer.stats is not None]
+    return {
+        "evaluations": sum(cost.evaluations for cost in costs),
+        "recomputed": sum(cost.recomputed for cost in costs),
+    }
 
 
 def compared(ours: Tensor, exact: Tensor) -> dict[str, float]:
@@ -141,7 +152,12 @@ def step_times(experiments: Sequence[Experiment], batch: Batch, rounds: int = RO
 
 def random_images(experiment: Experiment) -> Batch:
     """A random batch of the size and the memory format that training has."""
-    return random_batch(experiment.batch_size or 1, memory_format=torch.channels_last)
+    return random_batch(experiment.batch_size or 1, memory_format=format_of(experiment))
+
+
+def format_of(experiment: Experiment) -> torch.memory_format:
+    """The images' memory format in training on the CPU: a GroupNorm wants another than a BatchNorm."""
+    return memory_format(experiment.layout, torch.device("cpu"), build_model(experiment, CLASSES))
 
 
 def first_batch(experiment: Experiment) -> Batch:
@@ -151,7 +167,7 @@ def first_batch(experiment: Experiment) -> Batch:
     data.setup()
     assert data.train is not None
     pixels, labels = data.train.__getitems__(range(data.batch_size))
-    return data.normalise(pixels).contiguous(memory_format=torch.channels_last), labels
+    return data.normalise(pixels).contiguous(memory_format=format_of(experiment)), labels
 
 
 def peak_memory_in_a_process(experiment: Experiment) -> int:

@@ -6,27 +6,18 @@ python -m benchmarks.paper.solvers_table --page docs/solvers.md
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import ScalarFormatter
 
-from benchmarks.lib.jsonl import Report
 from benchmarks.lib.pages import DOCS
 from benchmarks.lib.results import RESULTS
-from benchmarks.paper.records import read_as, schedule_in
 from benchmarks.paper.show import show
-from benchmarks.paper.solver_costs import Part, beside, held
+from benchmarks.paper.solver_rows import EXACT, NAMES, Row, Trained, load
 from benchmarks.paper.solvers import CONFIGURATIONS, GRADIENTS, SOLVERS
+from benchmarks.paper.solvers_figure import draw
 
-NAMES = {"anodev2-1": "one", "anodev2-2": "two"}
 GRADIENT_NAMES = {
     "discrete": "DTO (`DiscreteAdjoint`)",
     "continuous": "`ContinuousAdjoint`",
@@ -35,155 +26,85 @@ GRADIENT_NAMES = {
 }
 RECORDS = RESULTS / "cifar10_solvers.jsonl"
 FIGURE = DOCS / "figures" / "cifar10_solvers.png"
-EXACT = 1e-5
-"""Relative errors of float32 gradients up to which two methods have one gradient."""
-
-ALL_IMAGES, TEST_IMAGES = 50_000, 10_000
-_FLOOR = 1e-8
-_MARKERS: dict[str, str] = dict(zip(SOLVERS, "os^D", strict=True))
-_FILLS: dict[str, Literal["full", "none", "left", "bottom"]] = {
-    "discrete": "full",
-    "continuous": "none",
-    "backprop": "left",
-    "reversible": "bottom",
-}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One record. Accuracy in % after the last epoch, on so many images, of training on batches of a size; the
-    tolerance of a solver that chooses its steps."""
-
-    cell: str
-    seed: int
-    accuracy: float
-    images: int
-    batch_size: int
-    tolerance: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table; None for what was not measured. ``shared``: the accuracy is the discrete adjoint's."""
-
-    variant: str
-    solver: str
-    gradient: str
-    accuracies: tuple[float, ...]
-    shared: bool
-    evaluations: int | None
-    recomputed: int | None
-    seconds: float | None
-    ratio: float | None
-    epoch_minutes: float | None
-    memory: float | None
-    error: float | None
-
-    @property
-    def accuracy(self) -> float | None:
-        return statistics.mean(self.accuracies) if self.accuracies else None
-
-
-def _trained(content: Mapping[str, Any]) -> Trained:
-    experiment = content["experiment"]
-    names = (experiment["variant"], experiment["method"], experiment["adjoint"])
-    accuracy, images = 100 * content["result"]["final_accuracy"], experiment["validation"] or TEST_IMAGES
-    return Trained(
-        " ".join(names), experiment["seed"], accuracy, images, experiment["batch_size"], experiment.get("rtol")
-    )
-
-
-def rows(runs: Sequence[Trained], costs: Mapping[str, Part], batch_size: int) -> list[Row]:
-    """The table's lines, of what is there."""
-    accuracies: dict[str, list[float]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: run.seed):
-        accuracies[run.cell].append(run.accuracy)
-    found = []
-    for variant in CONFIGURATIONS:
-        for solver in SOLVERS:
-            for gradient in GRADIENTS:
-                name = f"{variant} {solver} {gradient}"
-                if name in accuracies or any(name in part for part in costs.values()):
-                    found.append(_row(variant, solver, gradient, accuracies, costs, batch_size))
-    return found
-
-
-def _row(
-    variant: str,
-    solver: str,
-    gradient: str,
-    accuracies: Mapping[str, list[float]],
-    costs: Mapping[str, Part],
-    batch_size: int,
-) -> Row:
-    name = f"{variant} {solver} {gradient}"
-    gradients, memory, time = (costs[part].get(name, {}) for part in ("gradient", "memory", "time"))
-    error, seconds = gradients.get("relative_error"), time.get("seconds", {}).get("median")
-    own = accuracies.get(name, [])
-    # The same gradient is the same training: where it was not run for itself, the accuracy is the discrete adjoint's.
-    shared = not own and error is not None and error <= EXACT
-    peak = memory.get("peak_bytes")
-    return Row(
-        variant,
-        solver,
-        gradient,
-        tuple(accuracies.get(f"{variant} {solver} discrete", []) if shared else own),
-        shared,
-        gradients.get("evaluations"),
-        gradients.get("recomputed"),
-        seconds,
-        time.get("ratio", {}).get("median"),
-        None if seconds is None else seconds * math.ceil(ALL_IMAGES / batch_size) / 60,
-        None if peak is None else peak / 2**20,
-        error,
-    )
+SAME = 1.05
+"""Times up to this ratio are the same to whoever chooses."""
 
 
 def table(lines: Sequence[Row]) -> list[str]:
-    """The table in Markdown."""
+    """The table of one configuration in Markdown."""
     found = [
-        "| configuration | solver | gradient | accuracy, % | evaluations | recomputed | step, s | ratio | epoch, min | "
+        "| solver | gradient | accuracy, % | to Euler, points | to DTO, points | evaluations | recomputed | time | "
         "peak, MiB | gradient error |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in lines:
-        accuracy = "" if row.accuracy is None else f"{'= ' if row.shared else ''}{row.accuracy:.2f}"
-        numbers = (
-            accuracy,
+        cells = (
+            _accuracy(row),
+            _ahead(row, _find(lines, SOLVERS[0], row.gradient)),
+            _ahead(row, _find(lines, row.solver, GRADIENTS[0])),
             _shown(row.evaluations, "d"),
             _shown(row.recomputed, "d"),
-            _shown(row.seconds, ".3f"),
             _shown(row.ratio, ".2f"),
-            _shown(row.epoch_minutes, ".1f"),
             _shown(row.memory, ".0f"),
             _shown(row.error, ".1e") if row.error else "0" if row.error == 0 else "",
         )
-        found.append(
-            f"| {NAMES[row.variant]} | {row.solver} | {GRADIENT_NAMES[row.gradient]} | {' | '.join(numbers)} |"
-        )
+        found.append(f"| {row.solver} | {GRADIENT_NAMES[row.gradient]} | {' | '.join(cells)} |")
     return found
+
+
+def _find(lines: Sequence[Row], solver: str, gradient: str) -> Row | None:
+    return next((row for row in lines if (row.solver, row.gradient) == (solver, gradient)), None)
+
+
+def _accuracy(row: Row) -> str:
+    if row.accuracy is None:
+        return ""
+    interval = f" ± {row.half_width:.2f}" if math.isfinite(row.half_width) else ""
+    return f"{'= ' if row.shared else ''}{row.accuracy:.2f}{interval}"
+
+
+def _ahead(row: Row, other: Row | None) -> str:
+    """How far a line trained for itself is ahead of another such one."""
+    if other is None or other is row or row.shared or other.shared:
+        return ""
+    found = row.ahead_of(other)
+    return "" if found is None else str(found)
 
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def margin(lines: Sequence[Row], images: int) -> float:
-    """Twice the standard error, in points, of the difference of two accuracies on so many images, one run each."""
-    best = max(row.accuracy for row in lines if row.accuracy is not None) / 100
-    runs = max(len(row.accuracies) for row in lines)
-    return 200 * math.sqrt(2 * best * (1 - best) / (images * runs))
+def chance(accuracy: float, images: int) -> float:
+    """Twice the standard error, in points, of the difference of two accuracies (%) on so many images, one run each."""
+    share = accuracy / 100
+    return 200 * math.sqrt(2 * share * (1 - share) / images)
+
+
+def keeps_up(row: Row, best: Row, images: int) -> bool:
+    """Whether an accuracy cannot be told from the best one: by the interval of the seeds that both have, and with one
+    seed by what the choice of the images does."""
+    behind = best.ahead_of(row)
+    if behind is None:
+        return False
+    allowed = behind.half_width if behind.pairs > 1 else chance(best.accuracy or 0, images)
+    return behind.mean <= allowed
 
 
 def choice(lines: Sequence[Row], images: int) -> Row | None:
-    """The fastest line whose gradient is exact and whose accuracy is within `margin` of the best; None if there is no
-    such line, or no line with everything measured."""
+    """The fastest line whose gradient is exact and that `keeps_up`; None if there is no such line, or no line with
+    everything measured. The discrete adjoint, where it takes no more than the `SAME` time."""
     known = [row for row in lines if row.accuracy is not None and row.ratio is not None and row.error is not None]
-    if not known:
+    exact = [row for row in known if (row.error or 0) <= EXACT]
+    if not exact:
         return None
-    best, allowed = max(row.accuracy or 0 for row in known), margin(known, images)
-    good = [row for row in known if (row.error or 0) <= EXACT and (row.accuracy or 0) >= best - allowed]
-    return min(good, key=lambda row: row.ratio or 0) if good else None
+    best = max(known, key=lambda row: row.accuracy or 0)
+    good = [row for row in exact if row is best or keeps_up(row, best, images)]
+    if not good:
+        return None
+    fastest = min(good, key=lambda row: row.ratio or 0)
+    saver = _find(good, fastest.solver, GRADIENTS[0])
+    return saver if saver and (saver.ratio or 0) <= SAME * (fastest.ratio or 0) else fastest
 
 
 def answer(lines: Sequence[Row], images: int) -> str:
@@ -195,96 +116,63 @@ def answer(lines: Sequence[Row], images: int) -> str:
         if chosen is None:
             continue
         text = f"in configuration {NAMES[variant]} **{chosen.solver} with {GRADIENT_NAMES[chosen.gradient]}**"
-        saver = [row for row in own if (row.solver, row.gradient) == (chosen.solver, "discrete") and row is not chosen]
-        if saver and None not in (saver[0].memory, saver[0].ratio, chosen.memory, chosen.ratio):
-            memory = (saver[0].memory or 0) / (chosen.memory or 1)
-            time = (saver[0].ratio or 0) / (chosen.ratio or 1)
-            text += f", and {GRADIENT_NAMES['discrete']} where memory is short (the same gradient for "
-            text += f"{time:.2f} times the time and {memory:.2f} times the memory)"
-        parts.append(text)
+        parts.append(text + _instead(own, chosen) + _saving(own, chosen))
     if not parts:
         return "Which should I use? Not enough was measured to say."
     return f"Which should I use? {_upper(' ; '.join(parts)).replace(' ;', ';')}."
+
+
+def _instead(own: Sequence[Row], chosen: Row) -> str:
+    """What the other solvers give for their time, by the discrete adjoint."""
+    others = []
+    for row in own:
+        found = row.ahead_of(chosen)
+        if row.gradient == GRADIENTS[0] and row.solver != chosen.solver and found and row.ratio and chosen.ratio:
+            others.append(f"{row.solver} takes {row.ratio / chosen.ratio:.1f} times its time for {found} points")
+    return f": {', '.join(others)}" if others else ""
+
+
+def _saving(own: Sequence[Row], chosen: Row) -> str:
+    """What the discrete adjoint saves, where it is not the choice itself."""
+    saver = _find(own, chosen.solver, GRADIENTS[0])
+    if saver is None or saver is chosen or None in (saver.memory, saver.ratio, chosen.memory, chosen.ratio):
+        return ""
+    memory, time = (saver.memory or 0) / (chosen.memory or 1), (saver.ratio or 0) / (chosen.ratio or 1)
+    return (
+        f", and {GRADIENT_NAMES[GRADIENTS[0]]} where memory is short (the same gradient for {time:.2f} times the time "
+        f"and {memory:.2f} times the memory)"
+    )
 
 
 def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def draw(lines: Sequence[Row]) -> Figure:
-    """Accuracy against the time of a step, and gradient error against memory, for each configuration.
-
-    The marker tells the solver and its filling the gradient method.
-    """
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    grid = figure.subplots(2, len(CONFIGURATIONS), squeeze=False, sharey="row")
-    for column, variant in enumerate(CONFIGURATIONS):
-        own = [row for row in lines if row.variant == variant]
-        for row in own:
-            _mark(grid[0, column], row, row.seconds, row.accuracy)
-            _mark(grid[1, column], row, row.memory, None if row.error is None else max(row.error, _FLOOR))
-        grid[0, column].set(
-            title=f"configuration {NAMES[variant]}",
-            xlabel="time of a training step (s)",
-            ylabel="accuracy (%)",
-            xscale="log",
-        )
-        grid[1, column].set(
-            xlabel="peak memory of a training step (MiB)",
-            ylabel=f"relative gradient error ({_FLOOR:.0e}: none)",
-            xscale="log",
-            yscale="log",
-        )
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(ScalarFormatter())
-        axes.tick_params(axis="x", which="both", labelsize=8, labelrotation=45)
-    _legend(figure, lines)
-    return figure
-
-
-def _mark(axes: Axes, row: Row, x: float | None, y: float | None) -> None:
-    if x is not None and y is not None:
-        axes.plot(x, y, _MARKERS[row.solver], color="black", fillstyle=_FILLS[row.gradient], markersize=8)
-
-
-def _legend(figure: Figure, lines: Sequence[Row]) -> None:
-    solvers = dict.fromkeys(row.solver for row in lines)
-    gradients = dict.fromkeys(row.gradient for row in lines)
-    style: dict[str, Any] = {"linestyle": "", "color": "black", "markersize": 8}
-    handles = [
-        Line2D([], [], marker=_MARKERS[solver], fillstyle="none", label=f"solver: {solver}", **style)
-        for solver in solvers
-    ] + [Line2D([], [], marker="o", fillstyle=_FILLS[name], label=f"gradient: {name}", **style) for name in gradients]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
-
-
-def load(path: Path, schedule: str | None = None, report: Report | None = None) -> tuple[list[Row], list[Trained]]:
-    """The lines of a schedule, and its runs. Raises ValueError as `read_as`."""
-    runs = read_as(_trained, path, "benchmarks.paper.solvers", schedule, report)
-    name = schedule_in(path, schedule)
-    costs = {part: held(beside(path), name, part) for part in ("gradient", "memory", "time")}
-    return rows(runs, costs, runs[0].batch_size), runs
-
-
 def report(path: Path, schedule: str) -> str:
-    """The answer and the table in Markdown."""
+    """The answer and the tables in Markdown."""
     lines, runs = load(path, schedule)
-    run = runs[0]
-    chance = margin(lines, run.images)
+    run, seeds = runs[0], len({run.seed for run in runs})
+    first = next((row for row in lines if row.seconds is not None), None)
+    tables = []
+    for variant in CONFIGURATIONS:
+        own = [row for row in lines if row.variant == variant]
+        if own:
+            tables += [f"Configuration {NAMES[variant]}:", "", *table(own), ""]
     return f"""{answer(lines, run.images)}
 
-Schedule: `{schedule}`.
-Accuracy on {run.images:,} images after the last epoch; `=`: the accuracy of DTO, whose gradient it is. The
-choice of these images alone makes a difference of up to {chance:.1f} points between two runs. Evaluations of the
-ODE block in a training step, and those that its backward pass repeats. Time of a training step of
-{run.batch_size} images, its ratio to the first line's of the same round, and what it makes of an epoch of all images.
-Peak memory of such a step above the level before it. Relative error of the whole gradient against DTO's, at the
-weights that DTO trained.{_about_tolerances(runs)}
+Schedule: `{schedule}`, {seeds} seed{"s" if seeds > 1 else ""}.
+Accuracy on {run.images:,} images after the last epoch, with its 95% interval over the seeds; `=`: the accuracy of DTO,
+whose gradient it is. Differences are of the same seeds: to Euler's method with the same gradient, and to DTO by the
+same solver. Evaluations of the ODE block in a training step, and those that its backward pass repeats. Time and peak
+memory of a training step of {run.batch_size} images: the time as a ratio to the first line's{_first(first)}.
+Relative error of the whole gradient against DTO's, at weights that DTO trained.{_about_tolerances(runs)}
 
-{chr(10).join(table(lines))}
+{chr(10).join(tables).rstrip()}
 """
+
+
+def _first(row: Row | None) -> str:
+    return "" if row is None else f" ({row.seconds:.3f} s)"
 
 
 def _about_tolerances(runs: Sequence[Trained]) -> str:
@@ -293,8 +181,7 @@ def _about_tolerances(runs: Sequence[Trained]) -> str:
     if not tolerances:
         return ""
     named = ", ".join(f"{tolerance:g}" for tolerance in tolerances)
-    return f""" dopri5 has the tolerance {named}, relative and absolute, and one BatchNorm for all times where the
-others have one for each step; its evaluations are those of an untrained network."""
+    return f" dopri5 has the tolerance {named}, relative and absolute."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

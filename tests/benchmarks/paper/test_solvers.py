@@ -11,10 +11,11 @@ from torch import nn
 from benchmarks.lib import jsonl
 from benchmarks.lib.images import classifier_step
 from benchmarks.lib.pages import DOCS
-from benchmarks.paper import campaign, solver_costs, solvers, solvers_table
+from benchmarks.paper import campaign, solver_costs, solver_rows, solvers, solvers_figure, solvers_table
 from benchmarks.paper.records import keep, schedule_in
 from benchmarks.paper.solver_costs import held
-from benchmarks.paper.solvers_table import EXACT, Row, Trained, answer, choice, margin, rows
+from benchmarks.paper.solver_rows import EXACT, Row, Trained, rows
+from benchmarks.paper.solvers_table import answer, chance, choice
 from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.compare import command
 from neuralode_coupled.train.experiment import Experiment
@@ -183,8 +184,11 @@ def test_costs_are_added_to_those_that_are_known_but_times_are_of_one_run(images
 # The table and the answer
 
 
-def row(solver="euler", gradient="discrete", accuracy=50.0, ratio=1.0, error=0.0, memory=10.0, variant="anodev2-1"):
-    return Row(variant, solver, gradient, (accuracy,), False, 5, 5, 1.0, ratio, 1.0, memory, error)
+def row(
+    solver="euler", gradient="discrete", accuracies=(50.0,), ratio=1.0, error=0.0, memory=10.0, variant="anodev2-1"
+):
+    of_seeds = dict(enumerate(accuracies))
+    return Row(variant, solver, gradient, of_seeds, False, 5, 5, 1.0, ratio, memory, error)
 
 
 def test_an_accuracy_is_shared_only_where_the_gradient_is():
@@ -195,44 +199,71 @@ def test_an_accuracy_is_shared_only_where_the_gradient_is():
         "memory": {},
         "time": {"anodev2-1 euler backprop": {"seconds": {"median": 0.5}, "ratio": {"median": 0.7}}},
     }
-    found = {line.gradient: line for line in rows(runs, costs, 64)}
+    found = {line.gradient: line for line in rows(runs, costs)}
     assert (found["backprop"].accuracy, found["backprop"].shared) == (40.0, True)
-    assert found["backprop"].epoch_minutes == pytest.approx(782 * 0.5 / 60)
     assert (found["discrete"].accuracy, found["discrete"].shared) == (40.0, False)
     assert found["reversible"].accuracy is None
     text = "\n".join(solvers_table.table(list(found.values())))
-    assert "| one | euler | `Backprop` | = 40.00 |" in text
-    assert "| one | euler | `ReversibleAdjoint` |  |" in text
+    assert "| euler | `Backprop` | = 40.00 |" in text
+    assert "| euler | `ReversibleAdjoint` |  |" in text
 
 
-def test_the_fastest_exact_choice_within_the_noise_of_the_best_is_chosen():
+def test_the_table_has_intervals_and_differences_of_the_same_seeds():
+    euler, other = row(accuracies=(50.0, 52.0, 54.0)), row("rk4", accuracies=(51.0, 53.0, 55.0))
+    wrong = row("rk4", "continuous", accuracies=(41.0, 46.0), error=0.3)
+    first, second, third = solvers_table.table([euler, other, wrong])[2:]
+    assert "| 52.00 ± 4.97 |  |  |" in first  # Student's 4.303 times 2 / sqrt(3)
+    assert "| 53.00 ± 4.97 | +1.00 ± 0.00 |  |" in second
+    assert "| -8.50 ± 19.06 |" in third  # to DTO: the gaps -10 and -7, of two seeds
+
+
+def test_the_fastest_exact_choice_that_keeps_up_is_chosen():
     exact, wrong = row(ratio=2.0), row(gradient="continuous", ratio=1.0, error=0.4)
     assert choice([exact, wrong], 2000) is exact
-    slow = row(solver="rk4", ratio=9.0, accuracy=50.5)
+    slow = row("rk4", ratio=9.0, accuracies=(50.5,))
     assert choice([exact, slow], 2000) is exact
-    much_better = row(solver="rk4", ratio=9.0, accuracy=50 + 1.1 * margin([exact], 2000))
+    much_better = row("rk4", ratio=9.0, accuracies=(50 + 1.1 * chance(50.0, 2000),))
     assert choice([exact, much_better], 2000) is much_better
     assert choice([wrong], 2000) is None
 
 
-def test_the_margin_is_twice_the_deviation_of_a_difference():
-    assert margin([row(accuracy=50.0)], 2000) == pytest.approx(200 * (0.5 / 2000) ** 0.5)
+def test_with_seeds_what_keeps_up_is_decided_by_their_interval():
+    euler = row(accuracies=(50.0, 52.0, 54.0))
+    a_little_but_always = row("rk4", ratio=4.0, accuracies=(51.0, 53.1, 54.9))
+    more_but_not_always = row("rk4", ratio=4.0, accuracies=(55.0, 51.0, 56.0))
+    assert choice([euler, a_little_but_always], 2000) is a_little_but_always
+    assert choice([euler, more_but_not_always], 2000) is euler
 
 
-def test_the_answer_names_the_choice_and_what_saves_memory():
+def test_of_two_that_take_the_same_time_the_discrete_adjoint_is_chosen():
+    saver = row(ratio=1.04)
+    assert choice([row(gradient="backprop", ratio=1.0), saver], 2000) is saver
+
+
+def test_what_the_choice_of_images_does_is_twice_the_deviation_of_a_difference():
+    assert chance(50.0, 2000) == pytest.approx(200 * (0.5 / 2000) ** 0.5)
+
+
+def test_the_answer_names_the_choice_what_saves_memory_and_the_other_solvers():
     lines = [row(gradient="backprop", ratio=1.0, memory=40.0), row(ratio=1.5, memory=10.0)]
     assert answer(lines, 2000) == (
         "Which should I use? In configuration one **euler with `Backprop`**, and DTO (`DiscreteAdjoint`) where memory "
         "is short (the same gradient for 1.50 times the time and 0.25 times the memory)."
     )
+    lines = [row(accuracies=(50.0, 52.0, 54.0)), row("rk4", ratio=4.0, accuracies=(51.0, 52.0, 53.0))]
+    assert answer(lines, 2000) == (
+        "Which should I use? In configuration one **euler with DTO (`DiscreteAdjoint`)**: rk4 takes 4.0 times its time "
+        "for +0.00 ± 2.48 points."
+    )
     assert "Not enough" in answer([], 2000)
 
 
-def test_the_figure_has_a_mark_for_everything_measured():
-    figure = solvers_table.draw([row(), row(gradient="continuous", error=0.3), row(variant="anodev2-2")])
-    one, two, *_ = figure.axes
-    drawn = [sum(len(line.get_xdata()) for line in axes.lines) for axes in (one, two)]
-    assert drawn == [2, 1]
+def test_the_figure_has_a_mark_for_everything_measured_and_bars_for_seeds():
+    two = row(variant="anodev2-2", accuracies=(50.0, 52.0))
+    figure = solvers_figure.draw([row(), row(gradient="continuous", error=0.3), two])
+    drawn = [sum(len(line.get_xdata()) for line in axes.lines) for axes in figure.axes]
+    assert drawn == [2, 2, 2, 1, 1, 1]
+    assert [len(axes.collections) for axes in figure.axes] == [0, 0, 0, 1, 1, 0]
 
 
 def test_broken_records_are_skipped_and_named(images, tmp_path):
@@ -243,7 +274,7 @@ def test_broken_records_are_skipped_and_named(images, tmp_path):
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{second[:100]}")
     said = []
-    lines, _ = solvers_table.load(path, report=said.append)
+    lines, _ = solver_rows.load(path, report=said.append)
     assert [line.solver for line in lines] == ["euler"]
     assert ["records.jsonl, line 2" in text for text in said] == [True]
 

@@ -85,9 +85,7 @@ def test_a_half_written_record_is_skipped_and_said_so(images, tmp_path):
         read(tmp_path / "none.jsonl")
 
 
-SCHEDULES = {
-    record["schedule"]: path for path in (tables.RECORDS, tables.WHOLE) for record in jsonl.read(path)
-}
+SCHEDULES = {record["schedule"]: path for path in (tables.RECORDS, tables.WHOLE) for record in jsonl.read(path)}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
