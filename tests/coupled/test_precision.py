@@ -39,7 +39,7 @@ def formats(monkeypatch) -> dict[str, set[torch.dtype]]:
         return result
 
     # It takes a step of its own in float32.
-    monkeypatch.setattr(building, "_try", lambda probe, backward=False: None)
+    monkeypatch.setattr(building, "_try", lambda probe, images, backward=False: None)
     monkeypatch.setattr(GridProblem, "stage_weights", watched)
     monkeypatch.setattr(functional, "conv2d", convolution)
     monkeypatch.setattr(
