@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import neuralode_coupled as nc
 from benchmarks.lib import jsonl
 from benchmarks.lib.cifar10 import CLASSES
 from benchmarks.lib.clock import clocked, quartiles
@@ -32,7 +31,7 @@ from benchmarks.lib.memory import peak_of_network, printed
 from benchmarks.lib.results import environment
 from benchmarks.paper.campaign import trained
 from benchmarks.paper.records import last, schedule_of
-from neuralode_coupled.train.building import build_data, build_model
+from neuralode_coupled.train.building import build_data, build_model, last_evaluations
 from neuralode_coupled.train.compare import Planned
 from neuralode_coupled.train.experiment import Experiment
 from neuralode_coupled.train.layouts import memory_format
@@ -109,19 +108,10 @@ def gradient_errors(runs: Sequence[Planned], costed: Sequence[Planned]) -> Part:
         source = finished.get((f"{e.variant} {e.method} discrete", e.seed))
         model = build_model(e, CLASSES) if source is None else trained(source, adjoint=e.adjoint)
         ours = whole_gradient(model, batch)
-        found[cell(e)] = counted(model)
+        found[cell(e)] = dict(zip(("evaluations", "recomputed"), last_evaluations(model), strict=True))
         if source is not None:
             found[cell(e)] |= compared(ours, whole_gradient(trained(source), batch))
     return found
-
-
-def counted(model: nn.Module) -> dict[str, int]:
-    """The evaluations of the dynamics in the model's last training step, and those that its backward pass repeated."""
-    costs = [layer.stats for layer in nc.models.coupled_layers(model).values() if layer.stats is not None]
-    return {
-        "evaluations": sum(cost.evaluations for cost in costs),
-        "recomputed": sum(cost.recomputed for cost in costs),
-    }
 
 
 def compared(ours: Tensor, exact: Tensor) -> dict[str, float]:

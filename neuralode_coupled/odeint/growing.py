@@ -53,8 +53,8 @@ class Growing:
         self._keeps = memory.auto and not saved_tensors_are_hooked()
         # Buffers may change before the backward pass, and gradients may be left out on purpose.
         all_of_it = self.open and self._keeps and dynamics.overlooked is not None and not dynamics.buffers
-        self._given = (*y0, *dynamics.shared)
-        self.linked = all_of_it and not self._replaced and may_be_linked(self._given, dynamics.captured)
+        given = (*y0, *dynamics.shared)
+        self.linked = all_of_it and not self._replaced and may_be_linked(given, dynamics.captured)
         self.y0, self.shared = self._starts(y0), self._starts(dynamics.shared)
         self.captured: State = self._leaves(self._replaced) or dynamics.captured
         self._stops: Places = set()

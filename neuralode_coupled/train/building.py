@@ -150,8 +150,13 @@ def function_evaluations(
         if isinstance(layer.adjoint, nc.DiscreteAdjoint):
             layer.adjoint = replace(layer.adjoint, memory=layer.adjoint.memory * len(images) / batch)
     _try(probe, images, backward=True)
-    costs = [layer.stats for layer in nc.models.coupled_layers(probe).values() if layer.stats is not None]
-    plain = sum(isinstance(module, Residual) for module in probe.modules())
+    return last_evaluations(probe)
+
+
+def last_evaluations(model: nn.Module) -> tuple[int, int]:
+    """What `function_evaluations` gives, of the training step that the model has made last."""
+    costs = [layer.stats for layer in nc.models.coupled_layers(model).values() if layer.stats is not None]
+    plain = sum(isinstance(module, Residual) for module in model.modules())
     return plain + sum(cost.evaluations for cost in costs), sum(cost.recomputed for cost in costs)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from neuralode_coupled.train import Experiment, Result, RunFolder, compare, pict
 from neuralode_coupled.train.compare import Outcome, Planned, plan
 from neuralode_coupled.train.table import Line
 from tests.helpers.images import image_folder
-from tests.helpers.waiting import free, within_a_minute
+from tests.helpers.waiting import killed_while_it_trains
 
 
 @pytest.fixture
@@ -266,14 +265,7 @@ def test_a_run_ends_with_the_comparison_that_started_it(shared, tmp_path):
         command[command.index(option)] = its
     command[command.index("--epochs") + 1] = "100000"
     command[command.index("--out") + 1] = str(out)
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
-        try:
-            within_a_minute(planned.folder.last.exists)
-            with pytest.raises(ValueError, match="in use by"):
-                planned.folder.lock()
-        finally:
-            parent.kill()  # also where the test fails: it would train for days
-    within_a_minute(lambda: free(planned.folder))
+    killed_while_it_trains(command, planned.folder)
     assert planned.folder.result() is None
 
 

@@ -19,7 +19,7 @@ from neuralode_coupled.train.compare import command
 from neuralode_coupled.train.folder import RunFolder
 from tests.benchmarks.helpers import finish, records, shared
 from tests.helpers.images import image_folder
-from tests.helpers.waiting import free, within_a_minute
+from tests.helpers.waiting import killed_while_it_trains
 
 
 def test_the_order_fills_the_tables_evenly(images, tmp_path):
@@ -230,16 +230,7 @@ def test_runs_end_with_the_campaign_that_started_them(images, tmp_path):
     """However that ends: here it is killed without a word."""
     (planned,) = plan(tmp_path, shared(images, epochs=100_000), ["resnet4"], ["baseline"], [0])
     launch = f"from benchmarks.paper.campaign import Processes; Processes().launch({command(planned)!r}, None)"
-    with subprocess.Popen(
-        [sys.executable, "-c", launch], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as parent:
-        try:
-            within_a_minute(planned.folder.last.exists)
-            with pytest.raises(ValueError, match="in use by"):
-                planned.folder.lock()
-        finally:
-            parent.kill()  # also where the test fails: it would train for days
-    within_a_minute(lambda: free(planned.folder))
+    killed_while_it_trains([sys.executable, "-c", launch], planned.folder)
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "two"])
