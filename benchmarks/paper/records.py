@@ -123,11 +123,16 @@ def read_as(
     return [converted for _, (_, converted) in sorted(found.items(), key=lambda item: item[0])]
 
 
+def schedules_in(path: Path) -> list[str]:
+    """The schedules of a file's records, in the order in which they come."""
+    return list(dict.fromkeys(str(content.get("schedule")) for content in jsonl.read(path, lambda text: None)))
+
+
 def schedule_in(path: Path, schedule: str | None = None) -> str:
     """The schedule that is meant; raises ValueError if it is not named, and the file has not got exactly one."""
     if schedule is not None:
         return schedule
-    there = list(dict.fromkeys(str(content.get("schedule")) for content in jsonl.read(path, lambda text: None)))
+    there = schedules_in(path)
     if len(there) != 1:
         raise ValueError(f"{path} has {len(there)} schedules, name one of them: {', '.join(there) or 'none'}")
     return there[0]

@@ -59,14 +59,24 @@ PAPER_PARAMETERS = {  # thousands; one count for the Neural ODE and ANODE
     "anodev2-1": {"alexnet": 1757.51, "resnet4": 8.23, "resnet10": 45.77},
     "anodev2-2": {"alexnet": 1757.13, "resnet4": 7.99, "resnet10": 45.05},
 }
-DEFAULT_STEPS = {"baseline": None, "node": 2, "anode": 2, "anodev2-1": 5, "anodev2-2": 2}
+DEFAULT_STEPS = {"baseline": None, "untied": 5, "node": 2, "anode": 2, "anodev2-1": 5, "anodev2-2": 2}
 Cell = tuple[str, str, int | None]
 """A network, a variant and its activation steps."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One record: where it stands in the tables, and what it came to (accuracy in % after the last epoch)."""
+    """One record: where it stands in the tables, and what it came to.
+
+    Attributes:
+        network: a key of `NAMES`.
+        variant: a key of `DEFAULT_STEPS`.
+        steps: of the activations; None where there are none.
+        seed: of the run.
+        accuracy: on the test images after the last epoch, in %.
+        parameters: how many.
+        schedule: its name.
+    """
 
     network: str
     variant: str
@@ -136,10 +146,10 @@ def parameter_table(cells: Mapping[Cell, Mapping[int, Run]]) -> list[str]:
     """Table 3 in Markdown, in thousands; its last column says whether the paper's count is kept to."""
     lines = ["| network | variant | here | paper | within |", "|---|---|---:|---:|---|"]
     for network in ("alexnet", "resnet4", "resnet10"):
-        for variant, steps in DEFAULT_STEPS.items():
-            runs = cells.get((network, variant, steps))
+        for variant, papers in PAPER_PARAMETERS.items():
+            runs = cells.get((network, variant, DEFAULT_STEPS[variant]))
             if runs:
-                count, paper = next(iter(runs.values())).parameters / 1000, PAPER_PARAMETERS[variant][network]
+                count, paper = next(iter(runs.values())).parameters / 1000, papers[network]
                 within = "yes" if round(count, 2) <= paper else "no"
                 lines.append(f"| {NAMES[network]} | {VARIANTS[variant]} | {count:.2f} | {paper:.2f} | {within} |")
     return lines
