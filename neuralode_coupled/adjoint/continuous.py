@@ -92,7 +92,7 @@ class ContinuousAdjoint:
             field.observe(t[0], y)
         try:
             arguments = self._arguments(problem, field, rtol, atol)
-            states = odeint_adjoint(field, y, t, adjoint_params=(*flow.params, *field.captured), **arguments)
+            states = odeint_adjoint(field, y, t, adjoint_params=(*field.params, *field.captured), **arguments)
         except (AssertionError, ValueError) as error:
             if problem.tolerances is None:  # on a grid the flow's check has named the step
                 raise
@@ -166,8 +166,10 @@ class _VectorField(nn.Module):
         self.n = flow.first
         self.backward = self.own_graph = False
         self.latest: tuple[Tensor, State, State] | None = None
-        # The tensors that the slope reaches by itself, and views of them: each view has a gradient of its own, even if
-        # one tensor is a function of another.
+        # Views of the parameters, the tensors that the slope reaches by itself, and views of these. Each view has a
+        # gradient of its own, even if one tensor is a function of another, or has a hook: else autograd would go on
+        # from the function to the other one at every stage, and count that path twice.
+        self.params = _views(flow.params)
         self._reached: State = ()
         self.captured: State = ()
 
@@ -201,7 +203,7 @@ class _VectorField(nn.Module):
         scratch = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
         start = tuple([part.detach() for part in y])
         asked = tuple([tensor for tensor in self.flow.captured if tensor.requires_grad])
-        with without_graph(y[0].device), Observer((*y, *self.flow.params, *asked)) as observer:
+        with without_graph(y[0].device), Observer((*y, *self.params, *asked)) as observer:
             try:
                 self._slope(t, start, scratch)
             except (RuntimeError, ValueError) as error:
@@ -211,18 +213,19 @@ class _VectorField(nn.Module):
                 self._slope(t, start, tuple([buffer.clone() for buffer in self.plan.buffers[self.n]]))
         restore(random, before)
         self._reached = (*asked, *observer.found)
-        self.captured = tuple([tensor.view_as(tensor) for tensor in self._reached])
+        self.captured = _views(self._reached)
 
     def _slope(self, t: Tensor, y: State, buffers: State) -> State:
         if not self.own_graph or torch.is_grad_enabled():
-            return self.flow.slope(self.n, t, y, buffers)
+            return self.flow.slope(self.n, t, y, self.params, buffers)
         with torch.enable_grad():
-            slope = self.flow.slope(self.n, t, tuple([part.detach().requires_grad_() for part in y]), buffers)
+            start = tuple([part.detach().requires_grad_() for part in y])
+            slope = self.flow.slope(self.n, t, start, self.params, buffers)
         return tuple([part.detach() for part in slope])
 
     def _check_closed(self, t: Tensor, y: State, slope: State) -> None:
         """Raise the flow's error for a tensor that the backward solve does not know."""
-        known = (t, *y, *self.flow.params, *self.captured)
+        known = (t, *y, *self.params, *self.captured)
 
         def again() -> list[Tensor]:
             buffers = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
@@ -245,6 +248,10 @@ class _VectorField(nn.Module):
     def _enter(self, middle: float) -> None:
         inside = [i for i, t in enumerate(self.times[:-1]) if self.direction * (middle - t) > 0]
         self.n = self.flow.first + (inside[-1] if inside else 0)
+
+
+def _views(tensors: State) -> State:
+    return tuple([tensor.view_as(tensor) for tensor in tensors])
 
 
 class _AdaptiveField(_VectorField):

@@ -147,10 +147,10 @@ class Flow:
     """An interval on which the system is one smooth vector field, for continuous adjoints.
 
     Attributes:
-        slope: ``slope(n, t, y, buffers) -> dy/dt`` within step ``n`` of the grid.
+        slope: ``slope(n, t, y, params, buffers) -> dy/dt`` within step ``n`` of the grid.
         first, last: the indices of the interval's ends on the grid.
         carried: the tensors after z in the state at the interval's start (the weights of the coupled system).
-        params: the other tensors that gradients flow to.
+        params: the other tensors that gradients flow to. The slope is given these, or others in their places.
         overlooked: as in `Plan`.
         captured: the tensors that the slope reaches by itself, as far as they are known.
         check: ``check(n, y)`` raises if the forward solve must not go on from the state ``y`` at grid point ``n``.
@@ -158,7 +158,7 @@ class Flow:
             go on after this evaluation.
     """
 
-    slope: Callable[[int, Tensor, State, State], State]
+    slope: Callable[[int, Tensor, State, State, State], State]
     first: int
     last: int
     carried: State

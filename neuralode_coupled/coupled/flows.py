@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from neuralode_coupled._substitution import Held, alone, call, places
+from neuralode_coupled._substitution import Held, alone, call, indexed, places
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow
 from neuralode_coupled.coupled.stages import Stages
@@ -43,11 +43,14 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     held = Held([*(field.operator(name) for name in moving), field.kernel])
     with alone(held):
         pinned, own = dict(places(held)), tuple(held.parameters())
+    where = indexed(pinned.items(), own)
+    first_own, params = len(stages.shared), (*stages.shared, *own, *(p for row in stages.own for p in row))
 
-    def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
+    def slope(n: int, t: Tensor, y: State, params: State, buffers: State) -> State:
         weight_side = partial(field.weight_side, t, moving, y[1:])
-        theta, derivatives = call(held, pinned, (weight_side,), owner=field.dynamics)
-        tensors = stages.named(stages.shared, stages.own[n], buffers) | theta
+        given = {name: params[first_own + i] for name, i in where}
+        theta, derivatives = call(held, pinned | given, (weight_side,), owner=field.dynamics)
+        tensors = stages.named(params[:first_own], _row(stages, n, params[first_own + len(own) :]), buffers) | theta
         return (stages.evaluate(t, y[0], tensors, first=n == 0), *derivatives)
 
     def check(n: int, y: State) -> None:
@@ -57,20 +60,29 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     def explained(t: Tensor, y: State, slope: State, error: Exception) -> None:
         explain(moving, t, y[1:], slope[1:], error)
 
-    params = (*stages.shared, *own, *(p for row in stages.own for p in row))
     return Flow(slope, 0, last, field.with_memory(w0), params, stages.overlooked, field.captured, check, explained)
 
 
 def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
     """z under weights that are constant between two grid points."""
 
-    def slope(n: int, t: Tensor, y: State, buffers: State) -> State:
-        tensors = stages.named(stages.shared, stages.own[n], buffers) | theta
-        return (stages.evaluate(t, y[0], tensors, first=n == 0),)
-
+    first_theta = len(stages.shared)
+    first_own = first_theta + len(theta)
     own = [p for row in stages.own[first:last] for p in row]
     params = (*stages.shared, *theta.values(), *own)
+
+    def slope(n: int, t: Tensor, y: State, params: State, buffers: State) -> State:
+        tensors = stages.named(params[:first_theta], _row(stages, n - first, params[first_own:]), buffers)
+        tensors |= zip(theta, params[first_theta:first_own], strict=True)
+        return (stages.evaluate(t, y[0], tensors, first=n == 0),)
+
     return Flow(slope, first, last, (), params, stages.overlooked, stages.field.captured)
+
+
+def _row(stages: Stages, n: int, own: State) -> State:
+    """The parameters of the ``n``-th step among those of all steps, one step's after the other's."""
+    width = len(stages.own[0])
+    return own[n * width : (n + 1) * width]
 
 
 def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:

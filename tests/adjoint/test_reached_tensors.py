@@ -440,6 +440,88 @@ def test_layers_too(name, dynamics, kind, kernel, method, frozen):
     assert results[0]["root"].norm() > 1e-3
 
 
+def has_no(adjoint, method, kernel):
+    """Whether a gradient method does not go with this method or kernel."""
+    recomputes_weights = getattr(adjoint, "weights", "stored") == "recomputed"
+    if method == "dopri5" and (recomputes_weights or isinstance(adjoint, nc.ReversibleAdjoint)):
+        return True
+    return recomputes_weights and not isinstance(kernel, nc.Dirac)
+
+
+class Policed(nn.Module):
+    """Dynamics that are given a context, or hold a policy's; they count their evaluations."""
+
+    def __init__(self, context=None):
+        super().__init__()
+        self.linear, self.context, self.calls = nn.Linear(3, 3), [context], [0]
+
+    def forward(self, z, context=None):
+        self.calls[0] += 1
+        return torch.tanh(self.linear(z) + (self.context[0] if context is None else context))
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+@given(
+    st.sampled_from(["argument", "hidden"]),
+    st.sampled_from([nc.Dirac(), nc.SampleAndHold(2), nc.Exponential(2.0)]),
+    st.sampled_from(["rk4", "dopri5"]),
+    st.integers(1, 3),
+)
+def test_a_context_that_the_layers_own_parameters_made(name, way, kernel, method, solves):
+    """As a policy makes it from what an earlier solve of the layer gave: a rollout."""
+    adjoint = ADJOINTS[name]
+    if has_no(adjoint, method, kernel):
+        return
+    grid = {"rtol": 1e-8, "atol": 1e-10} if method == "dopri5" else {"steps": 40 if name == "continuous" else 8}
+    results, counts = [], []
+    for chosen in (adjoint, nc.Backprop()):
+        torch.manual_seed(0)
+        policy, first = nn.Linear(3, 3).double(), Policed().double()
+        z, loss, parameters = torch.randn(2, 3, **FLOAT64), 0.0, dict(policy.named_parameters("policy"))
+        for _ in range(solves):
+            context = policy(z) + first.linear.bias
+            dynamics = first
+            if way == "hidden":
+                dynamics = Policed(context)
+                dynamics.linear, dynamics.calls = first.linear, first.calls
+            torch.manual_seed(1)
+            evolution = {"linear.weight": nc.ReactionDiffusionAdvection()}
+            layer = nc.CoupledODE(dynamics, evolution, kernel, method=method, adjoint=chosen, **grid).double()
+            oracle.randomize(layer)
+            parameters |= dict(layer.named_parameters())
+            z = layer(z) if way == "hidden" else layer(z, context)
+            loss = loss + z.square().sum()
+        results.append(oracle.gradients(loss, parameters))
+        counts.append(first.calls[0])
+    if name == "continuous":
+        assert counts[0] <= 4 * counts[1]
+    if not isinstance(adjoint, nc.ReversibleAdjoint):  # which is another discrete map than the method's
+        assert oracle.largest_error(*results) < (1e-2 if name == "continuous" else 1e-8)
+
+
+@pytest.mark.parametrize("name", ADJOINTS)
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("which", ["linear.weight", "bias"])
+def test_a_hook_on_a_parameter_sees_its_gradient_once(name, method, which):
+    if has_no(ADJOINTS[name], method, nc.Dirac()):
+        return
+    grid, results = {"rtol": 1e-8, "atol": 1e-10} if method == "dopri5" else {"steps": 8}, []
+    for adjoint in (ADJOINTS[name], nc.Backprop()):
+        torch.manual_seed(0)
+        dynamics, heard = Policed(torch.zeros(3, **FLOAT64)).double(), []
+        layer = nc.CoupledODE(
+            dynamics, {"linear.weight": nc.ReactionDiffusionAdvection()}, method=method, adjoint=adjoint, **grid
+        )
+        layer = oracle.randomize(layer.double())
+        parameters = dict(layer.named_parameters())
+        hooked = next(p for n, p in parameters.items() if n.endswith(which))
+        hooked.register_hook(lambda grad, heard=heard: heard.append(1) or 3 * grad)
+        results.append(oracle.gradients(layer(torch.randn(2, 3, **FLOAT64)).square().sum(), parameters))
+        assert len(heard) == 1
+    if not isinstance(ADJOINTS[name], nc.ReversibleAdjoint):
+        assert oracle.largest_error(*results) < (1e-3 if name == "continuous" else 1e-8)
+
+
 @pytest.mark.parametrize("solve", ["rk4", "dopri5"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hook_on_a_tensor_sees_its_gradient_once(kind, solve):
