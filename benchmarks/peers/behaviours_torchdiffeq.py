@@ -71,6 +71,61 @@ def in_functional_call() -> Seen:
     return Seen(inside == 0 < outside and abs(ours - outside) < 1e-3 * outside, text)
 
 
+class Steered(Field):
+    """dy/dt = g(y) + u, which counts its evaluations; u is an attribute, as the inputs of a controlled system are."""
+
+    u: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(y) + self.u
+
+
+def rollout(solve: Callable[[Steered, Tensor], Tensor], solves: int) -> tuple[Tensor, int]:
+    """The gradient in the field's parameters of solves in a row, whose inputs a policy makes of the last state; the
+    number of evaluations."""
+    torch.manual_seed(0)
+    net, policy, y = Field().net, nn.Linear(3, 3).double(), torch.randn(4, 3, dtype=torch.float64)
+    loss, fields = y.new_zeros(()), []
+    for _ in range(solves):
+        field = Steered()
+        field.net, field.u = net, policy(y)
+        y = solve(field, y)
+        loss = loss + y.square().sum()
+        fields.append(field)
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    return torch.cat([g.flatten() for g in gradients]), sum(field.calls for field in fields)
+
+
+def inputs_counted_twice() -> Seen:
+    import neuralode_coupled as nc
+
+    def named(field: Steered, y: Tensor) -> Tensor:
+        known = (*field.parameters(), field.u)
+        return torchdiffeq.odeint_adjoint(field, y, UNIT, method="rk4", adjoint_params=known)[-1]  # pyright: ignore
+
+    def through(field: Steered, y: Tensor) -> Tensor:
+        return torchdiffeq.odeint(field, y, UNIT, method="rk4")[-1]  # pyright: ignore[reportReturnType]
+
+    def ours(field: Steered, y: Tensor) -> Tensor:
+        return nc.odeint_dto(field, y, UNIT, method="rk4")[-1]
+
+    found = {solves: [rollout(solve, solves) for solve in (named, through, ours)] for solves in (1, 2, 3)}
+    off = [float((theirs[0] - exact[0]).norm() / exact[0].norm()) for theirs, exact, _ in found.values()]
+    same = max(float((own[0] - exact[0]).norm() / exact[0].norm()) for _, exact, own in found.values())
+    counts = [", ".join(str(runs[i][1]) for runs in found.values()) for i in (0, 2)]
+    text = (
+        f"1, 2, 3 solves: {', '.join(f'{x:.0%}' for x in off)} off, {counts[0]} evaluations; "
+        f"`nc.odeint_dto` {same:.0e} off, {counts[1]} evaluations"
+    )
+    grows = found[3][0][1] > 4 * found[2][0][1] > 12 * found[1][0][1]
+    return Seen(off[0] < 0.05 < off[1] and grows and same < 1e-10, text)
+
+
 def cde_in_functional_call() -> Seen:
     import torchcde
 
@@ -301,6 +356,14 @@ BEHAVIOURS = [
         "`odeint_adjoint`: its second derivatives lack terms, in silence (a gradient penalty, say)",
         "`odeint`; `nc.odeint_dto`",
         second_derivatives,
+    ),
+    Behaviour(
+        "adjoint-inputs",
+        ("torchdiffeq",),
+        "`odeint_adjoint` with an input in `adjoint_params` that earlier solves of f made (a policy's output): f's "
+        "parameters get that path twice, in silence, and each solve in a row multiplies the evaluations",
+        "`odeint`; `nc.odeint_dto`; the input as a part of the state, with slope 0",
+        inputs_counted_twice,
     ),
     Behaviour(
         "explicit-adams",

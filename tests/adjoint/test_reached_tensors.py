@@ -602,14 +602,16 @@ def test_a_hook_on_a_captured_tensor_sees_its_gradient_once_whenever_it_comes(wh
 
 @pytest.mark.parametrize("solve", ["rk4", "dopri5"])
 @pytest.mark.parametrize("memory", [0, 40_000, 200_000, 2**25])
-@pytest.mark.parametrize("role", ["y0", "parameter", "function of y0"])
+@pytest.mark.parametrize("role", ["y0", "parameter", "function of y0", "function of a parameter"])
 def test_what_f_holds_may_be_an_operand_too(role, memory, solve):
-    """f holds y0 or a function of it, or y0 is a parameter of f: whether all steps are kept, some or none."""
+    """f holds y0, a function of it or of its own parameter, or y0 is a parameter of f: whether all steps are kept, some
+    or none."""
     steps, found = {"step_size": 0.05} if solve == "rk4" else {"max_step": 0.05}, []
     for solver, more in ((nc.odeint_dto, {"memory": memory}), (odeint, {})):
         torch.manual_seed(0)
         net, y0 = nn.Linear(3, 3, **FLOAT64), torch.randn(3, 3, **FLOAT64, requires_grad=True)
-        held = {"y0": y0, "parameter": torch.ones(()), "function of y0": torch.sin(y0)}[role]
+        functions = {"function of y0": torch.sin(y0), "function of a parameter": torch.sin(net.weight)}
+        held = ({"y0": y0, "parameter": torch.ones(())} | functions)[role]
 
         def f(t, y, net=net, held=held):
             return torch.tanh(net(y)) + 0.1 * torch.cos(held)
