@@ -65,7 +65,6 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
 
 def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
     """z under weights that are constant between two grid points."""
-
     first_theta = len(stages.shared)
     first_own = first_theta + len(theta)
     own = [p for row in stages.own[first:last] for p in row]
