@@ -13,7 +13,7 @@ from benchmarks.lib.jsonl import Report
 from benchmarks.paper.claims import EPOCHS, LONGER
 from benchmarks.paper.records import schedules_in
 from benchmarks.paper.show import show
-from benchmarks.paper.tables import WHOLE, Run, by_cell, difference, read
+from benchmarks.paper.tables import WHOLE, Run, by_cell, difference, heading, read
 
 NETWORK, OURS = "resnet4", "configuration one"
 ROWS = {
@@ -81,13 +81,7 @@ def sentences(found: Mapping[str, Mapping[int, Run]]) -> list[str]:
 def report(path: Path, schedule: str) -> str:
     """The table and the sentences in Markdown; raises ValueError as `rows`."""
     found = rows(path, schedule)
-    lines = [
-        f"Schedule: `{schedule}`. Test accuracy in % after the last epoch; differences in points, over the",
-        "seeds that both have, with a 95% confidence interval.",
-        "",
-        *table(found),
-        "",
-    ]
+    lines = [heading(schedule), "", *table(found), ""]
     said = sentences(found)
     return "\n".join([*lines, *said, ""] if said else lines)
 

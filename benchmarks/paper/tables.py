@@ -216,14 +216,18 @@ def _called(cell: tuple[str, int | None]) -> str:
     return name if steps is None or variant.startswith("anodev2") else f"{name} at {steps} steps"
 
 
+def heading(schedule: str) -> str:
+    """What the numbers of a schedule's tables are."""
+    return (
+        f"Schedule: `{schedule}`. Test accuracy in % after the last epoch; differences in points, over the seeds that "
+        "both variants have, with a 95% confidence interval."
+    )
+
+
 def report(runs: Sequence[Run]) -> str:
     """All tables and sentences in Markdown."""
     cells = by_cell(runs)
-    lines = [
-        f"Schedule: `{runs[0].schedule}`. Test accuracy in % after the last epoch; differences in points, over the",
-        "",
-    ]
-    lines[0] += " seeds that both variants have, with a 95% confidence interval."
+    lines = [heading(runs[0].schedule), ""]
     for title, rows in TABLES.items():
         lines += [f"**{title}**", "", *accuracy_table(cells, rows), ""]
     lines += ["**Table 3: parameters, in thousands**", "", *parameter_table(cells), ""]
