@@ -13,7 +13,7 @@ from neuralode_coupled._checks import positive
 from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
-from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, replaced
+from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
@@ -166,10 +166,8 @@ class _VectorField(nn.Module):
         self.n = flow.first
         self.backward = self.own_graph = False
         self.latest: tuple[Tensor, State, State] | None = None
-        # Views of the parameters, the tensors that the slope reaches by itself, and views of these. Each view has a
-        # gradient of its own, even if one tensor is a function of another, or has a hook: else autograd would go on
-        # from the function to the other one at every stage, and count that path twice.
-        self.params = _views(flow.params)
+        # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
+        self.params = flow.params
         self._reached: State = ()
         self.captured: State = ()
 
@@ -197,7 +195,13 @@ class _VectorField(nn.Module):
         return slope
 
     def observe(self, t: Tensor, y: State) -> None:
-        """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace."""
+        """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace.
+
+        Each has a view in its place, and the parameters too where it matters: a view has a gradient of its own, even if
+        one tensor is a function of another, or has a hook. Else autograd would go on from the function to the other
+        one at every stage, and count that path twice.
+        """
+        self.params = _views(self.flow.params)
         random = [*of_torch(y[0].device), *others()]
         before = states(random)
         scratch = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
@@ -212,7 +216,11 @@ class _VectorField(nn.Module):
                 self.own_graph = True
                 self._slope(t, start, tuple([buffer.clone() for buffer in self.plan.buffers[self.n]]))
         restore(random, before)
-        self._reached = (*asked, *observer.found)
+        reached = [*asked, *observer.found]
+        if not need_replacing((*self.flow.params, *reached)):
+            self.params, own = self.flow.params, set(map(id, self.flow.params))
+            reached = [tensor for tensor in reached if id(tensor) not in own]
+        self._reached = tuple(reached)
         self.captured = _views(self._reached)
 
     def _slope(self, t: Tensor, y: State, buffers: State) -> State:
