@@ -20,7 +20,7 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMetho
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite, check_follows_time, check_interval, no_flow
-from neuralode_coupled.field import CoupledField
+from neuralode_coupled.field import CoupledField, keeping_inputs
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
 from neuralode_coupled.runge_kutta import AdaptiveOptions
@@ -101,6 +101,7 @@ class Adaptive:
     def _states(
         self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
+        field = keeping_inputs(field)
         field.begin(z0)
         stats = Stats()
         self._check_operators(field)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, noticing
 from neuralode_coupled._times import Scalar, TimeRow, times_at
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import eagerly, tracing
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import (
     Backprop,
+    ContinuousAdjoint,
     Flow,
     Form,
     GradientMethod,
@@ -41,7 +42,7 @@ from neuralode_coupled.evolution import (
     jumps,
     named,
 )
-from neuralode_coupled.field import CoupledField, Further
+from neuralode_coupled.field import CoupledField, Further, keeping_inputs
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.odeint.times import too_short, unresolved
 from neuralode_coupled.runge_kutta import increment, step
@@ -110,6 +111,13 @@ class OnGrid:
 
         ``further`` receives what a `Block` returns besides the state in the last step.
         """
+        if isinstance(adjoint, ContinuousAdjoint) and tracing() == "compile":
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "a layer with ContinuousAdjoint cannot be exported, for torchdiffeq's solver is not traced: export "
+                    "nc.bake(model), or set layer.adjoint = nc.DiscreteAdjoint() first"
+                )
+            return _solved_eagerly(self, field, z0, wanted, adjoint, further)
         moving = field.begin(z0, unrolled=isinstance(adjoint, Backprop))
         grid = self.scheme.grid
         if field.follows_time:
@@ -137,6 +145,19 @@ class OnGrid:
             path = partial(noticing, operator, path)
             found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
         return found
+
+
+@eagerly
+def _solved_eagerly(
+    solve: OnGrid,
+    field: CoupledField,
+    z0: Activation,
+    wanted: TimeRow,
+    adjoint: GradientMethod,
+    further: Further | None,
+) -> tuple[list[Activation], Stats]:
+    """`OnGrid.states` for a method whose backward pass evaluates f outside of what ``torch.compile`` traces."""
+    return solve.states(keeping_inputs(field), z0, wanted, adjoint, further)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from neuralode_coupled.field.assignment import ByPattern, Evolution, Evolve
 from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tupled
 from neuralode_coupled.field.checks import check_activation, check_slope
-from neuralode_coupled.field.coupled import CoupledField, with_inputs
+from neuralode_coupled.field.coupled import CoupledField, keeping_inputs, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.later import check_not_evaluated_later
 from neuralode_coupled.field.per_step import PerStep
@@ -22,6 +22,7 @@ __all__ = [
     "check_activation",
     "check_not_evaluated_later",
     "check_slope",
+    "keeping_inputs",
     "tupled",
     "with_inputs",
 ]

@@ -41,6 +41,19 @@ def test_where_torch_reads_the_code_itself_it_is_refused(norm):
         torch.export.export(model(NORMS[norm]()).train(), (torch.randn(2, 1, 4, 4),), strict=True)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_continuous_adjoint_is_refused_and_what_is_advised_works(strict):
+    layer, z0 = nc.CoupledODE(nn.Linear(3, 3), steps=4, method="rk4", adjoint=nc.ContinuousAdjoint()), torch.randn(2, 3)
+    layer.eval()
+    with pytest.raises(Exception, match=r"ContinuousAdjoint cannot be exported.*nc\.bake\(model\)") as raised:
+        torch.export.export(layer, (z0,), strict=strict)
+    assert strict or isinstance(raised.value, ValueError)
+    expected = layer(z0)
+    torch.testing.assert_close(torch.export.export(nc.bake(layer), (z0,), strict=strict).module()(z0), expected)
+    layer.adjoint = nc.DiscreteAdjoint()
+    torch.testing.assert_close(torch.export.export(layer, (z0,), strict=strict).module()(z0), expected)
+
+
 def test_one_module_in_training_mode_is_enough():
     trained = model(nn.BatchNorm2d(3)).eval()
     trained[1].field.dynamics[1].train()

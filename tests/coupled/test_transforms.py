@@ -108,6 +108,43 @@ def test_what_cannot_be_compiled_says_so(adjoint, message):
         torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4))
 
 
+class Driven(nn.Module):
+    """Dynamics that are a function without their input too: of a solve that loses it, only the gradient would tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, u=None):
+        return torch.tanh(self.linear(z) + (0.0 if u is None else u))
+
+
+@pytest.mark.parametrize("method", ["rk4", "adaptive_heun"])
+@pytest.mark.parametrize(
+    "adjoint", [nc.Backprop(), nc.DiscreteAdjoint(), nc.DiscreteAdjoint(memory=0), nc.ContinuousAdjoint()], ids=str
+)
+def test_an_input_is_there_in_the_backward_pass_of_what_is_compiled(adjoint, method):
+    """The compiler cannot copy the field for its inputs, and an adaptive or continuous backward pass evaluates f when
+    the forward pass is over."""
+    grid = {"steps": 3} if method == "rk4" else {"rtol": 0.1, "atol": 0.1}
+    results = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        made = nc.CoupledODE(Driven(), nc.ReactionDiffusionAdvection(), method=method, adjoint=adjoint, **grid)
+        model = nn.ModuleList([nn.Linear(4, 4), oracle.randomize(made)]).double()
+
+        def forward(x, model=model):
+            policy, layer = model
+            return layer(x, policy(x))
+
+        run = torch.compile(forward, backend="eager") if compiled else forward
+        loss = run(torch.ones(3, 4, dtype=torch.float64)).square().sum()
+        results.append(oracle.gradients(loss, dict(model.named_parameters())))
+    assert oracle.largest_error(*results) < 1e-9
+    assert all(gradient.norm() > 0 for gradient in results[0].values())
+
+
 @pytest.mark.parametrize(
     ("adjoint", "kernel", "whole"),
     [
