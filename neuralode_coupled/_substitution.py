@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from threading import Lock, get_ident, local
+from threading import Lock, local
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -284,36 +284,52 @@ class _Thread(local):
     Attributes:
         observer: the context to put around the next evaluation of dynamics; see `observing`.
         owners: the modules that run with other tensors at present.
-        serves: the thread that waits for this one, 0 for none: autograd computes on threads of its own.
+        turn: what the locks that it holds know it by, from its first lock until it holds none; None without.
+        held: how many locks it holds.
+        serves: the turn of a thread that waits for this one, None for none: autograd computes on threads of its own.
     """
 
     def __init__(self) -> None:
         self.observer: AbstractContextManager | None = None
         self.owners: list[nn.Module] = []
-        self.serves = 0
+        self.turn: object | None = None
+        self.held = 0
+        self.serves: object | None = None
 
 
 _THREAD = _Thread()
 
 
 class _Lock:
-    """A lock that its holder, and a thread that works for its holder, may take again."""
+    """A lock that its holder, and a thread that works for its holder, may take again.
+
+    A thread counts as its holder for one turn: what works for it must not be let in when it has gone on to something
+    else, nor when its number has become that of a new thread.
+    """
 
     def __init__(self) -> None:
-        self._lock, self._holder, self._depth = Lock(), 0, 0
+        self._lock, self._depth = Lock(), 0
+        self._holder: object | None = None
         self.row = (self,)
 
     def __enter__(self) -> None:
-        if self._holder and self._holder in (get_ident(), _THREAD.serves):
+        thread, holder = _THREAD, self._holder
+        if holder is not None and (holder is thread.turn or holder is thread.serves):
             self._depth += 1
             return
         self._lock.acquire()
-        self._holder, self._depth = get_ident(), 1
+        if thread.held == 0:
+            thread.turn = object()
+        thread.held += 1
+        self._holder, self._depth = thread.turn, 1
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            self._holder = 0
+            self._holder = None
+            _THREAD.held -= 1
+            if _THREAD.held == 0:
+                _THREAD.turn = None
             self._lock.release()
 
 
@@ -410,10 +426,17 @@ def runs(module: nn.Module) -> bool:
     return any(owner is module for owner in _THREAD.owners)
 
 
+def turn() -> object | None:
+    """What `serving` takes for this thread, as long as it has modules to itself; None if it has none."""
+    return _THREAD.serves if _THREAD.turn is None else _THREAD.turn
+
+
 @contextmanager
-def serving(thread: int) -> Iterator[None]:
-    """Inside of the ``with`` block this thread computes for another one, which waits for it."""
-    before, _THREAD.serves = _THREAD.serves, thread if thread != get_ident() else 0
+def serving(waiting: object | None) -> Iterator[None]:
+    """Inside of the ``with`` block this thread computes for another one, which waits for it in the `turn` given."""
+    before = _THREAD.serves
+    if waiting is not None and waiting is not _THREAD.turn:
+        _THREAD.serves = waiting
     try:
         yield
     finally:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from neuralode_coupled._substitution import parts, serving
+from neuralode_coupled._substitution import parts, serving, turn
 from neuralode_coupled._torch import drops_out, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import generators
@@ -37,7 +36,7 @@ class Replay:
 
     def __init__(self, plan: Plan, device: torch.device, in_a_row: bool = False) -> None:
         self._plan = plan
-        self._device, self._thread = device, get_ident()
+        self._device, self._turn = device, turn()
         self._modules = parts(plan.module)
         self._modes = [module.training for module in self._modules]
         kinds = sorted({"cpu", device.type})
@@ -92,7 +91,7 @@ class Replay:
         modules = self._modules
         modes = [module.training for module in modules]
         casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
-        with serving(self._thread), ExitStack() as stack:
+        with serving(self._turn), ExitStack() as stack:
             for kind, enabled, dtype in casts:
                 # Without the cache: it would hand casts of the weights that have no graph to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))

@@ -534,6 +534,66 @@ def test_a_backward_pass_on_another_thread_does_not_wait_for_who_waits_for_it():
         assert made(activations().detach()).isfinite().all()
 
 
+class Visited(nn.Module):
+    """tanh of a product; one visitor at a time. It waits for ``leave``, where that is given, and says so before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.product, self.leave = nn.Linear(4, 4), None
+        self.inside, self.crowd, self.waits = 0, 0, threading.Event()
+
+    def forward(self, z):
+        self.inside += 1
+        self.crowd = max(self.crowd, self.inside)
+        if self.leave is not None:
+            self.waits.set()
+            assert self.leave.wait(timeout=60)
+        self.inside -= 1
+        return self.product(z).tanh()
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_backward_pass_waits_for_a_thread_that_has_gone_on(over):
+    """The thread of the forward pass solves once more. Or it is over, and the system gives its number to a new one."""
+    dynamics = Visited()
+    made, z0 = layer(dynamics, nc.DiscreteAdjoint(None)), activations()
+    own, expected = dynamics.product.weight, gradients(made, z0, made.parameters())
+    wanted, losses, found = [z0, *made.parameters()], [], []
+    solved, go = threading.Event(), threading.Event()
+
+    def forward():
+        losses.append(made(z0).square().sum())
+        solved.set()
+
+    def more():
+        assert go.wait(timeout=60)
+        with torch.no_grad():
+            made(z0)
+
+    def run(*tasks):
+        thread = threading.Thread(target=lambda: [task() for task in tasks], daemon=True)
+        thread.start()
+        return thread
+
+    if over:
+        run(forward).join(timeout=60)
+        worker = run(more)
+    else:
+        worker = run(forward, more)
+        assert solved.wait(timeout=60)
+    dynamics.leave = threading.Event()
+    go.set()
+    assert dynamics.waits.wait(timeout=60)
+    backward = run(lambda: found.extend(torch.autograd.grad(losses[0], wanted)))
+    backward.join(timeout=0.2)
+    dynamics.leave.set()
+    for thread in (worker, backward):
+        thread.join(timeout=60)
+    assert dynamics.crowd == 1
+    assert dynamics.product.weight is own
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_parts_may_be_replaced_between_solves():
     """The next solve has the new ones: nothing is remembered of where the old ones kept their weights."""
     made, z0 = layer(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), activations().detach()
