@@ -38,7 +38,7 @@ class CoupledEncoderLayer(nn.Module):
     @property
     def self_attn(self) -> nn.MultiheadAttention:
         """The attention at its initial weights; ``nn.TransformerEncoder`` asks it whether the batch comes first."""
-        return self._branches()[0].self_attn
+        return next(part for part in self.attention.modules() if isinstance(part, SelfAttention)).self_attn
 
     def forward(
         self,
@@ -55,41 +55,29 @@ class CoupledEncoderLayer(nn.Module):
             raise ValueError(
                 "is_causal=True needs the mask as well: pass src_mask=nn.Transformer.generate_square_subsequent_mask(n)"
             )
-        for branch in self._branches():
-            # New buffers for every pass: a solve keeps its own buffers for its backward pass.
-            branch.mask = _additive(src_mask, src)
-            branch.padding = _additive(src_key_padding_mask, src)
-        z = self.norm1(self.attention(src))
+        z = self.norm1(self.attention(src, _additive(src_mask, src), _additive(src_key_padding_mask, src)))
         return self.norm2(self.feed_forward(z))
-
-    def _branches(self) -> list[SelfAttention]:
-        return [module for module in self.attention.modules() if isinstance(module, SelfAttention)]
 
 
 class SelfAttention(nn.Module):
-    """The attention branch: ``dropout(attention(norm(z)))``, under the masks that are set.
+    """The attention branch: ``dropout(attention(norm(z)))``.
 
     Args:
         norm: what comes first.
         layer: the encoder layer whose modules are used.
     """
 
-    mask: Tensor | None
-    padding: Tensor | None
-
     def __init__(self, norm: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
         super().__init__()
         self.norm = norm
         self.self_attn = layer.self_attn
         self.dropout = layer.dropout1
-        self.register_buffer("mask", None, persistent=False)
-        self.register_buffer("padding", None, persistent=False)
         self.training = layer.training
 
-    def forward(self, z: Activation) -> Activation:
-        """f(z), of the shape of z."""
+    def forward(self, z: Activation, mask: Mask = None, padding: Mask = None) -> Activation:
+        """f(z), of the shape of z, under masks that are added: of pairs of positions, and of positions."""
         z = self.norm(z)
-        found, _ = self.self_attn(z, z, z, attn_mask=self.mask, key_padding_mask=self.padding, need_weights=False)
+        found, _ = self.self_attn(z, z, z, attn_mask=mask, key_padding_mask=padding, need_weights=False)
         return self.dropout(found)
 
 
@@ -120,8 +108,7 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
         return None
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
-    # A view: solves tell buffers apart by their identity.
-    return mask.to(like.dtype).view_as(mask)
+    return mask.to(like.dtype)
 
 
 class FoldedEncoder(CoupledODE):

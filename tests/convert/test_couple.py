@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -167,6 +168,27 @@ def test_the_backward_pass_sees_the_masks_of_its_forward_pass():
     model(x)
     model(x, mask=torch.zeros_like(mask))
     torch.testing.assert_close(torch.autograd.grad(first, parameters, allow_unused=True), alone)
+
+
+def test_a_thread_does_not_see_the_masks_of_another():
+    """It would, if the layer kept them: the other one begins while this one computes."""
+    layer = nc.couple(encoder(), "layers.*", nc.ReactionDiffusionAdvection(), steps=2).double().layers[0]
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    x, others = torch.randn(3, 5, 8, dtype=torch.float64), []
+
+    def meanwhile(module, args):
+        if not others:
+            others.append(threading.Thread(target=layer, args=(x,), daemon=True))
+            others[0].start()
+            others[0].join(timeout=0.2)
+
+    with torch.no_grad():
+        expected = layer(x, src_mask=mask)
+        norm = next(part for part in layer.attention.modules() if hasattr(part, "self_attn")).norm
+        norm.register_forward_pre_hook(meanwhile)
+        found = layer(x, src_mask=mask)
+    others[0].join(timeout=60)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_single_encoder_layer_is_converted_as_a_whole():
