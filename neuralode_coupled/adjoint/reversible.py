@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -19,6 +20,9 @@ from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add
 from neuralode_coupled.adjoint.stores import DeviceStore
 from neuralode_coupled.adjoint.tracer import Tracer
+
+LOST = 1e-2
+"""How large the rounding of the reconstructed states may become, relative to the states."""
 
 Increment = Callable[[int, State], State]
 """``increment(n, source)`` of step n, there from v or back from y."""
@@ -53,15 +57,19 @@ class ReversibleAdjoint:
         weights: ``"stored"`` or ``"recomputed"``.
 
     Raises:
+        TypeError: for a coupling that is not a number.
         ValueError: for a coupling outside of this range or unknown weights; for an adaptive method; for recomputed
             weights that only go forward step by step, or are on another grid than the activations; at the solve, inside
-            of ``torch.compile``.
+            of ``torch.compile``, and where a gradient is wanted over more steps than the coupling and the state's
+            precision allow (float32 and 0.99: 1,128).
     """
 
     coupling: float = 0.99
     weights: Weights = "stored"
 
     def __post_init__(self) -> None:
+        if isinstance(self.coupling, bool) or not isinstance(self.coupling, int | float):
+            raise TypeError(f"coupling must be a number, got {self.coupling!r}")
         if not 0 < self.coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1, got {self.coupling}")
         choice("weights", self.weights, get_args(Weights))
@@ -114,6 +122,17 @@ class ReversibleAdjoint:
 
         return self.march(there, operands.y0, increment(there, forth), increment(back, behind), told)[2]
 
+    def _check_rounding(self, steps: int, y0: State) -> None:
+        """Raise ValueError if the steps cannot be reconstructed: the rounding grows like coupling^-steps."""
+        most = math.log(LOST / max(torch.finfo(part.dtype.to_real()).eps for part in y0))
+        if steps * -math.log(self.coupling) > most:
+            least = math.ceil(math.exp(-most / steps) * 1e6) / 1e6
+            raise ValueError(
+                f"{steps} steps cannot be traced back with the coupling {self.coupling:g}, whose rounding grows with "
+                f"each: take nc.ReversibleAdjoint(coupling={least:g}) or closer to 1, float64, fewer steps (larger "
+                "tolerances), or DiscreteAdjoint, odeint_dto's default"
+            )
+
     def _recorded(self, there: Plan, back: Plan, operands: Operands) -> list[State]:
         """The emitted states, differentiable by the backward pass below."""
         forth, behind = _halves(operands, there.count)
@@ -128,6 +147,7 @@ class ReversibleAdjoint:
         flat = operands.flatten()
         if not any(tensor.requires_grad for tensor in flat):
             return emitted
+        self._check_rounding(there.count, operands.y0)
         structure = operands.restore([None] * len(flat))
         solve = _Solve(self, ahead.plan, behind.plan, structure, ahead.replay, behind.replay)
         outputs = _Reversible.apply(solve, (*y, *v), [part for state in emitted for part in state], *flat)

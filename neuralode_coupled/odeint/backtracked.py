@@ -21,9 +21,6 @@ from neuralode_coupled.runge_kutta import Step, increment
 from neuralode_coupled.runge_kutta.adaptive import Tolerances
 from neuralode_coupled.runge_kutta.rounding import rounding
 
-LOST = 1e-2
-"""How large the rounding of the reconstructed states may become, relative to the states."""
-
 FARTHEST = 100.0
 """How many tolerances the scheme may be away from the method's own solution."""
 
@@ -98,8 +95,6 @@ def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
     if differentiated(solve.t):
         raise ValueError("t must not require a gradient with a reversible scheme: detach it, or leave out adjoint")
     grid, save, reference = _grid(solve)
-    if torch.is_grad_enabled():
-        _check_rounding(len(grid) - 1, adjoint.coupling, torch.finfo(solve.y0[0].dtype.to_real()).eps)
     problem: Any = _OnAcceptedGrid(solve.dynamics, solve.y0, solve, grid, save)  # integrate asks for this one form only
     found, _ = adjoint.integrate(problem)
     for j, (ours, theirs) in enumerate(zip(found, reference, strict=True), start=1):
@@ -112,17 +107,6 @@ def backtracked(solve: AdaptiveSolve, adjoint: ReversibleAdjoint) -> State:
             )
     rows = zip(solve.y0, *found, strict=True)
     return tuple([torch.stack(parts) for parts in rows])
-
-
-def _check_rounding(steps: int, coupling: float, precision: float) -> None:
-    """Raise ValueError if the steps cannot be reconstructed: the rounding grows like coupling^-steps."""
-    if steps * -math.log(coupling) > math.log(LOST / precision):
-        least = math.exp(-math.log(LOST / precision) / steps)
-        raise ValueError(
-            f"{steps} steps cannot be traced back with the coupling {coupling:g}, whose rounding grows with each: take "
-            f"nc.ReversibleAdjoint(coupling={math.ceil(least * 1e6) / 1e6:g}) or closer to 1, float64, larger "
-            "tolerances, or leave out adjoint"
-        )
 
 
 def _grid(solve: AdaptiveSolve) -> tuple[list[float], tuple[int, ...], list[State]]:
@@ -139,7 +123,7 @@ def _grid(solve: AdaptiveSolve) -> tuple[list[float], tuple[int, ...], list[Stat
         last = len(save) == len(times) - 1
         return [step.end] if last else [], last
 
-    named = (*solve.options.step_t, *solve.options.jump_t)
+    named = set(map(rounding(dtype), (*solve.options.step_t, *solve.options.jump_t)))
     ends = tuple([time for time in times[1:] if time not in named])
     options = replace(solve.options, step_t=(*solve.options.step_t, *ends))
     generators = [*of_torch(solve.y0[0].device), *others()]

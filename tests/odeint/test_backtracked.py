@@ -162,6 +162,14 @@ def test_more_steps_than_can_be_traced_back_are_an_error(coupling, steps):
     solve(enough).sum().backward()
 
 
+def test_an_output_may_stand_at_a_time_that_an_option_names_in_another_precision():
+    """In float32 a time of 0.1 is the option's 0.1 of float64."""
+    y0, t = torch.ones(2, requires_grad=True), torch.tensor([0.0, 0.1, 1.0])
+    options = {"step_t": torch.tensor([0.1], dtype=torch.float64), "dtype": torch.float32}
+    found = nc.odeint_dto(slope, y0, t, rtol=1e-3, atol=1e-4, options=options, adjoint=nc.ReversibleAdjoint())
+    torch.testing.assert_close(found[:, 0], torch.exp(-t), rtol=1e-2, atol=1e-2)
+
+
 def slope(t, y):
     return -y
 
