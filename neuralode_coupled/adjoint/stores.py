@@ -35,17 +35,22 @@ class DeviceStore:
         state, before = self._kept.pop(n) if last else self._kept[n]
         if versions(state) != before:
             raise RuntimeError(
-                f"the state after step {n}, which the backward pass starts from, has been modified by an inplace "
+                f"the state before step {n}, which the backward pass starts from, has been modified by an inplace "
                 "operation since the forward pass: do that to a clone of what the solve returns"
             )
         return state
 
 
 class HostStore:
-    """States in host memory; from a CUDA device by asynchronous copies into pinned memory."""
+    """States in host memory; from a CUDA device by asynchronous copies into pinned memory.
 
-    def __init__(self) -> None:
+    Args:
+        frees: whether each is let go after its last use.
+    """
+
+    def __init__(self, frees: bool = False) -> None:
         self._kept: dict[int, tuple[State, torch.device]] = {}
+        self._frees = frees
 
     def put(self, n: int, state: State) -> None:
         """Copy a state to the host."""
@@ -55,8 +60,8 @@ class HostStore:
         return n in self._kept
 
     def get(self, n: int, last: bool = False) -> State:
-        """The state, back on its device."""
-        state, device = self._kept[n]
+        """The state, back on its device; for the last time if ``last``."""
+        state, device = self._kept.pop(n) if last and self._frees else self._kept[n]
         return tuple(part.to(device, non_blocking=True) for part in state)
 
 
@@ -71,11 +76,16 @@ def _to_host(part: Tensor) -> Tensor:
 class DiskStore:
     """States in files of a temporary folder, which is removed with the graph, after an error too.
 
+    Args:
+        count: of how many states there are at a time.
+        size: the bytes of each.
+        frees: whether each is removed after its last use.
+
     Raises:
-        OSError: if the disk that holds temporary files has no room for ``count`` states of ``size`` bytes.
+        OSError: if the disk that holds temporary files has no room for them.
     """
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, frees: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="neuralode_coupled-", ignore_cleanup_errors=True)
         free = shutil.disk_usage(self._folder.name).free
         if free < count * size:
@@ -86,6 +96,7 @@ class DiskStore:
                 "use fewer checkpoints, or set TMPDIR to a larger disk"
             )
         self._devices: dict[int, torch.device] = {}
+        self._frees = frees
 
     def put(self, n: int, state: State) -> None:
         """Write a state."""
@@ -96,8 +107,12 @@ class DiskStore:
         return n in self._devices
 
     def get(self, n: int, last: bool = False) -> State:
-        """Read the state back to its device."""
-        return tuple(part.to(self._devices[n]) for part in torch.load(self._path(n), weights_only=True))
+        """Read the state back to its device; for the last time if ``last``."""
+        state, over = torch.load(self._path(n), weights_only=True), last and self._frees
+        device = self._devices.pop(n) if over else self._devices[n]
+        if over:
+            self._path(n).unlink()
+        return tuple(part.to(device) for part in state)
 
     def _path(self, n: int) -> Path:
         return Path(self._folder.name) / f"{n}.pt"
@@ -107,9 +122,12 @@ Store = DeviceStore | HostStore | DiskStore
 
 
 def store(storage: Storage, count: int, y0: State, few: bool) -> Store | None:
-    """The store for the states; None if autograd itself keeps them: every step's state, on the device."""
+    """The store for the states; None if autograd itself keeps them: every step's state, on the device.
+
+    ``few`` says that there are fewer than steps: each goes after its last use, and another one takes its place.
+    """
     if storage == "disk":
-        return DiskStore(count, sum(part.numel() * part.element_size() for part in y0))
+        return DiskStore(count, sum(part.numel() * part.element_size() for part in y0), frees=few)
     if storage == "cpu":
-        return HostStore()
+        return HostStore(frees=few)
     return DeviceStore() if few else None

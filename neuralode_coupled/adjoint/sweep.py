@@ -16,7 +16,7 @@ from neuralode_coupled.adjoint.tracer import Traced, Tracer
 
 
 class Stored:
-    """The stored states of one backward pass: those of the forward pass, and its own.
+    """The stored states of one backward pass: those of the forward pass, and its own, which go to the same place.
 
     Args:
         y0: the initial state.
@@ -33,7 +33,10 @@ class Stored:
 
     def put(self, n: int, state: State, original: bool) -> None:
         """Store the state before step ``n``; ``original`` says whether it is the forward pass's own."""
-        self._states[n] = state
+        if n > 0 and self._kept is not None:
+            self._kept.put(n, state)
+        else:
+            self._states[n] = state
         if not original:
             self._made.add(n)
 

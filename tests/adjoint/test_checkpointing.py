@@ -21,6 +21,7 @@ from neuralode_coupled.adjoint import Memory, Operands, Plan, Stats
 from neuralode_coupled.adjoint.engine import checkpointed
 from neuralode_coupled.adjoint.schedules import Advance, Load, Reverse, schedule
 from neuralode_coupled.adjoint.stores import DeviceStore
+from neuralode_coupled.adjoint.sweep import Stored
 from tests.helpers import oracle
 from tests.helpers.problems import noisy_layer
 
@@ -141,6 +142,41 @@ def test_files_go_with_the_graph_and_after_an_error(tmp_path, monkeypatch):
     del z
     gc.collect()
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("memory", [0, 2**25])
+def test_states_of_the_backward_pass_are_stored_in_the_same_place(tmp_path, monkeypatch, memory):
+    """Never more than the schedule allows, neither on the disk nor, in their place, on the device."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files, kept = [], []
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, z):
+            files.append({path.name for path in tmp_path.glob("*/*.pt")})
+            return (self.scale * z).sin()
+
+    put = Stored.put
+    monkeypatch.setattr(Stored, "put", lambda self, *args: (put(self, *args), kept.append(len(self._states)))[0])
+    adjoint = nc.DiscreteAdjoint(4, storage="disk", memory=memory)
+    layer = nc.CoupledODE(Looks(), steps=12, adjoint=adjoint).double()
+    z0 = torch.randn(2, 4, dtype=torch.float64)
+    loss = layer(z0).square().sum()
+    first, forward = set(files[-1]), len(files)
+    found = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+    seen = files[forward:]
+    assert max(map(len, seen)) == 3  # the initial state is the caller's
+    assert set().union(*seen) > first
+    assert max(kept) == 1
+    assert not seen[-1]
+    again = torch.autograd.grad(loss, list(layer.parameters()))
+    layer.adjoint = nc.Backprop()
+    exact = torch.autograd.grad(layer(z0).square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(again, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_a_full_disk_is_noticed_before_the_solve(monkeypatch):
