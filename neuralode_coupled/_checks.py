@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def check_model(model: object) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a whole number; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number, of Python or numpy; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_differentiable(tensor: Tensor) -> bool:
@@ -67,7 +68,7 @@ def whole(name: str, value: int, least: int = 1) -> int:
     """Return a whole number of at least ``least``; raise ValueError for other values."""
     if not is_whole(value) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {shown(value)}")
-    return value
+    return int(value)
 
 
 def positive(name: str, value: float) -> float:

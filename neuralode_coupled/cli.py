@@ -173,7 +173,7 @@ def train(
         if allocator:
             _keep_freed_memory()
         if fast:
-            experiment = _fast(experiment, RunFolder(folder))
+            experiment = _fast(experiment, RunFolder(folder), _given(context))
         _train(experiment, RunFolder(folder), resume, progress, extension)
 
 
@@ -189,13 +189,13 @@ def _keep_freed_memory() -> None:
     keep_freed_memory()
 
 
-def _fast(experiment: Experiment, run: RunFolder) -> Experiment:
+def _fast(experiment: Experiment, run: RunFolder, given: set[str]) -> Experiment:
     """The experiment with what is fastest here, and a line that says so."""
     with _bad_input():
         from neuralode_coupled.train.building import resolve
         from neuralode_coupled.train.fast import choose
 
-        found = choose(resolve(experiment, run.experiment()), run)
+        found = choose(resolve(experiment, run.experiment()), run, given)
     _line(str(found))
     return found.experiment
 

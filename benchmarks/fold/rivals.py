@@ -41,7 +41,7 @@ def shared(network: nn.Module, rows: Sequence[Sequence[str]], ranks: dict[tuple[
 
     Args:
         network: the trained network.
-        rows: names of blocks, a list a row.
+        rows: names of blocks, a list per row.
         ranks: of each block's own difference, by the shape of the weight; none by default, or where it is 0.
 
     Returns:
@@ -85,13 +85,13 @@ def calibrate(
 ) -> None:
     """Fit the blocks to the activations of the trained ones, as `FoldReport.calibrate` fits a folded layer.
 
-    Each block is fed by the network's own input; Adam takes a step a batch on the sum over the rows of the mean square
-    of the blocks' relative errors; norms use the statistics that they have. The best parameters seen are kept.
+    Each block is fed by the network's own input; Adam takes a step per batch on the sum over the rows of the mean
+    square of the blocks' relative errors; norms use the statistics that they have. The best parameters seen are kept.
 
     Args:
         network: with blocks of the same names as the teacher's; only the parameters of these blocks change.
         teacher: the trained network.
-        rows: names of blocks, a list a row.
+        rows: names of blocks, a list per row.
         batches: inputs.
         lr: Adam's learning rate, as a part of the numbers' size in each parameter; it falls to zero as a cosine.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from neuralode_coupled._types import State
 
 _UNSEEN: list[tuple[torch.cuda.Event, Tensor, str]] = []
 """Comparisons on CUDA devices. They are read after the device has made them, so that the host never waits."""
+
+_LOOKING = Lock()
+"""Autograd computes on one thread per device."""
 
 
 def check_repeated(found: State, before: State, n: int) -> None:
@@ -39,10 +44,11 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _look_back() -> None:
-    while _UNSEEN and _UNSEEN[0][0].query():
-        _, flag, message = _UNSEEN.pop(0)
-        if flag:
-            raise RuntimeError(message)
+    with _LOOKING:
+        while _UNSEEN and _UNSEEN[0][0].query():
+            _, flag, message = _UNSEEN.pop(0)
+            if flag:
+                raise RuntimeError(message)
 
 
 def _message(n: int) -> str:

@@ -111,8 +111,9 @@ def _former(name: str, records: list[tuple[str, Renamed]]) -> str | None:
 
 def _check(chosen: Mapping[str, str], own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
     """Raise ValueError for a state dict that does not match the names."""
-    missing = [former for former in dict.fromkeys(chosen.values()) if former not in state_dict]
-    unknown = [name for name in state_dict if name not in set(chosen.values())]
+    wanted = dict.fromkeys(chosen.values())
+    missing = [former for former in wanted if former not in state_dict]
+    unknown = [name for name in state_dict if name not in wanted]
     if missing or unknown:
         parts = [f"lacks {some(missing, _SHOWN)}"] * bool(missing) + [f"has {some(unknown, _SHOWN)}"] * bool(unknown)
         raise ValueError(

@@ -21,7 +21,7 @@ from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite, check_follows_time, check_interval, no_flow
 from neuralode_coupled.field import CoupledField, keeping_inputs
-from neuralode_coupled.kernels import DensityKernel, SampleAndHold
+from neuralode_coupled.kernels import DensityKernel, SampleAndHold, share
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
 from neuralode_coupled.runge_kutta import AdaptiveOptions
 
@@ -132,9 +132,9 @@ class Adaptive:
         kernel = field.kernel
         if in_force and isinstance(kernel, SampleAndHold):
             held = {name: torch.stack(rows) for name, rows in self._samples(field, kernel.samples).items()}
-            edges, sign = self._edges(kernel.samples).numbers, self._direction
-            shares = [max(sum(sign * (t - edge) >= -1e-9 for edge in edges[:-1]) - 1, 0) for t in times.numbers]
-            return {name: rows[shares] for name, rows in held.items()}
+            t0, t1 = self.ends
+            shares = share((torch.tensor(times.numbers, dtype=torch.float64) - t0) / (t1 - t0), kernel.samples)
+            return {name: rows[shares.to(rows.device)] for name, rows in held.items()}
         return {name: torch.stack(rows) for name, rows in self._evolved(field, times, in_force).items()}
 
     def _held(

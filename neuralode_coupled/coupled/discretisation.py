@@ -46,8 +46,8 @@ class Discretisation:
                 f"{self.method!r} chooses its own steps, by rtol and atol: leave {{}} out, or choose one of "
                 f"{', '.join(METHODS)}",
             )
-            positive("rtol", RTOL if self.rtol is None else self.rtol)
-            positive("atol", ATOL if self.atol is None else self.atol)
+            for name, tolerance in zip(("rtol", "atol"), self.tolerances, strict=True):
+                positive(name, tolerance)
             return
         self._refuse(
             ("rtol", "atol"),
@@ -64,14 +64,18 @@ class Discretisation:
         if self.weight_method is not None:
             tableau(self.weight_method)
 
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """rtol and atol of an adaptive method, with the defaults in their places."""
+        return RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
+
     def on(self, field: CoupledField, interval: TimeRow) -> OnGrid | Adaptive:
         """The solve of a field over an ``interval`` of two times, the first and the last.
 
         Raises ValueError for a kernel or a per-step module that does not fit.
         """
         if self.steps is None:
-            rtol, atol = RTOL if self.rtol is None else self.rtol, ATOL if self.atol is None else self.atol
-            solve = Adaptive(interval, self.method, rtol, atol)
+            solve = Adaptive(interval, self.method, *self.tolerances)
         else:
             fine = field.kernel.weight_steps(self.steps) if self.weight_steps is None else self.weight_steps
             method = tableau(self.method)

@@ -169,7 +169,8 @@ class CoupledODE(nn.Module):
         return self._numbers or (row[0] if "ends" in self._given else row)
 
     def extra_repr(self) -> str:
-        grid = f"steps={self.steps}" if self.steps is not None else f"rtol={self.rtol}, atol={self.atol}"
+        rtol, atol = self.discretisation.tolerances
+        grid = f"steps={self.steps}" if self.steps is not None else f"rtol={rtol:g}, atol={atol:g}"
         return f"{grid}, method={self.method!r}, t={self.t}, adjoint={self.adjoint}"
 
     def forward(self, z0: Activation, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +184,8 @@ class CoupledODE(nn.Module):
         Raises:
             TypeError: for inputs that f does not take, or that are missing.
             ValueError: if torch exports an adaptive layer, which has no grid; if a block's other outputs are wanted and
-                there is no last step to take them from; and as `solve`.
+                there is no last step to take them from; and as `solve`, but for a state that is not finite: like any
+                layer it returns that.
         """
         solve, block = self._solve_in_force(), self.field.dynamics
         if not isinstance(block, Block):

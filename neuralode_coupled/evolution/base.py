@@ -135,13 +135,13 @@ def path_from(operator: nn.Module) -> PathFrom | None:
 
 def jumps(operator: nn.Module) -> bool:
     """Whether an operator's path is not continuous."""
-    return isinstance(operator, EvolutionOperator) and bool(getattr(operator, "jumps", False))
+    return bool(getattr(operator, "jumps", False))
 
 
 def check_interval(operator: nn.Module, name: str, t0: float, t1: float) -> None:
     """Raise ValueError if the operator of parameter ``name`` is made for another interval."""
     check = cast("Callable[[float, float], None] | None", getattr(operator, "check_interval", None))
-    if isinstance(operator, EvolutionOperator) and check is not None:
+    if check is not None:
         try:
             check(t0, t1)
         except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import Times
+from neuralode_coupled._checks import Times, choice, is_whole
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
@@ -58,11 +58,10 @@ class LinearEvolution(EvolutionOperator):
     def __init__(self, scope: LinearScope = "pixels", rank: int | None = None, per: Per = "layer") -> None:
         super().__init__()
         for what, value, choices in (("scope", scope, LinearScope), ("per", per, Per)):
-            if value not in get_args(choices):
-                raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(get_args(choices))}")
+            choice(what, value, get_args(choices))
         if scope == "pixels" and rank is not None:
             raise ValueError(f"rank={rank} belongs to scope='channels': over pixels the matrix is full")
-        if scope == "channels" and (not isinstance(rank, int) or rank < 1):
+        if scope == "channels" and (rank is None or not is_whole(rank) or rank < 1):
             raise ValueError(f"scope='channels' needs a rank of at least 1, a whole number, got rank={rank!r}")
         if scope == "channels" and per == "filter":
             raise ValueError("per='filter' belongs to scope='pixels': over channels one matrix mixes the filters")

@@ -8,7 +8,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import whole
+from neuralode_coupled._checks import choice, is_whole, whole
 from neuralode_coupled._types import Weight
 from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
 
@@ -40,12 +40,11 @@ class ConvEvolution(EvolutionOperator):
     def __init__(self, hidden: int, kernel_size: int = 3, padding: Padding = "circular") -> None:
         super().__init__()
         whole("hidden", hidden)
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_whole(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be odd and positive, a whole number, to keep the filters' size, got {kernel_size!r}"
             )
-        if padding not in get_args(Padding):
-            raise ValueError(f"unknown padding {padding!r}: choose one of {', '.join(get_args(Padding))}")
+        choice("padding", padding, get_args(Padding))
         self.hidden, self.kernel_size, self.padding = hidden, kernel_size, padding
         self.network: nn.Sequential | None = None
         self.layout: tuple[int, ...] | None = None
@@ -106,8 +105,7 @@ class MLPEvolution(EvolutionOperator):
     def __init__(self, hidden: int, time: bool = False, scope: NetworkScope = "kernel") -> None:
         super().__init__()
         whole("hidden", hidden)
-        if scope not in get_args(NetworkScope):
-            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(NetworkScope))}")
+        choice("scope", scope, get_args(NetworkScope))
         self.hidden, self.time, self.scope = hidden, time, scope
         self.network: nn.Sequential | None = None
         self.layout: tuple[int, ...] | None = None

@@ -10,7 +10,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled._checks import Times
+from neuralode_coupled._checks import Times, choice
 from neuralode_coupled._files import takes_scalars
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
@@ -81,10 +81,8 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         nonnegative_diffusion: bool = False,
     ) -> None:
         super().__init__()
-        if form not in get_args(Form):
-            raise ValueError(f"unknown form {form!r}: choose one of {', '.join(get_args(Form))}")
-        if scope not in get_args(Scope):
-            raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(get_args(Scope))}")
+        choice("form", form, get_args(Form))
+        choice("scope", scope, get_args(Scope))
         if isinstance(activation, str) and activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)} or a function")
         if not (diffusion or advection or reaction):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled.evolution import (
     ConvEvolution,
     EvolutionOperator,
@@ -66,9 +67,7 @@ def evolution(process: str, size: int) -> ReactionDiffusionAdvection:
 
     Raises ValueError for an unknown process.
     """
-    if process not in PROCESSES:
-        raise ValueError(f"unknown process {process!r}: choose one of {', '.join(PROCESSES)}")
-    terms = PROCESSES[process]
+    terms = PROCESSES[choice("process", process, PROCESSES)]
     operator = ReactionDiffusionAdvection(
         scope="layer",
         diffusion="diffusion" in terms,
@@ -106,8 +105,7 @@ def operator_of(name: str, size: int) -> EvolutionOperator:
 
     Raises ValueError for an unknown name.
     """
-    if name not in OPERATORS:
-        raise ValueError(f"unknown operator {name!r}: choose one of {', '.join(OPERATORS)}")
+    choice("operator", name, OPERATORS)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         operator = OPERATORS[name]().bind(gaussian(size))

@@ -9,7 +9,7 @@ Some kernels can also be written as a few more states of the weights' ODE, their
 integrate these.
 """
 
-from neuralode_coupled.kernels.base import Connection, TimeKernel
+from neuralode_coupled.kernels.base import Connection, TimeKernel, share
 from neuralode_coupled.kernels.density import Box, DensityKernel, Erlang, Exponential, History
 from neuralode_coupled.kernels.matrix import MatrixKernel
 from neuralode_coupled.kernels.selecting import Dirac, SampleAndHold
@@ -25,4 +25,5 @@ __all__ = [
     "MatrixKernel",
     "SampleAndHold",
     "TimeKernel",
+    "share",
 ]

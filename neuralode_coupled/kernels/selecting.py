@@ -65,6 +65,20 @@ class Dirac(SelectingKernel):
 
         return pick
 
+    def kappa_at(
+        self, fractions: Float[Tensor, " time"], weight_steps: int, span: Scalar = 1.0
+    ) -> Float[Tensor, "time nodes"]:
+        """Rows that pick w, see the base class. Raises ValueError for a time between the weights' grid points, where
+        the operator says what w is: `Solution.weights`."""
+        places = fractions * weight_steps
+        nodes = places.round()
+        if bool(((places - nodes).abs() > 1e-9 * nodes.clamp(min=1.0)).any()):
+            raise ValueError(
+                f"Dirac() has the weights of the {weight_steps + 1} grid points, and a time lies between two: take "
+                "solution.weights(t) or layer.weight_trajectory(t), which evolve them there"
+            )
+        return _one_hot(nodes.long(), weight_steps)
+
     def _selected(self, steps: int, c: tuple[float, ...], weight_steps: int) -> list[list[int]]:
         ratio = weight_steps / steps
         picked = [[(n + fraction) * ratio for fraction in c] for n in range(steps)]

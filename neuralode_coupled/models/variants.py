@@ -100,9 +100,7 @@ def by_name(what: str, name: str | None, choices: dict[str, Callable[[], _T]]) -
     """A new object of that name, or None for None. Raises ValueError, which lists the names, for another name."""
     if name is None:
         return None
-    if name not in choices:
-        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(choices)}")
-    return choices[name]()
+    return choices[choice(what, name, choices)]()
 
 
 def build(

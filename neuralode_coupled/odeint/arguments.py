@@ -234,9 +234,9 @@ def _check_fixed_options(name: str, options: dict[str, Any], more: tuple[str, ..
         )
     if constructor is not None and not callable(constructor):
         raise TypeError(f"option 'grid_constructor' must be callable, got {constructor!r}")
-    if not isinstance(options.get("perturb", False), bool):
+    if not isinstance(options.get("perturb"), bool | None):
         raise TypeError(f"option 'perturb' must be True or False, got {options['perturb']!r}")
-    if options.get("interp", "linear") not in ("linear", "cubic"):
+    if options.get("interp") not in ("linear", "cubic", None):
         raise ValueError(f"option 'interp' must be 'linear' or 'cubic', got {options['interp']!r}")
 
 

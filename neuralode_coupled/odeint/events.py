@@ -121,7 +121,8 @@ class Search:
         """The event in this step, if there is one; raises ValueError after too many steps or beyond ``far``."""
         margin = self.event.margin(step.end, step.next_y)
         if margin > 0.0:
-            if self.stats.accepted + self.stats.rejected >= self.most or abs(step.end) >= abs(self.far):
+            there = abs(step.end - self.start) >= abs(self.far - self.start)
+            if there or self.stats.accepted + self.stats.rejected >= self.most:
                 raise self._given_up(step.end, margin)
             return [], False
 
@@ -195,7 +196,7 @@ def _solve(request: Request, dynamics: Dynamics, state: State, t: Tensor) -> tup
     # Steps that grow tenfold get there within some hundreds, before they overflow; in float16 a little earlier.
     far = max(torch.finfo(state[0].dtype.to_real()).max / 1e4, 500.0) * (1 if t[1] > t[0] else -1)
     t = t.to(state[0].device, dtype)
-    t = torch.cat([t[:1], t.new_tensor([far])])
+    t = torch.cat([t[:1], t[:1].detach() + far])
     times = t.detach().tolist()
     sided = not request.on_grid
     found = AdaptiveSolve(

@@ -87,7 +87,8 @@ class Request:
         kept = Memory(checkpoints, graphs=memory)
         if adjoint is not None:
             _check_reversible(adjoint, name, kept, event)
-        return cls(func, y0, name, (rtol, atol), dict(options or {}), kept, params, check_args(args), adjoint)
+        chosen = {key: value for key, value in (options or {}).items() if value is not None}
+        return cls(func, y0, name, (rtol, atol), chosen, kept, params, check_args(args), adjoint)
 
     @property
     def is_tuple(self) -> bool:

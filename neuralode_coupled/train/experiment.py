@@ -102,8 +102,8 @@ class Experiment:
         default=None,
         metadata={
             "help": "Evolution operator of the anodev2 variants: rda (reaction, diffusion and advection; the default), "
-            "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank; or "
-            "module:function for one of your own."
+            "rda-nonnegative, rda-tanh, rda-ode, rda-layer, reaction, diffusion, advection, linear, low-rank, "
+            "legendre, bspline, piecewise, fourier; or module:function for one of your own."
         },
     )
     kernel: str | None = field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,7 +20,7 @@ from neuralode_coupled.train.memory import PeakMemory, available
 from neuralode_coupled.train.trainer import build_trainer, without_idle_warnings
 
 CHOSEN = ("layout", "precision", "adjoint")
-"""What is chosen, one after the other; an option that is given stays."""
+"""What is chosen, one after the other; an option that is given stays, be it at its default."""
 
 WORTH = 0.95
 """Another choice is taken if it takes at most this share of the time; less of a gain a trial cannot tell from noise."""
@@ -59,8 +59,13 @@ class Fastest:
         return " ".join(given) or "(the defaults)"
 
 
-def choose(experiment: Experiment, folder: RunFolder) -> Fastest:
+def choose(experiment: Experiment, folder: RunFolder, given: Collection[str] = ()) -> Fastest:
     """The same for a run: one that its folder holds already goes on with its own choices.
+
+    Args:
+        experiment: as for `fastest`.
+        folder: of the run.
+        given: as for `fastest`.
 
     Raises:
         ValueError: as `fastest`, for several processes, which might choose differently, and for devices that cannot be
@@ -68,7 +73,7 @@ def choose(experiment: Experiment, folder: RunFolder) -> Fastest:
     """
     there = folder.experiment()
     if there is not None:
-        own = {name: getattr(there, name) for name in CHOSEN if _left_open(experiment, name)}
+        own = {name: getattr(there, name) for name in _open(experiment, given)}
         return Fastest(replace(experiment, **own), None)
     with without_idle_warnings():
         trainer = build_trainer(experiment, folder, progress=False)
@@ -80,21 +85,22 @@ def choose(experiment: Experiment, folder: RunFolder) -> Fastest:
     classes = build_data(experiment).classes
     if experiment.threads is not None:
         torch.set_num_threads(experiment.threads)
-    return fastest(experiment, trainer.strategy.root_device, classes)
+    return fastest(experiment, trainer.strategy.root_device, classes, given)
 
 
-def fastest(experiment: Experiment, device: torch.device, classes: int) -> Fastest:
+def fastest(experiment: Experiment, device: torch.device, classes: int, given: Collection[str] = ()) -> Fastest:
     """Try layouts, precisions and stored graphs on one batch of noise, and take what is faster.
 
-    Options that are not at their defaults stay as they are. Stored graphs are tried where the variant's own gradient is
-    that of the discretised problem, and the gradients stay the same; ``node`` keeps its continuous adjoint. They are
-    left out if a step would take more than half of the memory that is free. Takes up to some twenty training steps. The
-    random state is untouched.
+    Options that are given, or not at their defaults, stay as they are. Stored graphs are tried where the variant's own
+    gradient is that of the discretised problem, and the gradients stay the same; ``node`` keeps its continuous adjoint.
+    They are left out if a step would take more than half of the memory that is free. Takes up to some twenty training
+    steps. The random state is untouched.
 
     Args:
         experiment: resolved, with its batch size.
         device: where it is to be trained.
         classes: the number of classes.
+        given: the names of options that were given, of which some may be at their defaults.
 
     Raises:
         ValueError: as `build_model`, and for a layout that does not go with the model.
@@ -103,9 +109,7 @@ def fastest(experiment: Experiment, device: torch.device, classes: int) -> Faste
         torch.manual_seed(experiment.seed)
         asked, best = experiment, _seconds(experiment, device, classes)
         first = best
-        for name in CHOSEN:
-            if not _left_open(asked, name):
-                continue
+        for name in _open(asked, given):
             for value in _candidates(name, asked, device, classes):
                 other = replace(experiment, **{name: value})
                 taken = _seconds(other, device, classes, limit=_HOPELESS * best)
@@ -114,8 +118,10 @@ def fastest(experiment: Experiment, device: torch.device, classes: int) -> Faste
     return Fastest(experiment, best / first)
 
 
-def _left_open(experiment: Experiment, name: str) -> bool:
-    return getattr(experiment, name) == getattr(Experiment(), name)
+def _open(experiment: Experiment, given: Collection[str]) -> list[str]:
+    """What nobody has chosen."""
+    plain = Experiment()
+    return [name for name in CHOSEN if name not in given and getattr(experiment, name) == getattr(plain, name)]
 
 
 def _candidates(name: str, experiment: Experiment, device: torch.device, classes: int) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled._extras import MissingExtra, needs
 from neuralode_coupled.train.names import folder_root
 from neuralode_coupled.train.small_sets import batch_size_for, warn_of_few, warn_of_sizes
@@ -104,7 +105,7 @@ class Source:
     """Where images come from.
 
     Attributes:
-        batch_size: the default number of images a batch, or the largest where `count` decides.
+        batch_size: the default number of images per batch, or the largest where `count` decides.
         flips: whether a mirrored image is still one of its class.
         locate: the root that is used, from the one that was asked for.
         class_names: the classes found at a root.
@@ -132,9 +133,7 @@ class Source:
 
 def source(name: str) -> Source:
     """The source of that name. Raises ValueError if there is none."""
-    if name not in SOURCES:
-        raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}")
-    return SOURCES[name]
+    return SOURCES[choice("data set", name, SOURCES)]
 
 
 def _digits_root(root: str | Path | None) -> None:

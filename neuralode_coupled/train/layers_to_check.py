@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import choice
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.models import build, coupled_layers
 
@@ -19,8 +20,7 @@ def layers_and_inputs(
     Raises ValueError as `build`, for a dtype other than float64 and float32, and for a network without coupled layers.
     """
     precisions = {"float64": torch.float64, "float32": torch.float32}
-    if dtype not in precisions:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(precisions)}")
+    choice("dtype", dtype, precisions)
     torch.manual_seed(seed)
     network = build(model, variant, steps=steps, method=method).to(precisions[dtype])
     layers = coupled_layers(network)

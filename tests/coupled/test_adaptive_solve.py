@@ -74,6 +74,23 @@ def test_the_solution_is_that_of_a_fine_fixed_grid(kernel, operator, method, dyn
         torch.testing.assert_close(weights, expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [1e-9, 1.0, 1e9])
+def test_held_weights_do_not_depend_on_the_unit_of_time(length):
+    """The operator's time is scaled along, so that w moves by as much on any interval."""
+    operator = nc.LinearEvolution("channels", rank=1)
+    field = nc.CoupledField(nn.Linear(2, 2, bias=False), {"weight": operator}, nc.SampleAndHold(2)).double()
+    with torch.no_grad():
+        field.operator("weight").left.fill_(1.0)
+        field.operator("weight").right.fill_(0.5 / length)
+        field.dynamics.weight.fill_(1.0)
+    z0 = torch.zeros(1, 2, dtype=torch.float64)
+    found = nc.solve(field, z0, [0.0, length], method="dopri5", rtol=1e-6, atol=1e-6)
+    first, early, late, last = found.weights([0.0, 0.49 * length, 0.5 * length, length])["weight"]
+    assert torch.equal(first, early)
+    assert torch.equal(late, last)
+    assert not torch.allclose(first, last)
+
+
 @settings(max_examples=12)
 @given(
     kernel=st.sampled_from(sorted(KERNELS)),

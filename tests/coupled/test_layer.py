@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -23,6 +24,16 @@ def test_it_is_a_layer_among_others(layer):
     model = nn.Sequential(nn.Conv2d(1, 3, 1), layer, nn.Flatten(), nn.Linear(3 * 16, 2))
     assert model(torch.randn(5, 1, 4, 4)).shape == (5, 2)
     assert "steps=4, method='euler'" in repr(model)
+    adaptive = nc.CoupledODE(layer.field.dynamics, method="dopri5", rtol=1e-3)
+    assert "rtol=0.001, atol=1e-09, method='dopri5'" in repr(adaptive)
+
+
+def test_a_number_of_steps_may_be_numpys(layer):
+    z0 = torch.randn(2, 3, 4, 4)
+    layer.adjoint = nc.DiscreteAdjoint(checkpoints=np.int64(2), keep_last=np.int32(1))
+    same = nc.CoupledODE(layer.field.dynamics, layer.field.operator("0.weight"), steps=np.int64(4))
+    assert torch.equal(nc.solve(layer.field, z0, steps=np.int16(4)).z, layer(z0))
+    assert same.steps == 4
 
 
 def test_it_trains():

@@ -235,6 +235,30 @@ def test_a_stage_on_a_border_takes_the_piece_of_its_step():
     assert torch.allclose(layer.bake()(z0), z, rtol=1e-12, atol=1e-12)
 
 
+class Plain(nn.Module):
+    """An operator that is no `EvolutionOperator`, with the optional methods of another one."""
+
+    jumps = True
+
+    def __init__(self, operator):
+        super().__init__()
+        self.forward, self.trajectory = operator.forward, operator.trajectory
+        self.path_from, self.check_interval = operator.path_from, operator.check_interval
+
+
+def test_any_module_may_jump_and_refuse_an_interval():
+    layer = small_layer(nc.BasisEvolution("piecewise", 3), steps=4, method="rk4")
+    field = layer.field
+    plain = nc.CoupledField(field.dynamics, {name: Plain(field.operator(name)) for name in field.names})
+    z0 = torch.randn(2, 3, 5, dtype=torch.float64)
+    found = nc.solve(plain, z0, steps=4, method="rk4").z[-1]
+    assert torch.equal(found, nc.solve(field, z0, steps=4, method="rk4").z[-1])
+    with pytest.raises(ValueError, match=r"parameter '.*weight'"):
+        nc.solve(plain, z0, [0.0, 2.0], steps=4)
+    with pytest.raises(ValueError, match="jump from piece to piece"):
+        nc.solve(plain, z0, method="dopri5")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pieces", [3, 7, 10, 49, 1000])
 def test_borders_are_found_in_every_precision(dtype, pieces):

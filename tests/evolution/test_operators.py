@@ -474,6 +474,8 @@ def test_an_operator_of_ones_own_may_prepare_its_steps():
         (lambda: LinearEvolution(per="kernel"), "unknown per 'kernel': choose one of layer, filter"),
         (lambda: LinearEvolution("pixels", rank=2), "rank=2 belongs to scope='channels'"),
         (lambda: LinearEvolution("channels"), "needs a rank of at least 1, a whole number, got rank=None"),
+        (lambda: LinearEvolution("channels", rank=True), "needs a rank of at least 1, a whole number, got rank=True"),
+        (lambda: ConvEvolution(2, kernel_size=True), "kernel_size must be odd and positive.*got True"),
         (lambda: LinearEvolution("channels", rank=0), "needs a rank of at least 1, a whole number, got rank=0"),
         (lambda: LinearEvolution("channels", rank=1, per="filter"), "per='filter' belongs to scope='pixels'"),
         (lambda: ConvEvolution(0), "hidden must be a whole number of at least 1, got 0"),

@@ -65,6 +65,14 @@ def test_a_time_on_the_edge_of_two_shares_belongs_to_the_later_one(samples):
             assert torch.equal(kernel.kappa_at(times[1:] - 1e-6 / steps, weight_steps), rows[:-1])
 
 
+@pytest.mark.parametrize("steps", [1, 7, 23])
+def test_dirac_has_rows_at_the_grid_points_alone(steps):
+    times = torch.tensor([n / steps for n in range(steps + 1)], dtype=torch.float64)
+    assert torch.equal(nc.Dirac().kappa_at(times, steps), torch.eye(steps + 1))
+    with pytest.raises(ValueError, match=r"a time lies between two: take solution\.weights"):
+        nc.Dirac().kappa_at(times + 1e-3, steps)
+
+
 @pytest.mark.parametrize("steps", [1, 7, 9, 12, 23])
 def test_a_time_on_the_edge_of_two_rows_belongs_to_the_later_one(steps):
     matrix = torch.rand(steps, steps + 1).tril()

@@ -158,3 +158,12 @@ def test_the_continuous_adjoint_takes_what_has_an_effect():
     layer = nc.CoupledODE(dynamics, steps=2, adjoint=nc.ContinuousAdjoint(1e-3, 1e-3, method="dopri5"))
     layer(Z0).sum().backward()
     assert dynamics[0].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "names"), [("rk4", ["step_size", "grid_constructor", "interp", "perturb"]), ("dopri5", ["first_step"])]
+)
+def test_an_option_of_none_is_one_that_is_left_out(method, names):
+    assert torch.equal(solved(method, **dict.fromkeys(names)), solved(method))
+    with pytest.raises(ValueError, match="unknown"):
+        solved(method, unheard_of=None)

@@ -535,3 +535,13 @@ def test_a_smooth_root_takes_few_evaluations():
     found = first_root(lambda x: seen.append(x) or math.cos(2 * x), math.cos(2.0), 2.0**-53)
     assert found == pytest.approx(math.pi / 4, abs=1e-15)
     assert len(seen) <= 12
+
+
+@pytest.mark.parametrize("start", [-600.0, 0.0, 600.0])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_search_in_half_precision_may_begin_anywhere(start, reverse):
+    y0, t0 = torch.zeros(1, dtype=torch.float16), torch.tensor(start, dtype=torch.float64)
+    arguments = {"event_fn": lambda t, y: y.abs() - 2.0, "method": "euler", "options": {"step_size": 0.5}}
+    time, state = nc.odeint_event(lambda t, y: torch.ones_like(y), y0, t0, reverse_time=reverse, **arguments)
+    assert float(time) == pytest.approx(start + (-2 if reverse else 2), abs=0.01)
+    assert float(state[-1]) == pytest.approx(-2 if reverse else 2, abs=0.01)

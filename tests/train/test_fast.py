@@ -132,6 +132,8 @@ def test_what_is_given_is_not_tried(experiment, monkeypatch):
     tried = pretend(monkeypatch, lambda e: 1.0)
     assert fast.fastest(given, CPU, 3).experiment == given
     assert tried == [given]
+    assert fast.fastest(experiment, CPU, 3, given={"precision", "adjoint"}).experiment.precision == "32-true"
+    assert {(e.precision, e.adjoint) for e in tried} == {("32-true", None), ("64-true", "recomputed")}
 
 
 @pytest.mark.parametrize("variant", ["baseline", "node"])
