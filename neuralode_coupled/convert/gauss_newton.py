@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neuralode_coupled.evolution.descent import rounds_of_lbfgs
+
 ROUNDS = 6
 """The largest number of rounds of `ITERATIONS` of L-BFGS."""
 
@@ -32,9 +34,6 @@ ENOUGH = 1e-9
 
 ROUGH = 1e-3
 """While the other unknowns move, the linear ones are solved for until their slope is this small."""
-
-HUGE = 1e30
-"""The loss of coefficients whose path overflows."""
 
 
 class Problem(Protocol):
@@ -195,42 +194,25 @@ def minimised(problem: Problem, rounds: int = ROUNDS) -> Least:
 def _descended(problem: Problem, linear: list[Tensor], error: float, rounds: int) -> tuple[list[Tensor], float]:
     """Run L-BFGS. If the linear unknowns are solved for, the slope in the others is the one with these held fixed."""
     held = [x.detach().clone() for x in linear]
-    free = list(problem.others) if problem.affine else [*problem.others, *held]
     best = (error, [p.detach().clone() for p in problem.others], [x.clone() for x in held])
-    if not problem.affine:
-        held = [x.requires_grad_() for x in held]
-        free = [*problem.others, *held]
-    optimizer = torch.optim.LBFGS(
-        free, max_iter=ITERATIONS, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-    )
+    free = [*problem.others, *([] if problem.affine else [x.requires_grad_() for x in held])]
 
-    def closure() -> Tensor:
+    def loss() -> Tensor:
         nonlocal held, best
-        try:
-            if problem.affine:
-                held, _ = _settled(problem, held, ROUGH)
-            loss = (problem.residuals(held) / problem.scale).square().sum()
-        except ValueError:  # an overflow
-            loss = torch.full((), math.inf, dtype=torch.float64)
-        if not loss.isfinite():
-            for x in free:
-                x.grad = torch.zeros_like(x)
-            return torch.full((), HUGE, dtype=torch.float64)
-        for x, gradient in zip(free, torch.autograd.grad(loss, free, materialize_grads=True), strict=True):
-            x.grad = gradient
-        found = float(loss.detach()) ** 0.5
+        if problem.affine:
+            held, _ = _settled(problem, held, ROUGH)
+        value = (problem.residuals(held) / problem.scale).square().sum()
+        found = float(value.detach()) ** 0.5
         if found < best[0]:
             best = found, [p.detach().clone() for p in problem.others], [x.detach().clone() for x in held]
-        return loss.detach()
+        return value
 
+    go = rounds_of_lbfgs(free, loss, ITERATIONS, ValueError)
     for _ in range(rounds):
         before = best[0]
-        with torch.enable_grad():
-            optimizer.step(closure)
+        go()
         if best[0] < NEAR or not best[0] < (1 - GAIN) * before:
             break
-    for x in problem.others:
-        x.grad = None
     error, others, linear = best
     _set(problem, others)
     return linear, error

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._types import StageWeights, Weight
 from neuralode_coupled.evolution import LinearEvolution, NonFiniteWeights, ReactionDiffusionAdvection
+from neuralode_coupled.evolution.descent import rounds_of_lbfgs
 
 MOST = 4096
 """The largest number of rows of the matrices."""
@@ -24,9 +25,6 @@ ITERATIONS = 25
 
 GAIN = 1e-3
 """A round that reduces the error by less than this fraction is the last one."""
-
-HUGE = 1e30
-"""The loss of coefficients whose path overflows."""
 
 Connected = Callable[[nn.Module, Weight], StageWeights]
 
@@ -87,40 +85,26 @@ class Reduced:
     def search(self, rounds: int) -> float:
         """Set the coefficients to those of least error near the present ones, by L-BFGS; return that error."""
         parameters = list(self._operator.parameters())
-        optimizer = torch.optim.LBFGS(
-            parameters, max_iter=ITERATIONS, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
-        )
         best, kept = math.inf, [p.detach().clone() for p in parameters]
 
-        def closure() -> Tensor:
+        def loss() -> Tensor:
             nonlocal best, kept
-            try:
-                loss = self.loss()
-            except (NonFiniteWeights, RuntimeError):  # an overflow, or no Cholesky factor
-                loss = torch.full((), math.inf, dtype=torch.float64)
-            if not loss.isfinite():
-                for p in parameters:
-                    p.grad = torch.zeros_like(p)
-                return torch.full((), HUGE, dtype=torch.float64)
-            for p, gradient in zip(
-                parameters, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
-            ):
-                p.grad = gradient
-            found = float(loss.detach())
+            value = self.loss()
+            found = float(value.detach())
             if found < best:
                 best, kept = found, [p.detach().clone() for p in parameters]
-            return loss.detach()
+            return value
 
+        # Where a path overflows, or there is no Cholesky factor.
+        go = rounds_of_lbfgs(parameters, loss, ITERATIONS, (NonFiniteWeights, RuntimeError))
         for _ in range(rounds):
             before = best
-            with torch.enable_grad():
-                optimizer.step(closure)
+            go()
             if not best < (1 - GAIN) * before:
                 break
         with torch.no_grad():
             for p, value in zip(parameters, kept, strict=True):
                 p.copy_(value)
-                p.grad = None
         return max(best, 0.0) ** 0.5
 
 

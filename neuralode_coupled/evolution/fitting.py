@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import Times, shown, times
 from neuralode_coupled._types import State, Weight, WeightPath
 from neuralode_coupled.evolution.base import NonFiniteWeights, all_at_once, closed_form
+from neuralode_coupled.evolution.descent import rounds_of_lbfgs
 from neuralode_coupled.runge_kutta import METHODS, step
 
 Start = Mapping[str, Tensor]
@@ -39,9 +40,6 @@ POLISHING = 40
 
 LARGEST = 4_000_000
 """The largest number of entries of the Jacobian that such a step solves with."""
-
-HUGE = 1e30
-"""The loss of coefficients whose path overflows."""
 
 
 class Projection(NamedTuple):
@@ -191,32 +189,14 @@ def _error(operator: nn.Module, t: Tensor, path: WeightPath) -> float:
 def _search(operator: nn.Module, parameters: list[nn.Parameter], t: Tensor, path: WeightPath) -> float:
     """Run L-BFGS on the squared error relative to how far the weights move; return the relative error at the end."""
     scale = float((path - path[0]).square().sum()) or 1.0
-    optimizer = torch.optim.LBFGS(
-        parameters,
-        max_iter=ITERATIONS,
-        tolerance_grad=1e-14,
-        tolerance_change=1e-18,
-        history_size=30,
-        line_search_fn="strong_wolfe",
-    )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        try:
-            loss = (predicted(operator, t, path[0]) - path).square().sum() / scale
-        except NonFiniteWeights:
-            loss = None
-        if loss is None or not loss.isfinite():
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
-            return torch.full((), HUGE, dtype=torch.float64)
-        loss.backward()
-        return loss
+    def loss() -> Tensor:
+        return (predicted(operator, t, path[0]) - path).square().sum() / scale
 
+    go = rounds_of_lbfgs(parameters, loss, ITERATIONS, NonFiniteWeights, history=30)
     error = float("inf")
     for _ in range(ROUNDS):
-        with torch.enable_grad():
-            optimizer.step(closure)
+        go()
         before, error = error, _error(operator, t, path)
         if error < ENOUGH or not error < (1 - GAIN) * before:
             break
