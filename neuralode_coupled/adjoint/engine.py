@@ -108,14 +108,27 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
     emitted: list[State] = []
     y = operands.y0
     for n in range(plan.count):
-        arguments = (n, y, operands.inputs[n], operands.shared, plan.buffers[n])
+        arguments, buffers = (n, y, operands.inputs[n], operands.shared), plan.buffers[n]
         # The last step may report by a side effect, which torch.compile does not take from inside of a checkpoint.
         if n < plan.count - max(memory.keep_last, int(plan.more)):
-            y, out = checkpoint(plan.step, *arguments, use_reentrant=False, **contexts)
+            before = tuple([buffer.clone() for buffer in buffers])
+            y, out, after = checkpoint(_on_copies, plan, *arguments, before, use_reentrant=False, **contexts)
+            for buffer, value in zip(buffers, after, strict=True):
+                buffer.copy_(value)
         else:
-            y, out = plan.step(*arguments)
+            y, out = plan.step(*arguments, buffers)
         emitted.extend(out)
     return emitted
+
+
+def _on_copies(
+    plan: Plan, n: int, y: State, inputs: State, shared: State, before: State
+) -> tuple[State, tuple[State, ...], State]:
+    """A step, and its buffers after it, computed on copies: where f breaks the graph torch runs the checkpoint eagerly,
+    and repeats the step in the backward pass with nothing but its arguments."""
+    after = tuple([buffer.clone() for buffer in before])
+    y, out = plan.step(n, y, inputs, shared, after)
+    return y, out, after
 
 
 class _Forward:

@@ -51,6 +51,8 @@ class Stages:
 
     def __init__(self, field: CoupledField, steps: int, moving: list[str] | None = None) -> None:
         self.field = field
+        # A backward pass may evaluate f when the compiler has taken the inputs from the field again, see `with_inputs`.
+        self._inputs, self._follows_time = field.inputs, field.follows_time
         self.moving = field.moving() if moving is None else moving
         prefixes = tuple([prefix for prefix, _ in field.per_step])
         with alone(field.dynamics, anew=moving is None):
@@ -90,7 +92,7 @@ class Stages:
 
     def time(self, t: Scalar, z: Tensor) -> Tensor | None:
         """A time as f or an input takes it, on the device and of the dtype of z; None if neither takes one."""
-        return time_like(t, z) if self.field.follows_time else None
+        return time_like(t, z) if self._follows_time else None
 
     def applies(self, method: Tableau, length: Scalar) -> bool:
         """Whether a step of this length is one application of a block, which neither subtracts nor adds its input."""
@@ -116,11 +118,11 @@ class Stages:
             z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
         try:
             # Under autocast f may return another precision; the state keeps its own.
-            found = self.field.evaluate(t, z, tensors, bool(self.moving), begun=True, applied=applied)
+            found = self.field.evaluate(t, z, tensors, bool(self.moving), True, applied, self._inputs)
         except (RuntimeError, ValueError, IndexError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise
-            inputs = "" if self.field.inputs is None else f", with inputs {self.field.inputs.described()}"
+            inputs = "" if self._inputs is None else f", with inputs {self._inputs.described()}"
             raise ValueError(
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
@@ -136,7 +138,7 @@ class Stages:
             t: a time of the solve, a scalar tensor.
             span: the length of the solve's interval.
         """
-        if not self.field.follows_time:
+        if not self._follows_time:
             return
         z, shared, own = z.detach(), *[tuple([x.detach() for x in row]) for row in (self.shared, self.own[0])]
 
@@ -145,7 +147,7 @@ class Stages:
             return self.evaluate(t, z, self.named(shared, own, buffers), first=True)
 
         what = "forward(t, z)" if self.field.takes_time else "an input"
-        check_followed(self.field.dynamics, what, f, time_like(t, z), span, self.field.inputs)
+        check_followed(self.field.dynamics, what, f, time_like(t, z), span, self._inputs)
 
     @staticmethod
     def overlooked(leaf: Tensor, where: str) -> Exception:

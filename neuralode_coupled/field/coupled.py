@@ -295,21 +295,23 @@ class CoupledField(nn.Module):
         moving: bool | None = None,
         begun: bool = False,
         applied: bool | None = None,
+        inputs: Inputs | None = None,
     ) -> Any:
         """f(z, theta): ``dynamics`` with the given tensors in place of its own parameters and buffers.
 
         ``moving`` says whether any weight's theta is not w0; by default it is looked up. ``begun`` says that `begin`
         has checked the dynamics in their present state. ``applied`` asks a `Block` for everything that it returns, see
-        `Whole`.
+        `Whole`. ``inputs`` are by default the field's own.
         """
+        inputs = self.inputs if inputs is None else inputs
         arguments: tuple[Any, ...] = (t, z) if self.takes_time else (z,)
         if applied is not None:
             arguments = (Whole(z, applied),)
         if self._aliases:
             tensors = {alias: tensor for name, tensor in tensors.items() for alias in self._aliases.get(name, (name,))}
         run = partial(call, self.dynamics, tensors, arguments, begun=begun)
-        if self.inputs is not None:
-            run = partial(self._call_with_inputs, self.inputs, t, tensors, arguments, begun)
+        if inputs is not None:
+            run = partial(self._call_with_inputs, inputs, t, tensors, arguments, begun)
         traced = tracing()
         if traced == "compile":
             return run()

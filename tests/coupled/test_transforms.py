@@ -145,6 +145,61 @@ def test_an_input_is_there_in_the_backward_pass_of_what_is_compiled(adjoint, met
     assert all(gradient.norm() > 0 for gradient in results[0].values())
 
 
+class Interrupted(nn.Module):
+    """Breaks the compiler's graph, as print() or .item() do. It has two kinds of state, and an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, z, u=None):
+        torch._dynamo.graph_break()
+        return torch.tanh(self.norm(self.linear(z)) + (0.0 if u is None else u))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(2), nc.DiscreteAdjoint(storage="cpu"), nc.ReversibleAdjoint()]
+)
+def test_dynamics_that_break_the_graph_are_solved_and_differentiated_as_without_the_compiler(adjoint, backend):
+    """torch then runs parts of the solve eagerly, checkpoints too, and repeats steps when the solve is over."""
+    results, states = [], []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        made = nc.CoupledODE(Interrupted(), {"norm.*": nc.Static()}, evolve="norm.*", steps=3, adjoint=adjoint)
+        layer = oracle.randomize(made).double()
+        z0, u = torch.randn(2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        run = torch.compile(layer, backend=backend) if compiled else layer
+        loss = run(z0, u).square().sum()
+        results.append(oracle.gradients(loss, {"z0": z0, "u": u, **dict(layer.named_parameters())}))
+        states.append(dict(layer.named_buffers()))
+    assert oracle.largest_error(*results) < 1e-9
+    assert results[0]["u"].norm() > 0
+    for name, buffer in states[1].items():
+        torch.testing.assert_close(states[0][name], buffer)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_running_statistics_move_once_in_a_compiled_odeint_dto(method):
+    states = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+        t = torch.linspace(0, 1, 4, dtype=torch.float64)
+
+        def solve(z, net=net, t=t):
+            return nc.odeint_dto(lambda t, y: net(y), z, t, method=method, rtol=1e-2, atol=1e-2, memory=0)[-1]
+
+        run = torch.compile(solve, backend="eager") if compiled else solve
+        run(torch.randn(5, 4, dtype=torch.float64)).sum().backward()
+        states.append(dict(net.named_buffers()))
+    for name, buffer in states[1].items():
+        torch.testing.assert_close(states[0][name], buffer)
+
+
 @pytest.mark.parametrize(
     ("adjoint", "kernel", "whole"),
     [
