@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from neuralode_coupled._checks import positive
+from neuralode_coupled._substitution import parts
 from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.attributes import attributes_watched
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
 from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
+from neuralode_coupled.adjoint.replay import set_modes
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
@@ -164,7 +169,9 @@ class _VectorField(nn.Module):
         self.times = [problem.time(n) for n in range(flow.first, flow.last + 1)]
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
-        self.backward = self.own_graph = False
+        self.backward = self.own_graph = self._watched = False
+        self._inside = parts(plan.module)
+        self._modes = [module.training for module in self._inside]
         self.latest: tuple[Tensor, State, State] | None = None
         # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
         self.params = flow.params
@@ -185,7 +192,10 @@ class _VectorField(nn.Module):
             buffers = tuple(buffer.clone() for buffer in buffers)
         else:
             self.plan.stats.evaluations += 1
-        with replaced(self._reached, self.captured):
+        watch = self.backward and torch.is_grad_enabled() and not self._watched
+        self._watched = self._watched or watch
+        watching = attributes_watched(self.plan.module) if watch else nullcontext()
+        with replaced(self._reached, self.captured), self._world(), watching:
             slope = self._slope(t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
@@ -193,6 +203,19 @@ class _VectorField(nn.Module):
         if self.backward and torch.is_grad_enabled():
             self._check_closed(t, y, slope)
         return slope
+
+    @contextmanager
+    def _world(self) -> Iterator[None]:
+        """The train/eval flags of the forward solve, which may have been changed since then."""
+        modes = [module.training for module in self._inside] if self.backward else self._modes
+        if modes == self._modes:
+            yield
+            return
+        set_modes(self._inside, self._modes)
+        try:
+            yield
+        finally:
+            set_modes(self._inside, modes)
 
     def observe(self, t: Tensor, y: State) -> None:
         """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace.
@@ -237,7 +260,7 @@ class _VectorField(nn.Module):
 
         def again() -> list[Tensor]:
             buffers = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
-            with replaced(self._reached, self.captured):
+            with replaced(self._reached, self.captured), self._world():
                 return foreign(edges(self._slope(t, y, buffers)), known)
 
         leaf = lasting(foreign(edges(slope), known), again)

@@ -12,6 +12,7 @@ This module makes the forward pass; `sweep` makes the backward pass.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neuralode_coupled._torch import saved_tensors_are_hooked, tracing, versions
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.attributes import attributes_watched
 from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.keeper import Keeper
 from neuralode_coupled.adjoint.node import Checkpointed, Solve
@@ -205,7 +207,10 @@ class _Forward:
         for n in range(recording.plan.count):
             before, keeper = y, self._keeper
             if keeper is not None and keeper.first <= n < keeper.end:
-                y, out = keeper.step(n, y)
+                # Graphs that are kept for the budget's sake are looked at when the other steps are repeated.
+                watch = n == keeper.first and not self._auto
+                with attributes_watched(recording.plan.module) if watch else nullcontext():
+                    y, out = keeper.step(n, y)
                 if keeper.whole is not None:
                     return self._rest(keeper, keeper.whole)
             else:

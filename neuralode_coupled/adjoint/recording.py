@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from neuralode_coupled._substitution import observing
-from neuralode_coupled._torch import saved_tensors_are_hooked
+from neuralode_coupled._substitution import DynamicsError, observing
+from neuralode_coupled._torch import saved_tensors_are_hooked, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.observation import Observer
 from neuralode_coupled.adjoint.plan import Operands, Plan, StepFunction
@@ -75,7 +75,14 @@ class Recording:
             self.plan.announce(n, y)
         random = self.replay.before(n)
         watched = n == 0 and look and self.looks
+        frozen = [tensor for tensor in self.operands.shared if not tensor.requires_grad] if n == 0 else []
+        before = versions(frozen)
         result = self._observed(run, random, leaves) if watched else self._run(run, random)
+        if versions(frozen) != before:
+            raise DynamicsError(
+                "dynamics write into a parameter of theirs that requires no gradient, and would do so again where the "
+                "backward pass repeats a step: register it as a buffer, which is put back, or use Backprop()"
+            )
         self.replay.after(random)
         if self.plan.listener is not None:
             self.plan.passed(n)

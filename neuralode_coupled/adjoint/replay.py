@@ -97,11 +97,11 @@ class Replay:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             try:
                 if modes != self._modes:
-                    _set_modes(modules, self._modes)
+                    set_modes(modules, self._modes)
                 yield
             finally:
                 if modes != self._modes:
-                    _set_modes(modules, modes)
+                    set_modes(modules, modes)
 
     def again(self, n: int) -> tuple[State, AbstractContextManager]:
         """For one recomputation of step ``n``: the buffers to run it on, and a context to run it in."""
@@ -129,6 +129,7 @@ class Replay:
         return copy
 
 
-def _set_modes(modules: list[torch.nn.Module], modes: list[bool]) -> None:
+def set_modes(modules: list[torch.nn.Module], modes: list[bool]) -> None:
+    """Set the train/eval flag of each module, and of no other one."""
     for module, mode in zip(modules, modes, strict=True):
         module.training = mode

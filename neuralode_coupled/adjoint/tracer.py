@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.attributes import attributes_watched
 from neuralode_coupled.adjoint.budget import held_bytes
 from neuralode_coupled.adjoint.observation import (
     Places,
@@ -46,6 +48,7 @@ class Tracer:
     def __init__(self, plan: Plan, operands: Operands, needed: Operands, linked: bool = False) -> None:
         self.plan, self.operands, self.linked = plan, operands, linked
         self.needed: Any = needed
+        self._watched = False
         everywhere = any(needed.y0) or any(needed.shared) or any(needed.captured)
         asked = [n for n in range(plan.count) if everywhere or any(needed.inputs[n])]
         self.first = asked[0] if asked else plan.count
@@ -95,7 +98,9 @@ class Tracer:
         span, emitted = self.begin(first, y, wanted_y), []
         for n in range(first, end):
             before = y
-            y, more = span.step_again(replay)
+            with nullcontext() if self._watched else attributes_watched(self.plan.module):
+                y, more = span.step_again(replay)
+            self._watched = True
             emitted.extend(more)
             leaf = lasting(span.foreign(), lambda n=n, y=before: self._alone(n, y, replay))
             if leaf is not None and self.plan.overlooked is not None:

@@ -275,7 +275,7 @@ def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | No
         try:
             _checked(model, [name])
             reason = "" if own else _LAYER
-            stages, found = 2 if isinstance(module, nn.TransformerEncoderLayer) else 0, []
+            stages, found = 2 if type(module) is nn.TransformerEncoderLayer else 0, []
             if own and not stages:
                 found = taken_apart(module).stages
                 stages = sum(stage.branch is not None for stage in found)
@@ -457,7 +457,7 @@ def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module
         return layer(Block(target, how.outputs))
     if how.branch != "residual":
         return layer(Branch(_given(how.branch, target), how.outputs))
-    if isinstance(target, nn.TransformerEncoderLayer):
+    if type(target) is nn.TransformerEncoderLayer:  # a subclass may compute something else
         _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
     if how.skip == "around":
@@ -487,7 +487,14 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
 
 
 def _check_no_hooks(target: nn.Module) -> None:
-    """Raise ValueError for hooks on a target that is taken apart: nothing would call them any more."""
+    """Raise ValueError for hooks on a target that is taken apart, and for a forward of its own: nothing would call
+    them any more."""
+    if "forward" in vars(target):
+        raise ValueError(
+            f"the forward of this {type(target).__name__} has been replaced on the object (as accelerate and PEFT do), "
+            "and a coupled layer in its place would not call it: convert before that, or take the block as a whole, by "
+            'branch="block"'
+        )
     registered = hooks(target)
     if registered:
         raise ValueError(

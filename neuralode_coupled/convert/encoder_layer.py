@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation
-from neuralode_coupled.coupled.baking import BakedBlocks
+from neuralode_coupled.coupled.baking import BakedBlocks, with_hooks_of
 from neuralode_coupled.coupled.layer import CoupledODE
 
 Mask = Float[Tensor, "..."] | Bool[Tensor, "..."] | None
@@ -127,7 +127,7 @@ class FoldedEncoder(CoupledODE):
         baked = super().bake()
         made = BakedEncoder(*baked)
         made.training = baked.training
-        return made
+        return with_hooks_of(self, made)
 
 
 class BakedEncoder(BakedBlocks):

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from neuralode_coupled._torch import versions
+from neuralode_coupled.adjoint.generators import drawn_from, of_torch, others, restore, states
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -297,6 +298,8 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, list[str], dict[str, Any]]:
     arguments = inspect.signature(block.forward).parameters.values()
     optional = {p.name: p.default for p in arguments if p.default is not p.empty}
     kept, graphs, changed = _Kept(block), [], []
+    generators = [*of_torch(torch.device("cpu")), *others()]
+    before = states(generators)
     try:
         for training in (not block.training, block.training):
             # Only the block's own flag: tracing does not look into the modules that it calls.
@@ -309,6 +312,12 @@ def _trace(block: nn.Module) -> tuple[fx.Graph, list[str], dict[str, Any]]:
         ) from error
     finally:
         kept.put_back()
+    if drawn_from(generators, before):
+        restore(generators, before)
+        raise NotResidual(
+            f"the forward of a {_kind(block)} decides by random numbers what it computes, as stochastic depth does: it "
+            "would be converted as was decided now. Let a module draw, such as torchvision.ops.StochasticDepth"
+        )
     if str(graphs[0]) != str(graphs[1]):
         raise NotResidual(
             f"the forward of a {_kind(block)} asks for self.training: let modules do that, such as nn.Dropout in place "

@@ -103,6 +103,8 @@ class Adaptive:
     ) -> tuple[list[Activation], Stats]:
         field = keeping_inputs(field)
         field.begin(z0)
+        if field.per_step:  # put in since the layer was made
+            self.check(field)
         stats = Stats()
         self._check_operators(field)
         if self.interval.tensors:

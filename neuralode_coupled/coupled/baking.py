@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from neuralode_coupled._types import Activation, StageWeights
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.field import Block, CoupledField, tupled
 from neuralode_coupled.field.block import Whole, structure_of
+
+Stack = TypeVar("Stack", bound=nn.Sequential)
 
 Memo = dict[int, Any]
 """The memo of `copy.deepcopy`: the replacement of each object in a copy, by the object's identity."""
@@ -183,7 +185,7 @@ def _branch(field: CoupledField, n: int, memo: Memo) -> nn.Module:
     Copying looks up every object in ``memo`` by its identity, so tied tensors stay tied.
     """
     memo = dict(memo)
-    for _, module in field.per_step:
+    for _, module in reversed(field.per_step):  # those inside of others first
         memo[id(module)] = copy.deepcopy(module.copies[n], memo)
     return copy.deepcopy(field.dynamics, memo)
 
@@ -195,3 +197,13 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 def _time(t: float, dynamics: nn.Module) -> Tensor:
     like = next((p for p in dynamics.parameters() if p.is_floating_point()), torch.zeros(()))
     return torch.full((), t, dtype=like.dtype, device=like.device)
+
+
+def with_hooks_of(layer: nn.Module, made: Stack) -> Stack:
+    """The baked layer, which calls the hooks on the layer's forward."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        for suffix in ("", "_with_kwargs", "_always_called"):
+            found = getattr(layer, kind + suffix, None)
+            if found:
+                getattr(made, kind + suffix).update(found)
+    return made

@@ -50,8 +50,9 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
         weight_side = partial(field.weight_side, t, moving, y[1:])
         given = {name: params[first_own + i] for name, i in where}
         theta, derivatives = call(held, pinned | given, (weight_side,), owner=field.dynamics)
-        tensors = stages.named(params[:first_own], _row(stages, n, params[first_own + len(own) :]), buffers) | theta
-        return (stages.evaluate(t, y[0], tensors, first=n == 0), *derivatives)
+        row = _row(stages, 0, n, params[first_own + len(own) :])
+        tensors = stages.named(n, params[:first_own], row, buffers) | theta
+        return (stages.evaluate(n, t, y[0], tensors, first=n == 0), *derivatives)
 
     def check(n: int, y: State) -> None:
         for name, w in zip(moving, y[1:], strict=False):
@@ -71,17 +72,18 @@ def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -
     params = (*stages.shared, *theta.values(), *own)
 
     def slope(n: int, t: Tensor, y: State, params: State, buffers: State) -> State:
-        tensors = stages.named(params[:first_theta], _row(stages, n - first, params[first_own:]), buffers)
+        row = _row(stages, first, n, params[first_own:])
+        tensors = stages.named(n, params[:first_theta], row, buffers)
         tensors |= zip(theta, params[first_theta:first_own], strict=True)
-        return (stages.evaluate(t, y[0], tensors, first=n == 0),)
+        return (stages.evaluate(n, t, y[0], tensors, first=n == 0),)
 
     return Flow(slope, first, last, (), params, stages.overlooked, stages.field.captured)
 
 
-def _row(stages: Stages, n: int, own: State) -> State:
-    """The parameters of the ``n``-th step among those of all steps, one step's after the other's."""
-    width = len(stages.own[0])
-    return own[n * width : (n + 1) * width]
+def _row(stages: Stages, first: int, n: int, own: State) -> State:
+    """The parameters of step ``n`` among those of all steps from ``first``, one step's after the other's."""
+    start = sum(map(len, stages.own[first:n]))
+    return own[start : start + len(stages.own[n])]
 
 
 def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:

@@ -17,7 +17,7 @@ from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import Backprop, DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
-from neuralode_coupled.coupled.baking import baked
+from neuralode_coupled.coupled.baking import baked, with_hooks_of
 from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.on_grid import GridProblem, OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
@@ -255,7 +255,8 @@ class CoupledODE(nn.Module):
             return total
         scheme = self.scheme
         for name, weight in self.field.evolving().items():
-            path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
+            with torch.autocast(weight.device.type, enabled=False):
+                path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
             h = length_like(scheme.weight_grid.length, path)
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(h)
             total = total + displacement / 2 * (path[-1] - path[0]).square().sum()
@@ -271,13 +272,19 @@ class CoupledODE(nn.Module):
         times are numbers. See `nc.bake` for whole models.
 
         Raises:
-            ValueError: if the evolving weights are not finite, or for an adaptive layer, which has no grid to bake.
+            ValueError: if the evolving weights are not finite, for an adaptive layer, which has no grid to bake, and
+                for a subclass with a forward of its own.
         """
+        if type(self).forward is not CoupledODE.forward or "forward" in vars(self):
+            raise ValueError(
+                f"{type(self).__name__} has a forward of its own, which the baked layer would not have: bake a "
+                "CoupledODE, and put what is around it into a module around the layer"
+            )
         like = next(self.field.parameters(), torch.zeros(()))
         with torch.no_grad():
             scheme = self.scheme
             theta = GridProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
-        return baked(self.field, scheme, theta)
+        return with_hooks_of(self, baked(self.field, scheme, theta))
 
     @property
     def scheme(self) -> Scheme:
@@ -334,4 +341,9 @@ def bake(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no coupled layer to bake: it is plain PyTorch already")
     # A copy takes the replacement that the memo has for an object, wherever the object occurs.
-    return copy.deepcopy(model, {id(layer): layer.bake() for layer in layers})
+    return copy.deepcopy(model, {id(layer): _thoroughly(layer.bake()) for layer in layers})
+
+
+def _thoroughly(made: nn.Module) -> nn.Module:
+    """A baked layer in whose f there is no coupled layer any more either."""
+    return bake(made) if any(isinstance(module, CoupledODE) for module in made.modules()) else made

@@ -71,13 +71,7 @@ class OnGrid:
     def check(self, field: CoupledField) -> None:
         """Raise ValueError for a field whose per-step modules or kernel do not fit the grids."""
         scheme, steps = self.scheme, self.scheme.grid.steps
-        for name, module in field.per_step:
-            if len(module) != steps:
-                raise ValueError(
-                    f"dynamics.{name.rstrip('.')} has parameters for {len(module)} steps (PerStep), the solve has "
-                    f"{steps}: solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer "
-                    "on that grid by nc.with_steps"
-                )
+        self._check_per_step(field)
         for name in field.moving():
             check_interval(field.operator(name), name, scheme.grid.t0, scheme.grid.t1)
             self._check_no_own_grid(field, name)
@@ -119,6 +113,7 @@ class OnGrid:
                 )
             return _solved_eagerly(self, field, z0, wanted, adjoint, further)
         moving = field.begin(z0, unrolled=isinstance(adjoint, Backprop))
+        self._check_per_step(field)  # they may have been replaced
         grid = self.scheme.grid
         if field.follows_time:
             _check_resolved(grid, z0.dtype)
@@ -134,6 +129,17 @@ class OnGrid:
             further.tensors = [state[0] for state in saved[len(problem.save) :]]
         return [place.state(found) for place in places], stats
 
+    def _check_per_step(self, field: CoupledField) -> None:
+        """Raise ValueError for per-step modules for another number of steps."""
+        steps = self.scheme.grid.steps
+        for name, module in field.per_step:
+            if len(module) != steps:
+                raise ValueError(
+                    f"dynamics.{name.rstrip('.')} has parameters for {len(module)} steps (PerStep), the solve has "
+                    f"{steps}: solve with steps={len(module)}, build the dynamics for {steps}, or put a trained layer "
+                    "on that grid by nc.with_steps"
+                )
+
     def weights(self, field: CoupledField, times: TimeRow, in_force: bool = False) -> dict[str, WeightPath]:
         """w, or theta if ``in_force``, at any times of the interval: (len(times), *weight) by name."""
         found, grid = {}, self.scheme.weight_grid
@@ -143,7 +149,8 @@ class OnGrid:
                 check_follows_time(operator, w0, grid.start(0, grid.steps / 3), grid.whole)
             path = partial(self.scheme.in_force, kernel=field.kernel) if in_force else self.scheme.at
             path = partial(noticing, operator, path)
-            found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
+            with torch.autocast(w0.device.type, enabled=False):
+                found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
         return found
 
 
@@ -439,15 +446,15 @@ class GridProblem:
         """
         stages, moving, c = self.stages, self.stages.moving, self.scheme.method.c
         theta = [weights.unbind() for weights in inputs[: len(moving)]]
-        tensors = stages.named(shared[len(self.ends) :], inputs[len(moving) :], buffers)
+        tensors = stages.named(n, shared[len(self.ends) :], inputs[len(moving) :], buffers)
 
         def slope(i: int, stage: State) -> State:
             for name, rows in zip(moving, theta, strict=True):
                 tensors[name] = rows[i] if i < len(rows) else rows[-1]
             t, first = stages.time(start + c[i] * h, stage[0]), n == 0 and i == 0
             if not applied and further is None:
-                return (stages.evaluate(t, stage[0], tensors, first),)
-            found, result = stages.whole(t, stage[0], tensors, first, applied)
+                return (stages.evaluate(n, t, stage[0], tensors, first),)
+            found, result = stages.whole(n, t, stage[0], tensors, first, applied)
             if further is not None:
                 further.append(result)
             return (found,)

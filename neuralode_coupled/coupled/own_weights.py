@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from neuralode_coupled._substitution import Held, alone, call, observed, places_of
+from neuralode_coupled._substitution import DynamicsError, Held, alone, call, observed, places_of
+from neuralode_coupled._torch import versions
 from neuralode_coupled._types import State
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import all_at_once, check_finite, named, within_steps
@@ -70,6 +71,7 @@ class OwnWeights:
             # torch.compile takes parameters as they are, and does not look into a module made while it traces.
             self._held = None if torch.compiler.is_compiling() else Held(self._operators.values())
             self._places = [] if self._held is None else places_of(self._held, parameters)
+            self._buffers = [] if self._held is None else list(self._held.buffers())
         self.shared: State = (*(w0[name] for name in self._at_once), *parameters)
         self.carried: State = tuple(w0[name] for name in self._carried)
 
@@ -91,7 +93,14 @@ class OwnWeights:
         def advance() -> tuple[State, State]:
             return observed(lambda: self._advance(scheme, n, carried, direct, backwards))
 
-        return call(self._held, tensors, (advance,), self._owner)
+        before = versions(self._buffers)
+        found = call(self._held, tensors, (advance,), self._owner)
+        if versions(self._buffers) != before:
+            raise DynamicsError(
+                "an operator updates buffers of its own (running statistics, a spectral norm), and would do so again "
+                "where a step is repeated: use weights='stored', which evolves the weights once"
+            )
+        return found
 
     def _advance(self, scheme: Scheme, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
         theta, after = {}, []

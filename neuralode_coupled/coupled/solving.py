@@ -44,6 +44,7 @@ class Solution:
     def weights(self, t: Times) -> dict[str, WeightPath]:
         """theta(t), the weights in force at the given times: (len(t), *weight) by parameter name.
 
+        They are computed from the field's parameters as they are now: ask before the optimiser's next step.
         Differentiable in these times and in those of the solve, if they are tensors that require a gradient. Raises
         TypeError if ``t`` holds no times; ValueError for times out of order or outside of the solve's interval, and, on
         the CPU, for weights that are not finite.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.field import Block, CoupledField, check_not_evaluated_later, check_slope
+from neuralode_coupled.field import Block, CoupledField, PerStep, check_not_evaluated_later, check_slope, in_force
 from neuralode_coupled.runge_kutta import Tableau
 
+Names = tuple[str, ...]
 Rows = tuple[State, ...]
 Members = Callable[[nn.Module], list[tuple[str, Tensor]]]
 
@@ -54,41 +56,51 @@ class Stages:
         # A backward pass may evaluate f when the compiler has taken the inputs from the field again, see `with_inputs`.
         self._inputs, self._follows_time = field.inputs, field.follows_time
         self.moving = field.moving() if moving is None else moving
+        # The compiler takes no change of an attribute inside of its checkpoints: there the first copies act, with the
+        # tensors of the step's.
+        self._in_place = not torch.compiler.is_compiling()
         prefixes = tuple([prefix for prefix, _ in field.per_step])
         with alone(field.dynamics, anew=moving is None):
             self._shared: list[str] = []
             shared: list[Tensor] = []
             for name, tensor in _differentiable(field.dynamics):
-                if name not in self.moving and not (prefixes and name.startswith(prefixes)):
+                if name not in self.moving and not name.startswith(prefixes):
                     self._shared.append(name)
                     shared.append(tensor)
-            own, self.own = self._rows(_differentiable, steps)
-            buffers, self.buffers = self._rows(_plain_buffers, steps, prefixes)
+            rest = [(name, x) for name, x in _plain_buffers(field.dynamics) if not name.startswith(prefixes)]
+            own, self.own = self._rows(_differentiable, steps, [])
+            buffers, self.buffers = self._rows(_plain_buffers, steps, rest)
         self.shared: State = tuple(shared)
-        self._names = (*self._shared, *own, *buffers)
+        self._names = [(*self._shared, *a, *b) for a, b in zip(own, buffers, strict=True)]
 
-    def _rows(self, members: Members, steps: int, prefixes: tuple[str, ...] | None = None) -> tuple[list[str], Rows]:
-        """Members of single steps under the names of the first copy: (names, one row per step).
+    def _rows(self, members: Members, steps: int, common: Sequence[tuple[str, Tensor]]) -> tuple[list[Names], Rows]:
+        """The names and the tensors of each step: the common ones, then the members of its copies of per-step modules.
 
-        With ``prefixes`` (those of per-step modules), each row also has all other members of the dynamics.
+        A per-step module inside of another one belongs to the copies of that.
         """
-        names: list[str] = []
-        columns: list[list[Tensor]] = []
-        if prefixes is not None:
-            for name, member in members(self.field.dynamics):
-                if not (prefixes and name.startswith(prefixes)):
-                    names.append(name)
-                    columns.append([member] * steps)
+        outer: list[tuple[str, PerStep]] = []
         for prefix, module in self.field.per_step:
-            by_copy = [dict(members(copy)) for copy in module.copies]
-            for name in by_copy[0]:
-                names.append(f"{prefix}copies.0.{name}")
-                columns.append([tensors[name] for tensors in by_copy])
-        return names, tuple(zip(*columns, strict=True)) if columns else ((),) * steps
+            if not any(prefix.startswith(other) for other, _ in outer):
+                outer.append((prefix, module))
+        if not outer:
+            return [tuple([name for name, _ in common])] * steps, (tuple([tensor for _, tensor in common]),) * steps
+        found = [
+            [
+                *common,
+                *(
+                    (f"{prefix}copies.{n if self._in_place else 0}.{name}", tensor)
+                    for prefix, module in outer
+                    for name, tensor in members(module.copies[n])
+                ),
+            ]
+            for n in range(steps)
+        ]
+        names = [tuple([name for name, _ in row]) for row in found]
+        return names, tuple([tuple([tensor for _, tensor in row]) for row in found])
 
-    def named(self, shared: State, own: State, buffers: State) -> dict[str, Tensor]:
-        """The tensors of one step by their names."""
-        return dict(zip(self._names, (*shared, *own, *buffers), strict=True))
+    def named(self, n: int, shared: State, own: State, buffers: State) -> dict[str, Tensor]:
+        """The tensors of step ``n`` by their names."""
+        return dict(zip(self._names[n], (*shared, *own, *buffers), strict=True))
 
     def time(self, t: Scalar, z: Tensor) -> Tensor | None:
         """A time as f or an input takes it, on the device and of the dtype of z; None if neither takes one."""
@@ -99,26 +111,27 @@ class Stages:
         block, euler = type(self.field.dynamics) is Block, method.stages == 1 and method.b == (1.0,)
         return block and euler and not isinstance(length, Tensor) and length == 1.0
 
-    def evaluate(self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
-        """f at one stage."""
-        return check_slope(self._evaluate(t, z, tensors, first), z).to(z.dtype)
+    def evaluate(self, n: int, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool) -> Tensor:
+        """f at one stage of step ``n``."""
+        return check_slope(self._evaluate(n, t, z, tensors, first), z).to(z.dtype)
 
     def whole(
-        self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool
+        self, n: int, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool
     ) -> tuple[Tensor, Any]:
         """For a `Block`: f at one stage (the state itself if ``applied``), and everything that the block returns."""
-        found, result = self._evaluate(t, z, tensors, first, applied)
+        found, result = self._evaluate(n, t, z, tensors, first, applied)
         return check_slope(found, z).to(z.dtype), result
 
     def _evaluate(
-        self, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool | None = None
+        self, n: int, t: Tensor | None, z: Tensor, tensors: dict[str, Tensor], first: bool, applied: bool | None = None
     ) -> Any:
         """What the dynamics return. The very first evaluation shows if f cannot take z0: the error then names z0."""
         if z.requires_grad and not torch.is_grad_enabled():
             z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
         try:
             # Under autocast f may return another precision; the state keeps its own.
-            found = self.field.evaluate(t, z, tensors, bool(self.moving), True, applied, self._inputs)
+            with self._copies(n):
+                found = self.field.evaluate(t, z, tensors, bool(self.moving), True, applied, self._inputs)
         except (RuntimeError, ValueError, IndexError) as error:
             if not first or isinstance(error, torch.OutOfMemoryError | DynamicsError):
                 raise
@@ -129,6 +142,15 @@ class Stages:
         if first and self.moving and torch.is_grad_enabled() and not tracing():
             check_not_evaluated_later(self.field.dynamics, self.moving, found, (z, *tensors.values()))
         return found
+
+    @contextmanager
+    def _copies(self, n: int) -> Iterator[None]:
+        """Per-step modules act as their ``n``-th copies, for this thread alone."""
+        if not self._in_place or not self.field.per_step:
+            yield
+            return
+        with alone(self.field.dynamics), in_force([module for _, module in self.field.per_step], n):
+            yield
 
     def check_follows_time(self, z: Tensor, t: Tensor, span: float) -> None:
         """Raise ValueError for dynamics that turn the time into a number, if a time requires a gradient.
@@ -144,7 +166,7 @@ class Stages:
 
         def f(t: Tensor) -> Tensor:
             buffers = tuple([buffer.detach().clone() for buffer in self.buffers[0]])
-            return self.evaluate(t, z, self.named(shared, own, buffers), first=True)
+            return self.evaluate(0, t, z, self.named(0, shared, own, buffers), first=True)
 
         what = "forward(t, z)" if self.field.takes_time else "an input"
         check_followed(self.field.dynamics, what, f, time_like(t, z), span, self._inputs)

@@ -237,7 +237,7 @@ class BasisEvolution(EvolutionOperator):
             self.size = size
             return self
         before, old = self.size, self.matrices().detach().to("cpu", torch.float64) if self.size else None
-        required = all(p.requires_grad for p in self.parameters())
+        required = {name: p.requires_grad for name, p in self.named_parameters()}
         c = torch.zeros(size, *self.weight_shape, dtype=torch.float64)
         if old is not None and size:
             c = torch.tensordot(self._change(before, size), old, dims=1)
@@ -250,7 +250,9 @@ class BasisEvolution(EvolutionOperator):
         self.size = size
         self._create()
         self.take(c)
-        return self.requires_grad_(required)
+        for name, p in self.named_parameters():
+            p.requires_grad_(required.get(name, True))
+        return self
 
     def _change(self, size: int, other: int) -> Tensor:
         """The matrix from coefficients of ``size`` functions to those of ``other``: (other, size), by L2 projection."""

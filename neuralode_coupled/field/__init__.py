@@ -6,7 +6,7 @@ from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, keeping_inputs, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.later import check_not_evaluated_later
-from neuralode_coupled.field.per_step import PerStep
+from neuralode_coupled.field.per_step import PerStep, in_force
 
 __all__ = [
     "Block",
@@ -22,6 +22,7 @@ __all__ = [
     "check_activation",
     "check_not_evaluated_later",
     "check_slope",
+    "in_force",
     "keeping_inputs",
     "tupled",
     "with_inputs",

@@ -62,6 +62,11 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
     choose = evolution if by_pattern is None else by_pattern
     operators: dict[str, nn.Module] = {}
     for name, weight in weights.items():
+        if any(_key(name) == _key(other) for other in operators):
+            raise ValueError(
+                f"parameter {name!r}: another one's name differs in dots and slashes alone, and they would share an "
+                "operator: rename one of the modules"
+            )
         if isinstance(choose, nn.Module):
             operator = copy.deepcopy(choose)
         elif callable(choose) and not isinstance(choose, type):

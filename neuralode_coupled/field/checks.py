@@ -40,4 +40,9 @@ def check_slope(dz: Tensor, z: Tensor) -> Tensor:
             f"dynamics must keep the shape of the state: it made {tuple(dz.shape)} of {tuple(z.shape)}: change "
             "the shape before the layer or after it"
         )
+    if dz.is_complex() and not z.is_complex():
+        raise TypeError(
+            f"dynamics must return real numbers, as the state is ({z.dtype}), got {dz.dtype}: take torch.view_as_real, "
+            "or the real part"
+        )
     return dz

@@ -21,6 +21,7 @@ from neuralode_coupled._substitution import (
     check_no_sample_gradients,
     check_surroundings,
     holdings,
+    parts,
     running,
     untouched,
 )
@@ -32,7 +33,7 @@ from neuralode_coupled.field.block import Whole
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.inputs import Inputs, Signature
 from neuralode_coupled.field.later import check_not_evaluated_later
-from neuralode_coupled.field.per_step import per_step_modules
+from neuralode_coupled.field.per_step import PerStep, per_step_modules
 from neuralode_coupled.kernels import Dirac, TimeKernel
 
 _HOOKS = (
@@ -181,6 +182,8 @@ class CoupledField(nn.Module):
             return moving
         with alone(self.dynamics, anew=True):
             self._aliases = _aliases(self.dynamics)
+            if self.per_step or any(isinstance(part, PerStep) for part in parts(self.dynamics)):
+                self.per_step = tuple(per_step_modules(self.dynamics))
         if not unrolled or moving:
             check_no_sample_gradients(
                 self, "" if moving else "; or, as nothing evolves, adjoint=nc.Backprop() on a grid"
@@ -276,7 +279,13 @@ class CoupledField(nn.Module):
             t: the time, a scalar tensor.
             names: the parameters whose weights and memory are in the state.
             state: ``(*w, *memory)`` as `with_memory` orders it.
+
+        Weights evolve in their own precision, also under autocast.
         """
+        kind = state[0].device.type if state else None  # not that of t: looking at t counts as using it
+        if kind is not None and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.weight_side(t, names, state)
         weights, memory = self._split(state, len(names))
         theta = {name: self.kernel.theta(w, m) for name, w, m in zip(names, weights, memory, strict=True)}
         dw = [self._evolve(t, name, w) for name, w in zip(names, weights, strict=True)]

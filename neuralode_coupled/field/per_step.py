@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -28,6 +29,9 @@ class PerStep(nn.Module):
         ValueError: if ``steps`` is no whole number of at least 1.
     """
 
+    _in_force = 0
+    """The copy that acts; see `in_force`."""
+
     def __init__(self, module: nn.Module, steps: int) -> None:
         super().__init__()
         whole("steps", steps)
@@ -41,7 +45,7 @@ class PerStep(nn.Module):
             copies = self.__dict__.get("_modules", {}).get("copies")
             if name.startswith("__") or not copies:
                 raise
-            return getattr(copies[0], name)
+            return getattr(copies[self._in_force], name)
 
     def __len__(self) -> int:
         return len(self.copies)
@@ -66,8 +70,20 @@ class PerStep(nn.Module):
         return resampled
 
     def forward(self, *args, **kwargs):
-        """The output of the copy in force. In a solve, the tensors of step ``n`` replace those of the first copy."""
-        return self.copies[0](*args, **kwargs)
+        """The output of the copy in force."""
+        return self.copies[self._in_force](*args, **kwargs)
+
+
+@contextmanager
+def in_force(modules: Iterable[PerStep], n: int) -> Iterator[None]:
+    """Inside of the ``with`` block the ``n``-th copies act, with their own code, flags and hooks."""
+    for module in modules:
+        module._in_force = n
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._in_force = 0
 
 
 def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:

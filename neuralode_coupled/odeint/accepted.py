@@ -25,6 +25,7 @@ from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch
 from neuralode_coupled.adjoint.observation import Observer, closed, foreign
 from neuralode_coupled.adjoint.recording import asks_for_graph, with_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
+from neuralode_coupled.odeint.callbacks import callback_of
 from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.growing import Growing
 from neuralode_coupled.odeint.repeated import AcceptedSteps
@@ -39,7 +40,7 @@ from neuralode_coupled.runge_kutta import (
     embedded,
     lasting,
 )
-from neuralode_coupled.runge_kutta.adaptive import Callback, Counts, Slope, Tolerances
+from neuralode_coupled.runge_kutta.adaptive import Counts, Slope, Tolerances
 
 Choose = Callable[[Step, Callable[[float], State]], tuple[list[float], bool]]
 """``choose(step, within) -> (times, last)``: the times in an accepted step whose states are wanted, and whether the
@@ -177,20 +178,8 @@ class AdaptiveSolve:
             self.dynamics.within(shared, self.dynamics.buffers, lambda: take(self.advance(problem, stats)))
 
     def _callbacks(self) -> Callbacks:
-        """The user's callbacks, which get states in the user's form."""
-
-        def of(name: str) -> Callback | None:
-            callback = getattr(self.func, name, None)
-            if callback is None:
-                return None
-
-            def told(t: Tensor, y: State, dt: Tensor) -> None:
-                parts = tuple([part.detach() for part in y])
-                callback(t, parts if self.is_tuple else parts[0], dt)
-
-            return told
-
-        return Callbacks(of("callback_step"), of("callback_accept_step"), of("callback_reject_step"))
+        names = ("callback_step", "callback_accept_step", "callback_reject_step")
+        return Callbacks(*[callback_of(self.func, name, self.is_tuple) for name in names])
 
     def _grid(self, steps: list[Step], within: list[list[float]]) -> Grid:
         """The accepted grid. It moves as a whole with t[0], up to the first step that a prescribed time cut short.

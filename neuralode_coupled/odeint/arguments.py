@@ -166,6 +166,7 @@ def adaptive_options(options: Mapping[str, Any], is_tuple: bool) -> AdaptiveOpti
 
 def _option_times(name: str, value: Any) -> tuple[float, ...]:
     """Times that an option names, as numbers."""
+    _check_constant(name, value)
     try:
         found = torch.as_tensor(value, dtype=torch.float64, device="cpu").reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -214,6 +215,7 @@ def _tolerance(name: str, value: Any, part: Tensor, is_entry: bool) -> float | T
 
 def _number(name: str, value: Any) -> float:
     """An option as a number: like torchdiffeq, it may be a tensor of one number."""
+    _check_constant(name, value)
     try:
         number = value.detach().item() if isinstance(value, Tensor) else value if isinstance(value, bool) else value + 0
     except (RuntimeError, TypeError) as error:
@@ -221,6 +223,15 @@ def _number(name: str, value: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"option {name!r} must be a number, got {value!r}")
     return number
+
+
+def _check_constant(name: str, value: Any) -> None:
+    """Raise ValueError for an option that requires a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"option {name!r} must not require a gradient, which it would not get: detach it, or let gradients flow to "
+            "the times t, or on a fixed grid to those of a grid_constructor"
+        )
 
 
 def _check_fixed_options(name: str, options: dict[str, Any], more: tuple[str, ...]) -> None:

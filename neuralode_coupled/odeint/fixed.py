@@ -33,7 +33,7 @@ def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
     numbers, times, exact = points.tolist(), t.tolist(), rounding(points.dtype)
     shares = share_out(times, numbers[1:])
     inputs: tuple[State, ...] = ((),) * len(shares)
-    if t.requires_grad and torch.is_grad_enabled():
+    if (t.requires_grad or points.requires_grad) and torch.is_grad_enabled():
         # In the wider precision, as numbers are: products of lengths and coefficients are rounded in it.
         dtype = torch.promote_types(t.dtype, like.dtype.to_real())
         columns = points[:-1], points.diff(), points[1:], t

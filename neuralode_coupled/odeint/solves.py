@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,8 +12,9 @@ from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.engine import stacked
 from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.arguments import adaptive_options, check_grid, check_step_size
+from neuralode_coupled.odeint.callbacks import callback_of
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.fixed import Announce, FixedSteps, equal_steps, make_grid
+from neuralode_coupled.odeint.fixed import FixedSteps, equal_steps, make_grid
 from neuralode_coupled.odeint.request import Request
 from neuralode_coupled.runge_kutta import METHODS, tableau
 
@@ -41,16 +39,9 @@ def on_grid(request: Request, dynamics: Dynamics, state: State, t: Tensor, point
         state[0],
         options.get("interp", "linear"),
         bool(options.get("perturb", False)),
-        _announce(request.func, request.is_tuple),
+        callback_of(request.func, "callback_step", request.is_tuple),
     )
     return _stacked_on_grid(steps, state, request.memory)
-
-
-def _announce(func: Callable[..., Any], is_tuple: bool) -> Announce | None:
-    callback = getattr(func, "callback_step", None)
-    if callback is None:
-        return None
-    return lambda t, y, dt: callback(t, y if is_tuple else y[0], dt)
 
 
 def _stacked_on_grid(steps: FixedSteps, y0: State, memory: Memory) -> State:

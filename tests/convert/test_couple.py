@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -586,3 +588,59 @@ def test_a_branch_that_changes_the_shape_shows_at_once():
     model = nc.couple(nn.Sequential(Widening()), "0", nc.Static())
     with pytest.raises(ValueError, match=r"keep the shape .* made \(2, 1\) of \(2, 6\): change the shape before"):
         model(torch.randn(2, 6))
+
+
+class Scaled(nn.TransformerEncoderLayer):
+    """An encoder layer that computes something else than its class of torch's."""
+
+    def _ff_block(self, x):
+        return 2 * super()._ff_block(x)
+
+
+class Plain(Scaled):
+    def forward(self, x):
+        return x + self.self_attn(x, x, x, need_weights=False)[0]
+
+
+def test_a_subclass_of_the_encoder_layer_is_not_taken_for_it():
+    make = {"batch_first": True, "dropout": 0.0}
+    with pytest.raises(ValueError, match="forward of a Scaled cannot be traced"):
+        nc.couple(nn.Sequential(Scaled(8, 2, 16, **make)), "0", nc.Static())
+    assert not any(row.kind for row in nc.convertible(nn.Sequential(Scaled(8, 2, 16, **make))))
+    layer, x = Plain(8, 2, 16, **make), torch.randn(2, 5, 8)
+    assert_same(nc.couple(nn.Sequential(copy.deepcopy(layer)), "0", nc.Static()), layer, x)
+
+
+class Residual(nn.Module):
+    def __init__(self, draw=None):
+        super().__init__()
+        self.linear, self.draw = nn.Linear(4, 4), draw
+
+    def forward(self, x):
+        if self.draw is not None and self.training and self.draw() < 0.2:
+            return x
+        return x + torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: float(torch.rand(()))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_that_is_left_out_at_random_is_refused(draw, training):
+    for seed in range(5):
+        for generator in (random.seed, np.random.seed, torch.manual_seed):
+            generator(seed)
+        model = nn.Sequential(Residual(draw)).train(training)
+        before = random.getstate(), torch.get_rng_state()
+        with pytest.raises(ValueError, match=r"decides by random numbers what it computes|asks for self\.training"):
+            nc.couple(model, "0", nc.Static())
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_forward_that_was_replaced_on_the_object_is_refused():
+    """As accelerate and PEFT do."""
+    block = Residual()
+    block.forward = lambda x: 2 * x
+    with pytest.raises(ValueError, match=r"replaced on the object .* by branch=.block."):
+        nc.couple(nn.Sequential(block), "0", nc.Static())
+    x = torch.randn(3, 4)
+    assert torch.equal(nc.couple(nn.Sequential(block), "0", nc.Static(), branch="block")(x), 2 * x)

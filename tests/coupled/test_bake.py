@@ -142,3 +142,30 @@ def test_onnxruntime_computes_the_same(variant, tmp_path):
     other = torch.randn(9, 3, 32, 32)
     (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
     np.testing.assert_allclose(found, model(other).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_of_a_layer_are_those_of_the_baked_one():
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nc.Static(), steps=2)
+    layer.register_forward_hook(lambda module, args, kwargs, result: 3 * result, with_kwargs=True)
+    layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    model, z0 = nn.Sequential(layer), torch.randn(3, 4)
+    torch.testing.assert_close(nc.bake(model)(z0), model(z0))
+    torch.testing.assert_close(layer.bake()(z0), model(z0))
+
+
+def test_a_layer_with_a_forward_of_its_own_is_not_baked():
+    class Doubled(nc.CoupledODE):
+        def forward(self, z0):
+            return 2 * super().forward(z0)
+
+    with pytest.raises(ValueError, match="Doubled has a forward of its own"):
+        nc.bake(nn.Sequential(Doubled(nn.Linear(4, 4), steps=2)))
+
+
+def test_layers_in_the_dynamics_of_a_layer_are_baked_too():
+    inner = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nc.ReactionDiffusionAdvection(), steps=2)
+    outer = oracle.randomize(nc.CoupledODE(nn.Sequential(inner, nn.Tanh()), nc.Static(), steps=3))
+    model, z0 = nn.Sequential(outer), torch.randn(3, 4)
+    made = nc.bake(model)
+    assert not any(isinstance(module, nc.CoupledODE) for module in made.modules())
+    torch.testing.assert_close(made(z0), model(z0))

@@ -207,3 +207,20 @@ def test_what_cannot_be_compiled_is_refused_before_the_first_step(tmp_path):
 def test_a_method_that_the_baseline_has_no_use_for_is_no_hindrance(tmp_path):
     ready = prepare(replace(DIGITS, variant="baseline", method="dopri5", compile=True), RunFolder(tmp_path / "run"))
     ready.lock.release()
+
+
+@pytest.mark.parametrize("options", [{"steps": 4}, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}], ids=str)
+@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(2)], ids=str)
+def test_weights_evolve_in_their_own_precision_wherever_they_are_asked_for(options, kernel):
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nc.MLPEvolution(8), kernel, **options)
+    oracle.randomize(layer)
+    z0, t = torch.randn(3, 8), [0.0, 0.3, 1.0]
+
+    def read():
+        found = [*layer.weight_trajectory(t).values(), *nc.solve(layer.field, z0, t, **options).weights(t).values()]
+        return [*found, layer.regularization(kinetic=1.0, displacement=1.0)] if "steps" in options else found
+
+    expected = read()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = read()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -415,3 +415,11 @@ def test_weights_that_jump_are_refused_by_what_integrates_q():
     assert held(torch.ones(1, 4)).shape == (1, 4)  # in segments
     with refused(ValueError, "weight_steps=8 .* no effect .* leave both out"):
         nc.CoupledODE(nn.Linear(4, 4), operator, steps=4, weight_steps=8)
+
+
+def test_a_change_of_size_leaves_frozen_what_was_frozen():
+    operator = nc.BasisEvolution("legendre", 3, rank=2).bind(torch.randn(4, 4))
+    operator.left.requires_grad_(False)
+    for size in (5, 2):
+        (operator.refine if size == 5 else operator.coarsen)(size)
+        assert {name: p.requires_grad for name, p in operator.named_parameters()} == {"left": False, "right": True}

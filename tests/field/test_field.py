@@ -313,3 +313,25 @@ def test_other_values_are_told_in_one_line():
         nc.CoupledODE(nn.Linear(2, 2), steps=torch.ones(200))
     with pytest.raises(TypeError, match=r"t must be a row of numbers.*, got a Tensor of shape \(99, 2\)$"):
         nc.CoupledODE(nn.Linear(2, 2), steps=2, t=torch.ones(99, 2))
+
+
+def test_a_slope_is_real_where_the_state_is():
+    class Turns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, z):
+            return self.linear(z) * 1j
+
+    with pytest.raises(TypeError, match=r"must return real numbers, as the state is .*float32.*, got torch.complex64"):
+        nc.CoupledODE(Turns(), nc.Static(), steps=2)(torch.randn(3, 4))
+
+
+def test_names_that_would_share_an_operator_are_refused():
+    dynamics = nn.Sequential(nn.Linear(4, 4))
+    dynamics.add_module("a/b", nn.Linear(4, 4))
+    dynamics.add_module("a", nn.Sequential())
+    dynamics.a.add_module("b", nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="differs in dots and slashes alone"):
+        nc.CoupledField(dynamics, nc.Static())

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torchdiffeq
 from torch import nn
 
 import neuralode_coupled as nc
@@ -167,3 +168,49 @@ def test_an_option_of_none_is_one_that_is_left_out(method, names):
     assert torch.equal(solved(method, **dict.fromkeys(names)), solved(method))
     with pytest.raises(ValueError, match="unknown"):
         solved(method, unheard_of=None)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("rk4", "step_size"),
+        *[("dopri5", name) for name in ("first_step", "min_step", "max_step", "step_t", "jump_t")],
+    ],
+)
+def test_options_do_not_require_a_gradient(method, name):
+    """It would be lost. A time that moves has one, and so do the points of a grid that is constructed."""
+    value = torch.tensor([0.25] if name.endswith("_t") else 0.25, requires_grad=True)
+    with pytest.raises(ValueError, match=f"option '{name}' must not require a gradient.*detach it"):
+        solved(method, **{name: value})
+    with torch.no_grad():
+        solved(method, **{name: value})
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_a_learned_grid_has_a_gradient(method):
+    middle = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    y0, t = torch.ones(2, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    def grid(func, y0, t):
+        return torch.stack([t[0], middle, t[-1]])
+
+    def gradient(solve):
+        y = solve(lambda t, y: -y * t.cos(), y0, t, method=method, options={"grid_constructor": grid})
+        return torch.autograd.grad(y[-1].sum(), middle)[0]
+
+    torch.testing.assert_close(gradient(nc.odeint_dto), gradient(torchdiffeq.odeint), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+@pytest.mark.parametrize("name", ["callback_step", "callback_accept_step"])
+def test_a_callback_does_not_write_into_the_state(method, name):
+    class Clamps(nn.Module):
+        def forward(self, t, y):
+            return -y
+
+    func = Clamps()
+    setattr(func, name, lambda t, y, dt: y.clamp_(max=0.5))
+    if method == "rk4" and name == "callback_accept_step":
+        return  # it is never called, which a warning says
+    with pytest.raises(ValueError, match=f"{name} writes into the state"):
+        nc.odeint_dto(func, Z0, SPAN, method=method)
