@@ -105,11 +105,22 @@ def _members(module: nn.Module, names: tuple[str, ...]) -> list[Member]:
 
 def _member(module: nn.Module, name: str) -> Member:
     path, _, key = name.rpartition(".")
+    _check_not_scripted(module)
     part = module.get_submodule(path)
+    _check_not_scripted(part)
     for holder in (part._parameters, part._buffers):
         if key in holder:
             return holder, key
     raise KeyError(name)
+
+
+def _check_not_scripted(module: nn.Module) -> None:
+    """Raise `DynamicsError` for a module that holds its parameters in C++."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise DynamicsError(
+            f"a scripted module ({module.original_name}) holds its parameters where a solve cannot put others in their "
+            "place: give the module that it was made of, and compile that by torch.compile if you like"
+        )
 
 
 def check_surroundings(module: nn.Module) -> None:
@@ -252,6 +263,7 @@ def holdings(module: nn.Module) -> list[tuple[str, Tensor, Member, bool]]:
         if part in seen:
             continue
         seen.add(part)
+        _check_not_scripted(part)
         for held in (part._parameters, part._buffers):
             for name, tensor in held.items():
                 if tensor is not None:

@@ -154,3 +154,15 @@ def test_tied_weights_that_are_pruned():
     for i in (0, 2):
         prune.l1_unstructured(dynamics[i], "weight", 0.5)
     same_gradients(layer, dynamics)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_scripted_modules_are_refused_in_a_line(whole):
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    dynamics = scripted if whole else nn.Sequential(scripted, nn.Tanh())
+    z0 = torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"a scripted module \(Linear\) holds its parameters where a solve cannot"):
+        nc.odeint_dto(lambda t, y: dynamics(y), z0, torch.tensor([0.0, 1.0]), method="rk4")
+    with pytest.raises(ValueError, match=r"a scripted module \(Linear\) holds its parameters where a solve cannot"):
+        nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=2)(z0)
