@@ -13,7 +13,7 @@ PARTS = ("conv", "norm", "shared", "group", "relu")
 
 
 @dataclass(frozen=True)
-class Branch:
+class BranchParts:
     """f as a sequence of parts, all of one width; makes the module when the number of steps is known.
 
     Args:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation
-from neuralode_coupled.models.branch import Branch
+from neuralode_coupled.models.branch import BranchParts
 
-Block = Callable[[Branch], nn.Module]
+MakeBlock = Callable[[BranchParts], nn.Module]
 """Makes an ODE block out of its dynamics."""
 
 
@@ -33,14 +33,14 @@ class Residual(nn.Module):
         return self.shortcut(z) + self.dynamics(z)
 
 
-def alexnet(block: Block, channels: int, classes: int) -> nn.Sequential:
+def alexnet(block: MakeBlock, channels: int, classes: int) -> nn.Sequential:
     """One 5x5 ODE block of 64 channels and three fully connected layers, for 32x32 images."""
     return nn.Sequential(
         nn.Conv2d(channels, 64, 5, padding=2),
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        block(Branch("conv-norm-relu", 64, size=5, bias=True)),
+        block(BranchParts("conv-norm-relu", 64, size=5, bias=True)),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 8 * 8, 384),
@@ -51,11 +51,11 @@ def alexnet(block: Block, channels: int, classes: int) -> nn.Sequential:
     )
 
 
-def resnet4(block: Block, channels: int, classes: int) -> nn.Sequential:
+def resnet4(block: MakeBlock, channels: int, classes: int) -> nn.Sequential:
     """One ODE block of two 3x3 convolutions at 16 channels, for 32x32 images."""
     return nn.Sequential(
         *_stem(channels),
-        block(Branch("conv-norm-relu-conv-norm", 16)),
+        block(BranchParts("conv-norm-relu-conv-norm", 16)),
         nn.ReLU(),
         nn.AvgPool2d(8),
         nn.Flatten(),
@@ -63,18 +63,18 @@ def resnet4(block: Block, channels: int, classes: int) -> nn.Sequential:
     )
 
 
-def resnet10(block: Block, channels: int, classes: int) -> nn.Sequential:
+def resnet10(block: MakeBlock, channels: int, classes: int) -> nn.Sequential:
     """Two basic blocks at 16 and two at 32 channels; the last of each width is the ODE block. For 32x32 images."""
     shortcut = nn.Sequential(nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32))
     return nn.Sequential(
         *_stem(channels),
         Residual(_basic(16, 16)),
         nn.ReLU(),
-        block(Branch("conv-norm-relu-conv-norm", 16)),
+        block(BranchParts("conv-norm-relu-conv-norm", 16)),
         nn.ReLU(),
         Residual(_basic(16, 32, stride=2), shortcut),
         nn.ReLU(),
-        block(Branch("conv-norm-relu-conv-norm", 32)),
+        block(BranchParts("conv-norm-relu-conv-norm", 32)),
         nn.ReLU(),
         nn.AvgPool2d(8),
         nn.Flatten(),

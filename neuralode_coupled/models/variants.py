@@ -21,11 +21,11 @@ from neuralode_coupled.evolution import (
 )
 from neuralode_coupled.field import Evolution
 from neuralode_coupled.kernels import Dirac, SampleAndHold, TimeKernel
-from neuralode_coupled.models.branch import Branch
-from neuralode_coupled.models.networks import Block, Residual, alexnet, resnet4, resnet10
+from neuralode_coupled.models.branch import BranchParts
+from neuralode_coupled.models.networks import MakeBlock, Residual, alexnet, resnet4, resnet10
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
-NETWORKS: dict[str, Callable[[Block, int, int], nn.Sequential]] = {
+NETWORKS: dict[str, Callable[[MakeBlock, int, int], nn.Sequential]] = {
     "alexnet": alexnet,
     "resnet4": resnet4,
     "resnet10": resnet10,
@@ -158,7 +158,7 @@ def build(
     if kernel is not None and not isinstance(kernel, TimeKernel):
         raise TypeError(f"kernel must be a time kernel such as nc.Box(0.5), got {shown(kernel)}")
 
-    def block(branch: Branch) -> nn.Module:
+    def block(branch: BranchParts) -> nn.Module:
         if dynamics is not None:
             branch = replace(branch, parts=dynamics)
         if chosen is None:

@@ -301,7 +301,7 @@ def _kinds(y0: Any) -> str:
     return f"a {type(y0).__name__}"
 
 
-def check_adjoint(given: Mapping[str, Any], params: Any, adjoint_params: Any) -> Any:
+def params_given(given: Mapping[str, Any], params: Any, adjoint_params: Any) -> Any:
     """The params: torchdiffeq's ``adjoint_params`` is another name for them.
 
     Warns, once, of arguments for the second ODE that ``odeint_adjoint`` solves backwards. Raises ValueError if both

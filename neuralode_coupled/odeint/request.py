@@ -17,11 +17,11 @@ from neuralode_coupled.odeint.arguments import (
     ADJOINT_CALLBACKS,
     ATOL,
     RTOL,
-    check_adjoint,
     check_args,
     check_method,
     check_state,
     check_tolerance,
+    params_given,
 )
 from neuralode_coupled.odeint.dynamics import Dynamics, WithArgs
 from neuralode_coupled.runge_kutta import METHODS
@@ -82,7 +82,7 @@ class Request:
         check_checkpoints(checkpoints)
         check_memory(memory)
         name = check_method(method, options, event)
-        params = check_adjoint(others, params, adjoint_params)
+        params = params_given(others, params, adjoint_params)
         _warn_of_callbacks(func, name)
         kept = Memory(checkpoints, graphs=memory)
         if adjoint is not None:

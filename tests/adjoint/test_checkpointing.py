@@ -253,5 +253,5 @@ def test_a_stored_state_that_was_overwritten_is_not_used():
     state = (torch.ones(2),)
     kept.put(3, state)
     state[0].add_(1.0)
-    with pytest.raises(RuntimeError, match=r"after step 3.*modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"before step 3.*modified by an inplace operation"):
         kept.get(3)

@@ -164,7 +164,7 @@ def test_a_layer_with_a_forward_of_its_own_is_not_baked():
 
 def test_layers_in_the_dynamics_of_a_layer_are_baked_too():
     inner = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nc.ReactionDiffusionAdvection(), steps=2)
-    outer = oracle.randomize(nc.CoupledODE(nn.Sequential(inner, nn.Tanh()), nc.Static(), steps=3))
+    outer = randomize(nc.CoupledODE(nn.Sequential(inner, nn.Tanh()), nc.Static(), steps=3))
     model, z0 = nn.Sequential(outer), torch.randn(3, 4)
     made = nc.bake(model)
     assert not any(isinstance(module, nc.CoupledODE) for module in made.modules())
