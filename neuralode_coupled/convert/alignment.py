@@ -24,12 +24,12 @@ def aligned(blocks: Sequence[nn.Module]) -> tuple[list[nn.Module], tuple[str, ..
     on one another (the two inner widths of a bottleneck), each is permuted in turn until nothing moves. Permuted are
 
     * units that one convolution or linear layer makes and others use, with activations, normalisations, dropout,
-      depthwise convolutions and gates in between, as far as ``torch.fx`` can read the code (optional inputs at their
-      defaults);
+      depthwise convolutions and gates in between, as far as ``torch.fx`` can read the code, with its optional inputs
+      and without;
     * the feed-forward network of ``torch.nn.TransformerEncoderLayer``;
-    * heads of ``torch.nn.MultiheadAttention`` and of timm's attention, and inside of each head the directions of
-      queries and keys, and those of values. Masks per head, or attention weights returned per head, would have to be
-      permuted too.
+    * heads of the attention in torch's transformer layers and in timm's blocks, and inside of each head of any
+      ``torch.nn.MultiheadAttention`` the directions of queries and keys, and those of values. A mask per head would
+      have to be permuted too: `NoMaskPerHead` refuses it.
 
     Args:
         blocks: blocks that differ only in the values of their tensors.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neuralode_coupled.convert.hidden_units import tensors_read
 from neuralode_coupled.convert.matching import matched
 
 
@@ -22,26 +23,63 @@ class Heads:
         name: the name of the module in its block.
         count: the number of heads.
         inner: whether the directions of queries and keys inside of a head may be permuted.
+        whole: whether heads may be permuted as wholes: nothing tells them apart but masks that the block is given.
     """
 
     name: str
     count: int
     inner: bool
+    whole: bool = True
 
 
 def attention_heads(block: nn.Module) -> list[Heads]:
     """The attention modules of a block whose layout is known: ``torch.nn.MultiheadAttention``, and modules with one
-    linear layer ``qkv``, one ``proj`` and ``num_heads``, like timm's, after a trial has confirmed their layout."""
+    linear layer ``qkv``, one ``proj`` and ``num_heads``, like timm's, after a trial has confirmed their layout.
+
+    Code that reads weights of theirs itself, or cannot be traced, may do anything with them: they are left out.
+    """
     found: list[Heads] = []
     modules: list[tuple[str, Any]] = list(block.named_modules())
+    known = type(block) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    read = set[str]() if known else tensors_read(block)
     for name, module in modules:
+        if read is None or any(tensor.startswith(f"{name}.") for tensor in read):
+            continue
         if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None:
-            found.append(Heads(name, module.num_heads, True))
+            # Elsewhere than in torch's layers code may use the weights of each head, or make masks for each.
+            found.append(Heads(name, module.num_heads, True, known))
         elif _is_fused(module):
-            heads = Heads(name, module.num_heads, not _normalised(module))
+            heads = Heads(name, module.num_heads, not _normalised(module), _takes_masks_alone(block))
             if _confirmed(module, heads):
                 found.append(heads)
     return found
+
+
+def _takes_masks_alone(block: nn.Module) -> bool:
+    """Whether a block's inputs besides the state are masks, by their names."""
+    inputs = list(inspect.signature(block.forward).parameters)[1:]
+    return all("mask" in name or name.endswith("is_causal") for name in inputs)
+
+
+class NoMaskPerHead:
+    """A hook on the forward of a layer whose heads are permuted: it raises ValueError for a mask for each head.
+
+    Args:
+        block: the block that the layer is made of.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.names = tuple(inspect.signature(block.forward).parameters)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, value in [*zip(self.names, args, strict=False), *kwargs.items()]:
+            if "mask" not in name or not isinstance(value, Tensor):
+                continue
+            if (value.ndim == 3 and len(value) != 1) or (value.ndim == 4 and value.shape[1] != 1):
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} has a mask for each head, and heads of folded blocks have "
+                    "been permuted to match: fold with align=False"
+                )
 
 
 def _is_fused(module: Any) -> bool:
@@ -105,7 +143,7 @@ def match_heads(previous: nn.Module, block: nn.Module, heads: Heads) -> bool:
                 orders[0] = straight
             inner[i, j] = orders
             gains[i, j] = sum(float(s[straight, order].sum()) for s, order in zip(similar, orders, strict=True))
-    order = matched(gains)
+    order = matched(gains) if heads.whole else torch.arange(heads.count)
     chosen = [inner[i, int(j)] for i, j in enumerate(order)]
     moved = bool((order != torch.arange(heads.count)).any()) or any(
         (o != straight).any() for pair in chosen for o in pair

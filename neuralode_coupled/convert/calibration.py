@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from neuralode_coupled._checks import positive, shown, whole
 from neuralode_coupled._types import Activation
+from neuralode_coupled.convert.equal_blocks import common
 from neuralode_coupled.convert.folded_row import FoldedRow, unfolded
 from neuralode_coupled.convert.own_numbers import NORMS
 
@@ -59,7 +61,9 @@ def calibrate(
     stream = _endless(batches)
     first = [next(stream) for _ in range(min(MEASURED, max(steps, 1)))]
     before = best = _errors(model, rows, first)
-    parameters = [p for row in rows for p in row.layer.parameters() if p.requires_grad]
+    # Parameters that all blocks share belong to the trained ones too, and maybe to the rest of the model.
+    shared = {id(tensor) for row in rows for tensor in common(row.trained).values()}
+    parameters = [p for row in rows for p in row.layer.parameters() if p.requires_grad and id(p) not in shared]
     if steps and parameters:
         best = _fitted(model, rows, first, stream, parameters, before, steps, lr)
     if statistics:
@@ -195,7 +199,8 @@ def _trained(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[
 
     def keep(i: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[i].append(output[0] if isinstance(output, tuple | list) else output)
+            # A copy: code behind the block may write into its output.
+            found[i].append((output[0] if isinstance(output, tuple | list) else output).clone())
 
         return hook
 
@@ -219,7 +224,8 @@ def _calls(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[_C
 
     def keep(i: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found[i].append(_Call(args[0].detach(), args[1:], kwargs))
+            z0, *args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (*args, kwargs))
+            found[i].append(_Call(z0.detach(), tuple(args), kwargs))
 
         return hook
 
@@ -275,6 +281,7 @@ def _endless(batches: Iterable[Batch]) -> Iterator[Batch]:
 def _follow(rows: Sequence[FoldedRow]) -> None:
     """Move the trained blocks to where the layers are now, and put them in evaluation mode."""
     for row in rows:
-        like = next(p for p in row.layer.parameters())
+        device = next(row.layer.parameters()).device
+        dtypes = {p.dtype for p in row.layer.parameters() if p.is_floating_point()}
         for block in row.trained:
-            block.to(like.device, like.dtype).eval()
+            block.to(device, dtypes.pop() if len(dtypes) == 1 else None).eval()

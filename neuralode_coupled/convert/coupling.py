@@ -317,6 +317,14 @@ def _converted_together(
             f"together=True takes consecutive blocks of one nn.Sequential or nn.ModuleList, got {', '.join(names)}"
         )
     assert isinstance(holder, nn.Sequential | nn.ModuleList)
+    for name in names:
+        block = model.get_submodule(name)
+        others = [other for other, m in model.named_modules(remove_duplicate=False) if m is block and other != name]
+        if others:
+            raise ValueError(
+                f"{name} is the same block as {', '.join(others)}, of which together=True would make a loop and leave "
+                "the other: loop it by branch='block' with steps and t of that length, or copy it first"
+            )
     _check_container(model, holder[places[0]], how)
     with _put_back_on_failure(model):
         run = Run(*[holder[i] for i in places])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neuralode_coupled._checks import is_differentiable, shown, some
+from neuralode_coupled._checks import is_differentiable, some
 from neuralode_coupled._torch import hooks
+from neuralode_coupled.convert.settings import described
 
 Holder = nn.Sequential | nn.ModuleList
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 _SHOWN = 6
 
 
@@ -136,36 +136,26 @@ def _difference(first: tuple[str, nn.Module], second: tuple[str, nn.Module]) -> 
 def _structure(name: str, block: nn.Module) -> Iterator[tuple[str, str]]:
     """Descriptions of what has to be equal: classes, settings, shapes, ties. ``{}`` stands for the block's name."""
     seen: dict[int, str] = {}
+    registered = {id(x): n for n, x in [*block.named_parameters(), *block.named_buffers(), *block.named_modules()]}
     for inner, module in block.named_modules(remove_duplicate=False):
         at = f"{{}}.{inner}" if inner else "{}"
         yield at, f"a {type(module).__module__.partition('.')[0]} {type(module).__qualname__}"
-        for key, value in sorted(vars(module).items()):
-            if not key.startswith("_") and key != "training" and _is_simple(value):
-                yield f"{at}.{key}", _value(value)
+        for key, value in sorted(vars(module).items(), key=lambda item: (item[0].startswith("_"), item[0])):
+            if key == "training" or key not in _TORCHS_OWN:
+                yield f"{at}.{key}", described(value, registered)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            yield f"{at}'s extra state", described(module.get_extra_state(), registered)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             yield f"{at}.{key}", "None" if tensor is None else _kind(tensor, seen, f"{inner}.{key}")
 
 
 def _kind(tensor: Tensor, seen: dict[int, str], name: str) -> str:
-    """The tensor's layout, and whether it also occurs elsewhere in the block."""
+    """The tensor's layout, whether it is trained, and whether it also occurs elsewhere in the block."""
     tied = f", tied to {seen[id(tensor)]}" if id(tensor) in seen else ""
     seen.setdefault(id(tensor), name)
     what = "a parameter" if isinstance(tensor, nn.Parameter) else "a buffer"
-    return f"{what} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{tied}"
-
-
-def _is_simple(value: Any) -> bool:
-    if isinstance(value, tuple | list | set | frozenset):
-        return all(_is_simple(part) for part in value)
-    if isinstance(value, dict):
-        return all(_is_simple(part) for part in value.values())
-    return isinstance(value, _SIMPLE) or (callable(value) and not isinstance(value, nn.Module))
-
-
-def _value(value: Any) -> str:
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return shown(value)
+    frozen = ", frozen" if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else ""
+    return f"{what} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{frozen}{tied}"
 
 
 def copied(blocks: Sequence[nn.Module]) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import Times, check_model, choice, is_differentiable, shown, times, whole
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.alignment import aligned
+from neuralode_coupled.convert.attention_heads import NoMaskPerHead, attention_heads
 from neuralode_coupled.convert.coupling import _checked, _replace
 from neuralode_coupled.convert.encoder_layer import FoldedEncoder
 from neuralode_coupled.convert.equal_blocks import (
@@ -241,6 +242,8 @@ def _folded(
     new = [layer, layer.field, layer.field.dynamics, *layer.field.evolution.modules(), *layer.field.kernel.modules()]
     for module in new:
         module.training = row.holder.training
+    if how.align and any(heads.whole for heads in attention_heads(trained[0])):
+        layer.register_forward_pre_hook(NoMaskPerHead(trained[0]), with_kwargs=True)
     folded = FoldedRow(row.names, row.holder, layer, tuple(trained), frozenset(), tuple(permuted))
     undetermined = fit(
         layer.scheme,

@@ -106,11 +106,24 @@ def hidden_units(block: nn.Module) -> list[Units]:
     found: list[Units] = []
     fixed: set[str] = set()
     for name, module in _open(scratch, ""):
-        readings = [_traced(module, name, training) for training in (False, True)]
-        both = set(readings[0].units) & set(readings[1].units)
-        found += sorted(both, key=lambda units: sorted((s.name, s.axis) for s in units.slots))
-        fixed |= readings[0].fixed | readings[1].fixed
+        readings = [_traced(module, name, training, given) for training in (False, True) for given in (False, True)]
+        always = set.intersection(*[set(reading.units) for reading in readings])
+        found += sorted(always, key=lambda units: sorted((s.name, s.axis) for s in units.slots))
+        fixed = fixed.union(*[reading.fixed for reading in readings])
     return _untied(block, [units for units in found if not any(slot.place in fixed for slot in units.slots)])
+
+
+def tensors_read(block: nn.Module) -> set[str] | None:
+    """The tensors that the code of a block reads itself, by name; None if its code cannot be traced."""
+    scratch, found = copy.deepcopy(block), set[str]()
+    for name, module in _open(scratch, ""):
+        for given in (False, True):
+            graph, _ = _graph(module, False, given)
+            if graph is None:
+                return None
+            prefix = f"{name}." if name else ""
+            found |= {f"{prefix}{node.target}" for node in graph.nodes if node.op == "get_attr"}
+    return found
 
 
 def _untied(block: nn.Module, found: list[Units]) -> list[Units]:
@@ -137,7 +150,7 @@ def _open(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if type(module) in _LAYERS:
         yield name, module
         return
-    graph, inner = _graph(module, False)
+    graph, inner = _graph(module, False, False)
     if graph is None:
         return
     yield name, module
@@ -156,10 +169,13 @@ class _Tracer(fx.Tracer):
         return not self._inline or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graph(module: nn.Module, training: bool) -> tuple[fx.Graph | None, list[str]]:
-    """The graph of a module, in as much detail as can be traced, and the modules it calls that contain others."""
+def _graph(module: nn.Module, training: bool, given: bool) -> tuple[fx.Graph | None, list[str]]:
+    """The graph of a module, in as much detail as can be traced, and the modules it calls that contain others.
+
+    ``given``: with its optional inputs, those that are None by default; else they have their defaults.
+    """
     arguments = inspect.signature(module.forward).parameters.values()
-    optional = {p.name: p.default for p in arguments if p.default is not p.empty}
+    optional = {p.name: p.default for p in arguments if p.default is not p.empty and not (given and p.default is None)}
     for inline in (True, False):
         scratch = copy.deepcopy(module).train(training)
         try:
@@ -171,8 +187,8 @@ def _graph(module: nn.Module, training: bool) -> tuple[fx.Graph | None, list[str
     return None, []
 
 
-def _traced(module: nn.Module, name: str, training: bool) -> Reading:
-    """The result of reading one module's own code; names are relative to the block."""
+def _traced(module: nn.Module, name: str, training: bool, given: bool) -> Reading:
+    """The result of reading one module's own code, see `_graph`; names are relative to the block."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and type(module) in _LAYERS:
         known = module.activation in (functional.relu, functional.gelu) or type(module.activation) in _EVERYWHERE
@@ -181,7 +197,7 @@ def _traced(module: nn.Module, name: str, training: bool) -> Reading:
         slots = [Slot(f"{prefix}linear1.weight", 0, True), Slot(f"{prefix}linear2.weight", 1, True)]
         slots += [Slot(f"{prefix}linear1.bias", 0, False)] if module.linear1.bias is not None else []
         return Reading((Units(module.linear1.out_features, frozenset(slots)),), frozenset())
-    graph, _ = _graph(module, training)
+    graph, _ = _graph(module, training, given)
     return Reading((), frozenset()) if graph is None else _Reader(module, prefix).read(graph)
 
 

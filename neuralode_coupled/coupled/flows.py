@@ -44,14 +44,13 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
     with alone(held):
         pinned, own = dict(places(held)), tuple(held.parameters())
     where = indexed(pinned.items(), own)
-    first_own, params = len(stages.shared), (*stages.shared, *own, *(p for row in stages.own for p in row))
+    params, (shared, operators, *rows) = distinct(stages.shared, own, *stages.own)
 
     def slope(n: int, t: Tensor, y: State, params: State, buffers: State) -> State:
         weight_side = partial(field.weight_side, t, moving, y[1:])
-        given = {name: params[first_own + i] for name, i in where}
+        given = {name: params[operators[i]] for name, i in where}
         theta, derivatives = call(held, pinned | given, (weight_side,), owner=field.dynamics)
-        row = _row(stages, 0, n, params[first_own + len(own) :])
-        tensors = stages.named(n, params[:first_own], row, buffers) | theta
+        tensors = stages.named(n, _pick(params, shared), _pick(params, rows[n]), buffers) | theta
         return (stages.evaluate(n, t, y[0], tensors, first=n == 0), *derivatives)
 
     def check(n: int, y: State) -> None:
@@ -66,24 +65,36 @@ def augmented_flow(stages: Stages, last: int) -> Flow:
 
 def held_flow(stages: Stages, theta: dict[str, Tensor], first: int, last: int) -> Flow:
     """z under weights that are constant between two grid points."""
-    first_theta = len(stages.shared)
-    first_own = first_theta + len(theta)
-    own = [p for row in stages.own[first:last] for p in row]
-    params = (*stages.shared, *theta.values(), *own)
+    params, (shared, held, *rows) = distinct(stages.shared, tuple(theta.values()), *stages.own[first:last])
 
     def slope(n: int, t: Tensor, y: State, params: State, buffers: State) -> State:
-        row = _row(stages, first, n, params[first_own:])
-        tensors = stages.named(n, params[:first_theta], row, buffers)
-        tensors |= zip(theta, params[first_theta:first_own], strict=True)
+        tensors = stages.named(n, _pick(params, shared), _pick(params, rows[n - first]), buffers)
+        tensors |= zip(theta, _pick(params, held), strict=True)
         return (stages.evaluate(n, t, y[0], tensors, first=n == 0),)
 
     return Flow(slope, first, last, (), params, stages.overlooked, stages.field.captured)
 
 
-def _row(stages: Stages, first: int, n: int, own: State) -> State:
-    """The parameters of step ``n`` among those of all steps from ``first``, one step's after the other's."""
-    start = sum(map(len, stages.own[first:n]))
-    return own[start : start + len(stages.own[n])]
+def distinct(*groups: State) -> tuple[State, list[list[int]]]:
+    """The tensors of several groups, each of them once, and where those of each group are.
+
+    torchdiffeq computes the whole gradient for each entry of its parameters, so that one that is named twice (a
+    parameter that several steps share) would get it twice.
+    """
+    index: dict[int, int] = {}
+    found: list[Tensor] = []
+    places: list[list[int]] = []
+    for group in groups:
+        for tensor in group:
+            if id(tensor) not in index:
+                index[id(tensor)] = len(found)
+                found.append(tensor)
+        places.append([index[id(tensor)] for tensor in group])
+    return tuple(found), places
+
+
+def _pick(params: State, places: Sequence[int]) -> State:
+    return tuple([params[i] for i in places])
 
 
 def explain(names: Sequence[str], t: Tensor, w: State, dw: State, error: Exception) -> None:

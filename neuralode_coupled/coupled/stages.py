@@ -76,7 +76,8 @@ class Stages:
     def _rows(self, members: Members, steps: int, common: Sequence[tuple[str, Tensor]]) -> tuple[list[Names], Rows]:
         """The names and the tensors of each step: the common ones, then the members of its copies of per-step modules.
 
-        A per-step module inside of another one belongs to the copies of that.
+        A per-step module inside of another one belongs to the copies of that. A tensor that is tied goes by its first
+        name, under which the field knows all of its places.
         """
         outer: list[tuple[str, PerStep]] = []
         for prefix, module in self.field.per_step:
@@ -84,11 +85,12 @@ class Stages:
                 outer.append((prefix, module))
         if not outer:
             return [tuple([name for name, _ in common])] * steps, (tuple([tensor for _, tensor in common]),) * steps
+        first = {id(tensor): name for name, tensor in members(self.field.dynamics)} if self._in_place else {}
         found = [
             [
                 *common,
                 *(
-                    (f"{prefix}copies.{n if self._in_place else 0}.{name}", tensor)
+                    (first.get(id(tensor), f"{prefix}copies.0.{name}"), tensor)
                     for prefix, module in outer
                     for name, tensor in members(module.copies[n])
                 ),

@@ -145,8 +145,13 @@ def _check_reversible(adjoint: Any, name: str, memory: Memory, event: bool) -> N
             f"adjoint must be nc.ReversibleAdjoint(), an instance, or None, got {adjoint!r}: the others of nc.solve "
             "are checkpoints and memory here, and torchdiffeq.odeint_adjoint"
         )
-    if name in METHODS or event or adjoint.weights != "stored" or memory != Memory("auto", graphs=MEMORY):
+    if event:
         raise ValueError(
-            "adjoint=nc.ReversibleAdjoint() goes with an adaptive method, and without an event, weights='recomputed', "
+            "adjoint=nc.ReversibleAdjoint() goes without an event, whose time the scheme does not trace back: leave "
+            "adjoint out, or solve to the event's time once more without event_fn"
+        )
+    if name in METHODS or adjoint.weights != "stored" or memory != Memory("auto", graphs=MEMORY):
+        raise ValueError(
+            "adjoint=nc.ReversibleAdjoint() goes with an adaptive method, and without weights='recomputed', "
             f"checkpoints and memory, got method {name!r}: leave out the one or the other"
         )

@@ -174,14 +174,22 @@ class RunFolder:
             return path.is_dir() and not any(path.iterdir())
         return path == self._lock or path.name.startswith(f".{self.config.name}.")
 
-    def check_data(self, class_names: Sequence[str], images: int) -> None:
-        """Raise ValueError if a run that is here has other classes, or began with another number of training images."""
+    def check_data(self, class_names: Sequence[str], images: int, statistics: Statistics | None = None) -> None:
+        """Raise ValueError if a run that is here has other classes, or began with another number of training images, or
+        with images whose mean or deviation is another one by more than a hundredth of the deviation."""
         with self._reading_config() as content:
             began_with = content.get("images", images)  # versions before did not write it down
         if self.class_names() != list(class_names):
             raise self._of_other_data(f"the classes {_listed(self.class_names())}", _listed(class_names))
         if began_with != images:
             raise self._of_other_data(f"{began_with} images", str(images))
+        there = self.statistics()
+        if there is None or statistics is None:
+            return
+        for what, own, now in zip(("mean", "deviation"), there, statistics, strict=True):
+            if any(abs(a - b) > 0.01 * (scale or 1.0) for a, b, scale in zip(own, now, there[1], strict=True)):
+                was, are = [[round(x, 4) for x in row] for row in (own, now)]
+                raise self._of_other_data(f"images whose {what} is {was}", f"others, with {are}")
 
     def _of_other_data(self, there: str, now: str) -> ValueError:
         return ValueError(

@@ -173,8 +173,9 @@ def _claim(
     """Write whose folder it is, once the data fit the run that is there; locks a new one."""
     assert data.train is not None
     images = len(data.train)
+    mean, deviation = (tensor.flatten().tolist() for tensor in data.statistics)
     if lock is not None:
-        folder.check_data(data.class_names, images)
+        folder.check_data(data.class_names, images, (mean, deviation))
         folder.check_rows(done)
     else:
         lock = _locked(folder, failing)
@@ -184,8 +185,9 @@ def _claim(
     there = folder.experiment()
     if there is not None and there.epochs < experiment.epochs:
         folder.reopen()  # before the longer experiment is written: a kill in between leaves a run to be resumed
-    mean, deviation = (tensor.flatten().tolist() for tensor in data.statistics)
-    folder.claim(experiment, data.class_names, versions(), images, (mean, deviation))
+    # What normalises the images of a run stays what its first epoch had, to the last digit.
+    began_with = folder.statistics() if done else None
+    folder.claim(experiment, data.class_names, versions(), images, began_with or (mean, deviation))
     return lock
 
 

@@ -180,3 +180,42 @@ def test_what_a_module_reads_itself_is_left_alone():
         x = torch.randn(TOKENS, dtype=torch.float64)
         torch.testing.assert_close(found[1](x), blocks[1](x), rtol=1e-12, atol=1e-12)
         assert what == ()
+
+
+class Conditioned(nn.Module):
+    """An optional input that tells hidden units apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.film = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(3, 16)
+
+    def forward(self, x, c=None):
+        h = torch.relu(self.a(x))
+        return x + self.b(h if c is None else h * (1 + self.film(c)))
+
+
+class PerHead(nn.Module):
+    """Code that tells heads apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        h, weights = self.at(x, x, x, average_attn_weights=False)
+        return x + h * weights[:, 0].sum(-2)[..., None]
+
+
+class ReadsWeights(PerHead):
+    def forward(self, x):
+        return x + self.at(x, x, x)[0] + torch.nn.functional.linear(x, self.at.in_proj_weight[:16])
+
+
+def test_units_and_heads_that_are_told_apart_stay_in_their_places():
+    tokens = torch.randn(TOKENS, dtype=torch.float64)
+    condition = torch.randn(3, dtype=torch.float64)
+    for kind, inputs in ((Conditioned, (condition,)), (Conditioned, ()), (PerHead, ()), (ReadsWeights, ())):
+        blocks = [random(kind) for _ in range(3)]
+        found, _ = aligned(blocks)
+        for block, one in zip(blocks, found, strict=True):
+            torch.testing.assert_close(one(tokens, *inputs), block(tokens, *inputs), rtol=1e-12, atol=1e-12)

@@ -420,3 +420,9 @@ def test_blocks_with_outputs_are_baked_saved_loaded_and_put_on_other_grids(branc
             p.mul_(1.1)
     once = nc.load_plain(nc.with_steps(model, 1), nn.ModuleList([original]).state_dict())
     torch.testing.assert_close(once[0](x, c, scale=scale)[1], original(x, c, scale=scale)[1])
+
+
+def test_a_block_that_stands_at_two_places_makes_no_loop_together():
+    a, b, c = [nn.Linear(4, 4) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"1 is the same block as 2, .*branch='block'"):
+        nc.couple(nn.Sequential(a, b, b, c), "[12]", nc.Static(), branch="block", together=True, t=(0, 2), steps=2)

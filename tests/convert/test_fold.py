@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -533,3 +535,156 @@ def test_one_operator_for_several_parameters_is_fitted_to_all_of_them():
     assert operators[0] is operators[1]
     assert all(p.error < 1e-4 for p in report.parameters)
     torch.testing.assert_close(operators[0].diffusion, q.diffusion, rtol=1e-4, atol=1e-4)
+
+
+class Config:
+    def __init__(self, slope):
+        self.slope = slope
+
+
+class Inner(nn.Module):
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return torch.where(x > 0, x, self.slope * x)
+
+
+def closure(slope):
+    return lambda x: torch.where(x > 0, x, slope * x)
+
+
+SETTINGS = {
+    "a private number": lambda k: k,
+    "a tensor": torch.tensor,
+    "a half tensor": lambda k: torch.tensor(k, dtype=torch.bfloat16),
+    "an array": np.array,
+    "tensors in a list": lambda k: [torch.tensor([k, 1.0])],
+    "a config": Config,
+    "a config in a dict": lambda k: {"config": Config(k)},
+    "a closure": closure,
+    "a default": lambda k: eval(f"lambda x, slope={k}: slope * x"),
+    "other code": lambda k: eval(f"lambda x: {k} * x"),
+    "a partial": lambda k: partial(nn.functional.leaky_relu, negative_slope=k),
+    "a method": lambda k: nn.LeakyReLU(k).forward,
+    "a long text": lambda k: 200 * "a" + str(k),
+    "a module that is not registered": lambda k: [nn.LeakyReLU(k)],
+    "weights that are not registered": lambda k: [nn.Parameter(torch.tensor(k))],
+    "a set": lambda k: {1.0, k},
+}
+
+
+class Setting(nn.Module):
+    def __init__(self, value) -> None:
+        super().__init__()
+        self.linear, self._setting = nn.Linear(4, 4), value
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+class Extra(Setting):
+    def get_extra_state(self):
+        return self._setting[0]
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "extra state"])
+def test_blocks_that_differ_in_any_setting_are_not_alike(name):
+    make, kind = SETTINGS.get(name, lambda k: iter([k])), Setting
+    if name == "extra state":
+        make, kind = (lambda k: [k]), Extra
+
+    def fold(*slopes):
+        return nc.fold(nn.Sequential(*[kind(make(slope)) for slope in slopes]), "*", nc.Static())
+
+    fold(0.1, 0.1)
+    with pytest.raises(ValueError, match=r"alike but for the values of their tensors: 0.*(_setting|extra state) is"):
+        fold(0.1, 0.2)
+
+
+def test_blocks_are_trained_or_frozen_alike():
+    for change in (lambda block: block.requires_grad_(False), lambda block: block.bn1.train(True)):
+        model = network()
+        change(model[1][2])
+        with pytest.raises(ValueError, match=r"must be alike .*(frozen|training)"):
+            nc.fold(model, "1.*", nc.Static())
+
+
+def test_calibration_sees_activations_that_are_overwritten_later():
+    """By an activation in place behind the row, or by what is added to its input."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.row = network()[1]
+
+        def forward(self, x):
+            x = x.clone()
+            h = self.row(x)
+            x += 3
+            return torch.sigmoid(h.add_(x))
+
+    model, x = Overwrites().double().eval(), torch.randn(4, 4, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    _, report = nc.fold(model, "row.*", nc.BasisEvolution("piecewise", N - 1))
+    report.calibrate([x], steps=20)
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_calibration_leaves_what_blocks_share_with_the_rest():
+    class Shares(nn.Module):
+        def __init__(self, shared) -> None:
+            super().__init__()
+            self.own, self.shared = nn.Linear(4, 4), shared
+
+        def forward(self, x):
+            return x + self.shared(torch.tanh(self.own(x)))
+
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(*[Shares(shared) for _ in range(4)]), shared).double().eval()
+    before = copy.deepcopy(shared.state_dict())
+    _, report = nc.fold(model, "0.*", nc.BasisEvolution("legendre", 1))
+    report.calibrate([torch.randn(8, 4, dtype=torch.float64)], steps=20)
+    assert model[1] is shared
+    assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items())
+
+
+def test_calibration_takes_blocks_of_two_precisions():
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.fine = nn.Linear(4, 4), nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            return x + self.linear(self.fine(x.double()).tanh().to(x.dtype))
+
+    model = nn.Sequential(*[Mixed() for _ in range(3)]).eval()
+    _, report = nc.fold(model, "*", nc.BasisEvolution("legendre", 1))
+    report.calibrate([torch.randn(8, 4)], steps=3)
+
+
+def test_masks_per_head_are_refused_where_heads_have_been_permuted():
+    def encoder():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        made = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).double().eval()
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        return made
+
+    x, mask = torch.randn(2, 5, 8, dtype=torch.float64), torch.randn(4, 5, 5, dtype=torch.float64)
+    full = nc.BasisEvolution("piecewise", 2)
+    expected = encoder()(x, mask=mask)
+    folded, _ = nc.fold(encoder(), "layers.*", full, align=False)
+    torch.testing.assert_close(folded(x, mask=mask), expected, rtol=1e-6, atol=1e-6)
+    folded, _ = nc.fold(encoder(), "layers.*", full)
+    for model in (folded, nc.bake(folded)):
+        with pytest.raises(ValueError, match=r"src_mask of shape \(4, 5, 5\) has a mask for each head.*align=False"):
+            model(x, mask=mask)
+        causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+        torch.testing.assert_close(model(x, mask=causal), encoder()(x, mask=causal), rtol=1e-6, atol=1e-6)

@@ -116,3 +116,25 @@ def test_one_that_is_put_in_later_is_seen():
         adaptive(z0)
     plain[1] = nn.Identity()
     assert layer(z0).isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [nc.Dirac(), nc.SampleAndHold(2)], ids=str)
+@pytest.mark.parametrize("tied", ["by with_steps", "by hand", "to a plain module"])
+def test_parameters_that_steps_share_get_their_gradient_once(tied, kernel):
+    """By the continuous adjoint, which approaches the exact one; it named them once for each step."""
+    torch.manual_seed(0)
+    shared = nn.LayerNorm(4)
+    f = nn.Sequential(nn.Linear(4, 4), nc.PerStep(nn.LayerNorm(4), 2), nn.Tanh())
+    if tied == "to a plain module":
+        f.append(shared)
+    layer = nc.CoupledODE(f, nc.ReactionDiffusionAdvection(), kernel, steps=2, method="rk4").double()
+    layer = nc.with_steps(layer, 20)
+    per_step = layer.field.dynamics[1]
+    if tied != "by with_steps":
+        for module in per_step.copies:
+            module.weight = f[3].weight if tied == "to a plain module" else per_step.copies[0].weight
+    z0, found = torch.randn(5, 4, dtype=torch.float64), []
+    for adjoint in (nc.ContinuousAdjoint(), nc.Backprop()):
+        layer.adjoint = adjoint
+        found.append(oracle.gradients(layer(z0).square().sum(), dict(layer.named_parameters())))
+    assert oracle.largest_error(*found) < 1e-3

@@ -179,10 +179,10 @@ BAD = [
     ({"adjoint": nc.DiscreteAdjoint()}, TypeError, r"adjoint must be nc\.ReversibleAdjoint\(\), an instance, or None"),
     ({"adjoint": nc.ReversibleAdjoint}, TypeError, r"adjoint must be nc\.ReversibleAdjoint\(\), an instance"),
     ({"method": "rk4"}, ValueError, r"goes with an adaptive method, .* got method 'rk4'"),
-    ({"checkpoints": 2}, ValueError, r"without an event, .* checkpoints and memory"),
-    ({"memory": 0}, ValueError, r"without an event, .* checkpoints and memory"),
+    ({"checkpoints": 2}, ValueError, r"without weights='recomputed', checkpoints and memory"),
+    ({"memory": 0}, ValueError, r"without weights='recomputed', checkpoints and memory"),
     ({"event_fn": lambda t, y: y - 0.5}, ValueError, r"without an event"),
-    ({"adjoint": nc.ReversibleAdjoint(weights="recomputed")}, ValueError, r"without an event, weights='recomputed'"),
+    ({"adjoint": nc.ReversibleAdjoint(weights="recomputed")}, ValueError, r"without weights='recomputed'"),
     ({"t": torch.tensor([0.0, 1.0], requires_grad=True)}, ValueError, r"t must not require a gradient"),
 ]
 

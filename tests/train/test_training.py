@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
@@ -275,6 +276,25 @@ def test_a_run_is_continued_only_with_the_classes_and_images_it_began_with(small
     for split in ("train", "test"):
         (root / split / "zebra").rename(root / split / "class0")
     assert train(small, folder, resume=True).epochs == 1
+
+
+def test_a_run_is_continued_only_with_images_of_the_same_statistics(small, tmp_path):
+    """Its best checkpoint would be read with others. Those it began with stay, to the last digit."""
+    folder = RunFolder(tmp_path / "run")
+    small = replace(small, epochs=1, variant="baseline")
+    stopped(small, folder)
+    began_with = folder.statistics()
+    images = sorted((Path(small.data_root) / "train").glob("*/*.png"))
+    retouched = Image.open(images[0]).convert("RGB")
+    retouched.putpixel((0, 0), (255, 255, 255))
+    retouched.save(images[0])
+    prepare(small, folder, resume=True).lock.release()
+    assert folder.statistics() == began_with
+    for image in images:
+        Image.new("RGB", retouched.size, (9, 200, 90)).save(image)
+    with pytest.raises(ValueError, match=r"trained on images whose mean is \[.*, and there are others, with \["):
+        prepare(small, folder, resume=True)
+    assert folder.statistics() == began_with
 
 
 def test_rows_are_looked_at_before_the_first_step(small, tmp_path):
