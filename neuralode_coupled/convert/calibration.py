@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from neuralode_coupled._checks import positive, shown, whole
+from neuralode_coupled._torch import flattened
 from neuralode_coupled._types import Activation
 from neuralode_coupled.convert.equal_blocks import common
 from neuralode_coupled.convert.folded_row import FoldedRow, unfolded
@@ -224,8 +224,9 @@ def _calls(model: nn.Module, rows: Sequence[FoldedRow], batch: Batch) -> list[_C
 
     def keep(i: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            z0, *args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (*args, kwargs))
-            found[i].append(_Call(z0.detach(), tuple(args), kwargs))
+            leaves, nested = flattened((args, kwargs))
+            args, kwargs = nested([x.clone() if isinstance(x, Tensor) else x for x in leaves])
+            found[i].append(_Call(args[0].detach(), args[1:], kwargs))
 
         return hook
 
