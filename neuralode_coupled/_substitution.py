@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from threading import Lock, local
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -105,7 +106,8 @@ def _members(module: nn.Module, names: tuple[str, ...]) -> list[Member]:
 
 def _member(module: nn.Module, name: str) -> Member:
     path, _, key = name.rpartition(".")
-    _check_not_scripted(module)
+    if isinstance(module, torch.jit.ScriptModule):  # which has no submodules to ask for
+        _check_not_scripted(module)
     part = module.get_submodule(path)
     _check_not_scripted(part)
     for holder in (part._parameters, part._buffers):
@@ -115,8 +117,8 @@ def _member(module: nn.Module, name: str) -> Member:
 
 
 def _check_not_scripted(module: nn.Module) -> None:
-    """Raise `DynamicsError` for a module that holds its parameters in C++."""
-    if isinstance(module, torch.jit.ScriptModule):
+    """Raise `DynamicsError` for a module that holds parameters or buffers in C++."""
+    if isinstance(module, torch.jit.ScriptModule) and any(True for _ in chain(module.parameters(), module.buffers())):
         raise DynamicsError(
             f"a scripted module ({module.original_name}) holds its parameters where a solve cannot put others in their "
             "place: give the module that it was made of, and compile that by torch.compile if you like"

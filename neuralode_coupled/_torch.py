@@ -5,6 +5,8 @@ Each has a test (``tests/house/test_private_names.py``) that says what to do whe
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
@@ -48,6 +50,7 @@ __all__ = [
     "flattened",
     "graph_clock",
     "has_hooks",
+    "has_own_forward",
     "keeps_graph",
     "made_since",
     "noticing_changes",
@@ -277,6 +280,61 @@ def flattened(nest: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """The leaves of a nest of containers that torch knows (registered pytrees), and a function that nests others."""
     leaves, structure = tree_flatten(nest)
     return leaves, lambda others: tree_unflatten(others, structure)
+
+
+class _OnceImported:
+    """An entry of ``sys.meta_path`` that calls a function when a module has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], Any]) -> None:
+        self._name, self._then = name, then
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_tell(module: Any) -> None:
+                run(module)
+                self._then()
+
+            spec.loader.exec_module = run_and_tell
+        return spec
+
+
+def traced_as(original: Callable[P, Result]) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """A decorator: ``torch.compile`` traces the function decorated in place of ``original``, which runs eagerly.
+
+    ``torch.compiler.substitute_in_graph`` does it, and imports the compiler, which takes seconds. So it waits until
+    something else has imported that.
+    """
+
+    def substitute(traced: Callable[P, Result]) -> Callable[P, Result]:
+        def register() -> None:
+            torch.compiler.substitute_in_graph(original)(traced)
+
+        if "torch._dynamo" in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, _OnceImported("torch._dynamo", register))  # pyright: ignore[reportArgumentType]
+        return traced
+
+    return substitute
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast, on devices that know it: the meta device does not."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
+def has_own_forward(module: torch.nn.Module) -> bool:
+    """Whether an object's forward is another one than its class's; its class's, compiled, is not."""
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return forward is not None and getattr(forward, "__func__", forward) is not type(module).forward
 
 
 def eagerly(run: Callable[P, Result]) -> Callable[P, Result]:

@@ -37,8 +37,8 @@ def attributes_watched(module: nn.Module) -> Iterator[None]:
         if new and value.requires_grad and not any(f"{name}{end}" in part._parameters for end in _DERIVED):
             warnings.warn(
                 f"dynamics leave a tensor with a graph in {type(part).__name__}.{name}, and the backward pass repeats "
-                "steps: a loss made of it gets no gradient. Return it from an nc.Block, carry it in the state, or use "
-                "Backprop(); if it is only to be looked at, assign it with .detach()",
+                "steps: a loss that is made of it gets no gradient. Return it from an nc.Block, carry it in the state, "
+                "or use Backprop(); if it is only to be looked at, assign it with .detach()",
                 stacklevel=2,
             )
             return

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from neuralode_coupled._torch import saved_tensors_are_hooked, tracing, versions
+from neuralode_coupled._torch import saved_tensors_are_hooked, traced_as, tracing, versions
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.attributes import attributes_watched
 from neuralode_coupled.adjoint.budget import Memory
@@ -31,6 +32,12 @@ from neuralode_coupled.adjoint.recording import Recording, uncached_casts, witho
 from neuralode_coupled.adjoint.schedules import Schedule, schedule
 from neuralode_coupled.adjoint.stores import Store, store
 from neuralode_coupled.adjoint.tracer import Span
+
+Arguments = tuple[int, State, State, State]
+"""Of a step: its number, the state, its inputs and the shared tensors."""
+
+Made = tuple[State, tuple[State, ...]]
+"""The next state, and what a step emits."""
 
 
 def unroll(plan: Plan, operands: Operands) -> list[State]:
@@ -113,21 +120,33 @@ def _compiled(plan: Plan, operands: Operands, memory: Memory, keep: Keep | None)
         arguments, buffers = (n, y, operands.inputs[n], operands.shared), plan.buffers[n]
         # The last step may report by a side effect, which torch.compile does not take from inside of a checkpoint.
         if n < plan.count - max(memory.keep_last, int(plan.more)):
-            before = tuple([buffer.clone() for buffer in buffers])
-            y, out, after = checkpoint(_on_copies, plan, *arguments, before, use_reentrant=False, **contexts)
-            for buffer, value in zip(buffers, after, strict=True):
-                buffer.copy_(value)
+            y, out = _repeatable(plan, arguments, buffers, contexts)
         else:
             y, out = plan.step(*arguments, buffers)
         emitted.extend(out)
     return emitted
 
 
+def _repeatable(plan: Plan, arguments: Arguments, buffers: State, contexts: dict[str, Any]) -> Made:
+    """A step under torch's checkpoint, run eagerly because f breaks the compiler's graph: torch repeats it in the
+    backward pass with nothing but its arguments, so it works on copies of the buffers."""
+    before = tuple([buffer.clone() for buffer in buffers])
+    y, out, after = checkpoint(_on_copies, plan, *arguments, before, use_reentrant=False, **contexts)
+    for buffer, value in zip(buffers, after, strict=True):
+        buffer.copy_(value)
+    return y, out
+
+
+@traced_as(_repeatable)
+def _repeatable_in_graph(plan: Plan, arguments: Arguments, buffers: State, contexts: dict[str, Any]) -> Made:
+    """The same in the compiler's graph, which repeats a step without what it does to buffers."""
+    return checkpoint(plan.step, *arguments, buffers, use_reentrant=False, **contexts)
+
+
 def _on_copies(
     plan: Plan, n: int, y: State, inputs: State, shared: State, before: State
 ) -> tuple[State, tuple[State, ...], State]:
-    """A step, and its buffers after it, computed on copies: where f breaks the graph torch runs the checkpoint eagerly,
-    and repeats the step in the backward pass with nothing but its arguments."""
+    """A step, and its buffers after it, computed on copies of those before it."""
     after = tuple([buffer.clone() for buffer in before])
     y, out = plan.step(n, y, inputs, shared, after)
     return y, out, after

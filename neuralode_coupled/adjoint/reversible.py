@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -23,6 +24,9 @@ from neuralode_coupled.adjoint.tracer import Tracer
 
 LOST = 1e-2
 """How large the rounding of the reconstructed states may become, relative to the states."""
+
+COARSE = 20.0
+"""How much the rounding may grow at least: in 16 bits a single step loses as much as is lost here."""
 
 Increment = Callable[[int, State], State]
 """``increment(n, source)`` of step n, there from v or back from y."""
@@ -68,7 +72,7 @@ class ReversibleAdjoint:
     weights: Weights = "stored"
 
     def __post_init__(self) -> None:
-        if isinstance(self.coupling, bool) or not isinstance(self.coupling, int | float):
+        if isinstance(self.coupling, bool) or not isinstance(self.coupling, Real):
             raise TypeError(f"coupling must be a number, got {self.coupling!r}")
         if not 0 < self.coupling <= 1:
             raise ValueError(f"coupling must be above 0 and at most 1, got {self.coupling}")
@@ -124,7 +128,8 @@ class ReversibleAdjoint:
 
     def _check_rounding(self, steps: int, y0: State) -> None:
         """Raise ValueError if the steps cannot be reconstructed: the rounding grows like coupling^-steps."""
-        most = math.log(LOST / max(torch.finfo(part.dtype.to_real()).eps for part in y0))
+        precision = max(torch.finfo(part.dtype.to_real()).eps for part in y0)
+        most = math.log(max(LOST / precision, COARSE))
         if steps * -math.log(self.coupling) > most:
             least = math.ceil(math.exp(-most / steps) * 1e6) / 1e6
             raise ValueError(

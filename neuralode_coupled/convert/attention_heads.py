@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neuralode_coupled.convert.hidden_units import tensors_read
+from neuralode_coupled.convert.hidden_units import uses_read
 from neuralode_coupled.convert.matching import matched
 
 
@@ -41,13 +42,13 @@ def attention_heads(block: nn.Module) -> list[Heads]:
     found: list[Heads] = []
     modules: list[tuple[str, Any]] = list(block.named_modules())
     known = type(block) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    read = set[str]() if known else tensors_read(block)
+    read, plainly = (set[str](), set[str]()) if known else uses_read(block)
     for name, module in modules:
         if read is None or any(tensor.startswith(f"{name}.") for tensor in read):
             continue
         if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim and module.bias_k is None:
             # Elsewhere than in torch's layers code may use the weights of each head, or make masks for each.
-            found.append(Heads(name, module.num_heads, True, known))
+            found.append(Heads(name, module.num_heads, True, known or name in plainly))
         elif _is_fused(module):
             heads = Heads(name, module.num_heads, not _normalised(module), _takes_masks_alone(block))
             if _confirmed(module, heads):
@@ -62,24 +63,35 @@ def _takes_masks_alone(block: nn.Module) -> bool:
 
 
 class NoMaskPerHead:
-    """A hook on the forward of a layer whose heads are permuted: it raises ValueError for a mask for each head.
+    """A hook on the forward of a layer whose heads are permuted: it raises ValueError for a mask that differs between
+    the heads.
 
     Args:
         block: the block that the layer is made of.
+        counts: the numbers of heads of its attention modules.
     """
 
-    def __init__(self, block: nn.Module) -> None:
-        self.names = tuple(inspect.signature(block.forward).parameters)
+    def __init__(self, block: nn.Module, counts: Iterable[int]) -> None:
+        self.names, self.counts = tuple(inspect.signature(block.forward).parameters), frozenset(counts)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, value in [*zip(self.names, args, strict=False), *kwargs.items()]:
-            if "mask" not in name or not isinstance(value, Tensor):
-                continue
-            if (value.ndim == 3 and len(value) != 1) or (value.ndim == 4 and value.shape[1] != 1):
+            if "mask" in name and isinstance(value, Tensor) and value.ndim in (3, 4) and self._differs(value):
                 raise ValueError(
-                    f"{name} of shape {tuple(value.shape)} has a mask for each head, and heads of folded blocks have "
-                    "been permuted to match: fold with align=False"
+                    f"{name} of shape {tuple(value.shape)} differs between heads, and those of folded blocks have been "
+                    "permuted to match: fold with align=False"
                 )
+
+    def _differs(self, mask: Tensor) -> bool:
+        """Whether a mask, (samples x heads, queries, keys) or (samples, heads, queries, keys), is one per head."""
+        if torch.compiler.is_compiling():
+            return False  # the values are not known
+        for count in self.counts:
+            rows = count if len(mask) % count == 0 else len(mask)
+            by_head = mask if mask.ndim == 4 else mask.unflatten(0, (-1, rows))
+            if not bool((by_head == by_head[:, :1]).all()):
+                return True
+        return False
 
 
 def _is_fused(module: Any) -> bool:

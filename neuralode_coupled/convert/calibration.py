@@ -284,5 +284,6 @@ def _follow(rows: Sequence[FoldedRow]) -> None:
     for row in rows:
         device = next(row.layer.parameters()).device
         dtypes = {p.dtype for p in row.layer.parameters() if p.is_floating_point()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
         for block in row.trained:
-            block.to(device, dtypes.pop() if len(dtypes) == 1 else None).eval()
+            block.to(device, dtype).eval()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from neuralode_coupled._checks import Times, check_model, choice, some
-from neuralode_coupled._torch import hooks
+from neuralode_coupled._torch import has_own_forward, hooks
 from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import GradientMethod
 from neuralode_coupled.convert.encoder_layer import CoupledEncoderLayer
@@ -275,7 +275,7 @@ def _candidate(model: nn.Module, name: str, module: nn.Module) -> Candidate | No
         try:
             _checked(model, [name])
             reason = "" if own else _LAYER
-            stages, found = 2 if type(module) is nn.TransformerEncoderLayer else 0, []
+            stages, found = 2 if _is_encoder_layer(module) else 0, []
             if own and not stages:
                 found = taken_apart(module).stages
                 stages = sum(stage.branch is not None for stage in found)
@@ -465,7 +465,7 @@ def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module
         return layer(Block(target, how.outputs))
     if how.branch != "residual":
         return layer(Branch(_given(how.branch, target), how.outputs))
-    if type(target) is nn.TransformerEncoderLayer:  # a subclass may compute something else
+    if isinstance(target, nn.TransformerEncoderLayer) and _is_encoder_layer(target):
         _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
     if how.skip == "around":
@@ -494,10 +494,17 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
     return found
 
 
+def _is_encoder_layer(module: nn.Module) -> bool:
+    """Whether a module computes what torch's encoder layer does: a subclass may compute something else."""
+    own = nn.TransformerEncoderLayer
+    same = (getattr(type(module), name, None) is getattr(own, name) for name in ("forward", "_sa_block", "_ff_block"))
+    return isinstance(module, own) and all(same)
+
+
 def _check_no_hooks(target: nn.Module) -> None:
     """Raise ValueError for hooks on a target that is taken apart, and for a forward of its own: nothing would call
     them any more."""
-    if "forward" in vars(target):
+    if has_own_forward(target):
         raise ValueError(
             f"the forward of this {type(target).__name__} has been replaced on the object (as accelerate and PEFT do), "
             "and a coupled layer in its place would not call it: convert before that, or take the block as a whole, by "

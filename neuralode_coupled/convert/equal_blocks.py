@@ -17,6 +17,7 @@ from neuralode_coupled.convert.settings import described
 Holder = nn.Sequential | nn.ModuleList
 _TORCHS_OWN = frozenset(vars(nn.Module()))
 _SHOWN = 6
+_LONGEST = 150
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,21 @@ def _difference(first: tuple[str, nn.Module], second: tuple[str, nn.Module]) -> 
         if at != other_at:
             return f"{first[0]} has {at or 'a block'}, where {second[0]} has {other_at or 'a block'}"
         if one != other:
-            return f"{at.format(first[0])} is {one}, and {at.format(second[0])} is {other}"
+            first_at, second_at = (at.replace("{}", name) for name in (first[0], second[0]))
+            return f"{first_at} is {_cut(one, other)}, and {second_at} is {_cut(other, one)}"
     shorter, longer = sorted(views, key=len)
     if len(longer) > len(shorter):
         name = (first if longer is views[0] else second)[0]
         return f"{longer[len(shorter)][0].format(name)} has no counterpart in the other block"
     return None
+
+
+def _cut(words: str, others: str) -> str:
+    """Words for a message, from a little before the place where others differ."""
+    if len(words) <= _LONGEST:
+        return words
+    start = max(next((i for i, (a, b) in enumerate(zip(words, others, strict=False)) if a != b), 0) - 40, 0)
+    return f"{'...' * (start > 0)}{words[start : start + _LONGEST]}..."
 
 
 def _structure(name: str, block: nn.Module) -> Iterator[tuple[str, str]]:

@@ -242,8 +242,9 @@ def _folded(
     new = [layer, layer.field, layer.field.dynamics, *layer.field.evolution.modules(), *layer.field.kernel.modules()]
     for module in new:
         module.training = row.holder.training
-    if how.align and any(heads.whole for heads in attention_heads(trained[0])):
-        layer.register_forward_pre_hook(NoMaskPerHead(trained[0]), with_kwargs=True)
+    heads = [one.count for one in attention_heads(trained[0]) if one.whole] if how.align else []
+    if heads:
+        layer.register_forward_pre_hook(NoMaskPerHead(trained[0], heads), with_kwargs=True)
     folded = FoldedRow(row.names, row.holder, layer, tuple(trained), frozenset(), tuple(permuted))
     undetermined = fit(
         layer.scheme,

@@ -28,6 +28,7 @@ _EVERYWHERE = (
     *(nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d),
     nn.Dropout3d,
 )
+_MOST_ASKED = 50
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _POOLS = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -106,24 +107,36 @@ def hidden_units(block: nn.Module) -> list[Units]:
     found: list[Units] = []
     fixed: set[str] = set()
     for name, module in _open(scratch, ""):
-        readings = [_traced(module, name, training, given) for training in (False, True) for given in (False, True)]
+        ways = [(training, given) for training in (False, True) for given in (False, True)]
+        readings = [reading for training, given in ways for reading in _traced(module, name, training, given)]
         always = set.intersection(*[set(reading.units) for reading in readings])
         found += sorted(always, key=lambda units: sorted((s.name, s.axis) for s in units.slots))
         fixed = fixed.union(*[reading.fixed for reading in readings])
     return _untied(block, [units for units in found if not any(slot.place in fixed for slot in units.slots)])
 
 
-def tensors_read(block: nn.Module) -> set[str] | None:
-    """The tensors that the code of a block reads itself, by name; None if its code cannot be traced."""
-    scratch, found = copy.deepcopy(block), set[str]()
+def uses_read(block: nn.Module) -> tuple[set[str] | None, set[str]]:
+    """What the code of a block uses: the names of the tensors that it reads itself, None if it cannot be traced; and
+    the attention modules that it calls without a mask, and without asking for their weights."""
+    scratch, found, plainly = copy.deepcopy(block), set[str](), set[str]()
     for name, module in _open(scratch, ""):
         for given in (False, True):
-            graph, _ = _graph(module, False, given)
-            if graph is None:
-                return None
+            graphs = _graphs(module, False, given)
+            if not graphs:
+                return None, set()
             prefix = f"{name}." if name else ""
-            found |= {f"{prefix}{node.target}" for node in graph.nodes if node.op == "get_attr"}
-    return found
+            for graph in graphs:
+                found |= {f"{prefix}{node.target}" for node in graph.nodes if node.op == "get_attr"}
+                calls = [node for node in graph.nodes if node.op == "call_module"]
+                plainly |= {f"{prefix}{node.target}" for node in calls if _calls_plainly(node)}
+                plainly -= {f"{prefix}{node.target}" for node in calls if not _calls_plainly(node)}
+    return found, plainly
+
+
+def _calls_plainly(node: fx.Node) -> bool:
+    """Whether attention is called without a mask, and without asking for its weights."""
+    masks = [node.kwargs.get(name) for name in ("attn_mask", "key_padding_mask")]
+    return len(node.args) <= 3 and masks == [None, None] and node.kwargs.get("need_weights") is False
 
 
 def _untied(block: nn.Module, found: list[Units]) -> list[Units]:
@@ -150,55 +163,77 @@ def _open(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if type(module) in _LAYERS:
         yield name, module
         return
-    graph, inner = _graph(module, False, False)
-    if graph is None:
+    graphs = _graphs(module, False, False)
+    if not graphs:
         return
     yield name, module
-    for target in inner:
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    for target in sorted(t for t in called if next(module.get_submodule(t).children(), None) is not None):
         yield from _open(module.get_submodule(target), f"{name}.{target}".removeprefix("."))
 
 
 class _Tracer(fx.Tracer):
-    """Looks into modules that are not torch's, or leaves all but the outermost as they are."""
+    """Looks into modules that are not torch's, or leaves all but the outermost as they are.
 
-    def __init__(self, inline: bool) -> None:
+    Args:
+        inline: which of both.
+        answer: what code is told that asks whether a condition on its inputs holds; None to let it fail.
+    """
+
+    def __init__(self, inline: bool, answer: bool | None = None) -> None:
         super().__init__()
-        self._inline = inline
+        self._inline, self._answer, self._asked = inline, answer, 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return not self._inline or super().is_leaf_module(m, module_qualified_name)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self._asked += 1
+        if self._answer is None or self._asked > _MOST_ASKED:  # a loop may ask for ever
+            return super().to_bool(obj)
+        return self._answer
 
-def _graph(module: nn.Module, training: bool, given: bool) -> tuple[fx.Graph | None, list[str]]:
-    """The graph of a module, in as much detail as can be traced, and the modules it calls that contain others.
 
-    ``given``: with its optional inputs, those that are None by default; else they have their defaults.
+def _graphs(module: nn.Module, training: bool, given: bool) -> list[fx.Graph]:
+    """The graphs of a module, in as much detail as can be traced; none if it cannot be.
+
+    ``given``: with its optional inputs, those that are None by default, once as if all conditions on them held and once
+    as if none did; else they have their defaults, and there are no conditions.
     """
-    arguments = inspect.signature(module.forward).parameters.values()
+    arguments = list(inspect.signature(module.forward).parameters.values())
     optional = {p.name: p.default for p in arguments if p.default is not p.empty and not (given and p.default is None)}
+    found = []
+    conditions = given and any(p.default is None for p in arguments)
+    for answer in (True, False) if conditions else (None,):
+        graph = _graph(module, training, optional, answer)
+        if graph is None:
+            return []
+        found.append(graph)
+    return found
+
+
+def _graph(module: nn.Module, training: bool, optional: dict[str, Any], answer: bool | None) -> fx.Graph | None:
     for inline in (True, False):
         scratch = copy.deepcopy(module).train(training)
         try:
-            graph = _Tracer(inline).trace(scratch, concrete_args=optional)
+            return _Tracer(inline, answer).trace(scratch, concrete_args=optional)
         except Exception:  # the code may raise anything when its input is a placeholder; then it is not read
             continue
-        called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        return graph, sorted(t for t in called if next(module.get_submodule(t).children(), None) is not None)
-    return None, []
+    return None
 
 
-def _traced(module: nn.Module, name: str, training: bool, given: bool) -> Reading:
-    """The result of reading one module's own code, see `_graph`; names are relative to the block."""
+def _traced(module: nn.Module, name: str, training: bool, given: bool) -> list[Reading]:
+    """The results of reading one module's own code, see `_graphs`; names are relative to the block."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and type(module) in _LAYERS:
         known = module.activation in (functional.relu, functional.gelu) or type(module.activation) in _EVERYWHERE
         if not known:
-            return Reading((), frozenset())
+            return [Reading((), frozenset())]
         slots = [Slot(f"{prefix}linear1.weight", 0, True), Slot(f"{prefix}linear2.weight", 1, True)]
         slots += [Slot(f"{prefix}linear1.bias", 0, False)] if module.linear1.bias is not None else []
-        return Reading((Units(module.linear1.out_features, frozenset(slots)),), frozenset())
-    graph, _ = _graph(module, training, given)
-    return Reading((), frozenset()) if graph is None else _Reader(module, prefix).read(graph)
+        return [Reading((Units(module.linear1.out_features, frozenset(slots)),), frozenset())]
+    graphs = _graphs(module, training, given)
+    return [_Reader(module, prefix).read(graph) for graph in graphs] or [Reading((), frozenset())]
 
 
 @dataclass

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Mapping
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,10 @@ def described(value: Any, registered: Mapping[int, str], depth: int = 0) -> str:
         text = " ".join(repr(value).split())
         return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... {_digest(text.encode())}"
     if isinstance(value, Tensor | np.ndarray):
-        return _of_array(value)
+        return _of_array(value, inside)
     if depth > _DEEPEST or isinstance(value, weakref.ref):
         return f"a {type(value).__qualname__}"
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict) or isinstance(value, MappingProxyType):
         rows = [f"{inside(key)}: {inside(part)}" for key, part in value.items()]
         return f"{{{', '.join(rows)}}}"
     if isinstance(value, set | frozenset):
@@ -49,10 +50,16 @@ def described(value: Any, registered: Mapping[int, str], depth: int = 0) -> str:
     return _of_callable(value, inside) or _of_object(value, inside)
 
 
-def _of_array(value: Tensor | np.ndarray) -> str:
-    flat = value.detach().cpu().reshape(-1) if isinstance(value, Tensor) else torch.from_numpy(value.reshape(-1).copy())
-    found = _digest(flat.contiguous().view(torch.uint8).numpy().tobytes())
-    return f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype} with values {found}"
+def _of_array(value: Tensor | np.ndarray, inside: Any) -> str:
+    what = f"a {type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, np.ndarray):
+        held = inside(value.tolist()) if value.dtype.kind in "OUSMmV" else _digest(value.tobytes())
+        return f"{what} with values {held}"
+    if value.device.type == "meta":
+        return what
+    dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
+    flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return f"{what} with values {_digest(flat.view(torch.uint8).numpy().tobytes())}"
 
 
 def _digest(data: bytes) -> str:
@@ -66,12 +73,17 @@ def _of_callable(value: Any, inside: functools.partial | Any) -> str | None:
     if isinstance(value, MethodType):
         return f"{value.__func__.__qualname__} of {inside(value.__self__)}"
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [_content(cell) for cell in value.__closure__ or ()]
         with_what = [inside(part) for part in (value.__defaults__, value.__kwdefaults__, cells) if part]
         return f"{value.__qualname__} {_of_code(value.__code__)} {' '.join(with_what)}".strip()
-    if isinstance(value, BuiltinFunctionType | torch.jit.ScriptFunction) or not hasattr(value, "__dict__"):
-        return getattr(value, "__qualname__", None)
-    return None
+    return value.__qualname__ if isinstance(value, BuiltinFunctionType) else None
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
 
 
 def _of_code(code: CodeType) -> str:
@@ -80,13 +92,21 @@ def _of_code(code: CodeType) -> str:
 
 
 def _of_object(value: Any, inside: Any) -> str:
-    """An object by its class and attributes; one without attributes by its identity, as nothing else is known."""
+    """An object by what ``copy.deepcopy`` makes a copy of it from, as folding copies blocks."""
     kind = type(value).__qualname__
     if isinstance(value, nn.Module):
         return f"{value} {inside(value.state_dict())}"
     if isinstance(value, torch.Generator):
         return f"a {kind} in the state {inside(value.get_state())}"
-    attributes = getattr(value, "__dict__", None)
-    if attributes is None:
-        return f"a {kind} at {id(value):#x}"
-    return f"a {kind} with {inside(attributes)}"
+    if isinstance(value, np.generic):
+        return repr(value.item())
+    if isinstance(value, deque):  # it would hand out an iterator
+        return f"a {kind} of {inside(list(value))} and {value.maxlen}"
+    try:
+        made_from = value.__reduce_ex__(4)
+    except Exception:  # a lock, a file: nothing that is computed with
+        return f"a {kind}"
+    if isinstance(made_from, str):
+        return made_from
+    arguments, state, items, pairs = (*made_from[1:5], None, None, None)[:4]
+    return f"a {kind} of {inside((arguments, state, list(items or ()), list(pairs or ())))}"

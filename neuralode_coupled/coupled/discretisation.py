@@ -58,9 +58,9 @@ class Discretisation:
             raise ValueError(
                 f"{self.method!r} takes equal steps: give steps=..., or choose one of {', '.join(ADAPTIVE)}"
             )
-        whole("steps", self.steps)
+        object.__setattr__(self, "steps", whole("steps", self.steps))
         if self.weight_steps is not None:
-            whole("weight_steps", self.weight_steps)
+            object.__setattr__(self, "weight_steps", whole("weight_steps", self.weight_steps))
         if self.weight_method is not None:
             tableau(self.weight_method)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._checks import Times, check_model, times_within
 from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
+from neuralode_coupled._torch import has_own_forward, without_autocast
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
 from neuralode_coupled.adjoint import Backprop, DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
 from neuralode_coupled.coupled.adaptive import Adaptive
@@ -255,7 +256,7 @@ class CoupledODE(nn.Module):
             return total
         scheme = self.scheme
         for name, weight in self.field.evolving().items():
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight.device):
                 path = finite_path(name, "weight step", scheme.path, self.field.operator(name), weight)
             h = length_like(scheme.weight_grid.length, path)
             total = total + kinetic / 2 * path.diff(dim=0).square().sum() / abs(h)
@@ -269,13 +270,14 @@ class CoupledODE(nn.Module):
 
         After training theta does not depend on the data. The result computes what the layer computes (in its present
         train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient, and its
-        times are numbers. See `nc.bake` for whole models.
+        times are numbers. Hooks on the layer's forward are called, with the result as their module. See `nc.bake` for
+        whole models.
 
         Raises:
             ValueError: if the evolving weights are not finite, for an adaptive layer, which has no grid to bake, and
                 for a subclass with a forward of its own.
         """
-        if type(self).forward is not CoupledODE.forward or "forward" in vars(self):
+        if type(self).forward is not CoupledODE.forward or has_own_forward(self):
             raise ValueError(
                 f"{type(self).__name__} has a forward of its own, which the baked layer would not have: bake a "
                 "CoupledODE, and put what is around it into a module around the layer"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, noticing
 from neuralode_coupled._times import Scalar, TimeRow, times_at
-from neuralode_coupled._torch import eagerly, tracing
+from neuralode_coupled._torch import eagerly, tracing, without_autocast
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import (
     Backprop,
@@ -149,7 +149,7 @@ class OnGrid:
                 check_follows_time(operator, w0, grid.start(0, grid.steps / 3), grid.whole)
             path = partial(self.scheme.in_force, kernel=field.kernel) if in_force else self.scheme.at
             path = partial(noticing, operator, path)
-            with torch.autocast(w0.device.type, enabled=False):
+            with without_autocast(w0.device):
                 found[name] = finite_path(name, "requested time", path, operator, w0=w0, times=times)
         return found
 

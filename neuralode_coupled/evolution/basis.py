@@ -251,7 +251,7 @@ class BasisEvolution(EvolutionOperator):
         self._create()
         self.take(c)
         for name, p in self.named_parameters():
-            p.requires_grad_(required.get(name, True))
+            p.requires_grad_(required.get(name, p.requires_grad))
         return self
 
     def _change(self, size: int, other: int) -> Tensor:

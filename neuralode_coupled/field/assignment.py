@@ -61,12 +61,14 @@ def _assign(evolution: Evolution, weights: Mapping[str, Tensor]) -> dict[str, nn
     by_pattern = ByPattern(evolution) if isinstance(evolution, Mapping) else None
     choose = evolution if by_pattern is None else by_pattern
     operators: dict[str, nn.Module] = {}
+    keys = set[str]()
     for name, weight in weights.items():
-        if any(_key(name) == _key(other) for other in operators):
+        if _key(name) in keys:
             raise ValueError(
                 f"parameter {name!r}: another one's name differs in dots and slashes alone, and they would share an "
                 "operator: rename one of the modules"
             )
+        keys.add(_key(name))
         if isinstance(choose, nn.Module):
             operator = copy.deepcopy(choose)
         elif callable(choose) and not isinstance(choose, type):

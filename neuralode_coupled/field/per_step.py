@@ -19,7 +19,8 @@ class PerStep(nn.Module):
 
     Made for BatchNorm inside an ODE block: each step of the discrete map has its own statistics and affine parameters.
     `nc.solve` and `nc.CoupledODE` choose the copy by the index of the step (all Runge-Kutta stages of a step share it).
-    Outside of a solve the module acts as its first copy, whose attributes can be read from it.
+    Outside of a solve the module acts as its first copy, whose attributes can be read from it. Inside of
+    ``torch.compile`` the first copy's code, flags and hooks act, with the tensors of copy ``n``.
 
     Args:
         module: the module to copy; copies start equal.
@@ -77,13 +78,14 @@ class PerStep(nn.Module):
 @contextmanager
 def in_force(modules: Iterable[PerStep], n: int) -> Iterator[None]:
     """Inside of the ``with`` block the ``n``-th copies act, with their own code, flags and hooks."""
-    for module in modules:
+    before = [(module, module._in_force) for module in modules]
+    for module, _ in before:
         module._in_force = n
     try:
         yield
     finally:
-        for module in modules:
-            module._in_force = 0
+        for module, m in before:
+            module._in_force = m
 
 
 def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:

@@ -72,7 +72,8 @@ class Dirac(SelectingKernel):
         the operator says what w is: `Solution.weights`."""
         places = fractions * weight_steps
         nodes = places.round()
-        if bool(((places - nodes).abs() > 1e-9 * nodes.clamp(min=1.0)).any()):
+        slack = max(1e-9, torch.finfo(places.dtype).eps) * nodes.clamp(min=1.0)
+        if bool(((places - nodes).abs() > slack).any()):
             raise ValueError(
                 f"Dirac() has the weights of the {weight_steps + 1} grid points, and a time lies between two: take "
                 "solution.weights(t) or layer.weight_trajectory(t), which evolve them there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from neuralode_coupled._torch import versions
@@ -25,7 +26,7 @@ def callback_of(func: Callable[..., Any], name: str, is_tuple: bool) -> Callback
         parts = tuple([part.detach() for part in y])
         before = versions(parts)
         callback(t, parts if is_tuple else parts[0], dt)
-        if versions(parts) != before:
+        if versions(parts) != before and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} writes into the state, and no gradient would flow through that: write into a clone of it; or "
                 "solve from one change to the next, and change what the solve returns"

@@ -186,6 +186,8 @@ class RunFolder:
         there = self.statistics()
         if there is None or statistics is None:
             return
+        if len(there[0]) != len(statistics[0]):
+            raise self._of_other_data(f"images of {len(there[0])} channels", f"images of {len(statistics[0])}")
         for what, own, now in zip(("mean", "deviation"), there, statistics, strict=True):
             if any(abs(a - b) > 0.01 * (scale or 1.0) for a, b, scale in zip(own, now, there[1], strict=True)):
                 was, are = [[round(x, 4) for x in row] for row in (own, now)]

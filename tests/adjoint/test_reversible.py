@@ -165,6 +165,20 @@ def test_the_coupling_is_a_number(coupling):
         nc.ReversibleAdjoint(coupling)
 
 
+@pytest.mark.parametrize(("dtype", "steps"), [(torch.bfloat16, 64), (torch.float16, 240)])
+def test_in_sixteen_bits_as_many_steps_are_taken_as_lose_no_more_than_those_of_others(dtype, steps):
+    torch.manual_seed(0)
+    layer = nc.CoupledODE(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), steps=steps)
+    z0, errors = torch.randn(3, 4), []
+    exact = oracle.gradients(layer(z0).square().sum(), dict(layer.named_parameters()))
+    layer = layer.to(dtype)
+    for adjoint in (nc.ReversibleAdjoint(np.float32(0.99)), nc.DiscreteAdjoint(None)):
+        layer.adjoint = adjoint
+        found = oracle.gradients(layer(z0.to(dtype)).float().square().sum(), dict(layer.named_parameters()))
+        errors.append(oracle.largest_error({name: grad.float() for name, grad in found.items()}, exact))
+    assert errors[0] < 1.5 * errors[1]
+
+
 @pytest.mark.parametrize("weights", ["stored", "recomputed"])
 def test_a_gradient_that_rounding_would_destroy_is_an_error(weights):
     """What the message proposes is right. Without a gradient, and in double precision, nothing is traced back."""

@@ -219,3 +219,41 @@ def test_units_and_heads_that_are_told_apart_stay_in_their_places():
         found, _ = aligned(blocks)
         for block, one in zip(blocks, found, strict=True):
             torch.testing.assert_close(one(tokens, *inputs), block(tokens, *inputs), rtol=1e-12, atol=1e-12)
+
+
+class Tested(Conditioned):
+    def forward(self, x, c=None):
+        h = torch.relu(self.a(x))
+        if c is not None and c.sum() > 0:
+            x = x + self.film(c)
+        return x + self.b(h)
+
+
+class Plain(PerHead):
+    def forward(self, x):
+        return x + self.at(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", [Tested, Plain])
+def test_what_is_not_told_apart_is_matched(kind):
+    block = random(kind)
+    other = copy.deepcopy(block)
+    for units in hidden_units(other):
+        permuted(other, units, torch.randperm(units.size))
+    if kind is Plain:
+        (heads,) = attention_heads(other)
+        assert heads.whole
+    else:
+        assert hidden_units(other)
+    _, again = aligned([block, other])[0]
+    assert all(torch.equal(p, q) for p, q in zip(block.parameters(), again.parameters(), strict=True))
+
+
+def test_code_that_asks_for_ever_is_left_alone():
+    class Loops(Conditioned):
+        def forward(self, x, c=None):
+            while c is not None and c.sum() > 0:
+                c = c - 1
+            return x + self.b(torch.relu(self.a(x)))
+
+    assert hidden_units(random(Loops)) == []

@@ -611,6 +611,16 @@ def test_a_subclass_of_the_encoder_layer_is_not_taken_for_it():
     assert_same(nc.couple(nn.Sequential(copy.deepcopy(layer)), "0", nc.Static()), layer, x)
 
 
+class Sized(nn.TransformerEncoderLayer):
+    def __init__(self):
+        super().__init__(8, 2, 16, batch_first=True, dropout=0.0)
+
+
+def test_a_subclass_that_computes_the_same_is_taken_for_it():
+    layer, x = Sized(), torch.randn(2, 5, 8)
+    assert_same(nc.couple(nn.Sequential(copy.deepcopy(layer)), "0", nc.Static()), layer, x)
+
+
 class Residual(nn.Module):
     def __init__(self, draw=None):
         super().__init__()
@@ -644,3 +654,6 @@ def test_a_forward_that_was_replaced_on_the_object_is_refused():
         nc.couple(nn.Sequential(block), "0", nc.Static())
     x = torch.randn(3, 4)
     assert torch.equal(nc.couple(nn.Sequential(block), "0", nc.Static(), branch="block")(x), 2 * x)
+    compiled = Residual()
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
+    nc.bake(nc.couple(nn.Sequential(compiled), "0", nc.Static()))

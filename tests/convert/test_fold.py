@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter, deque
+from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -572,6 +575,16 @@ SETTINGS = {
     "a module that is not registered": lambda k: [nn.LeakyReLU(k)],
     "weights that are not registered": lambda k: [nn.Parameter(torch.tensor(k))],
     "a set": lambda k: {1.0, k},
+    "numpy's number": np.float32,
+    "a range": lambda k: range(int(10 * k)),
+    "a path": lambda k: Path(str(k)),
+    "a fraction": Fraction,
+    "a generator": lambda k: np.random.default_rng(int(10 * k)),
+    "a queue": lambda k: deque([k], maxlen=3),
+    "words": lambda k: np.array([str(k)]),
+    "a sparse tensor": lambda k: torch.tensor([0.0, k]).to_sparse(),
+    "a conjugate": lambda k: torch.tensor([k * 1j]).conj(),
+    "a dictionary's subclass": lambda k: Counter({"a": int(10 * k)}),
 }
 
 
@@ -665,6 +678,10 @@ def test_calibration_takes_blocks_of_two_precisions():
     model = nn.Sequential(*[Mixed() for _ in range(3)]).eval()
     _, report = nc.fold(model, "*", nc.BasisEvolution("legendre", 1))
     report.calibrate([torch.randn(8, 4)], steps=3)
+    model, x = network(make=Residual).float(), images().float()
+    _, report = nc.fold(model, "1.*", nc.BasisEvolution("legendre", 1))
+    model.double()
+    report.calibrate([x.double()], steps=2)
 
 
 def test_masks_per_head_are_refused_where_heads_have_been_permuted():
@@ -683,8 +700,10 @@ def test_masks_per_head_are_refused_where_heads_have_been_permuted():
     folded, _ = nc.fold(encoder(), "layers.*", full, align=False)
     torch.testing.assert_close(folded(x, mask=mask), expected, rtol=1e-6, atol=1e-6)
     folded, _ = nc.fold(encoder(), "layers.*", full)
+    same = mask[:2].repeat_interleave(2, 0)  # for each sample one, the same for its heads
+    torch.testing.assert_close(folded(x, mask=same), encoder()(x, mask=same), rtol=1e-6, atol=1e-6)
     for model in (folded, nc.bake(folded)):
-        with pytest.raises(ValueError, match=r"src_mask of shape \(4, 5, 5\) has a mask for each head.*align=False"):
+        with pytest.raises(ValueError, match=r"src_mask of shape \(4, 5, 5\) differs between heads.*align=False"):
             model(x, mask=mask)
         causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
         torch.testing.assert_close(model(x, mask=causal), encoder()(x, mask=causal), rtol=1e-6, atol=1e-6)

@@ -231,3 +231,41 @@ def test_adaptive_layers_under_compile_keep_their_gradients(adjoint, kernel, who
         results.append(oracle.gradients(loss, dict(model.named_parameters())))
     assert oracle.largest_error(*results) < 1e-9
     assert all(gradient.norm() > 0 for gradient in results[0].values())
+
+
+class Table(nn.Module):
+    """Dynamics with a buffer that is not theirs alone."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", table)
+
+    def forward(self, z):
+        return torch.tanh(self.linear(z) * self.table)
+
+
+@pytest.mark.parametrize("use", ["twice", "by two layers", "outside", "in one graph", "expanded"])
+def test_a_constant_buffer_of_compiled_dynamics_stays_as_it_is(use):
+    """Not even its version moves: others have saved it for their gradients."""
+    table = torch.ones(1, dtype=torch.float64).expand(4) if use == "expanded" else torch.rand(4, dtype=torch.float64)
+    f = Table(table)
+    layers = [nc.CoupledODE(f, nc.ReactionDiffusionAdvection(), steps=3).double() for _ in range(2)]
+
+    def run(z, compiled):
+        def forward(z):
+            first = layers[0](z * f.table)
+            return first + layers[0](2 * z)
+
+        if use == "in one graph":
+            return (torch.compile(forward, backend="aot_eager", fullgraph=True) if compiled else forward)(z)
+        one, other = [torch.compile(layer, backend="aot_eager") if compiled else layer for layer in layers]
+        first = one(z * f.table if use == "outside" else z)
+        return first + (other if use == "by two layers" else one)(2 * z)
+
+    found = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        z = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+        found.append(torch.autograd.grad(run(z, compiled).square().sum(), [z, f.linear.weight]))
+    torch.testing.assert_close(*found)

@@ -166,3 +166,9 @@ def test_scripted_modules_are_refused_in_a_line(whole):
         nc.odeint_dto(lambda t, y: dynamics(y), z0, torch.tensor([0.0, 1.0]), method="rk4")
     with pytest.raises(ValueError, match=r"a scripted module \(Linear\) holds its parameters where a solve cannot"):
         nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=2)(z0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_without_parameters_may_stay():
+    dynamics = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.GELU()))
+    assert nc.CoupledODE(dynamics, nc.ReactionDiffusionAdvection(), steps=2)(torch.randn(3, 4)).isfinite().all()
