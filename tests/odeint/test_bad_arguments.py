@@ -214,3 +214,5 @@ def test_a_callback_does_not_write_into_the_state(method, name):
         return  # it is never called, which a warning says
     with pytest.raises(ValueError, match=f"{name} writes into the state"):
         nc.odeint_dto(func, Z0, SPAN, method=method)
+    with torch.no_grad():
+        assert nc.odeint_dto(func, Z0, SPAN, method=method)[-1].max() < 0.5
