@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
 from neuralode_coupled._checks import positive
-from neuralode_coupled._substitution import parts
 from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.attributes import attributes_watched
@@ -20,7 +18,7 @@ from neuralode_coupled.adjoint.generators import of_torch, others, restore, stat
 from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
-from neuralode_coupled.adjoint.replay import set_modes
+from neuralode_coupled.adjoint.replay import Modes
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
@@ -170,8 +168,7 @@ class _VectorField(nn.Module):
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
         self.backward = self.own_graph = self._watched = False
-        self._inside = parts(plan.module)
-        self._modes = [module.training for module in self._inside]
+        self._modes = Modes(plan.module)
         self.latest: tuple[Tensor, State, State] | None = None
         # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
         self.params = flow.params
@@ -204,18 +201,9 @@ class _VectorField(nn.Module):
             self._check_closed(t, y, slope)
         return slope
 
-    @contextmanager
-    def _world(self) -> Iterator[None]:
-        """The train/eval flags of the forward solve, which may have been changed since then."""
-        modes = [module.training for module in self._inside] if self.backward else self._modes
-        if modes == self._modes:
-            yield
-            return
-        set_modes(self._inside, self._modes)
-        try:
-            yield
-        finally:
-            set_modes(self._inside, modes)
+    def _world(self) -> AbstractContextManager:
+        """In the backward solve, the train/eval flags of the forward solve."""
+        return self._modes.again() if self.backward else nullcontext()
 
     def observe(self, t: Tensor, y: State) -> None:
         """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace.

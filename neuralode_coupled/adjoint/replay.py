@@ -37,13 +37,12 @@ class Replay:
     def __init__(self, plan: Plan, device: torch.device, in_a_row: bool = False) -> None:
         self._plan = plan
         self._device, self._turn = device, turn()
-        self._modules = parts(plan.module)
-        self._modes = [module.training for module in self._modules]
+        self._modes = Modes(plan.module)
         kinds = sorted({"cpu", device.type})
         self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
         # The state of a generator cannot be read while a CUDA graph is captured.
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if capturing and any(map(drops_out, self._modules)):
+        if capturing and any(map(drops_out, self._modes.modules)):
             raise RuntimeError(
                 "dropout inside of a CUDA graph cannot be replayed in the backward pass: use Backprop(), or p=0"
             )
@@ -88,20 +87,13 @@ class Replay:
     @contextmanager
     def world(self) -> Iterator[None]:
         """Restore the forward pass's autocast and train/eval flags, around all recomputation."""
-        modules = self._modules
-        modes = [module.training for module in modules]
         casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
         with serving(self._turn), ExitStack() as stack:
             for kind, enabled, dtype in casts:
                 # Without the cache: it would hand casts of the weights that have no graph to the code outside.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            try:
-                if modes != self._modes:
-                    set_modes(modules, self._modes)
-                yield
-            finally:
-                if modes != self._modes:
-                    set_modes(modules, modes)
+            stack.enter_context(self._modes.again())
+            yield
 
     def again(self, n: int) -> tuple[State, AbstractContextManager]:
         """For one recomputation of step ``n``: the buffers to run it on, and a context to run it in."""
@@ -129,7 +121,30 @@ class Replay:
         return copy
 
 
-def set_modes(modules: list[torch.nn.Module], modes: list[bool]) -> None:
-    """Set the train/eval flag of each module, and of no other one."""
-    for module, mode in zip(modules, modes, strict=True):
-        module.training = mode
+class Modes:
+    """The train/eval flags of a module's parts, as they are now.
+
+    Attributes:
+        modules: the parts.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.modules = parts(module)
+        self._flags = [part.training for part in self.modules]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside of the ``with`` block the parts have these flags again."""
+        now = [part.training for part in self.modules]
+        changed = now != self._flags
+        try:
+            if changed:
+                self._set(self._flags)
+            yield
+        finally:
+            if changed:
+                self._set(now)
+
+    def _set(self, flags: list[bool]) -> None:
+        for part, flag in zip(self.modules, flags, strict=True):
+            part.training = flag

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import nn
@@ -465,7 +465,7 @@ def _convert(model: nn.Module, name: str, how: _How, layer: _Layer) -> nn.Module
         return layer(Block(target, how.outputs))
     if how.branch != "residual":
         return layer(Branch(_given(how.branch, target), how.outputs))
-    if isinstance(target, nn.TransformerEncoderLayer) and _is_encoder_layer(target):
+    if _is_encoder_layer(target):
         _check_no_hooks(target)
         return CoupledEncoderLayer(target, layer)
     if how.skip == "around":
@@ -494,7 +494,7 @@ def _given(branch: Any, target: nn.Module) -> nn.Module:
     return found
 
 
-def _is_encoder_layer(module: nn.Module) -> bool:
+def _is_encoder_layer(module: nn.Module) -> TypeGuard[nn.TransformerEncoderLayer]:
     """Whether a module computes what torch's encoder layer does: a subclass may compute something else."""
     own = nn.TransformerEncoderLayer
     same = (getattr(type(module), name, None) is getattr(own, name) for name in ("forward", "_sa_block", "_ff_block"))

@@ -107,8 +107,7 @@ def hidden_units(block: nn.Module) -> list[Units]:
     found: list[Units] = []
     fixed: set[str] = set()
     for name, module in _open(scratch, ""):
-        ways = [(training, given) for training in (False, True) for given in (False, True)]
-        readings = [reading for training, given in ways for reading in _traced(module, name, training, given)]
+        readings = [reading for training in (False, True) for reading in _traced(module, name, training)]
         always = set.intersection(*[set(reading.units) for reading in readings])
         found += sorted(always, key=lambda units: sorted((s.name, s.axis) for s in units.slots))
         fixed = fixed.union(*[reading.fixed for reading in readings])
@@ -118,19 +117,17 @@ def hidden_units(block: nn.Module) -> list[Units]:
 def uses_read(block: nn.Module) -> tuple[set[str] | None, set[str]]:
     """What the code of a block uses: the names of the tensors that it reads itself, None if it cannot be traced; and
     the attention modules that it calls without a mask, and without asking for their weights."""
-    scratch, found, plainly = copy.deepcopy(block), set[str](), set[str]()
+    scratch, found, plainly, otherwise = copy.deepcopy(block), set[str](), set[str](), set[str]()
     for name, module in _open(scratch, ""):
-        for given in (False, True):
-            graphs = _graphs(module, False, given)
-            if not graphs:
+        prefix = f"{name}." if name else ""
+        for graph in _graphs(module, False):
+            if graph is None:
                 return None, set()
-            prefix = f"{name}." if name else ""
-            for graph in graphs:
-                found |= {f"{prefix}{node.target}" for node in graph.nodes if node.op == "get_attr"}
-                calls = [node for node in graph.nodes if node.op == "call_module"]
-                plainly |= {f"{prefix}{node.target}" for node in calls if _calls_plainly(node)}
-                plainly -= {f"{prefix}{node.target}" for node in calls if not _calls_plainly(node)}
-    return found, plainly
+            found |= {f"{prefix}{node.target}" for node in graph.nodes if node.op == "get_attr"}
+            calls = [node for node in graph.nodes if node.op == "call_module"]
+            plainly |= {f"{prefix}{node.target}" for node in calls if _calls_plainly(node)}
+            otherwise |= {f"{prefix}{node.target}" for node in calls if not _calls_plainly(node)}
+    return found, plainly - otherwise
 
 
 def _calls_plainly(node: fx.Node) -> bool:
@@ -163,11 +160,11 @@ def _open(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if type(module) in _LAYERS:
         yield name, module
         return
-    graphs = _graphs(module, False, False)
-    if not graphs:
+    graph = _graph(module, False, _defaults(module))
+    if graph is None:
         return
     yield name, module
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for target in sorted(t for t in called if next(module.get_submodule(t).children(), None) is not None):
         yield from _open(module.get_submodule(target), f"{name}.{target}".removeprefix("."))
 
@@ -194,25 +191,28 @@ class _Tracer(fx.Tracer):
         return self._answer
 
 
-def _graphs(module: nn.Module, training: bool, given: bool) -> list[fx.Graph]:
-    """The graphs of a module, in as much detail as can be traced; none if it cannot be.
+def _graphs(module: nn.Module, training: bool) -> list[fx.Graph | None]:
+    """The graphs of a module, in as much detail as can be traced; None in place of those that cannot be.
 
-    ``given``: with its optional inputs, those that are None by default, once as if all conditions on them held and once
-    as if none did; else they have their defaults, and there are no conditions.
+    One is of its optional inputs at their defaults. If some are None by default, two more are of the module with these
+    inputs: as if all conditions on its inputs held, and as if none did.
     """
-    arguments = list(inspect.signature(module.forward).parameters.values())
-    optional = {p.name: p.default for p in arguments if p.default is not p.empty and not (given and p.default is None)}
-    found = []
-    conditions = given and any(p.default is None for p in arguments)
-    for answer in (True, False) if conditions else (None,):
-        graph = _graph(module, training, optional, answer)
-        if graph is None:
-            return []
-        found.append(graph)
+    defaults = _defaults(module)
+    rest = {name: default for name, default in defaults.items() if default is not None}
+    found = [_graph(module, training, defaults)]
+    if len(rest) < len(defaults):
+        given = [_graph(module, training, rest, answer) for answer in (True, False)]
+        found += [None] if None in given else given
     return found
 
 
-def _graph(module: nn.Module, training: bool, optional: dict[str, Any], answer: bool | None) -> fx.Graph | None:
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """The optional inputs of a module."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in arguments if p.default is not p.empty}
+
+
+def _graph(module: nn.Module, training: bool, optional: dict[str, Any], answer: bool | None = None) -> fx.Graph | None:
     for inline in (True, False):
         scratch = copy.deepcopy(module).train(training)
         try:
@@ -222,7 +222,7 @@ def _graph(module: nn.Module, training: bool, optional: dict[str, Any], answer: 
     return None
 
 
-def _traced(module: nn.Module, name: str, training: bool, given: bool) -> list[Reading]:
+def _traced(module: nn.Module, name: str, training: bool) -> list[Reading]:
     """The results of reading one module's own code, see `_graphs`; names are relative to the block."""
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) and type(module) in _LAYERS:
@@ -232,8 +232,8 @@ def _traced(module: nn.Module, name: str, training: bool, given: bool) -> list[R
         slots = [Slot(f"{prefix}linear1.weight", 0, True), Slot(f"{prefix}linear2.weight", 1, True)]
         slots += [Slot(f"{prefix}linear1.bias", 0, False)] if module.linear1.bias is not None else []
         return [Reading((Units(module.linear1.out_features, frozenset(slots)),), frozenset())]
-    graphs = _graphs(module, training, given)
-    return [_Reader(module, prefix).read(graph) for graph in graphs] or [Reading((), frozenset())]
+    nothing = Reading((), frozenset())
+    return [nothing if g is None else _Reader(module, prefix).read(g) for g in _graphs(module, training)]
 
 
 @dataclass

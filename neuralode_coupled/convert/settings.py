@@ -66,7 +66,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:8]
 
 
-def _of_callable(value: Any, inside: functools.partial | Any) -> str | None:
+def _of_callable(value: Any, inside: Any) -> str | None:
     """Of a function, what it computes with: its code, defaults and closure."""
     if isinstance(value, functools.partial):
         return f"partial({inside(value.func)}, {inside(value.args)}, {inside(value.keywords)})"

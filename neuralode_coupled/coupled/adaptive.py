@@ -20,7 +20,7 @@ from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMetho
 from neuralode_coupled.coupled.stages import Stages
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite, check_follows_time, check_interval, no_flow
-from neuralode_coupled.field import CoupledField, keeping_inputs
+from neuralode_coupled.field import CoupledField
 from neuralode_coupled.kernels import DensityKernel, SampleAndHold, share
 from neuralode_coupled.odeint import AdaptiveSolve, Dynamics
 from neuralode_coupled.runge_kutta import AdaptiveOptions
@@ -101,7 +101,6 @@ class Adaptive:
     def _states(
         self, field: CoupledField, z0: Activation, wanted: TimeRow, adjoint: GradientMethod
     ) -> tuple[list[Activation], Stats]:
-        field = keeping_inputs(field)
         field.begin(z0)
         if field.per_step:  # put in since the layer was made
             self.check(field)

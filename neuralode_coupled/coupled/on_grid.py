@@ -42,7 +42,7 @@ from neuralode_coupled.evolution import (
     jumps,
     named,
 )
-from neuralode_coupled.field import CoupledField, Further, keeping_inputs
+from neuralode_coupled.field import CoupledField, Further
 from neuralode_coupled.kernels import SampleAndHold
 from neuralode_coupled.odeint.times import too_short, unresolved
 from neuralode_coupled.runge_kutta import increment, step
@@ -164,7 +164,7 @@ def _solved_eagerly(
     further: Further | None,
 ) -> tuple[list[Activation], Stats]:
     """`OnGrid.states` for a method whose backward pass evaluates f outside of what ``torch.compile`` traces."""
-    return solve.states(keeping_inputs(field), z0, wanted, adjoint, further)
+    return solve.states(field, z0, wanted, adjoint, further)
 
 
 @dataclass(frozen=True)
@@ -363,7 +363,7 @@ class GridProblem:
         if not self.stages.moving:
             return {}
         w0 = self.field.evolving(self.stages.moving)
-        with torch.autocast(self.z0.device.type, enabled=False):
+        with without_autocast(self.z0.device):
             connected = self.scheme.connect(self.field.kernel, self.z0.device, backwards)
             return {name: self._theta(connected, name, w0[name]) for name in self.stages.moving}
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from neuralode_coupled._substitution import DynamicsError, Held, alone, call, observed, places_of
-from neuralode_coupled._torch import versions
+from neuralode_coupled._torch import versions, without_autocast
 from neuralode_coupled._types import State
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import all_at_once, check_finite, named, within_steps
@@ -104,7 +104,7 @@ class OwnWeights:
 
     def _advance(self, scheme: Scheme, n: int, carried: State, direct: State, backwards: bool) -> tuple[State, State]:
         theta, after = {}, []
-        with torch.autocast((*carried, *direct)[0].device.type, enabled=False):
+        with without_autocast((*carried, *direct)[0].device):
             for (name, trajectory), w in zip(self._at_once.items(), direct, strict=False):
                 h, fractions, jumping = scheme.weight_grid.length, self._fractions[name, backwards], self._jumping[name]
                 reach = trajectory

@@ -34,7 +34,8 @@ class System(nn.Module):
     def __init__(self, field: CoupledField, names: Sequence[str]) -> None:
         super().__init__()
         self.field, self.names = field, list(names)
-        self.captured = field.captured
+        # A backward pass may evaluate f when the compiler has taken the inputs from the field again, see `with_inputs`.
+        self.captured, self._inputs = field.captured, field.inputs
         self.latest: tuple[Tensor, State, State] | None = None
         self.choosing = self._looked = False
 
@@ -52,7 +53,7 @@ class System(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
-        found = self.field.evaluate(t, z, theta, begun=True)
+        found = self.field.evaluate(t, z, theta, begun=True, inputs=self._inputs)
         if theta and torch.is_grad_enabled() and not self._looked and not tracing():
             self._looked = True
             check_not_evaluated_later(self.field.dynamics, self.names, found, (z, *theta.values()))

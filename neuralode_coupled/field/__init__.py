@@ -3,7 +3,7 @@
 from neuralode_coupled.field.assignment import ByPattern, Evolution, Evolve
 from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tupled
 from neuralode_coupled.field.checks import check_activation, check_slope
-from neuralode_coupled.field.coupled import CoupledField, keeping_inputs, with_inputs
+from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.later import check_not_evaluated_later
 from neuralode_coupled.field.per_step import PerStep, in_force
@@ -23,7 +23,6 @@ __all__ = [
     "check_not_evaluated_later",
     "check_slope",
     "in_force",
-    "keeping_inputs",
     "tupled",
     "with_inputs",
 ]

@@ -374,12 +374,6 @@ def with_inputs(field: CoupledField, args: tuple[Any, ...], kwargs: Mapping[str,
             field.inputs = before
 
 
-def keeping_inputs(field: CoupledField) -> CoupledField:
-    """The field, in a copy if it has inputs: for a solve that ``torch.compile`` leaves alone, and that may evaluate it
-    in the backward pass, when `with_inputs` has taken the inputs from the field itself again."""
-    return field if field.inputs is None else copy.copy(field)
-
-
 def _without_hooks(run: Callable[[], Tensor]) -> Tensor:
     """``run()`` without ``torch.utils.checkpoint`` in it, which would silently evaluate f again with w0.
 

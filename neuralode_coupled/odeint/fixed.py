@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +17,9 @@ from neuralode_coupled.odeint.dynamics import Dynamics
 from neuralode_coupled.odeint.interpolation import cubic, linear
 from neuralode_coupled.odeint.times import Grid, Scalar, rows, share_out, time_tensor, too_short, unresolved
 from neuralode_coupled.runge_kutta import Tableau, lasting, step
+from neuralode_coupled.runge_kutta.adaptive import Callback
 from neuralode_coupled.runge_kutta.rounding import rounding
 from neuralode_coupled.runge_kutta.stage_times import HOST
-
-Announce = Callable[[Tensor, State, Tensor], Any]
-"""``announce(t, y, dt)`` is called before each step of the forward pass."""
 
 
 def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
@@ -82,7 +79,7 @@ class FixedSteps:
         like: Tensor,
         interp: str = "linear",
         perturb: bool = False,
-        announce: Announce | None = None,
+        announce: Callback | None = None,
     ) -> None:
         self.dynamics, self.grid, self.method = dynamics, grid, method
         self._cubic, self._announce = interp == "cubic", announce
