@@ -13,7 +13,15 @@ from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
-from neuralode_coupled.field import Block, CoupledField, PerStep, check_not_evaluated_later, check_slope, in_force
+from neuralode_coupled.field import (
+    Block,
+    CoupledField,
+    PerStep,
+    check_alike,
+    check_not_evaluated_later,
+    check_slope,
+    in_force,
+)
 from neuralode_coupled.runge_kutta import Tableau
 
 Names = tuple[str, ...]
@@ -57,8 +65,11 @@ class Stages:
         self._inputs, self._follows_time = field.inputs, field.follows_time
         self.moving = field.moving() if moving is None else moving
         # The compiler takes no change of an attribute inside of its checkpoints: there the first copies act, with the
-        # tensors of the step's.
+        # tensors of the step's, if that comes to the same.
         self._in_place = not torch.compiler.is_compiling()
+        if not self._in_place:
+            for prefix, module in field.per_step:
+                check_alike(prefix.removesuffix("."), module)
         prefixes = tuple([prefix for prefix, _ in field.per_step])
         with alone(field.dynamics, anew=moving is None):
             self._shared: list[str] = []

@@ -6,7 +6,7 @@ from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
 from neuralode_coupled.field.later import check_not_evaluated_later
-from neuralode_coupled.field.per_step import PerStep, in_force
+from neuralode_coupled.field.per_step import PerStep, check_alike, in_force
 
 __all__ = [
     "Block",
@@ -20,6 +20,7 @@ __all__ = [
     "Outputs",
     "PerStep",
     "check_activation",
+    "check_alike",
     "check_not_evaluated_later",
     "check_slope",
     "in_force",

@@ -19,8 +19,9 @@ class PerStep(nn.Module):
 
     Made for BatchNorm inside an ODE block: each step of the discrete map has its own statistics and affine parameters.
     `nc.solve` and `nc.CoupledODE` choose the copy by the index of the step (all Runge-Kutta stages of a step share it).
-    Outside of a solve the module acts as its first copy, whose attributes can be read from it. Inside of
-    ``torch.compile`` the first copy's code, flags and hooks act, with the tensors of copy ``n``.
+    Outside of a solve the module acts as its first copy, whose attributes can be read from it. Copies that differ in
+    more than their tensors (a frozen one, one with other settings or hooks), and per-step modules in copies, cannot be
+    compiled: ``torch.compile`` leaves such a solve as it is, or raises an error with ``fullgraph=True``.
 
     Args:
         module: the module to copy; copies start equal.
@@ -86,6 +87,25 @@ def in_force(modules: Iterable[PerStep], n: int) -> Iterator[None]:
     finally:
         for module, m in before:
             module._in_force = m
+
+
+def check_alike(name: str, module: PerStep) -> None:
+    """Raise ValueError for copies that differ in more than their tensors, for which the first one cannot stand."""
+    first, *others = [[_behaviour(part) for part in copied.modules()] for copied in module.copies]
+    for n, other in enumerate(others, 1):
+        if other != first or any(kind is PerStep for kind, *_ in other):
+            raise ValueError(
+                f"copies 0 and {n} of {name or 'a PerStep'} differ in their class, settings, train/eval flags or "
+                "hooks, or have per-step modules within: torch.compile has one code for all steps. Make them equal, or "
+                "do not compile this layer"
+            )
+
+
+def _behaviour(part: nn.Module) -> tuple[Any, ...]:
+    """What decides how a module computes with given tensors, as far as plain values tell."""
+    settings = [(key, value) for key, value in vars(part).items() if isinstance(value, bool | int | float | str)]
+    hooks = [len(part._forward_pre_hooks), len(part._forward_hooks), len(part._backward_hooks)]
+    return type(part), settings, hooks
 
 
 def per_step_modules(root: nn.Module) -> Iterator[tuple[str, PerStep]]:
