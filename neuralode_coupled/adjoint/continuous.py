@@ -253,7 +253,7 @@ class _VectorField(nn.Module):
 
         leaf = lasting(foreign(edges(slope), known), again)
         if leaf is not None:
-            raise self.flow.overlooked(leaf, f"at t = {float(t):g}")
+            raise self.flow.overlooked(leaf, f"at t = {float(t.detach()):g}")
 
     def callback_step(self, t0: Tensor, y0: State, dt: Tensor) -> None:
         """torchdiffeq begins a step of the forward solve. (It gives dt without its sign.)"""

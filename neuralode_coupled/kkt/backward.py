@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from neuralode_coupled._types import Activation, StageWeights, Trajectory, WeightPath
 from neuralode_coupled.coupled.layer import CoupledODE
+from neuralode_coupled.kkt.given import Given, Inputs
 from neuralode_coupled.kkt.steps import FIELD, Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, minus
 
@@ -44,7 +47,14 @@ class Multipliers:
         return {"z0": -self.alpha[0], **w0, **self.p, **self.static}
 
 
-def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
+def multipliers(
+    layer: CoupledODE,
+    z0: Activation,
+    loss: Loss,
+    *,
+    args: Inputs = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Multipliers:
     """Solve the discrete optimality system (7a) to (7e) for the loss J, step by step by explicit vector-Jacobian
     products. The layer's times are numbers here, even if they are learned.
 
@@ -55,11 +65,14 @@ def multipliers(layer: CoupledODE, z0: Activation, loss: Loss) -> Multipliers:
         layer: the coupled layer; its gradient method does not matter here.
         z0: the initial activations, as for the layer itself.
         loss: J, from z(t1) to a scalar.
+        args: the inputs of f after the state, if it takes any.
+        kwargs: the same by name.
 
     Raises:
-        TypeError, ValueError: if the layer refuses z0, or the loss is not a scalar tensor.
+        TypeError, ValueError: if the layer refuses z0 or the inputs, or the loss is not a scalar tensor.
     """
-    return substitute(layer, lambda leaves: solve_backwards(Steps(layer, z0, leaves), loss))
+    given = Given(z0, args, kwargs)
+    return substitute(layer, lambda leaves: solve_backwards(Steps(layer, given, leaves), loss))
 
 
 def solve_backwards(steps: Steps, loss: Loss) -> Multipliers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.closed_forms import check_closed_forms
+from neuralode_coupled.kkt.given import Given, Inputs
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 
@@ -44,9 +47,9 @@ class Check:
     ``print(nc.kkt.check(layer, z0))`` shows the table once.
 
     Attributes:
-        groups: the comparison for ``"z0"``, ``"w0"``, ``"p"`` (of the evolution, and of a learnable kernel),
-            ``"static"`` (everything else in the dynamics) and ``"t"`` (learned times), where the layer has such
-            tensors.
+        groups: the comparison for ``"z0"``, ``"inputs"`` (those that require a gradient), ``"w0"``, ``"p"`` (of the
+            evolution, and of a learnable kernel), ``"static"`` (everything else in the dynamics) and ``"t"`` (learned
+            times), where the layer has such tensors.
         tolerance: the relative error that rounding may make in this precision.
         reason: why the continuous adjoint is not defined; empty if it is defined.
         shown: whether the table was printed.
@@ -92,7 +95,15 @@ class Check:
         return "\n".join(lines)
 
 
-def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: bool = True) -> Check:
+def check(
+    layer: CoupledODE,
+    z0: Activation,
+    loss: Loss | None = None,
+    *,
+    args: Inputs = (),
+    kwargs: Mapping[str, Any] | None = None,
+    show: bool = True,
+) -> Check:
     """Compare four gradients side by side: DTO, unrolled autograd, the continuous adjoint, and central finite
     differences along random directions.
 
@@ -103,31 +114,34 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
         layer: the coupled layer. Its `DiscreteAdjoint` is checked if it has one, else the default one.
         z0: the initial activations.
         loss: from z(t1) to a scalar; by default a fixed random linear functional.
+        args: the inputs of f after the state, if it takes any. Gradients in those that require one are compared too.
+        kwargs: the same by name.
         show: print the table.
 
     Raises:
-        TypeError, ValueError: if the layer refuses z0, the loss is not a scalar tensor, or ``propagate``
+        TypeError, ValueError: if the layer refuses z0 or the inputs, the loss is not a scalar tensor, or ``propagate``
             (``propagator``, ``trajectory``) of an operator does not solve ``dw/dt = forward(t, w)``, which no
             comparison of gradients would show.
     """
     check_layer(layer)
-    layer.field.begin(z0)
+    given = Given(z0, args, kwargs)
+    given.field(layer)
     substitute(layer, lambda _: check_closed_forms(layer))
     loss = probe(z0) if loss is None else loss
     dto = layer.adjoint if isinstance(layer.adjoint, DiscreteAdjoint) else DiscreteAdjoint()
-    exact = _gradients(layer, z0, loss, Backprop())
-    others: dict[str, Tensors | None] = {"DTO": _gradients(layer, z0, loss, dto), "continuous": None}
+    exact = _gradients(layer, given, loss, Backprop())
+    others: dict[str, Tensors | None] = {"DTO": _gradients(layer, given, loss, dto), "continuous": None}
     reason = ""
     try:
-        others["continuous"] = _gradients(layer, z0, loss, ContinuousAdjoint())
+        others["continuous"] = _gradients(layer, given, loss, ContinuousAdjoint())
     except (ValueError, NotImplementedError) as error:
         reason = str(error)
     floor = norm(exact.values()) / 100
     groups: dict[str, Group] = {}
-    for name, members in _groups(layer).items():
+    for name, members in _groups(layer, given).items():
         if members:
             chosen = {method: None if found is None else pick(found, members) for method, found in others.items()}
-            groups[name] = _compare(layer, z0, loss, pick(exact, members), chosen, floor)
+            groups[name] = _compare(layer, given, loss, pick(exact, members), chosen, floor)
     result = Check(groups, 1e4 * torch.finfo(z0.dtype).eps, reason, shown=show)
     if show:
         print(result.table)  # noqa: T201 (what it is asked for)
@@ -135,17 +149,17 @@ def check(layer: CoupledODE, z0: Activation, loss: Loss | None = None, *, show: 
 
 
 def _compare(
-    layer: CoupledODE, z0: Tensor, loss: Loss, exact: Tensors, others: dict[str, Tensors | None], floor: float
+    layer: CoupledODE, given: Given, loss: Loss, exact: Tensors, others: dict[str, Tensors | None], floor: float
 ) -> Group:
     """Compare one group's gradients by every method; ``floor`` is the least norm that errors are relative to."""
-    tensors = {"z0": z0, **dict(layer.named_parameters())}
+    tensors = {**given.tensors, **dict(layer.named_parameters())}
     direction = _direction({name: tensors[name] for name in exact})
     slopes: dict[str, float | None] = {"autograd": dot(exact, direction)}
     errors: dict[str, float | None] = {"autograd": 0.0}
     for method, gradient in others.items():
         slopes[method] = None if gradient is None else dot(gradient, direction)
         errors[method] = None if gradient is None else relative_error(gradient.values(), exact.values(), floor)
-    quotient = _differences(layer, z0, loss, direction)
+    quotient = _differences(layer, given, loss, direction)
     size = sum(g.numel() for g in exact.values())
     # A slope is a sum of as many random terms, and as large as their norm.
     scale = max(norm(g * direction[name] for name, g in exact.items()), floor * norm(direction.values()) / size**0.5)
@@ -165,50 +179,55 @@ def _direction(tensors: Tensors) -> Tensors:
     return found
 
 
-def _gradients(layer: CoupledODE, z0: Tensor, loss: Loss, adjoint: GradientMethod) -> Tensors:
-    """The gradient of J in z0 and in every parameter, by its name in the layer."""
+def _gradients(layer: CoupledODE, given: Given, loss: Loss, adjoint: GradientMethod) -> Tensors:
+    """The gradient of J in z0, in the inputs, and in every parameter by its name in the layer."""
 
     def differentiate(leaves: Tensors) -> Tensors:
-        tensors = {"z0": as_leaf(z0), **leaves}
-        return by_name(scalar("loss", loss(_solved_by(layer, adjoint, tensors["z0"]))), tensors)
+        tensors = {**{name: as_leaf(tensor) for name, tensor in given.tensors.items()}, **leaves}
+        return by_name(scalar("loss", loss(_solved_by(layer, adjoint, given, tensors))), tensors)
 
     return substitute(layer, differentiate)
 
 
-def _differences(layer: CoupledODE, z0: Tensor, loss: Loss, direction: Tensors) -> float:
+def _differences(layer: CoupledODE, given: Given, loss: Loss, direction: Tensors) -> float:
     """The central difference quotient of the loss along a direction."""
     # Smaller than is best for smooth functions: the fewer ReLUs switch between the two points, the better.
-    shift = torch.finfo(z0.dtype).eps ** 0.5
+    shift = torch.finfo(given.z0.dtype).eps ** 0.5
     values = []
     for sign in (1, -1):
 
         def value(leaves: Tensors, sign: int = sign) -> float:
-            start = z0 + sign * shift * direction["z0"] if "z0" in direction else z0
+            start = {
+                name: tensor + sign * shift * direction[name]
+                for name, tensor in given.tensors.items()
+                if name in direction
+            }
             with torch.no_grad():
                 for name in direction.keys() & leaves.keys():
                     leaves[name].add_(direction[name], alpha=sign * shift)
-                return float(scalar("loss", loss(_solved_by(layer, Backprop(), start))))
+                return float(scalar("loss", loss(_solved_by(layer, Backprop(), given, start))))
 
         values.append(substitute(layer, value))
     return (values[0] - values[1]) / (2 * shift)
 
 
-def _solved_by(layer: CoupledODE, adjoint: GradientMethod, z0: Tensor) -> Tensor:
-    """The layer's output under another gradient method."""
+def _solved_by(layer: CoupledODE, adjoint: GradientMethod, given: Given, others: Tensors) -> Tensor:
+    """z(t1) of the layer under another gradient method, with ``others`` in place of what it is given."""
     own, stats = layer.adjoint, layer.stats
     layer.adjoint = adjoint
     try:
-        return layer(z0)
+        return given.solve(layer, others)
     finally:
         layer.adjoint, layer.stats = own, stats
 
 
-def _groups(layer: CoupledODE) -> dict[str, list[str]]:
+def _groups(layer: CoupledODE, given: Given) -> dict[str, list[str]]:
     """The names, in the layer, of the tensors of each group."""
     names = [name for name, parameter in layer.named_parameters() if is_differentiable(parameter)]
     evolving = {FIELD + name for name in layer.field.names}
     return {
         "z0": ["z0"],
+        "inputs": [name for name in given.tensors if name != "z0"],
         "w0": [name for name in names if name in evolving],
         "p": [name for name in names if name.startswith("field.") and not name.startswith(FIELD)],
         "static": [name for name in names if name.startswith(FIELD) and name not in evolving],

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any
 
 from neuralode_coupled._types import Activation
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.backward import Multipliers, check_shapes, multipliers
 from neuralode_coupled.kkt.continuous import continuous_residuals, why_not_continuous
 from neuralode_coupled.kkt.discrete import discrete_residuals
+from neuralode_coupled.kkt.given import Given, Inputs
 from neuralode_coupled.kkt.steps import Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Regularizer, Tensors, as_leaf, by_name, scalar
 
@@ -42,6 +43,8 @@ def residuals(
     regularizer: Regularizer | None = None,
     *,
     inserted: Multipliers | None = None,
+    args: Inputs = (),
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Residuals:
     """Measure how well multipliers, and the gradients of the layer's own gradient method, satisfy (7a) to (7e).
 
@@ -59,16 +62,19 @@ def residuals(
         regularizer: R(w0, p), such as ``layer.regularization``; a function without arguments that reads the layer's
             parameters when it is called.
         inserted: multipliers to evaluate at, in place of the result of `multipliers`.
+        args: the inputs of f after the state, if it takes any.
+        kwargs: the same by name.
 
     Raises:
         TypeError, ValueError: as `multipliers` does; if the regulariser is not a scalar tensor; or if the inserted
             multipliers have other shapes.
     """
-    found = multipliers(layer, z0, loss) if inserted is None else inserted
-    objective = substitute(layer, lambda leaves: _delivered(layer, z0, loss, regularizer, leaves))
+    found = multipliers(layer, z0, loss, args=args, kwargs=kwargs) if inserted is None else inserted
+    given = Given(z0, args, kwargs)
+    objective = substitute(layer, lambda leaves: _delivered(layer, given, loss, regularizer, leaves))
 
     def evaluate(leaves: Tensors) -> Residuals:
-        steps = Steps(layer, z0, leaves)
+        steps = Steps(layer, given, leaves)
         check_shapes(found, steps)
         discrete = discrete_residuals(steps, loss, found, *objective)
         reason = why_not_continuous(layer)
@@ -80,11 +86,11 @@ def residuals(
 
 
 def _delivered(
-    layer: CoupledODE, z0: Tensor, loss: Loss, regularizer: Regularizer | None, leaves: Tensors
+    layer: CoupledODE, given: Given, loss: Loss, regularizer: Regularizer | None, leaves: Tensors
 ) -> tuple[Tensors, Tensors]:
     """The gradients of J + R by the layer's own adjoint, and those of R alone."""
-    tensors = {"z0": as_leaf(z0), **leaves}
-    objective = scalar("loss", loss(layer(tensors["z0"])))
+    tensors = {"z0": as_leaf(given.z0), **leaves}
+    objective = scalar("loss", loss(given.solve(layer, tensors)))
     regular = objective.new_zeros(()) if regularizer is None else scalar("regularizer", regularizer())
     parts = [by_name(regular, tensors), by_name(objective + regular, tensors)]
     return parts[1], parts[0]

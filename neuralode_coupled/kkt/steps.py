@@ -17,6 +17,7 @@ from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.evolution import closed_form, path_from
 from neuralode_coupled.field import CoupledField
+from neuralode_coupled.kkt.given import Given
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, pull, scalar, time_tensor
 from neuralode_coupled.runge_kutta import step
 
@@ -31,13 +32,12 @@ class Steps:
 
     Args:
         layer: a layer whose parameters are the ``leaves``.
-        z0: the initial activations.
+        given: the initial activations and the inputs.
         leaves: the parameters by their names in the layer.
     """
 
-    def __init__(self, layer: CoupledODE, z0: Tensor, leaves: Tensors) -> None:
-        layer.field.begin(z0)
-        self.field, self.scheme = layer.field, scheme_of(layer)
+    def __init__(self, layer: CoupledODE, given: Given, leaves: Tensors) -> None:
+        self.field, self.scheme = given.field(layer), scheme_of(layer)
         weight_side = {f"field.{part}." for part in ("evolution", "kernel")}
         self.p = {name: leaf for name, leaf in leaves.items() if name.startswith(tuple(weight_side))}
         evolving = {FIELD + name for name in self.field.names}
@@ -48,7 +48,7 @@ class Steps:
         for name, w0 in self.field.evolving().items():
             self._weights(name, w0)
         self.theta = {name: [as_leaf(row) for row in theta] for name, theta in self.theta_of_w.items()}
-        self.z, self.z_next = [as_leaf(z0)], []
+        self.z, self.z_next = [as_leaf(given.z0)], []
         for n in range(self.scheme.grid.steps):
             self.z_next.append(self._activation_step(n))
             self.z.append(as_leaf(self.z_next[-1]))
