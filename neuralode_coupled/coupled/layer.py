@@ -135,6 +135,11 @@ class CoupledODE(nn.Module):
         t = tuple(t) if isinstance(t, Iterator) else t
         with torch.no_grad():
             row = time_row(t)
+        if len(row.numbers) > 2:
+            raise ValueError(
+                f"t must be the two ends of the layer's interval, got {row.numbers}: for states in between use "
+                "layer.trajectory(z0, t)"
+            )
         # By numbers: a solve made of tensors has a graph, and could not be copied with the layer.
         chosen = discretisation.on(self.field, row.pick(0, -1))
         chosen.check_adjoint(self.field, self.adjoint)
@@ -300,6 +305,7 @@ class CoupledODE(nn.Module):
 
     def _solve_in_force(self) -> OnGrid | Adaptive:
         """How the layer is solved; checked again if its kernel has been replaced."""
+        check_gradient_method(self.adjoint)  # an attribute that may have been set since
         if self._checked_kernel[0] is not self.field.kernel:
             self.discretise(self.discretisation)
         if self._numbers:

@@ -186,6 +186,13 @@ def check_layout(operator: nn.Module, wanted: tuple[int, ...], bound: tuple[int,
         )
 
 
+def bound(made: T | None, operator: nn.Module) -> T:
+    """What ``bind`` has made for an operator; raises ValueError if it was not called yet."""
+    if made is None:
+        raise ValueError(f"{operator} has no coefficients yet: bind it to a weight first, by bind(weight)")
+    return made
+
+
 def check_real(weight: Tensor, whose: str) -> None:
     """Raise ValueError for a weight that the operators of this package cannot evolve."""
     if not weight.is_floating_point():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import Times, choice, shown, times, times_within, whole
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, Static, check_layout, check_real
+from neuralode_coupled.evolution.base import EvolutionOperator, Static, bound, check_layout, check_real
 from neuralode_coupled.evolution.fitting import Projection, read_path, relative_error
 from neuralode_coupled.evolution.functions import FUNCTIONS, Rows, quadrature
 
@@ -146,13 +146,12 @@ class BasisEvolution(EvolutionOperator):
 
     def matrices(self) -> Tensor:
         """c: (size, *weight); with a rank, computed from the factors."""
-        if self.weight_shape is None:
-            raise ValueError(f"{self} has no coefficients yet: bind it to a weight first, by bind(weight)")
+        shape = bound(self.weight_shape, self)
         if self.coefficients is not None:
             return self.coefficients
         assert self.left is not None
         assert self.right is not None
-        return (self.left @ self.right.mT).unflatten(-1, self.weight_shape[1:])
+        return (self.left @ self.right.mT).unflatten(-1, shape[1:])
 
     def project(self, times: Times, weights: Tensor | Sequence[Tensor]) -> Projection:
         """Set the coefficients whose path is nearest to given weights: the L2 projection onto the basis.

@@ -18,7 +18,13 @@ def exponential(matrices: Tensor) -> Tensor:
     larger G is relative to A, the less exact this is: in float32, with gradient scaling by 2^16, the gradient was off
     by 11%. Here G has the same size whatever the size of the loss: twice the gradient gives twice the derivative to the
     last bit. A gradient of zero gives zero; one that is not finite gives nan.
+
+    Matrices in 16 bits go by way of float32: ``matrix_exp`` takes them, and returns numbers of 1e30 or nan for all but
+    zero (torch 2.14).
     """
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    if wide != matrices.dtype:
+        return exponential(matrices.to(wide)).to(matrices.dtype)
     if torch.compiler.is_compiling():  # it takes no Function with a forward-mode derivative
         return _Exponential.apply(matrices)  # pyright: ignore[reportReturnType]
     return _BothWays.apply(matrices)  # pyright: ignore[reportReturnType]

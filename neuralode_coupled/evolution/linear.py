@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neuralode_coupled._checks import Times, choice, is_whole
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
+from neuralode_coupled.evolution.base import EvolutionOperator, bound, check_layout, check_real
 from neuralode_coupled.evolution.exponential import exponential
 from neuralode_coupled.evolution.fitting import Start, fit_coefficients, read_path
 from neuralode_coupled.evolution.starts import beside, generators, low_rank
@@ -153,14 +153,12 @@ class LinearEvolution(EvolutionOperator):
         return w0 + change.reshape(len(times), *w0.shape)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        assert self.left is not None
-        assert self.right is not None
-        return self.left, self.right
+        return bound(self.left, self), bound(self.right, self)
 
     def _fields(self, w: Tensor) -> Tensor:
         """(fields, pixels), or (out, in, pixels) if every filter has its own matrix."""
-        assert self.layout is not None
-        return w.reshape(*self.layout[:-1], -1, self.layout[-1])
+        layout = bound(self.layout, self)
+        return w.reshape(*layout[:-1], -1, layout[-1])
 
     def _layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The part of a weight's shape that the matrices depend on: (out,) over channels, (pixels,) or (out, pixels)

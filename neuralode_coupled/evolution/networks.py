@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from neuralode_coupled._checks import choice, is_whole, whole
 from neuralode_coupled._types import Weight
-from neuralode_coupled.evolution.base import EvolutionOperator, check_layout, check_real
+from neuralode_coupled.evolution.base import EvolutionOperator, bound, check_layout, check_real
 
 Padding = Literal["circular", "zeros"]
 NetworkScope = Literal["kernel", "filter"]
@@ -82,8 +82,7 @@ class ConvEvolution(EvolutionOperator):
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt, of the shape of ``w``."""
-        assert self.network is not None, "bind comes first"
-        return self.network(w.reshape(_as_images(tuple(w.shape)))).reshape(w.shape)
+        return bound(self.network, self)(w.reshape(_as_images(tuple(w.shape)))).reshape(w.shape)
 
 
 class MLPEvolution(EvolutionOperator):
@@ -130,12 +129,10 @@ class MLPEvolution(EvolutionOperator):
 
     def forward(self, t: Tensor, w: Weight) -> Weight:
         """dw/dt, of the shape of ``w``."""
-        assert self.network is not None, "bind comes first"
-        assert self.layout is not None
-        seen = w.reshape(-1, *self.layout)
+        seen = w.reshape(-1, *bound(self.layout, self))
         if self.time:
             seen = torch.cat([seen, t.to(w).expand(len(seen), 1)], dim=1)
-        return self.network(seen).reshape(w.shape)
+        return bound(self.network, self)(seen).reshape(w.shape)
 
 
 class HyperNetwork(EvolutionOperator):
@@ -203,12 +200,9 @@ class HyperNetwork(EvolutionOperator):
 
     def generated(self) -> Weight:
         """g(e), of the shape of the evolving parameter."""
-        assert self.embedding is not None, "bind comes first"
-        assert self.project is not None
-        assert self.generate is not None
-        assert self.weight_shape is not None
-        out, channels, *pixels = self.weight_shape
-        by_channel = self.generate(self.project(self.embedding).reshape(channels, self.hidden))
+        project, generate = bound(self.project, self), bound(self.generate, self)
+        out, channels, *pixels = bound(self.weight_shape, self)
+        by_channel = generate(project(self.embedding).reshape(channels, self.hidden))
         return by_channel.reshape(channels, out, *pixels).transpose(0, 1)
 
     def forward(self, t: Tensor, w: Weight) -> Weight:

@@ -14,7 +14,7 @@ from neuralode_coupled._checks import Times, choice
 from neuralode_coupled._files import takes_scalars
 from neuralode_coupled._times import Scalar, time_vector
 from neuralode_coupled._types import Weight, WeightPath
-from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, check_real
+from neuralode_coupled.evolution.base import EvolutionOperator, NonFiniteWeights, bound, check_real
 from neuralode_coupled.evolution.fitting import Start, fit_coefficients, read_path
 from neuralode_coupled.evolution.spectral import Spectrum
 from neuralode_coupled.evolution.starts import spectral_terms
@@ -93,6 +93,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         self.terms = {"diffusion": diffusion, "advection": advection, "reaction": reaction}
         self.nonnegative_diffusion = nonnegative_diffusion
         self.weight_shape: tuple[int, ...] | None = None
+        self.spectrum: Spectrum | None = None
         for term in self.terms:
             self.register_parameter(term, None)
         takes_scalars(self, ("diffusion", "reaction"))
@@ -168,7 +169,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
             inverse, dt = _INVERSES[self.sigma], t.diff().reshape(-1, *[1] * (path.ndim - 1))
             # After sigma is inverted, a linear flow remains.
             after = inverse(after) if self.form == "propagator" else before + dt * inverse((after - before) / dt)
-        spectrum = Spectrum(self.spectrum.pixels, torch.float64)
+        spectrum = Spectrum(bound(self.spectrum, self).pixels, torch.float64)
         before, after = [torch.stack([self._group(w) for w in states]) for states in (before, after)]
         present = [term for term, there in self.terms.items() if there]
         starts: list[Start] = []
@@ -185,7 +186,7 @@ class ReactionDiffusionAdvection(EvolutionOperator):
                 "the propagator form with a nonlinear activation (Eq. 9) is a map, not a vector field: "
                 "use form='ode' with a general-purpose solver, or nc.solve"
             )
-        w = self._ungroup(self.spectrum.generate(self._group(w), *self._coefficients()), w)
+        w = self._ungroup(bound(self.spectrum, self).generate(self._group(w), *self._coefficients()), w)
         return w if self.sigma is None else self.sigma(w)
 
     @property
@@ -222,16 +223,17 @@ class ReactionDiffusionAdvection(EvolutionOperator):
 
     def _flow(self, times: Tensor) -> Callable[[Weight], WeightPath]:
         """The linear flow from any w to all the times."""
+        spectrum = bound(self.spectrum, self)
         tau, upsilon, rho = self._coefficients()
         # On other devices the check would make the host wait; inside torch.compile it would break the graph.
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_overflow(times.detach(), tau, rho)
-        advance = self.spectrum.propagator(times, tau, upsilon, rho)
+            self._check_overflow(spectrum, times.detach(), tau, rho)
+        advance = spectrum.propagator(times, tau, upsilon, rho)
         return lambda w: self._ungroup(advance(self._group(w)), w)
 
     @torch.no_grad()
-    def _check_overflow(self, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:
-        found = self.spectrum.overflow(times, tau, rho)
+    def _check_overflow(self, spectrum: Spectrum, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:
+        found = spectrum.overflow(times, tau, rho)
         if found is None or self.weight_shape is None:
             return
         group, mode, exponent = found

@@ -98,7 +98,7 @@ class Spectrum(nn.Module):
         """``tau Lap w + upsilon . grad w + rho w``, of the shape of ``w``."""
         if not self.dense:
             growth, turn = self._rates(tau, upsilon, rho)
-            return self._filter(w, torch.complex(growth, turn))
+            return self._filter(w, torch.complex(_wide(growth), _wide(turn)))
         zero = self.terms.new_zeros(())
         columns = [
             zero if tau is None else tau,
@@ -127,6 +127,8 @@ class Spectrum(nn.Module):
             gain = torch.expm1(times[:, None] * rho)
             return lambda w: w + gain.reshape(*gain.shape, *[1] * (w.ndim - 1)) * w
         growth, turn = self._rates(tau, upsilon, rho)
+        if not self.dense:
+            growth, turn = _wide(growth), _wide(turn)
         growth, turn = times[:, None, None] * growth, times[:, None, None] * turn
         # e^a (cos p + i sin p) - 1, without cancellation for small a and p.
         real = torch.expm1(growth) * torch.cos(turn) - 2 * torch.sin(turn / 2).square()
@@ -167,4 +169,9 @@ class Spectrum(nn.Module):
         """Multiply the Fourier transform of ``w`` by (..., groups, modes)."""
         axes = tuple(range(-len(self.pixels), 0))
         multiplier = multiplier.reshape(*multiplier.shape[:-1], 1, *self.pixels)
-        return torch.fft.ifftn(torch.fft.fftn(w, dim=axes) * multiplier, dim=axes).real
+        return torch.fft.ifftn(torch.fft.fftn(_wide(w), dim=axes) * multiplier, dim=axes).real.to(w.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: there is no FFT in 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

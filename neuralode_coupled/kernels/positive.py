@@ -36,6 +36,14 @@ class Positive:
         log = getattr(module, self._log)
         return getattr(module, self._fixed) if log is None else log.exp().reshape(())
 
+    def __set__(self, module: Any, value: float) -> None:
+        """Give the module another number, fixed or learnable as before; raises as `begin` does."""
+        number, log = float(positive(self._name, value)), getattr(module, self._log)
+        setattr(module, self._fixed, number)
+        if log is not None:
+            with torch.no_grad():
+                log.fill_(math.log(number))
+
     def shown(self, module: nn.Module) -> str:
         """The number as ``extra_repr`` shows it."""
         value, learnable = self.__get__(module), ""

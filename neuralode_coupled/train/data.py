@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,14 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """The training images' mean and deviation, which `normalise` uses: see `channel_statistics`. Available after
-        `setup`."""
+        """The mean and deviation that `normalise` uses: those of the training images (see `channel_statistics`), or
+        what `normalise_by` said. Available after `setup`."""
         return self._statistics[torch.device("cpu")]
+
+    def normalise_by(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        """Use these numbers from now on, one for each channel, in units of pixel values."""
+        mean_, deviation_ = (torch.tensor(row).reshape(-1, 1, 1) for row in (mean, deviation))
+        self._statistics = {torch.device("cpu"): (mean_, deviation_)}
 
     def first_images(self, count: int) -> Float[Tensor, "few 3 32 32"]:
         """The first training images, at most so many, normalised and not augmented. Available after `setup`."""

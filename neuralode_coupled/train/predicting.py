@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from neuralode_coupled._checks import some
 from neuralode_coupled._extras import needs
 from neuralode_coupled._files import write_atomically
 from neuralode_coupled.train.folder import RunFolder, as_folder
@@ -20,6 +22,8 @@ from neuralode_coupled.train.recogniser import load_recogniser
 
 with needs("train"):
     import numpy as np
+
+_SHOWN = 3
 
 _BATCH = 256
 """Images that are decoded and looked at together."""
@@ -47,7 +51,8 @@ def predict(
 
     Args:
         folder: of the run.
-        images: files, and folders with images at any depth.
+        images: files, and folders with images at any depth. A folder in them that is a link is passed over, with a
+            warning.
         checkpoint: ``"best"`` or ``"last"``.
 
     Raises:
@@ -95,7 +100,13 @@ def _images_in(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"there is no file or folder {str(path)!r}")
-    files = sorted(Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    walked = list(os.walk(path))
+    files = sorted(Path(folder) / name for folder, _, names in walked for name in names)
+    folders = [os.path.join(folder, name) for folder, inner, _ in walked for name in inner]
+    links = sorted(filter(os.path.islink, folders))
+    if links:
+        passed = f"folders that are links are passed over: {some(links, _SHOWN)}. Name them too if they are wanted"
+        warnings.warn(passed, stacklevel=2)
     images = [file for file in files if file.is_file() and is_taken(str(file))]
     if not images:
         raise ValueError(f"there are no images in the folder {str(path)!r}")

@@ -152,6 +152,9 @@ def prepare(
             data.setup()
         if first:
             lock = _claim(experiment, folder, data, done, lock, failing)
+        began_with = folder.statistics() if done else None
+        if began_with is not None:  # what normalises the images stays what the first epoch had, to the last digit
+            data.normalise_by(*began_with)
         log_epochs(trainer, folder, done, report)
         failing.pop_all()
     return Training(experiment, folder, data, classifier, trainer, done, lock)
@@ -185,7 +188,6 @@ def _claim(
     there = folder.experiment()
     if there is not None and there.epochs < experiment.epochs:
         folder.reopen()  # before the longer experiment is written: a kill in between leaves a run to be resumed
-    # What normalises the images of a run stays what its first epoch had, to the last digit.
     began_with = folder.statistics() if done else None
     folder.claim(experiment, data.class_names, versions(), images, began_with or (mean, deviation))
     return lock

@@ -82,7 +82,7 @@ def present(out: Path, runs: Sequence[Planned], console: Console) -> None:
         return
     title = describe(runs[0].experiment)
     # Narrow enough for 80 columns.
-    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+    table = Table(title=title, caption=LEGEND, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 0))
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
     for line in lines:

@@ -130,6 +130,20 @@ def test_times_that_are_none(options, t, error, message):
 
 
 @pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_times_within_the_interval_are_not_ignored(options):
+    """A learned one was a parameter of the layer, whose gradient stayed None."""
+    learned = (0.0, nn.Parameter(torch.tensor(0.3)), 1.0)
+    for t in ((0.0, 0.3, 1.0), torch.linspace(0, 1, 3), learned):
+        with pytest.raises(ValueError, match=r"two ends of the layer's interval, got \(0\.0, 0\.[35].*trajectory"):
+            nc.CoupledODE(nn.Linear(3, 3), t=t, **options)
+    made = nc.CoupledODE(nn.Linear(3, 3), t=(0.0, 2.0), **options)
+    with pytest.raises(ValueError, match="two ends of the layer's interval"):
+        made.t = learned
+    assert made.t == (0.0, 2.0)
+    assert not dict(made.named_parameters(recurse=False))
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize(
     ("t", "error", "message"),
     [
@@ -184,6 +198,10 @@ def test_what_is_no_gradient_method_is_refused(adjoint):
         nc.CoupledODE(nn.Linear(2, 2), steps=2, adjoint=adjoint)
     with pytest.raises(TypeError, match="adjoint must be a gradient method"):
         nc.solve(nc.CoupledField(nn.Linear(2, 2), nc.Static()), torch.ones(1, 2), steps=2, adjoint=adjoint)
+    set_later = nc.CoupledODE(nn.Linear(2, 2), steps=2)
+    set_later.adjoint = adjoint
+    with pytest.raises(TypeError, match="adjoint must be a gradient method"):
+        set_later(torch.ones(1, 2))
 
 
 @pytest.mark.parametrize("weight", ["1", None, [1.0]])

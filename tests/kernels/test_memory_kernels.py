@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import re
+from functools import partial
 from itertools import pairwise
 
 import mpmath
@@ -334,6 +336,29 @@ def test_the_discrete_adjoint_is_unrolled_autograd_for_every_kernel(layer):
         layer.adjoint = adjoint
         found.append(oracle.gradients(layer(z0).square().sum(), tensors))
     assert oracle.largest_error(*found) < 1e-12
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(("make", "name"), [(Exponential, "rate"), (Box, "width"), (partial(Erlang, 2), "rate")])
+def test_a_number_that_is_set_is_the_kernels_number(make, name, learnable):
+    """It shadowed a learned one: the solve used it, its gradient stayed None, and a saved layer had the old one."""
+    layer, z0 = nc.CoupledODE(nn.Linear(3, 3), nc.LinearEvolution(), make(2.0, learnable=learnable), steps=4), start()
+    oracle.randomize(layer.field.evolution)
+    other = copy.deepcopy(layer)
+    other.field.kernel = make(0.7, learnable=learnable)
+    setattr(layer.field.kernel, name, 0.7)
+    assert repr(layer.field.kernel) == repr(other.field.kernel)
+    torch.testing.assert_close(layer(z0.float()), other(z0.float()))
+    layer(z0.float()).square().sum().backward()
+    assert all(p.grad is not None for p in layer.field.kernel.parameters())
+    if learnable:
+        assert dict(layer.field.kernel.named_parameters()).keys() == {f"log_{name}"}
+        other.field.kernel = make(2.0, learnable=True)
+        other.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(layer(z0.float()), other(z0.float()))
+    for wrong, error in ((-1.0, ValueError), (0, ValueError), ("2", TypeError)):
+        with pytest.raises(error, match=f"{name} must be"):
+            setattr(layer.field.kernel, name, wrong)
 
 
 @pytest.mark.parametrize("make", [lambda: Exponential(3.0, learnable=True), lambda: Box(0.4, learnable=True)])

@@ -202,7 +202,7 @@ def test_the_table_as_text_csv_and_markdown_says_the_same(shared, tmp_path):
     for planned, accuracy in zip(runs, (0.9125, 0.5), strict=True):
         finish(planned, accuracy)
     text = printed(tmp_path, runs)
-    assert "1,234,567  91.25" in text
+    assert "1,234,567 91.25" in text
     assert max(map(len, text.splitlines()[:8])) <= 80
     assert "no figure of filters" in text
     assert not (tmp_path / "filters.png").exists()
@@ -216,6 +216,15 @@ def test_the_table_as_text_csv_and_markdown_says_the_same(shared, tmp_path):
 def test_the_widest_line_has_a_cell_for_every_heading():
     line = Line("anodev2-1", 5, 1756682, 90.0, 91.0, 90.5, 100.25, 25, 25, 12345.6)
     assert len(line.cells()) == len(table.HEADINGS)
+
+
+def test_the_table_of_the_widest_line_fits_into_80_columns(shared, tmp_path):
+    """Its headings were cut, "mean %" and "MiB" among them."""
+    runs = plan(tmp_path, shared, ["anodev2-1"], [0])
+    finish(runs[0], 0.9125, seconds=1036.4, evaluations=150, recomputed=100, memory=14320 * 2**20)
+    text = printed(tmp_path, runs)
+    assert "…" not in text
+    assert all(heading in text for heading in table.HEADINGS)
 
 
 def test_with_nothing_finished_there_is_no_table(shared, tmp_path):

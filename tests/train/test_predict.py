@@ -73,6 +73,18 @@ def test_more_images_than_are_decoded_together(trained, monkeypatch):
     assert [part.probability for part in parts] == pytest.approx([found.probability for found in whole], abs=1e-5)
 
 
+def test_folders_that_are_links_are_passed_over_with_a_warning(trained, tmp_path):
+    """They could lead back to the folder; linked files are images like others."""
+    tests, folder = trained.parent / "images" / "test", tmp_path / "photos"
+    folder.mkdir()
+    (folder / "one.png").symlink_to(tests / "class0" / "0.png")
+    (folder / "more").symlink_to(tests / "class1")
+    with pytest.warns(UserWarning, match=r"links are passed over: .*more\. Name them too"):
+        (found,) = predict(trained, [folder])
+    assert found.image == folder / "one.png"
+    assert len(list(predict(trained, [folder / "more"]))) > 1
+
+
 def test_the_last_checkpoint_can_be_asked_for(copied, tmp_path):
     content = torch.load(copied.last, weights_only=True)
     content["state_dict"] |= {name: t * 0 for name, t in content["state_dict"].items() if t.is_floating_point()}

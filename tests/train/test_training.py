@@ -288,8 +288,10 @@ def test_a_run_is_continued_only_with_images_of_the_same_statistics(small, tmp_p
     retouched = Image.open(images[0]).convert("RGB")
     retouched.putpixel((0, 0), (255, 255, 255))
     retouched.save(images[0])
-    prepare(small, folder, resume=True).lock.release()
+    continued = prepare(small, folder, resume=True)
+    continued.lock.release()
     assert folder.statistics() == began_with
+    assert tuple(numbers.flatten().tolist() for numbers in continued.data.statistics) == tuple(began_with)
     for image in images:
         Image.new("RGB", retouched.size, (9, 200, 90)).save(image)
     with pytest.raises(ValueError, match=r"trained on images whose mean is \[.*, and there are others, with \["):
