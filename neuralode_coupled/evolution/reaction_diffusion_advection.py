@@ -227,13 +227,13 @@ class ReactionDiffusionAdvection(EvolutionOperator):
         tau, upsilon, rho = self._coefficients()
         # On other devices the check would make the host wait; inside torch.compile it would break the graph.
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_overflow(spectrum, times.detach(), tau, rho)
+            self._check_overflow(times.detach(), tau, rho)
         advance = spectrum.propagator(times, tau, upsilon, rho)
         return lambda w: self._ungroup(advance(self._group(w)), w)
 
     @torch.no_grad()
-    def _check_overflow(self, spectrum: Spectrum, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:
-        found = spectrum.overflow(times, tau, rho)
+    def _check_overflow(self, times: Tensor, tau: Tensor | None, rho: Tensor | None) -> None:
+        found = bound(self.spectrum, self).overflow(times, tau, rho)
         if found is None or self.weight_shape is None:
             return
         group, mode, exponent = found
