@@ -8,10 +8,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from neuralode_coupled._checks import Times, times
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import tracing, transformed
 from neuralode_coupled._types import State
 
 Scalar = float | Tensor
@@ -86,10 +85,8 @@ def refuse_to_compile() -> None:
 
 
 def differentiated(tensor: Tensor) -> bool:
-    """Whether a gradient is asked of a tensor, or, in forward-mode differentiation, it carries a tangent."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
-    return tracing() == "transform" and forward_ad.unpack_dual(tensor).tangent is not None
+    """Whether a gradient or, in forward mode, a tangent is asked of a tensor; or may be, by a transform around it."""
+    return (torch.is_grad_enabled() and tensor.requires_grad) or transformed(tensor)
 
 
 def _wide(value: Scalar, device: torch.device) -> Tensor:

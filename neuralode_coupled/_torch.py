@@ -26,6 +26,7 @@ from torch._C._autograd import (
     _get_sequence_nr,  # the number that this thread's next node of a graph gets
     _top_saved_tensors_default_hooks,  # what saved_tensors_hooks has pushed
 )
+from torch._C._functorch import is_functorch_wrapped_tensor  # what torch.func itself asks
 from torch.autograd import Variable, forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
@@ -62,6 +63,7 @@ __all__ = [
     "saved_by",
     "saved_tensors_are_hooked",
     "tracing",
+    "transformed",
     "version",
     "versions",
     "without_cached_parametrizations",
@@ -84,6 +86,12 @@ def tracing() -> Literal["transform", "compile"] | None:
     if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "transform"
     return "compile" if torch.compiler.is_compiling() else None
+
+
+def transformed(tensor: Tensor) -> bool:
+    """Whether a transform may differentiate a tensor. The innermost one hides which of those around it do, in forward
+    mode even that there is a tangent."""
+    return tracing() == "transform" and (forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(tensor))
 
 
 def saved_tensors_are_hooked() -> bool:

@@ -83,7 +83,7 @@ def check_times(t: Tensor) -> list[float]:
         raise TypeError(f"t must have a floating dtype, got {t.dtype}: convert it, as in t.float()")
     if t.ndim != 1:
         raise ValueError(f"t must have one axis, got the shape {tuple(t.shape)}")
-    times = t.tolist()
+    times = _numbers("t", t)
     if not times:
         raise ValueError("t must hold at least one time, got none")
     if not all(map(math.isfinite, times)):
@@ -93,6 +93,17 @@ def check_times(t: Tensor) -> list[float]:
         if not (b < a if falling else b > a):
             raise ValueError(f"t must be strictly increasing or decreasing, got t[{i}] = {b} after t[{i - 1}] = {a}")
     return times
+
+
+def _numbers(name: str, times: Tensor) -> list[float]:
+    """Times as numbers; raises ValueError if there are none to read."""
+    try:
+        return times.tolist()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must hold numbers that can be read, which torch.func.vmap and the meta device hide: take the same "
+            f"times for all samples, or a loop over them ({error})"
+        ) from error
 
 
 def check_time(name: str, value: Any) -> Tensor:
@@ -266,7 +277,7 @@ def check_grid(points: Any, times: list[float]) -> Tensor:
         raise TypeError(f"grid_constructor must return a tensor of times, got a {type(points).__name__}")
     if points.ndim != 1 or len(points) < 2:
         raise ValueError(f"grid_constructor must return at least two times in a row, got {tuple(points.shape)}")
-    numbers = points.tolist()
+    numbers = _numbers("the grid of grid_constructor", points)
     ends = [numbers[0], numbers[-1]]
     if ends != [times[0], times[-1]]:
         raise ValueError(

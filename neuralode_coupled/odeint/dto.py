@@ -122,11 +122,12 @@ def odeint_dto(
             a tuple, or func returns another structure or dtype; and as `odeint_event` does.
         ValueError: if a method or option is unknown; the value of an option is out of range; a tolerance is negative,
             not finite, or does not fit y0; times (of t, of options, of a constructed grid) are not finite or out of
-            order; ``checkpoints`` is below 1; ``memory`` is negative or not finite; params are given under two names;
-            func returns other shapes; the step size underflows; a state is not finite (a fixed grid checks this on the
-            CPU only, where it costs no waiting); func draws random numbers in a solve with gradients that is adaptive
-            or has an event; a solve that is adaptive or has an event runs inside of ``torch.func`` transforms;
-            ``adjoint`` is given where it does not belong, or its scheme is unstable; and as `odeint_event` does.
+            order, or ``torch.vmap`` hides them; ``checkpoints`` is below 1; ``memory`` is negative or not finite;
+            params are given under two names; func returns other shapes; the step size underflows; a state is not finite
+            (a fixed grid checks this on the CPU only, where it costs no waiting); func draws random numbers in a solve
+            with gradients that is adaptive or has an event; a solve that is adaptive or has an event runs inside of
+            ``torch.func`` transforms; ``adjoint`` is given where it does not belong, or its scheme is unstable; and
+            as `odeint_event` does.
     """
     request = Request.checked(
         func,

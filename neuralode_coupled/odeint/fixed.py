@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from neuralode_coupled._times import differentiated
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats, listener
@@ -30,7 +31,7 @@ def make_grid(t: Tensor, points: Tensor, like: Tensor) -> Grid:
     numbers, times, exact = points.tolist(), t.tolist(), rounding(points.dtype)
     shares = share_out(times, numbers[1:])
     inputs: tuple[State, ...] = ((),) * len(shares)
-    if (t.requires_grad or points.requires_grad) and torch.is_grad_enabled():
+    if differentiated(t) or differentiated(points):
         # In the wider precision, as numbers are: products of lengths and coefficients are rounded in it.
         dtype = torch.promote_types(t.dtype, like.dtype.to_real())
         columns = points[:-1], points.diff(), points[1:], t
@@ -45,7 +46,7 @@ def equal_steps(t: Tensor, step_size: float) -> Tensor:
     """Grid points ``step_size`` apart, the last step may be shorter; as in torchdiffeq, rounding included."""
     start, end = t[0], t[-1]
     signed = step_size if end > start else -step_size
-    if not t.requires_grad and t.device.type in HOST and not tracing():
+    if not differentiated(t) and t.device.type in HOST and not tracing():
         # By numbers: tensor operations on single numbers take as long as a step of a small state.
         exact, (first, last) = rounding(t.dtype), (start.item(), end.item())
         length = exact(signed)
@@ -171,8 +172,9 @@ class FixedSteps:
 
     def _at_end(self, n: int, y_next: State, t1: Scalar, t: Scalar) -> State:
         """The state at an output time that is the end of step ``n``. It moves along func if the end does not move."""
-        moves = self.grid.fixed_outputs and isinstance(t, Tensor) and torch.is_grad_enabled()
-        if not moves or n + 1 == len(self.grid.start):
+        if not self.grid.fixed_outputs or n + 1 == len(self.grid.start):
+            return y_next
+        if not any(isinstance(time, Tensor) and differentiated(time) for time in (t, t1)):
             return y_next
         slope = self.dynamics(time_tensor(t1, y_next[0]), y_next)
         return tuple(part + (t - t1) * k for part, k in zip(y_next, slope, strict=True))

@@ -218,6 +218,22 @@ def test_function_transforms_see_the_times():
         torch.func.vmap(loss)(torch.stack([t, t]))
 
 
+def test_an_inner_transform_does_not_hide_the_times():
+    """Whatever surrounds it: the mixed derivative in the times and in another argument."""
+    field, z0 = small_field("perceptron of t"), torch.randn(2, 4, dtype=torch.float64)
+
+    def loss(t, scale):
+        return nc.solve(field, scale * z0, t, steps=3, method="midpoint").z[1:].square().sum()
+
+    t, scale = numbers([0.0, 0.3, 1.1]), numbers(0.9)
+    leaf = scale.clone().requires_grad_()
+    expected = through(lambda t: torch.autograd.grad(loss(t, leaf), leaf, create_graph=True)[0], t)
+    assert expected.abs().max() > 1e-2
+    for outer in (torch.func.jacrev, torch.func.jacfwd):
+        for inner in (torch.func.grad, torch.func.jacfwd):
+            torch.testing.assert_close(outer(lambda t, inner=inner: inner(loss, 1)(t, scale))(t), expected)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode_sees_them_by_tolerances_too(grad):
     """Also where nothing else requires a gradient."""

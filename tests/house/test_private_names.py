@@ -51,6 +51,27 @@ def test_transforms_are_seen():
     assert _torch.tracing() is None
 
 
+def test_tensors_of_outer_transforms_are_seen():
+    """`transformed`: times that a transform may differentiate stay tensors.
+
+    Without ``torch._C._functorch.is_functorch_wrapped_tensor`` ask ``maybe_get_level(tensor) != -1`` there, or take
+    every tensor inside of a transform for one that may be differentiated.
+    """
+    seen, plain = [], torch.ones(2)
+
+    def inner(x, y):
+        seen.append([_torch.transformed(tensor) for tensor in (x, y, plain)])
+        return (x * y).sum()
+
+    torch.func.grad(lambda x: torch.func.grad(inner, 1)(x, plain).sum())(plain)
+    torch.func.grad(lambda x: torch.func.grad(lambda y: inner(x, y))(plain).sum())(plain)
+    assert seen == [[True, True, False]] * 2
+    with forward_ad.dual_level():
+        torch.func.grad(lambda y: inner(forward_ad.make_dual(plain, plain), y))(plain)
+    assert seen[-1][0]
+    assert not _torch.transformed(plain)
+
+
 def test_compilation_is_seen():
     """`tracing`: the numbers of a compiled graph cannot be looked at. (``torch.compiler.is_compiling`` is public.)"""
     torch._dynamo.reset()
