@@ -16,10 +16,10 @@ from neuralode_coupled.adjoint.generators import drawn_from, of_torch, others, s
 from neuralode_coupled.adjoint.plan import Form
 from neuralode_coupled.odeint.accepted import AdaptiveSolve
 from neuralode_coupled.odeint.dynamics import Dynamics
-from neuralode_coupled.odeint.times import time_tensor
 from neuralode_coupled.runge_kutta import Step, increment
 from neuralode_coupled.runge_kutta.adaptive import Tolerances
 from neuralode_coupled.runge_kutta.rounding import rounding
+from neuralode_coupled.runge_kutta.stage_times import StageTimes
 
 FARTHEST = 100.0
 """How many tolerances the scheme may be away from the method's own solution."""
@@ -71,16 +71,20 @@ class _OnAcceptedGrid:
         return there, replace(there, step=self._way(backwards=True)), operands
 
     def _way(self, backwards: bool) -> Callable[..., tuple[State, tuple[State, ...]]]:
-        tableau, dynamics = self.solve.pair.method, self.dynamics
+        pair, dynamics, grid = self.solve.pair, self.dynamics, self.grid
+        side = 1 if (grid[-1] > grid[0]) != backwards else -1
+        at, tableau = StageTimes(pair, self.y0[0], side), pair.method
 
         def step(n: int, y: State, inputs: State, shared: State, buffers: State) -> tuple[State, tuple[State, ...]]:
-            start, end = self.grid[n : n + 2]
-            t, h = (end, start - end) if backwards else (start, end - start)
+            start, end = reversed(grid[n : n + 2]) if backwards else grid[n : n + 2]
+            # Both increments see the ends of the step from within: f may jump there.
+            first = at.beside(start, side if n > 0 or backwards else 0)
+            times = at.tensors([first, *at.numbers(start, end - start, end)][: tableau.stages])
 
             def slope(i: int, stage: State) -> State:
-                return dynamics(time_tensor(t + tableau.c[i] * h, stage[0]), stage)
+                return dynamics(times[i], stage)
 
-            return dynamics.within(shared, buffers, lambda: increment(slope, y, h, tableau)), ()
+            return dynamics.within(shared, buffers, lambda: increment(slope, y, end - start, tableau)), ()
 
         return step
 

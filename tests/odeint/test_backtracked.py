@@ -75,6 +75,29 @@ def test_values_and_gradients_are_those_of_the_scheme_on_the_accepted_steps(meth
     torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "tsit5", "bosh3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jump_that_is_named_is_seen_from_both_sides(dtype, method, backwards):
+    """y' = a before, b behind it: exact for every method, in y and in the gradients."""
+    a, b = torch.tensor([1.0, 1.5], dtype=dtype).requires_grad_()
+    y0 = torch.zeros(2, dtype=dtype, requires_grad=True)
+    t = torch.tensor([1.0, 0.5, 0.0] if backwards else [0.0, 0.5, 1.0], dtype=dtype)
+
+    def f(t, y):
+        return torch.where(t < 0.5, a, b).to(y) + 0 * y
+
+    arguments = {"method": method, "rtol": 1e-3, "atol": 1e-3, "options": {"jump_t": [0.5]}}
+    y = nc.odeint_dto(f, y0, t, adjoint=nc.ReversibleAdjoint(), **arguments)
+    early, late = (b, a) if backwards else (a, b)
+    sign = -1 if backwards else 1
+    expected = y0 + sign * torch.stack([0 * early, 0.5 * early, 0.5 * (early + late)])[:, None]
+    exactly = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(y, expected, **exactly)
+    ours, theirs = (torch.autograd.grad((z[1:] * z[1:]).sum(), (a, b, y0)) for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
 def test_a_closed_form(dtype):
     y0, rate = torch.ones(2, dtype=dtype, requires_grad=True), torch.tensor(0.3, **FLOAT64, requires_grad=True)
