@@ -15,6 +15,7 @@ from neuralode_coupled._torch import LIBRARY_METHODS, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.attributes import attributes_watched
 from neuralode_coupled.adjoint.generators import of_torch, others, restore, states
+from neuralode_coupled.adjoint.lost import LostGradients, has_graph
 from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
@@ -109,6 +110,7 @@ class ContinuousAdjoint:
         # From here on torchdiffeq calls the field for the backward solve only.
         field.backward, field.latest = True, None
         states = cast("tuple[Tensor, ...]", states)
+        states = states if field.lost is None else tuple(field.lost.guarded(states))
         flow.check(marks[-1], tuple(part[-1] for part in states))
         if not torch.is_grad_enabled() or tracing() is not None:
             return states
@@ -170,6 +172,7 @@ class _VectorField(nn.Module):
         self.backward = self.own_graph = self._watched = False
         self._modes = Modes(plan.module)
         self.latest: tuple[Tensor, State, State] | None = None
+        self.lost: LostGradients | None = None  # if nothing that is known requires a gradient
         # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
         self.params = flow.params
         self._reached: State = ()
@@ -193,7 +196,7 @@ class _VectorField(nn.Module):
         self._watched = self._watched or watch
         watching = attributes_watched(self.plan.module) if watch else nullcontext()
         with replaced(self._reached, self.captured), self._world(), watching:
-            slope = self._slope(t, y, buffers)
+            slope = self._slope(t, y, buffers) if self.lost is None else self._without_graph(self.lost, t, y, buffers)
         if not self.backward:
             self.latest = t.detach(), tuple([part.detach() for part in y]), tuple([part.detach() for part in slope])
         # Not without a graph: there torchdiffeq asks for the slope alone, for the gradient of a time.
@@ -233,6 +236,20 @@ class _VectorField(nn.Module):
             reached = [tensor for tensor in reached if id(tensor) not in own]
         self._reached = tuple(reached)
         self.captured = _views(self._reached)
+        if not has_graph((t, *y, *self.params, *self.captured)):
+            self.lost = LostGradients(self.flow.overlooked)
+
+    def _without_graph(self, lost: LostGradients, t: Tensor, y: State, buffers: State) -> State:
+        """The slope where nothing that is known requires a gradient."""
+
+        def run(buffers: State) -> State:
+            with torch.enable_grad():
+                start = tuple([part.detach().requires_grad_(self.own_graph) for part in y])
+                return self.flow.slope(self.n, t, start, self.params, buffers)
+
+        scratch = tuple([buffer.clone() for buffer in buffers])
+        slope = run(buffers)
+        return lost.cut(slope, lambda: run(scratch), f"at t = {float(t):g}") if has_graph(slope) else slope
 
     def _slope(self, t: Tensor, y: State, buffers: State) -> State:
         if not self.own_graph or torch.is_grad_enabled():

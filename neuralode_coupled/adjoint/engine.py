@@ -195,7 +195,7 @@ class _Forward:
         if whole:
             return self._in_form(self._recording.operands.y0, outputs)
         if not self._graph:
-            return outputs
+            return self._recording.guarded(outputs)
         found = [*outputs, *self._stored]
         return list(Checkpointed.apply(self._solve(), found, *self._recording.flat)[: len(outputs)])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -15,8 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from neuralode_coupled._substitution import DynamicsError, observing
 from neuralode_coupled._torch import saved_tensors_are_hooked, versions
 from neuralode_coupled._types import State
+from neuralode_coupled.adjoint.lost import LostGradients, has_graph
 from neuralode_coupled.adjoint.observation import Observer
-from neuralode_coupled.adjoint.plan import Operands, Plan, StepFunction
+from neuralode_coupled.adjoint.plan import Operands, Plan, StepFunction, arranged
 from neuralode_coupled.adjoint.replay import Replay
 
 Result = TypeVar("Result")
@@ -45,6 +47,8 @@ class Recording:
         self.flat = operands.flatten()
         self.wanted = [tensor.requires_grad for tensor in self.flat]
         self.y0: State = tuple([part.detach() for part in operands.y0])
+        overlooked = plan.overlooked if torch.is_grad_enabled() and not any(self.wanted) else None
+        self._lost = None if overlooked is None else LostGradients(overlooked)
 
     @cached_property
     def _detached(self) -> Operands:
@@ -52,13 +56,41 @@ class Recording:
         return self.operands.restore([tensor.detach() for tensor in self.flat])
 
     def step(self, n: int, y: State) -> tuple[State, tuple[State, ...]]:
-        """Step ``n``."""
+        """Step ``n``, without a graph."""
+        # Where nothing requires a gradient there is nothing to detach.
+        operands = self._detached if self._lost is None else self.operands
 
         def run() -> tuple[State, tuple[State, ...]]:
             step = self.plan.forward or self.plan.step
-            return step(n, y, self._detached.inputs[n], self._detached.shared, self.plan.buffers[n])
+            return step(n, y, operands.inputs[n], operands.shared, self.plan.buffers[n])
 
-        return self.recorded(n, y, run)
+        if self._lost is None:
+            return self.recorded(n, y, run)
+        with torch.enable_grad():
+            y_next, emitted = self.recorded(n, y, run)
+        made = [*y_next, *chain.from_iterable(emitted)]
+        if has_graph(made):
+            cut = arranged(self._cut(self._lost, n, y, made), len(y_next))
+            y_next, emitted = cut[0], tuple(cut[1:])
+        return y_next, emitted
+
+    def _cut(self, lost: LostGradients, n: int, y: State, made: list[Tensor]) -> State:
+        """What step ``n`` has made from ``y``, without its graph."""
+        if any(self.wanted):  # the first step has shown the tensors
+            self._lost = None
+            return tuple([part.detach() for part in made])
+
+        def again() -> list[Tensor]:
+            scratch, world = self.replay.again(n)
+            with torch.enable_grad(), world:
+                y_next, emitted = self.plan.step(n, y, self.operands.inputs[n], self.operands.shared, scratch)
+            return [*y_next, *chain.from_iterable(emitted)]
+
+        return lost.cut(made, again, f"in step {n // self.plan.parts}")
+
+    def guarded(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The outputs of a solve without a graph; with one that raises an error if a gradient would be lost."""
+        return outputs if self._lost is None else self._lost.guarded(outputs)
 
     def emitted(self, n: int, count: int) -> None:
         """Note that step ``n`` emitted ``count`` states, maybe more than the plan knew: a block's other outputs."""

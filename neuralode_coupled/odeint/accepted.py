@@ -22,7 +22,9 @@ from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Operands, Plan, Stats
 from neuralode_coupled.adjoint.budget import Memory
 from neuralode_coupled.adjoint.generators import Generator, drawn_from, of_torch, others, restore, states
+from neuralode_coupled.adjoint.lost import LostGradients, has_graph
 from neuralode_coupled.adjoint.observation import Observer, closed, foreign
+from neuralode_coupled.adjoint.plan import arranged
 from neuralode_coupled.adjoint.recording import asks_for_graph, with_graph, without_graph
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.odeint.callbacks import callback_of
@@ -116,6 +118,7 @@ class AdaptiveSolve:
 
         self._run(recent or watched, growing, take, stats)
         if not steps:
+            outputs = watched.guarded(outputs)
             return self._whole(outputs, stats, tuple([part.detach() for part in self.y0]))
         watched.check(self.advance is accepted_steps)
         if growing.whole(stats, len(steps)):
@@ -259,6 +262,8 @@ class _Watched:
         self._looks = graph and dynamics.overlooked is not None and tracing() is None
         # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))
+        overlooked = dynamics.overlooked if self._looks and not self.wanted else None
+        self._lost = None if overlooked is None else LostGradients(overlooked)
         self.found: State = ()
         self._begun = self._plainly = self._unclear = self.own_graph = False
         self._generators: list[Generator] = []
@@ -272,6 +277,8 @@ class _Watched:
                 return self._by_graph(error, t, y)
         if not self._begun:
             return self._first(t, y)
+        if self._lost is not None:
+            return self._without_graph(self._lost, t, y)
         with torch.set_grad_enabled(self._growing.open and torch.is_grad_enabled()):
             return self._evaluate(t, y)
 
@@ -280,10 +287,12 @@ class _Watched:
         clock, hidden = graph_clock(), list[Tensor]()
         if self._looks and not self._growing.linked:
             observer = Observer(self._known)
+            lost = self._lost
             with observing(observer):
-                slope = self._evaluate(t, y, observer)
+                slope = self._without_graph(lost, t, y, observer) if lost else self._evaluate(t, y, observer)
             self.found = tuple(observer.found)
             self.wanted = self.wanted or len(self.found) > 0
+            self._lost = None if self.wanted else self._lost
         else:
             slope = self._evaluate(t, y)
             self._unclear = self._looks and not closed(edges(slope), self._known, clock)
@@ -291,11 +300,34 @@ class _Watched:
         self._growing.measure(slope, self.found, hidden)
         self._begun = True
         # A step with a graph may turn out to be one without while it is made.
-        self._plainly = not self.own_graph and (self._growing.open or not torch.is_grad_enabled())
+        self._plainly = not (self.own_graph or self._lost) and (self._growing.open or not torch.is_grad_enabled())
         if self.wanted:
             self._generators = [*of_torch(y[0].device), *others()]
             self._random = states(self._generators)
         return slope
+
+    def _without_graph(self, lost: LostGradients, t: Tensor, y: State, observer: Observer | None = None) -> State:
+        """An evaluation where nothing that is known requires a gradient, without a graph. If it has one nevertheless,
+        it uses another tensor."""
+        with torch.enable_grad():
+            slope = self._evaluate(t, y, observer)
+        if not has_graph(slope):
+            return slope
+        if observer is not None and observer.found:  # these are known from now on
+            return tuple([part.detach() for part in slope])
+
+        def again() -> State:
+            with torch.enable_grad():
+                return self._evaluate(t, y)
+
+        return lost.cut(slope, lambda: self._apart(again), f"at t = {t.item():g}")
+
+    def guarded(self, outputs: list[State]) -> list[State]:
+        """The outputs of a solve without a graph; with one that raises an error if a gradient would be lost."""
+        if self._lost is None or not outputs:
+            return outputs
+        flat = self._lost.guarded([part for state in outputs for part in state])
+        return arranged(flat, len(outputs[0]))
 
     def look(self, start: Tensor) -> None:
         """Behind the last step of a solve that is not whole: look for tensors if the first graph was unclear."""
@@ -313,17 +345,22 @@ class _Watched:
 
     def _look(self, t: Tensor, y: State) -> Observer:
         """What an observer sees in one more evaluation, which leaves no trace."""
-        observer, generators = Observer(self._known, watched=t), [*of_torch(y[0].device), *others()]
-        scratch, random = tuple([buffer.clone() for buffer in self._dynamics.buffers]), states(generators)
-        state = tuple([part.detach() for part in y])
+        observer, state = Observer(self._known, watched=t), tuple([part.detach() for part in y])
 
         def run() -> State:
             with torch.no_grad(), observing(observer):
                 return self._evaluate(t, state, observer)
 
-        self._dynamics.within(self._growing.shared, scratch, run)
-        restore(generators, random)
+        self._apart(run)
         return observer
+
+    def _apart(self, run: Callable[[], State]) -> State:
+        """``run()``, one more evaluation, which leaves no trace in buffers and generators."""
+        generators = [*of_torch(self._growing.y0[0].device), *others()]
+        scratch, random = tuple([buffer.clone() for buffer in self._dynamics.buffers]), states(generators)
+        slope = self._dynamics.within(self._growing.shared, scratch, run)
+        restore(generators, random)
+        return slope
 
     def _evaluate(self, t: Tensor, y: State, observer: Observer | None = None) -> State:
         if self.own_graph:
@@ -339,8 +376,8 @@ class _Watched:
             raise error
         self.own_graph, self._plainly = True, False
         graph = torch.is_grad_enabled()
-        leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
         with torch.enable_grad(), observer or nullcontext():  # it must see how the input is made
+            leaves = tuple([part if graph and part.requires_grad else part.detach().requires_grad_() for part in y])
             slope = self._dynamics(t, leaves)
         return slope if graph else tuple([part.detach() for part in slope])
 
