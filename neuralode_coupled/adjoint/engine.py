@@ -174,7 +174,7 @@ class _Forward:
         self._keepable = (0, plan.count) if self._auto else (plan.count - last, plan.count)
         self._store: Store | None = None
         self._keeper: Keeper | None = None
-        self._end: State | None = None
+        self._ends: dict[int, State] = {}  # where steps that are repeated must end
         self._stored: list[Tensor] = []  # for autograd to keep
         self._graph = any(self._recording.wanted)
 
@@ -228,6 +228,8 @@ class _Forward:
             if keeper is not None and keeper.first <= n < keeper.end:
                 # Graphs that are kept for the budget's sake are looked at when the other steps are repeated.
                 watch = n == keeper.first and not self._auto
+                if watch and n > 0:
+                    self._ends[n] = before
                 with attributes_watched(recording.plan.module) if watch else nullcontext():
                     y, out = keeper.step(n, y)
                 if keeper.whole is not None:
@@ -247,8 +249,7 @@ class _Forward:
                 part.graph = None  # it lacks the tensors that have been found
         if self._auto:
             self._schedule = self._scheduled(self._behind)
-        if len(self._schedule.stored) == 1 and self._keeper is None and not recording.plan.observed:
-            self._end = y
+        self._ends[recording.plan.count] = y
         return emitted
 
     def _rest(self, keeper: Keeper, first: Span) -> list[Tensor]:
@@ -302,9 +303,9 @@ class _Forward:
 
     def _solve(self) -> Solve:
         """What the backward pass needs."""
-        recording, end, keeper = self._recording, self._end, self._keeper
+        recording, keeper = self._recording, self._keeper
         structure = recording.operands.restore([None] * len(recording.wanted))
-        ends = None if end is None else (end, versions(end))
+        ends = {n: (end, versions(end)) for n, end in self._ends.items()}
         plan, kept = recording.plan, list(recording.plan.kept) if keeper is None else keeper.kept
         for part in kept:
             part.versions, part.end_versions = versions(part.buffers), versions(part.end_state)

@@ -33,7 +33,8 @@ class Solve:
         replay: the world of each step.
         store: what keeps the stored states; None where autograd does.
         kept: the graphs that the forward pass has kept.
-        end: the final state and its versions, until a backward pass has compared it.
+        ends: the states at which repeated steps must end, by how many steps there are before them, and the states'
+            versions.
         stacked: for how many of a state's tensors y0 and the emitted states are stacked, each into one output; None:
             the emitted states are outputs one by one.
         held_bytes: the bytes that the kept graphs hold.
@@ -45,7 +46,7 @@ class Solve:
     replay: Replay
     store: Store | None
     kept: list[Kept]
-    end: tuple[State, list[int]] | None
+    ends: dict[int, tuple[State, list[int]]]
     stacked: int | None = None
     held_bytes: int = 0
 
@@ -77,7 +78,7 @@ class Solve:
             for part in self.kept:
                 part.graph = None  # a hook may be newer than the graph, and would see each part of a gradient
         tracer = Tracer(self.plan, operands, self.structure.restore(needed))
-        sweep = Sweep(self.plan, operands, tracer, self.replay, self._final())
+        sweep = Sweep(self.plan, operands, tracer, self.replay, self._true_ends())
         sweep.refill(self.schedule, self.store)
         return sweep.run(self.schedule, states, grads, self.kept)
 
@@ -88,10 +89,13 @@ class Solve:
         operands = self.structure.restore(flat)
         return differentiate_unrolled(self.plan, self._again, operands, grads, needed)
 
-    def _final(self) -> State | None:
-        """The final state for the first backward pass, unless it has been changed in place."""
-        (end, before), self.end = self.end or ((), []), None
-        return end if end and versions(end) == before else None
+    def _true_ends(self) -> dict[int, State]:
+        """Where repeated steps must end, without states that have been changed in place; given up by the last backward
+        pass."""
+        found = {n: end for n, (end, before) in self.ends.items() if versions(end) == before}
+        if not keeps_graph():
+            self.ends = {}
+        return found
 
     def _again(self, operands: Operands) -> list[State]:
         """The emitted states, repeated with their graph in the world of the forward pass."""

@@ -59,16 +59,16 @@ class Sweep:
         operands: their tensors.
         tracer: makes the graph of a step.
         replay: the world of the forward pass.
-        end: the final state of the forward pass, if it is at hand: steps that are computed again and end at a state of
-            the forward pass must give that state.
+        ends: states of the forward pass, by how many steps there are before them. Steps that are computed again and end
+            at one of these, or at a stored state, must give that state.
     """
 
-    def __init__(self, plan: Plan, operands: Operands, tracer: Tracer, replay: Replay, end: State | None) -> None:
+    def __init__(self, plan: Plan, operands: Operands, tracer: Tracer, replay: Replay, ends: dict[int, State]) -> None:
         self._plan, self._operands, self._tracer, self._replay = plan, operands, tracer, replay
         self._alpha: Gradients = [None] * len(operands.y0)
         self._inputs: list[Gradients] = [[None] * len(row) for row in operands.inputs]
         self._shared = Sum(len(operands.shared) + len(operands.captured))
-        self._end, self._compared = end, False
+        self._ends, self._compared = ends, False
 
     def run(self, chosen: Schedule, states: Stored, grads: Gradients, kept: list[Kept]) -> Gradients:
         """The gradients in the order of ``operands.flatten()``, from those at the emitted states, flat.
@@ -89,9 +89,11 @@ class Sweep:
                         states.put(start, y, original)
                     y, original = self._advance(start, end, y), False
                 case Reverse(n) if n >= first:
+                    end = self._ends.pop(n + 1, None)
                     if self._arrives(n, n + 1):
-                        self._through(n, n + 1, self._trace(n, y)[0])
-                    self._end = y if original else None
+                        self._through(n, n + 1, self._trace(n, y, end)[0])
+                    if original:
+                        self._ends[n] = y
                 case Reverse(_):
                     break
         self._through_kept(early, 0, states)
@@ -141,7 +143,7 @@ class Sweep:
     def _made_again(self, part: Kept, y: State) -> tuple[StepGraph, State]:
         """The graph of kept steps once more, and the state at their end, which must be that of the forward pass."""
         graph, y, _ = self._tracer.span_again(part.first, part.end, y, self._replay)
-        before = part.reached()
+        before = part.reached() or self._ends.get(part.end, ())
         if before:
             check_repeated(tuple([x.detach() for x in y]), before, (part.end - 1) // self._plan.parts)
         return graph, y
@@ -153,11 +155,11 @@ class Sweep:
                 y, _ = self._plan.step(n, y, self._operands.inputs[n], self._operands.shared, buffers)
         return y
 
-    def _trace(self, n: int, y: State) -> Traced:
+    def _trace(self, n: int, y: State, end: State | None) -> Traced:
         traced = self._tracer.again(n, y, self._replay)
         # On a device a comparison is a few kernels more: there one step stands for all.
-        if self._end is not None and (traced[1][0].device.type == "cpu" or not self._compared):
-            check_repeated(tuple(part.detach() for part in traced[1]), self._end, n // self._plan.parts)
+        if end is not None and (traced[1][0].device.type == "cpu" or not self._compared):
+            check_repeated(tuple(part.detach() for part in traced[1]), end, n // self._plan.parts)
             self._compared = True
         return traced
 

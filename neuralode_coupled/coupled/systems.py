@@ -23,7 +23,7 @@ class System(nn.Module):
     """A vector field ``(t, state) -> derivatives`` of tuples.
 
     Attributes:
-        params: the tensors that gradients flow to besides the initial state.
+        params: the parameters, and the buffers with a gradient, besides those in the initial state.
         captured: the tensors of the inputs.
         latest: the last evaluation of the forward pass: t, the weights, their derivatives.
         choosing: whether an adaptive method is choosing its steps, with a graph if it is to be kept.
@@ -80,8 +80,8 @@ class Augmented(System):
         super().__init__(field, names)
         evolving = {id(w) for w in field.evolving(names).values()}
         with alone(field):
-            members = (*field.parameters(), *field.buffers())
-        self.params = tuple(p for p in members if p.requires_grad and id(p) not in evolving)
+            members = (*field.parameters(), *(b for b in field.buffers() if b.requires_grad))
+        self.params = tuple(p for p in members if id(p) not in evolving)
 
     def forward(self, t: Tensor, state: State) -> State:
         theta, derivatives = self.weight_side(t, state[1:])
@@ -101,8 +101,9 @@ class HeldWeights(System):
         self.theta = {name: weight.view_as(weight) for name, weight in theta.items()}
         # The operators' parameters get their gradients through theta. If named here too, they would get them twice.
         with alone(field.dynamics):
-            members = (*field.dynamics.named_parameters(), *field.dynamics.named_buffers())
-        static = [p for name, p in members if name not in theta and p.requires_grad]
+            buffers = [(name, b) for name, b in field.dynamics.named_buffers() if b.requires_grad]
+            members = (*field.dynamics.named_parameters(), *buffers)
+        static = [p for name, p in members if name not in theta]
         self.params = (*static, *self.theta.values())
 
     def forward(self, t: Tensor, state: State) -> State:
@@ -121,7 +122,8 @@ class WeightSide(System):
         self.captured = ()  # f alone has inputs
         weight_side: Any = (field.evolution, field.kernel)
         with alone(*weight_side):
-            members = [p for part in weight_side for p in (*part.parameters(), *part.buffers()) if p.requires_grad]
+            members = [p for part in weight_side for p in part.parameters()]
+            members += [b for part in weight_side for b in part.buffers() if b.requires_grad]
         self.params = tuple({id(p): p for p in members}.values())
 
     def forward(self, t: Tensor, state: State) -> State:

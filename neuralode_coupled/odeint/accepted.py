@@ -124,15 +124,16 @@ class AdaptiveSolve:
         if growing.whole(stats, len(steps)):
             return self._whole([y for step in steps for y in step.outputs], stats, self.y0)
         watched.look(self.t[0].detach())
-        steps = [step.kept(not method.reuses) if step.next_y else step for step in steps]
+        steps = [step.kept(not method.reuses) if step.first else step for step in steps]
         grid = self._grid(steps, within)
         jumps = [step.jump for step in steps]
         again = AcceptedSteps(self.dynamics, grid, method, jumps, self.y0[0], growing.fits, self.sided)
         made = growing.steps == len(steps)
         plan, operands = again.discrete(self.y0, steps, stats, made)
         step = with_graph(plan.step) if watched.own_graph else plan.step
-        operands = replace(operands, captured=(*operands.captured, *watched.found))
-        return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts)), operands
+        constants = self.dynamics.constants
+        operands = replace(operands, captured=(*operands.captured, *watched.found, *constants))
+        return replace(plan, step=step, kept=growing.kept(operands.y0, plan.parts, constants)), operands
 
     def _chosen(
         self, accepted: Iterator[Step], recent: _Recent | None, growing: Growing

@@ -62,6 +62,8 @@ class Dynamics:
         shared: the tensors that gradients flow to and that can be replaced: the modules' parameters, and their buffers
             that require a gradient.
         captured: the other tensors that gradients flow to.
+        constants: the tensors among ``params`` that no gradient flows to and that cannot be replaced: they must not
+            change before the backward pass.
         buffers: the modules' other buffers.
 
     Raises:
@@ -97,7 +99,8 @@ class Dynamics:
         members = list(own.values())
         asked = [*members, *tensors] if params is None else _checked_params(params)
         # Frozen parameters get no gradient, but the backward pass must see those of the forward pass.
-        frozen = [] if params is not None else [p for p in members if not p.requires_grad]
+        frozen = list({id(p): p for p in asked if not p.requires_grad and id(p) in own}.values())
+        self.constants: State = tuple([p for p in asked if not p.requires_grad and id(p) not in own])
         wanted = list({id(p): p for p in asked if p.requires_grad}.values())
         self.shared: State = (*[p for p in wanted if id(p) in own], *frozen)
         self.captured: State = tuple([p for p in wanted if id(p) not in own])

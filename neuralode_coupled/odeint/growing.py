@@ -139,12 +139,13 @@ class Growing:
         stats.kept_bytes += steps * self._size
         return True
 
-    def kept(self, start: State, parts: int) -> tuple[Kept, ...]:
-        """The graph of the steps so far, which begin with the state ``start`` and have ``parts`` each."""
+    def kept(self, start: State, parts: int, constants: State) -> tuple[Kept, ...]:
+        """The graph of the steps so far, which begin with the state ``start`` and have ``parts`` each. They
+        also use the ``constants``, which get no gradient."""
         if self.steps == 0:
             return ()
         carried = start[len(self.y0) :]
-        starts = [*self.y0, *carried, *self.shared, *self.captured]
+        starts = [*self.y0, *carried, *self.shared, *self.captured, *constants]
         wanted = [leaf.requires_grad for leaf in starts]
         # An emitted state has places for the carried slopes too, but nothing to put there.
         rows = zip(*[iter(self._emitted)] * len(self.y0), strict=True)

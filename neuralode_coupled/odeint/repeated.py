@@ -88,10 +88,8 @@ class AcceptedSteps:
         before, parts = start, self._parts
         for n, step in enumerate(taken):
             self._recorded |= {n * parts + part: (before, ()) for part in range(parts - 1)}
-            # The last state of the solve is only seen through the outputs.
-            y = taken[n + 1].y if n + 1 < len(taken) else tuple(torch.empty_like(part) for part in step.y)
             # The end of a kept step has a graph, which autograd would cut off when it stores the state.
-            before = tuple([part.detach() for part in (*y, *step.last)])
+            before = tuple([part.detach() for part in (*step.next_y, *step.last)])
             self._recorded[n * parts + parts - 1] = before, tuple(map(self._emit, step.outputs))
 
     def _evaluations(self, n: int, part: int) -> int:

@@ -180,12 +180,13 @@ class Step:
     next_y: State
 
     def kept(self, carries: bool) -> Step:
-        """The step without its slopes and without a graph, except for the outputs.
+        """The step without its slopes and without a graph, except for the outputs. ``first`` is then empty.
 
         If the solve ``carries`` the last slope along as part of its state, that slope is kept.
         """
-        y, last = [tuple([part.detach() for part in state]) for state in (self.y, self.last if carries else ())]
-        return replace(self, y=y, first=(), last=last, next_y=())
+        states = self.y, self.last if carries else (), self.next_y
+        y, last, next_y = [tuple([part.detach() for part in state]) for state in states]
+        return replace(self, y=y, first=(), last=last, next_y=next_y)
 
 
 def accepted_steps(problem: Problem, counts: Counts | None = None) -> Iterator[Step]:
