@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -80,16 +81,21 @@ class ContinuousAdjoint:
         self.check(problem)
         plan, y0, flows = problem.continuous()
         z, found = y0, {0: y0}
+        fields: list[_VectorField] = []
         for flow in flows:
             marks = sorted({flow.first, flow.last, *(n for n in problem.save if flow.first < n < flow.last)})
-            states = self._solve(problem, plan, flow, (*z, *flow.carried), marks)
+            field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
+            fields.append(field)
+            states = self._solve(problem, field, (*z, *flow.carried), marks)
             found |= {n: tuple(part[i] for part in states[: len(y0)]) for i, n in enumerate(marks) if i > 0}
             z = found[flow.last]
+        if torch.is_grad_enabled():
+            _hold_buffers(plan, fields)
         return [found[n] for n in problem.save], plan.stats
 
-    def _solve(self, problem: Problem, plan: Plan, flow: Flow, y: State, marks: list[int]) -> tuple[Tensor, ...]:
+    def _solve(self, problem: Problem, field: _VectorField, y: State, marks: list[int]) -> tuple[Tensor, ...]:
+        flow = field.flow
         _check_one_dtype((*y, *(p for p in flow.params if p.requires_grad)))
-        field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
         t = problem.times(marks, y[0])
         rtol, atol = problem.tolerances or (None, None)
         if torch.is_grad_enabled() and tracing() is None:
@@ -114,7 +120,7 @@ class ContinuousAdjoint:
         flow.check(marks[-1], tuple(part[-1] for part in states))
         if not torch.is_grad_enabled() or tracing() is not None:
             return states
-        return cast("tuple[Tensor, ...]", _Once.apply(*states))
+        return cast("tuple[Tensor, ...]", _Once.apply(field.constants, *states))
 
     def _arguments(
         self, problem: Problem, field: _VectorField, rtol: float | None, atol: float | None
@@ -129,21 +135,31 @@ class ContinuousAdjoint:
         return {"method": problem.method, "options": options, "adjoint_options": own, **adjoint}
 
 
+def _hold_buffers(plan: Plan, fields: list[_VectorField]) -> None:
+    """The backward solves take the buffers' values of now, when the forward solves are over."""
+    copies = {id(buffer): buffer.detach().clone() for row in plan.buffers for buffer in row}
+    rows = [tuple([copies[id(buffer)] for buffer in row]) for row in plan.buffers]
+    for field in fields:
+        field.buffers = rows
+
+
 class _Once(torch.autograd.Function):
-    """The identity, which can be differentiated only once."""
+    """The identity, which can be differentiated only once, and not after a change of the ``constants`` in place."""
 
     @staticmethod
-    def forward(ctx: Any, *states: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, constants: State, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*constants)
         return tuple(state.view_as(state) for state in states)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # autograd looks whether they are as they were
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "ContinuousAdjoint has no second derivative: torchdiffeq's backward solve is cut off from its graph, "
                 "and create_graph=True would give a wrong one: use DiscreteAdjoint() or Backprop()"
             )
-        return grads
+        return None, *grads
 
 
 def _check_one_dtype(tensors: State) -> None:
@@ -175,6 +191,9 @@ class _VectorField(nn.Module):
         self.lost: LostGradients | None = None  # if nothing that is known requires a gradient
         # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
         self.params = flow.params
+        # torchdiffeq looks only whether tensors with a gradient are changed before the backward solve.
+        self.constants = tuple([x for x in (*flow.params, *flow.captured) if not x.requires_grad])
+        self.buffers: Sequence[State] = plan.buffers
         self._reached: State = ()
         self.captured: State = ()
 
@@ -186,7 +205,7 @@ class _VectorField(nn.Module):
         return torch.cat([t[:1], t[0] + fractions * (t[-1] - t[0]), t[-1:]])
 
     def forward(self, t: Tensor, y: State) -> State:
-        buffers = self.plan.buffers[self.n]
+        buffers = self.buffers[self.n]
         if self.backward:
             self.plan.stats.recomputed += 1
             buffers = tuple(buffer.clone() for buffer in buffers)
@@ -264,7 +283,7 @@ class _VectorField(nn.Module):
         known = (t, *y, *self.params, *self.captured)
 
         def again() -> list[Tensor]:
-            buffers = tuple([buffer.clone() for buffer in self.plan.buffers[self.n]])
+            buffers = tuple([buffer.clone() for buffer in self.buffers[self.n]])
             with replaced(self._reached, self.captured), self._world():
                 return foreign(edges(self._slope(t, y, buffers)), known)
 

@@ -92,6 +92,8 @@ class Scaled(nn.Module):
 BOTH = [
     (nc.DiscreteAdjoint(checkpoints=1), ADAPTIVE),
     (nc.DiscreteAdjoint(None), ADAPTIVE),
+    (nc.ContinuousAdjoint(), ADAPTIVE),
+    (nc.ContinuousAdjoint(), {"steps": 4}),
     (nc.ReversibleAdjoint(), {"steps": 4}),
     (nc.DiscreteAdjoint(checkpoints=1), {"steps": 4}),
 ]
