@@ -140,7 +140,7 @@ def _hold_buffers(plan: Plan, fields: list[_VectorField]) -> None:
     copies = {id(buffer): buffer.detach().clone() for row in plan.buffers for buffer in row}
     rows = [tuple([copies[id(buffer)] for buffer in row]) for row in plan.buffers]
     for field in fields:
-        field.buffers = rows
+        field.buffer_rows = rows
 
 
 class _Once(torch.autograd.Function):
@@ -193,7 +193,7 @@ class _VectorField(nn.Module):
         self.params = flow.params
         # torchdiffeq looks only whether tensors with a gradient are changed before the backward solve.
         self.constants = tuple([x for x in (*flow.params, *flow.captured) if not x.requires_grad])
-        self.buffers: Sequence[State] = plan.buffers
+        self.buffer_rows: Sequence[State] = plan.buffers
         self._reached: State = ()
         self.captured: State = ()
 
@@ -205,7 +205,7 @@ class _VectorField(nn.Module):
         return torch.cat([t[:1], t[0] + fractions * (t[-1] - t[0]), t[-1:]])
 
     def forward(self, t: Tensor, y: State) -> State:
-        buffers = self.buffers[self.n]
+        buffers = self.buffer_rows[self.n]
         if self.backward:
             self.plan.stats.recomputed += 1
             buffers = tuple(buffer.clone() for buffer in buffers)
@@ -283,7 +283,7 @@ class _VectorField(nn.Module):
         known = (t, *y, *self.params, *self.captured)
 
         def again() -> list[Tensor]:
-            buffers = tuple([buffer.clone() for buffer in self.buffers[self.n]])
+            buffers = tuple([buffer.clone() for buffer in self.buffer_rows[self.n]])
             with replaced(self._reached, self.captured), self._world():
                 return foreign(edges(self._slope(t, y, buffers)), known)
 
