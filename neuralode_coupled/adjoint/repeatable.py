@@ -24,18 +24,49 @@ def check_repeated(found: State, before: State, n: int) -> None:
     tensor: kernels with and without a graph may differ in rounding. On CUDA devices the error comes with a later
     backward pass, and not at all in a captured graph.
     """
-    if tracing():
+    if _unseen(found):
         return
     _look_back()
     for a, b in zip(found, before, strict=True):
-        if a.device.type != "cuda":
-            if not torch.equal(a, b) and bool(_differs(a, b)):
-                raise RuntimeError(_message(n))
-        elif not torch.cuda.is_current_stream_capturing():
-            flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(_differs(a, b), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            _UNSEEN.append((event, flag, _message(n)))
+        if a.device.type == "cuda" or not torch.equal(a, b):
+            _report(_differs(a, b), _message(n))
+
+
+def check_traced_back(y: State, v: State, y0: State, sizes: list[Tensor], allowed: float) -> None:
+    """Raise RuntimeError if a reversible scheme, traced back, does not begin with ``y = v = y0``.
+
+    A difference is allowed up to a fraction of the largest number of all states. On CUDA devices the error comes later,
+    as in `check_repeated`.
+
+    Args:
+        y, v: the two states at the start, traced back.
+        y0: the initial state.
+        sizes: the largest numbers of some states in between, scalars.
+        allowed: the fraction.
+    """
+    if _unseen(y):
+        return
+    _look_back()
+    off = torch.stack([(a - b).abs().max() for a, b in zip((*y, *v), (*y0, *y0), strict=True) if b.numel() > 0])
+    largest = torch.stack([*sizes, *[part.abs().max() for part in y0 if part.numel() > 0]])
+    _report(off.max() > allowed * largest.max(), _NOT_TRACED_BACK)
+
+
+def _unseen(state: State) -> bool:
+    """Whether nobody could look at a comparison."""
+    return bool(tracing()) or (state[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _report(differs: Tensor, message: str) -> None:
+    """Raise RuntimeError, on CUDA devices later, if this scalar is true."""
+    if differs.device.type != "cuda":
+        if bool(differs):
+            raise RuntimeError(message)
+        return
+    flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    _UNSEEN.append((event, flag, message))
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
@@ -49,6 +80,14 @@ def _look_back() -> None:
             _, flag, message = _UNSEEN.pop(0)
             if flag:
                 raise RuntimeError(message)
+
+
+_NOT_TRACED_BACK = (
+    "the reversible scheme, traced back for the backward pass, does not lead to the initial state: the dynamics depend "
+    "on something that changes between the two passes, such as a counter or an attribute, or they contract so much "
+    "that rounding has destroyed the states on the way: make what changes a buffer or a part of the state, or use "
+    "DiscreteAdjoint() (odeint_dto without adjoint)"
+)
 
 
 def _message(n: int) -> str:

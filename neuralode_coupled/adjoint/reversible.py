@@ -17,6 +17,7 @@ from neuralode_coupled.adjoint.engine import tell_on_return, unrolled
 from neuralode_coupled.adjoint.node import differentiate_unrolled
 from neuralode_coupled.adjoint.plan import Operands, Plan, Problem, Stats, Weights, arranged, require, with_start
 from neuralode_coupled.adjoint.recording import Recording, without_graph
+from neuralode_coupled.adjoint.repeatable import check_traced_back
 from neuralode_coupled.adjoint.replay import Replay
 from neuralode_coupled.adjoint.step_graph import Gradients, Sum, add
 from neuralode_coupled.adjoint.stores import DeviceStore
@@ -27,6 +28,9 @@ LOST = 1e-2
 
 COARSE = 20.0
 """How much the rounding may grow at least: in 16 bits a single step loses as much as is lost here."""
+
+ROOM = 10.0
+"""How many times the rounding that grows with each step the reconstructed start may be off: all steps round."""
 
 Increment = Callable[[int, State], State]
 """``increment(n, source)`` of step n, there from v or back from y."""
@@ -66,6 +70,8 @@ class ReversibleAdjoint:
             weights that only go forward step by step, or are on another grid than the activations; at the solve, inside
             of ``torch.compile``, and where a gradient is wanted over more steps than the coupling and the state's
             precision allow (float32 and 0.99: 1,128).
+        RuntimeError: in the backward pass, if the reconstruction does not lead to the initial state: the dynamics
+            depend on something that has changed, or have made the rounding grow too much.
     """
 
     coupling: float = 0.99
@@ -158,6 +164,20 @@ class ReversibleAdjoint:
         solve = _Solve(self, ahead.plan, behind.plan, structure, ahead.replay, behind.replay)
         outputs = _Reversible.apply(solve, (*y, *v), [part for state in emitted for part in state], *flat)
         return arranged(outputs, len(operands.y0))
+
+
+def _allowed(coupling: float, steps: int, y0: State) -> float:
+    """How far the reconstructed start may be from the true one, relative to the states.
+
+    The scheme makes rounding grow like coupling^-steps, and the dynamics too: hence the cube root, which leaves
+    room for a growth by precision^(-2/3) (float32: 40,000) and still shows dynamics that have changed.
+    """
+    kind = y0[0].device.type
+    dtypes = [part.dtype.to_real() for part in y0]
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    precision = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return max(precision ** (1 / 3), ROOM * precision * coupling**-steps)
 
 
 def _untold(n: int, y: State) -> None:
@@ -261,11 +281,16 @@ class _Sweep:
         y, v = self._final(ends)
         alpha_y: Gradients = [None] * len(y)
         alpha_v: Gradients = [None] * len(y)
+        sizes: list[Tensor] = []
         for n in reversed(range(plan.count)):
             if plan.emits[n]:
                 alpha_y = add(alpha_y, arriving.pop())
             plan.returned(n)
+            sizes += [torch.linalg.vector_norm(part, math.inf) for part in y if part.numel() > 0]
             y, v, alpha_y, alpha_v = self._undo(n, y, v, alpha_y, alpha_v)
+        y0 = self._operands.y0
+        if sizes:
+            check_traced_back(y, v, y0, sizes, _allowed(self._solve.scheme.coupling, plan.count, y0))
         start = add(alpha_y, alpha_v)  # both copies begin as y0
         inputs = [grad for row in (*self._there.inputs, *self._back.inputs) for grad in row]
         return [*start, *inputs, *self._shared.total]

@@ -117,3 +117,46 @@ def test_inputs_and_frozen_parameters_may_not_change_and_buffers_keep_their_valu
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             between(adjoint, grid, operator(), change)
     torch.testing.assert_close(between(adjoint, grid, operator(), lambda f, c: f.scale.mul_(3.0)), exact)
+
+
+REVERSIBLE = {
+    "layer": lambda f: layer(f, nc.ReversibleAdjoint(), steps=4, method="rk4"),
+    "layer, own weights": lambda f: layer(f, nc.ReversibleAdjoint(weights="recomputed"), steps=4),
+    "by tolerances": lambda f: dto(f, adjoint=nc.ReversibleAdjoint()),
+}
+
+
+@pytest.mark.parametrize("solve", REVERSIBLE)
+@pytest.mark.parametrize("what", ["a counter", "an attribute"])
+def test_a_reversible_scheme_must_lead_back_to_the_start(solve, what):
+    f = Counting()
+    f.factor = 0.01 if what == "a counter" else 0.0
+    loss = REVERSIBLE[solve](f)
+    if what == "an attribute":
+        f.factor = 0.1
+    with pytest.raises(RuntimeError, match="does not lead to the initial state: the dynamics depend on something"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("coupling", [0.99, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_not_suspected(coupling, dtype):
+    """From 0 back to 0, with values that jump by rounding, and near the most steps that the coupling allows."""
+    steps = 100 if (coupling, dtype) == (0.9, torch.float32) else 20
+
+    class Orbit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(6.28))
+
+        def forward(self, t, z):
+            return self.w * torch.sin(self.w * t) * torch.ones_like(z)
+
+    made = nc.CoupledODE(Orbit(), nc.Static(), steps=steps, adjoint=nc.ReversibleAdjoint(coupling)).to(dtype)
+    made(torch.zeros(3, dtype=dtype, requires_grad=True)).sum().backward()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    made = nc.CoupledODE(net, nc.Static(), steps=steps, adjoint=nc.ReversibleAdjoint(coupling))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        made(torch.randn(4, 8)).square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())

@@ -28,7 +28,7 @@ import neuralode_coupled as nc
 from benchmarks.gpu.images import Images, drawn
 from benchmarks.gpu.stacked import Stack
 from benchmarks.gpu.training import ORDER, Plan, fresh
-from neuralode_coupled.adjoint import generators, sweep
+from neuralode_coupled.adjoint import generators, reversible, sweep
 from neuralode_coupled.train import Experiment, ImageData, RunFolder, callbacks, learner, train
 from neuralode_coupled.train.data import EvenBatches, augment
 from neuralode_coupled.train.image_sources import ImageSet
@@ -99,6 +99,7 @@ def as_on_a_device(monkeypatch):
     monkeypatch.setattr(nc.ReactionDiffusionAdvection, "_check_overflow", lambda *arguments: None)
     monkeypatch.setattr(generators, "of_torch", lambda device: [])
     monkeypatch.setattr(sweep, "check_repeated", lambda *arguments: None)
+    monkeypatch.setattr(reversible, "check_traced_back", lambda *arguments: None)
     looks = learner._looks
     monkeypatch.setattr(learner, "_looks", lambda kind, step: looks("cuda", step))
 
