@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from neuralode_coupled._types import Activation
-from neuralode_coupled.coupled.baking import BakedBlocks, with_hooks_of
+from neuralode_coupled.coupled.baking import BakedBlocks, BakedReversibleSteps, with_hooks_of
 from neuralode_coupled.coupled.layer import CoupledODE
 
 Mask = Float[Tensor, "..."] | Bool[Tensor, "..."] | None
@@ -122,10 +122,10 @@ class FoldedEncoder(CoupledODE):
         """The attention at its initial weights; ``nn.TransformerEncoder`` asks it whether the batch comes first."""
         return self.get_submodule("field.dynamics.module.self_attn")  # pyright: ignore[reportReturnType]
 
-    def bake(self) -> BakedEncoder:
+    def bake(self) -> BakedEncoder | BakedReversibleEncoder:
         """See `CoupledODE.bake`."""
         baked = super().bake()
-        made = BakedEncoder(*baked)
+        made = (BakedEncoder if isinstance(baked, BakedBlocks) else BakedReversibleEncoder)(*baked)
         made.training = baked.training
         return with_hooks_of(self, made)
 
@@ -137,3 +137,12 @@ class BakedEncoder(BakedBlocks):
     def self_attn(self) -> nn.MultiheadAttention:
         """The attention of the first layer, see `FoldedEncoder`."""
         return self.get_submodule("0.branches.0.module.self_attn")  # pyright: ignore[reportReturnType]
+
+
+class BakedReversibleEncoder(BakedReversibleSteps):
+    """The same of one that `ReversibleAdjoint` solves."""
+
+    @property
+    def self_attn(self) -> nn.MultiheadAttention:
+        """The attention of the first layer, see `FoldedEncoder`."""
+        return self.get_submodule("0.there.branches.0.module.self_attn")  # pyright: ignore[reportReturnType]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neuralode_coupled._types import Activation, StageWeights
 from neuralode_coupled.coupled.scheme import Scheme
 from neuralode_coupled.field import Block, CoupledField, tupled
-from neuralode_coupled.field.block import Whole, structure_of
+from neuralode_coupled.field.block import Whole, state_alone, structure_of
 
 Stack = TypeVar("Stack", bound=nn.Sequential)
 
@@ -35,6 +35,9 @@ class BakedStep(nn.Module):
         b: the coefficients of the step, times its length.
     """
 
+    applied = False
+    """Whether the step is one application of a `Block`, whose slope is the state itself."""
+
     def __init__(self, branches: Sequence[nn.Module], a: Sequence[Sequence[float]], b: Sequence[float]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
@@ -46,11 +49,26 @@ class BakedStep(nn.Module):
 
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Activation:
         """The state at the step's end, of the shape of z; inputs are passed on to the branches."""
+        return _along(z, self.slopes(z, *args, **kwargs)[0], self.b)
+
+    def increment(self, z: Activation, *args: Any, **kwargs: Any) -> tuple[Activation, Any]:
+        """What the step adds to z, and everything that a `Block` has returned; see `slopes`."""
+        slopes, result = self.slopes(z, *args, **kwargs)
+        return _along(torch.zeros_like(z), slopes, self.b), result
+
+    def slopes(self, z: Activation, *args: Any, **kwargs: Any) -> tuple[list[Tensor], Any]:
+        """f at the stages, and everything that a `Block` has returned at the last of them; None for another f."""
         slopes: list[Tensor] = []
+        result: Any = None
         for branch, row in zip(self.branches, self.a, strict=True):
+            stage = _along(z, slopes, row)
+            if isinstance(branch, Block):
+                found, result = branch(Whole(stage, self.applied), *args, **kwargs)
+            else:
+                found = branch(stage, *args, **kwargs)
             # Under autocast a branch may return another precision; the state keeps its own.
-            slopes.append(branch(_along(z, slopes, row), *args, **kwargs).to(z.dtype))
-        return _along(z, slopes, self.b)
+            slopes.append(found.to(z.dtype))
+        return slopes, result
 
 
 class AtTime(nn.Module):
@@ -106,17 +124,52 @@ class BakedBlocks(nn.Sequential):
 class BakedBlockStep(BakedStep):
     """A step of a `Block`; if it is ``applied``, the block itself."""
 
-    applied = False
-
     def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
         """The state at the step's end, and the block with everything that it has returned."""
-        slopes: list[Tensor] = []
-        block, result = self.branches[-1], None
-        assert isinstance(block, Block)
-        for branch, row in zip(self.branches, self.a, strict=True):
-            found, result = branch(Whole(_along(z, slopes, row), self.applied), *args, **kwargs)
-            slopes.append(found.to(z.dtype))
-        return (slopes[0] if self.applied else _along(z, slopes, self.b)), block, result
+        slopes, result = self.slopes(z, *args, **kwargs)
+        return (slopes[0] if self.applied else _along(z, slopes, self.b)), self.branches[-1], result
+
+
+class BakedReversibleStep(nn.Module):
+    """One step of the reversible scheme with fixed weights, see `ReversibleAdjoint`.
+
+    With c the coupling, ``y' = c y + (1 - c) v + Psi_h(v)`` and ``v' = v - Psi_{-h}(y')``.
+
+    Args:
+        there: Psi_h, as the increment of a step.
+        back: Psi_{-h}, likewise.
+        coupling: c.
+    """
+
+    def __init__(self, there: BakedStep, back: BakedStep, coupling: float) -> None:
+        super().__init__()
+        self.there, self.back, self.coupling = there, back, coupling
+
+    def extra_repr(self) -> str:
+        return f"coupling={self.coupling:g}"
+
+    def forward(self, y: Activation, v: Activation, *args: Any, **kwargs: Any) -> tuple[Activation, Activation, Any]:
+        """y' and v', of the shape of y, and everything that a `Block` has returned; see `BakedStep.slopes`."""
+        c = self.coupling
+        y = c * y + (1 - c) * v + self.there.increment(v, *args, **kwargs)[0]
+        found, result = self.back.increment(y, *args, **kwargs)
+        return y, v - found, result
+
+
+class BakedReversibleSteps(nn.Sequential):
+    """Steps of the reversible scheme in a row, of which each gets the same inputs."""
+
+    def forward(self, z: Activation, *args: Any, **kwargs: Any) -> Any:
+        """The state y after the last step, of the shape of z; for a `Block` as the block returns it, the rest dropped.
+
+        Raises TypeError as `BakedSteps`, and ValueError for a block whose other outputs are wanted.
+        """
+        _check_constant(args, kwargs)
+        y, v, result = z, z, None
+        for step in self:
+            y, v, result = step(y, v, *args, **kwargs)
+        block = self[-1].back.branches[-1]
+        return state_alone(block, structure_of(result), y) if isinstance(block, Block) else y
 
 
 def _check_constant(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -148,17 +201,52 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
         ``N`` `BakedStep` in a row. Tensors that do not change from step to step are shared by all of them, and are
         copies of the field's.
     """
-    dynamics, grid, method = field.dynamics, scheme.grid, scheme.method
-    originals = {name: id(p) for name, p in dynamics.named_parameters()}
+    steps, dynamics = _steps(field, scheme, theta, _fixed(field, theta)), field.dynamics
+    for step in steps:
+        step.applied = type(dynamics) is Block and scheme.method.b == (1.0,) and scheme.grid.h == 1.0
+    return _in_mode_of(field, (BakedBlocks if isinstance(dynamics, Block) else BakedSteps)(*steps))
+
+
+@torch.no_grad()
+def baked_reversible(
+    field: CoupledField, scheme: Scheme, there: dict[str, StageWeights], back: dict[str, StageWeights], coupling: float
+) -> nn.Sequential:
+    """The same for a solve by `ReversibleAdjoint`: ``N`` `BakedReversibleStep` in a row.
+
+    Args:
+        field: the coupled field; it is left as it is.
+        scheme: its discretisation.
+        there: the stage weights as in `baked`.
+        back: those of the steps that are taken from their end to their start.
+        coupling: the scheme's.
+    """
+    fixed = _fixed(field, there)
+    ways = _steps(field, scheme, there, fixed), _steps(field, scheme, back, fixed, backwards=True)
+    steps = [BakedReversibleStep(*pair, coupling) for pair in zip(*ways, strict=True)]
+    return _in_mode_of(field, BakedReversibleSteps(*steps))
+
+
+def _fixed(field: CoupledField, theta: dict[str, StageWeights]) -> Memo:
+    """Copies of the tensors that are the same in all steps."""
+    dynamics = field.dynamics
     fixed: Memo = {id(p): _constant(p) for name, p in dynamics.named_parameters() if name not in theta}
     fixed |= {id(buffer): buffer.clone() for buffer in dynamics.buffers()}
     # Pruning and weight norm recompute tensors from parameters. Such a tensor may have a graph and cannot be copied.
     computed = [value for module in dynamics.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    fixed |= {id(tensor): tensor.detach().clone() for tensor in computed}
+    return fixed | {id(tensor): tensor.detach().clone() for tensor in computed}
+
+
+def _steps(
+    field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights], fixed: Memo, backwards: bool = False
+) -> list[BakedStep]:
+    """The steps with their own stage weights; with ``backwards`` from their end to their start."""
+    dynamics, grid, method = field.dynamics, scheme.grid, scheme.method
+    originals = {name: id(p) for name, p in dynamics.named_parameters()}
     block = isinstance(dynamics, Block)
     alike = all(rows.shape[1] == 1 for rows in theta.values())
-    a = [[grid.h * weight for weight in row] for row in method.a]
-    b = [grid.h * weight for weight in method.b]
+    h = -grid.h if backwards else grid.h
+    a = [[h * weight for weight in row] for row in method.a]
+    b = [h * weight for weight in method.b]
     steps = []
     for n in range(grid.steps):
         branches: list[nn.Module] = []
@@ -167,14 +255,17 @@ def baked(field: CoupledField, scheme: Scheme, theta: dict[str, StageWeights]) -
             branches.append(_branch(field, n, fixed | own))
         branches *= method.stages if alike else 1
         if field.takes_time:
-            times = [_time(grid.time(n, c), dynamics) for c in method.c]
+            times = [_time(grid.time(n + 1, -c) if backwards else grid.time(n, c), dynamics) for c in method.c]
             branches = [AtTime(branch, t) for branch, t in zip(branches, times, strict=True)]
         steps.append((BakedBlockStep if block else BakedStep)(branches, a, b))
-        if block:
-            steps[-1].applied = type(dynamics) is Block and method.b == (1.0,) and grid.h == 1.0
-    stack = (BakedBlocks if block else BakedSteps)(*steps)
-    # The branches have the flags of their originals; new modules have the field's.
-    for module in (stack, *stack, *(step.branches for step in steps)):
+    return steps
+
+
+def _in_mode_of(field: CoupledField, stack: Stack) -> Stack:
+    """The steps in the field's mode. The branches have the flags of their originals."""
+    pairs = [(step.there, step.back) if isinstance(step, BakedReversibleStep) else (step,) for step in stack]
+    steps = [step for pair in pairs for step in pair]
+    for module in (stack, *stack, *steps, *(step.branches for step in steps)):
         module.training = field.training
     return stack
 

@@ -16,14 +16,22 @@ from neuralode_coupled._checks import Times, check_model, times_within
 from neuralode_coupled._times import TimeRow, as_number, length_like, time_row
 from neuralode_coupled._torch import has_own_forward, without_autocast
 from neuralode_coupled._types import Activation, Trajectory, WeightPath
-from neuralode_coupled.adjoint import Backprop, DiscreteAdjoint, GradientMethod, Stats, check_gradient_method
+from neuralode_coupled.adjoint import (
+    Backprop,
+    DiscreteAdjoint,
+    GradientMethod,
+    ReversibleAdjoint,
+    Stats,
+    check_gradient_method,
+)
 from neuralode_coupled.coupled.adaptive import Adaptive
-from neuralode_coupled.coupled.baking import baked, with_hooks_of
+from neuralode_coupled.coupled.baking import baked, baked_reversible, with_hooks_of
 from neuralode_coupled.coupled.discretisation import Discretisation
 from neuralode_coupled.coupled.on_grid import GridProblem, OnGrid
 from neuralode_coupled.coupled.scheme import Grid, Scheme
 from neuralode_coupled.evolution import Static, finite_path
 from neuralode_coupled.field import Block, CoupledField, Evolution, Evolve, Further, tupled, with_inputs
+from neuralode_coupled.field.block import state_alone
 from neuralode_coupled.kernels import TimeKernel
 
 
@@ -201,12 +209,7 @@ class CoupledODE(nn.Module):
         z = self._solve(solve, z0, solve.last, args, kwargs, further)[0]
         if further is not None:
             return tupled(further.structure, z, further.join())
-        if block.structure is not None and block.outputs == "last":
-            raise ValueError(
-                f"a {type(block.module).__name__} returns {block.structure[1]} values, and those after the state need "
-                "a fixed grid with DiscreteAdjoint() or Backprop(): drop them by outputs='drop'"
-            )
-        return tupled(block.structure, z, None)
+        return state_alone(block, block.structure, z)
 
     def trajectory(
         self, z0: Activation, t: Times, *, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -275,8 +278,9 @@ class CoupledODE(nn.Module):
 
         After training theta does not depend on the data. The result computes what the layer computes (in its present
         train/eval mode), shares no memory with it, and can be exported; its parameters require no gradient, and its
-        times are numbers. Hooks on the layer's forward are called, with the result as their module. See `nc.bake` for
-        whole models.
+        times are numbers. Hooks on the layer's forward are called, with the result as their module. A layer with
+        `ReversibleAdjoint` is baked as that scheme's steps, two evaluations of f for each of the method's. See
+        `nc.bake` for whole models.
 
         Raises:
             ValueError: if the evolving weights are not finite, for an adaptive layer, which has no grid to bake, and
@@ -290,7 +294,11 @@ class CoupledODE(nn.Module):
         like = next(self.field.parameters(), torch.zeros(()))
         with torch.no_grad():
             scheme = self.scheme
-            theta = GridProblem(self.field, scheme, like, (scheme.grid.steps,)).stage_weights()
+            problem = GridProblem(self.field, scheme, like, (scheme.grid.steps,))
+            theta = problem.stage_weights()
+            if isinstance(self.adjoint, ReversibleAdjoint):  # which solves by a scheme of its own
+                back, coupling = problem.stage_weights(backwards=True), self.adjoint.coupling
+                return with_hooks_of(self, baked_reversible(self.field, scheme, theta, back, coupling))
         return with_hooks_of(self, baked(self.field, scheme, theta))
 
     @property

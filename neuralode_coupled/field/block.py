@@ -35,8 +35,9 @@ class Block(nn.Module):
     """A whole block as f: ``f(z, ...) = block(z, ...) - z``, for `CoupledODE` and `nc.couple`.
 
     Euler's method with ``t=(0, N)``, ``steps=N`` is N applications of the block: a step of length exactly 1 applies
-    the block itself, and neither subtracts nor adds its input. Any other step, and every other method, subtracts, in
-    float32 at least. Weights of the block evolve from step to step, or are the same in all (`Static`).
+    the block itself, and neither subtracts nor adds its input. Any other step, every other method, and the scheme of
+    `ReversibleAdjoint` subtract, in float32 at least. Weights of the block evolve from step to step, or are the same in
+    all (`Static`).
 
     A block may return a tuple whose first entry is the state, followed by attention weights or caches. The layer then
     returns such a tuple too. (`nc.solve` and ``layer.trajectory`` give states alone.)
@@ -174,6 +175,19 @@ def tupled(structure: tuple[type, int] | None, z: Tensor, further: tuple[Any, ..
     kind, length = structure
     rest = (None,) * (length - 1) if further is None else further
     return kind._make((z, *rest)) if hasattr(kind, "_make") else kind((z, *rest))  # type: ignore[attr-defined]
+
+
+def state_alone(block: Block, structure: tuple[type, int] | None, z: Tensor) -> Any:
+    """The state as the block returns it, of a solve that has no last step to take the block's other outputs from.
+
+    Raises ValueError if these outputs are wanted.
+    """
+    if structure is not None and block.outputs == "last":
+        raise ValueError(
+            f"a {type(block.module).__name__} returns {structure[1]} values, and those after the state need a fixed "
+            "grid with DiscreteAdjoint() or Backprop(): drop them by outputs='drop'"
+        )
+    return tupled(structure, z, None)
 
 
 def described(result: Any) -> str:

@@ -72,6 +72,73 @@ def test_models_with_statistics_of_every_step(name, variant):
     torch.testing.assert_close(nc.bake(model)(images), model(images))
 
 
+@given(
+    dynamics=st.sampled_from([plain, Timed]),
+    operator=st.sampled_from(sorted(OPERATORS)),
+    kernel=st.sampled_from(sorted(KERNELS)),
+    method=st.sampled_from(["euler", "midpoint", "heun3", "rk4"]),
+    steps=st.sampled_from([2, 4]),
+    coupling=st.sampled_from([0.9, 1.0]),
+)
+def test_a_reversible_layer_is_baked_as_its_own_scheme(dynamics, operator, kernel, method, steps, coupling):
+    layer = nc.CoupledODE(dynamics(), OPERATORS[operator](), KERNELS[kernel](), steps=steps, method=method, t=(0, 1.5))
+    layer = randomize(layer).double()
+    z0 = torch.randn(3, 4, dtype=torch.float64)
+    other, layer.adjoint = layer(z0), nc.ReversibleAdjoint(coupling)
+    torch.testing.assert_close(layer.bake()(z0), layer(z0), rtol=1e-12, atol=1e-12)
+    assert (layer(z0) - other).abs().max() > 1e-8
+
+
+def test_a_reversible_layer_with_what_each_step_has_of_its_own_is_baked_and_exported():
+    """Its statistics move as the layer's, twice a step; an exported one has the numbers, and recomputed weights too."""
+    torch.manual_seed(0)
+    model = randomize(nc.models.build("resnet4", "anodev2-2", adjoint=nc.ReversibleAdjoint()), 0.05)
+    model(torch.randn(8, 3, 32, 32))
+    images = torch.randn(4, 3, 32, 32)
+    made = nc.bake(model)
+    torch.testing.assert_close(made(images), model(images))
+    torch.testing.assert_close(nc.bake(model.eval())(images), model(images))
+    torch.testing.assert_close(made.eval()(images), model(images))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(nc.bake(model), (images,), dynamic_shapes=({0: batch},), strict=False)
+    other = torch.randn(7, 3, 32, 32)
+    torch.testing.assert_close(program.module()(other), model(other), rtol=1e-5, atol=1e-5)
+
+    layer = randomize(nc.CoupledODE(plain(), nc.LinearEvolution(), steps=3))
+    layer.adjoint = nc.ReversibleAdjoint(weights="recomputed")
+    z0 = torch.randn(3, 4)
+    torch.testing.assert_close(layer.bake()(z0), layer(z0))
+    deeper = nc.with_steps(layer, 5, "midpoint")
+    torch.testing.assert_close(nc.bake(deeper)(z0), deeper(z0))
+
+
+class Pair(nn.Module):
+    """A block that returns the state and another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, z, c):
+        h = torch.tanh(self.linear(z)) + c
+        return z + h, h
+
+
+def test_a_reversible_layer_of_a_block_is_baked():
+    layer = randomize(nc.CoupledODE(nc.Block(Pair(), "drop"), nc.LinearEvolution(), steps=3, t=(0, 3)))
+    layer.adjoint = nc.ReversibleAdjoint()
+    z0, c = torch.randn(3, 4), torch.randn(4)
+    (found, nothing), (expected, none) = layer.bake()(z0, c), layer(z0, c)
+    torch.testing.assert_close(found, expected)
+    assert nothing is none is None
+    layer.field.dynamics.outputs = "last"
+    for one in (layer, layer.bake()):
+        with pytest.raises(ValueError, match="a Pair returns 2 values, and those after the state need a fixed grid"):
+            one(z0, c)
+    with pytest.raises(TypeError, match="inputs that are constant"):
+        layer.bake()(z0, lambda t: c)
+
+
 def test_a_baked_layer_is_plain_and_a_snapshot():
     layer = randomize(nc.CoupledODE(plain(), nc.ReactionDiffusionAdvection(), steps=3, method="rk4")).eval()
     z0 = torch.randn(2, 4)

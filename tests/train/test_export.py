@@ -133,6 +133,11 @@ def test_a_run_whose_method_chooses_its_steps_is_exported_with_fixed_ones(tmp_pa
     assert done.stderr.endswith("was not written: take more steps\n")
 
 
+def test_a_run_by_the_reversible_scheme_is_exported_as_that(tmp_path):
+    folder = untrained(tmp_path / "run", adjoint="reversible", steps=2)
+    assert exporting.export(folder, tmp_path / "model.pt2").difference < 1e-5
+
+
 def test_the_last_checkpoint_and_a_baseline_which_has_no_layers_to_bake(tmp_path):
     folder = untrained(tmp_path / "run", variant="baseline")
     options = ["export", "--run", folder.path, "--out", tmp_path / "model.pt2"]
