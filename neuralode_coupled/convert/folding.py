@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from torch import Tensor, nn
 
 from neuralode_coupled._checks import Times, check_model, choice, is_differentiable, shown, times, whole
-from neuralode_coupled.adjoint import GradientMethod
+from neuralode_coupled.adjoint import GradientMethod, ReversibleAdjoint
 from neuralode_coupled.convert.alignment import aligned
 from neuralode_coupled.convert.attention_heads import NoMaskPerHead, attention_heads
 from neuralode_coupled.convert.coupling import _checked, _replace
@@ -89,7 +89,8 @@ def fold(
         t: the interval of time, of length N; by default ``(0, N)``.
         weight_steps: the number of steps of the weights' own grid.
         weight_method: the method on it.
-        adjoint: how gradients come back; `DiscreteAdjoint` by default.
+        adjoint: how gradients come back; `DiscreteAdjoint` by default. Not `ReversibleAdjoint`, whose scheme does not
+            apply the blocks.
         evolve: which parameters ``evolution`` applies to: names, patterns or a predicate, as in `CoupledField`. By
             default those with at least two axes, and those that an entry of a mapping other than ``"*"`` names. All
             others, such as biases, keep the values of every block (pieces, ``BasisEvolution("piecewise", N - 1)``).
@@ -107,8 +108,8 @@ def fold(
         TypeError: if the model is not a module, or the blocks are not named by strings.
         ValueError: for blocks that match nothing, differ in more than the values of their tensors (the first difference
             is named), are not consecutive, have hooks, parametrisations, weights that are not finite, or parameters
-            that are tied to others outside of the row; for fewer blocks than a basis has functions; for steps, times
-            and methods that do not fit; and as `couple`. The model then stays as it was.
+            that are tied to others outside of the row; for fewer blocks than a basis has functions; for steps, times,
+            methods and gradient methods that do not fit; and as `couple`. The model then stays as it was.
     """
     choice("outputs", outputs, get_args(Outputs))
     check_model(model)
@@ -117,6 +118,11 @@ def fold(
         raise ValueError(
             f"{method!r} chooses its own steps, and the weights of blocks are known at those of a grid: take "
             "method='euler', whose steps are the blocks"
+        )
+    if isinstance(adjoint, ReversibleAdjoint):
+        raise ValueError(
+            f"{adjoint} solves by a scheme of its own, which does not apply the blocks one after the other: leave it "
+            "out, or set layer.adjoint behind the fold and train the layer anew"
         )
     names = _checked(model, blocks, "blocks")
     before, earlier = named_tensors(model), noted(model)

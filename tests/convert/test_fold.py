@@ -402,6 +402,7 @@ def test_blocks_that_cannot_be_folded_are_named_and_the_model_is_as_it_was(chang
         ("1.*", nc.Static(), {"steps": 6}, ValueError, "steps=6 is no multiple of the 4 blocks"),
         ("1.*", nc.Static(), {"t": (0, 1)}, ValueError, r"has the length 1, and 4 blocks take a time of 1 each.*t=\(0"),
         ("1.*", nc.Static(), {"method": "dopri5"}, ValueError, "'dopri5' chooses its own steps"),
+        ("1.*", nc.Static(), {"adjoint": nc.ReversibleAdjoint()}, ValueError, "solves by a scheme of its own"),
         ("1.*", nc.Static(), {"outputs": "all"}, ValueError, "unknown outputs 'all'"),
     ],
 )
@@ -445,6 +446,9 @@ def test_the_layers_of_a_transformer_encoder_fold_in_their_place():
         torch.testing.assert_close(model(x, mask=mask, src_key_padding_mask=padding), expected, rtol=1e-6, atol=1e-6)
     assert report.calibrate([(x, mask)], steps=0).blocks[-1].output < 1e-10
     assert report.parameters_after == report.parameters_before
+    encoder.layers[0].adjoint = nc.ReversibleAdjoint()
+    found, expected = [model(x, mask=mask, src_key_padding_mask=padding) for model in (nc.bake(encoder), encoder)]
+    torch.testing.assert_close(found, expected)
     encoder.train()(x, mask=mask).sum().backward()
 
 
