@@ -53,6 +53,7 @@ __all__ = [
     "has_hooks",
     "has_own_forward",
     "keeps_graph",
+    "made_by",
     "made_since",
     "noticing_changes",
     "of_function",
@@ -171,6 +172,11 @@ def made_since(tensor: Tensor, clock: int) -> bool:
 def older(nodes: Sequence[Any], clock: int) -> bool:
     """Whether this thread made one of the nodes of a graph, leaves aside, before `graph_clock` gave ``clock``."""
     return min(node._sequence_nr() for node in nodes) < clock if nodes else False
+
+
+def made_by(nodes: Sequence[Any], clock: int) -> list[Any]:
+    """Those nodes of a graph that this thread has made since `graph_clock` gave ``clock``; and the leaves."""
+    return [node for node in nodes if node._sequence_nr() >= clock]
 
 
 def recomputed_later() -> bool:

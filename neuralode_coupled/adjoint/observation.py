@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from neuralode_coupled._torch import graph_clock, has_hooks, made_since, older
+from neuralode_coupled._torch import graph_clock, has_hooks, made_by, made_since, older
 
 _LEAF: Any = type(get_gradient_edge(torch.empty((), requires_grad=True)).node)
 """The node of a leaf: it has the tensor as its ``variable``."""
@@ -156,6 +156,14 @@ def foreign(
         return leaves
     ids = set(map(id, known))
     return [leaf for leaf in leaves if id(leaf) not in ids]
+
+
+def leaves_used(nodes: Sequence[Any], results: Iterable[Tensor], clock: int) -> list[Tensor]:
+    """The leaves that were used since `graph_clock` gave ``clock``, by the function that has made these nodes of a
+    graph, or that are ``results`` of it themselves. Not those behind what is older."""
+    edges = [edge for node in made_by(nodes, clock) for edge in node.next_functions]
+    found = [edge[0].variable for edge in edges if type(edge[0]) is _LEAF]
+    return [*found, *[x for x in results if x.requires_grad and x.grad_fn is None]]
 
 
 def closed(ends: Iterable[GradientEdge | None], known: Iterable[Tensor], clock: int) -> bool:

@@ -61,7 +61,8 @@ class Recording:
         operands = self._detached if self._lost is None else self.operands
 
         def run() -> tuple[State, tuple[State, ...]]:
-            step = self.plan.forward or self.plan.step
+            # The forward pass's own step may use the originals, which an observer would take for tensors f reaches.
+            step = self.plan.step if n == 0 and self.looks else self.plan.forward or self.plan.step
             return step(n, y, operands.inputs[n], operands.shared, self.plan.buffers[n])
 
         if self._lost is None:
@@ -139,8 +140,9 @@ class Recording:
         return self.plan.overlooked is not None and not self.plan.observed
 
     def _observed(self, run: Callable[[], Result], random: list, leaves: Sequence[Tensor]) -> Result:
-        """The first step, watched by an observer."""
-        observer = Observer((*self.flat, *leaves))
+        """The first step, watched by an observer. It is given the leaves, or detached operands: if it uses an operand
+        itself, it reaches that by itself."""
+        observer = Observer((*self.operands.captured, *leaves))
         with observing(observer):
             result = self._run(run, random, observer)
         self._capture(observer.found)
@@ -148,7 +150,7 @@ class Recording:
 
     def look(self) -> bool:
         """Make the first step once more, behind the last one, for an observer; whether it uses tensors by itself."""
-        observer, (scratch, world) = Observer(self.flat), self.replay.again(0)
+        observer, (scratch, world) = Observer(self.operands.captured), self.replay.again(0)
         arguments = 0, self.y0, self._detached.inputs[0], self._detached.shared, scratch
         with torch.no_grad(), world, observing(observer):
             try:

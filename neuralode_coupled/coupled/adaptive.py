@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from neuralode_coupled._times import TimeRow, joined, times_at
 from neuralode_coupled._torch import eagerly
 from neuralode_coupled._types import Activation, State, WeightPath
 from neuralode_coupled.adjoint import DiscreteAdjoint, Flow, Form, GradientMethod, Memory, Operands, Plan, Stats, check
-from neuralode_coupled.coupled.stages import Stages
+from neuralode_coupled.coupled.stages import Stages, overlooked
 from neuralode_coupled.coupled.systems import Augmented, HeldWeights, System, WeightSide
 from neuralode_coupled.evolution import check_finite, check_follows_time, check_interval, no_flow
 from neuralode_coupled.field import CoupledField
@@ -278,7 +279,7 @@ class AdaptiveProblem:
         # In float64, whatever the state's dtype: far from 0, different times would be equal in another dtype.
         t = self.times(self.save, self.y0[0].new_empty((), dtype=torch.float64))
         params = (*system.params, *system.captured)
-        dynamics = Dynamics(system, is_tuple=True, params=params, overlooked=Stages.overlooked)
+        dynamics = Dynamics(system, is_tuple=True, params=params, overlooked=partial(overlooked, system.field))
         times = t, t.detach().tolist()
         system.choosing = True
         try:

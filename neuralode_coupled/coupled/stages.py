@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import graph_clock, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.field import (
     Block,
     CoupledField,
     PerStep,
     check_alike,
-    check_not_evaluated_later,
+    check_graph,
     check_slope,
     in_force,
+    names_of,
+    not_evolving,
 )
 from neuralode_coupled.runge_kutta import Tableau
 
@@ -141,6 +143,8 @@ class Stages:
         """What the dynamics return. The very first evaluation shows if f cannot take z0: the error then names z0."""
         if z.requires_grad and not torch.is_grad_enabled():
             z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
+        looks = first and bool(self.moving) and self.moving[-1] in tensors and torch.is_grad_enabled() and not tracing()
+        clock = graph_clock() if looks else 0
         try:
             # Under autocast f may return another precision; the state keeps its own.
             with self._copies(n):
@@ -152,8 +156,9 @@ class Stages:
             raise ValueError(
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
-        if first and self.moving and torch.is_grad_enabled() and not tracing():
-            check_not_evaluated_later(self.field.dynamics, self.moving, found, (z, *tensors.values()))
+        if looks:
+            inputs = () if self._inputs is None else self._inputs.captured
+            check_graph(self.field.dynamics, self.moving, found, (z, *tensors.values(), *inputs), clock)
         return found
 
     @contextmanager
@@ -184,11 +189,19 @@ class Stages:
         what = "forward(t, z)" if self.field.takes_time else "an input"
         check_followed(self.field.dynamics, what, f, time_like(t, z), span, self._inputs)
 
-    @staticmethod
-    def overlooked(leaf: Tensor, where: str) -> Exception:
-        """The error for a tensor that f uses and that no gradient would reach."""
-        return ValueError(
-            f"dynamics depends, {where}, on a tensor of shape {tuple(leaf.shape)} that requires a gradient, is none of "
-            "its parameters, and was not used in the first step, so that no gradient would reach it: make it a buffer "
-            "or a part of the state, detach it, or use Backprop()"
-        )
+    def overlooked(self, leaf: Tensor, where: str) -> Exception:
+        """See the function `overlooked`."""
+        return overlooked(self.field, leaf, where)
+
+
+def overlooked(field: CoupledField, leaf: Tensor, where: str) -> Exception:
+    """The error for a tensor that f uses and that no gradient would reach, or that does not evolve."""
+    name = next(iter(names_of(field.dynamics, [leaf])), None)
+    if name is not None and name in field.moving():
+        return not_evolving(field.dynamics, name)
+    what = "is none of its parameters" if name is None else f"is its {name!r}, reached as no module's parameter"
+    return ValueError(
+        f"dynamics depends, {where}, on a tensor of shape {tuple(leaf.shape)} that requires a gradient, {what}, and "
+        "was not used in the first step, so that no gradient would reach it: make it a buffer or a part of the state, "
+        "detach it, or use Backprop()"
+    )

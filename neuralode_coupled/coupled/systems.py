@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import alone
-from neuralode_coupled._torch import tracing
+from neuralode_coupled._torch import graph_clock, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Plan, Stats
 from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
 from neuralode_coupled.coupled.stages import Stages
-from neuralode_coupled.field import CoupledField, check_not_evaluated_later, check_slope
+from neuralode_coupled.field import CoupledField, check_graph, check_slope
 
 Tensors = dict[str, Tensor]
 
@@ -53,10 +53,13 @@ class System(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
+        looks = bool(theta) and torch.is_grad_enabled() and not self._looked and not tracing()
+        clock = graph_clock() if looks else 0
         found = self.field.evaluate(t, z, theta, begun=True, inputs=self._inputs)
-        if theta and torch.is_grad_enabled() and not self._looked and not tracing():
+        if looks:
             self._looked = True
-            check_not_evaluated_later(self.field.dynamics, self.names, found, (z, *theta.values()))
+            known = (z, *theta.values(), *self.captured)
+            check_graph(self.field.dynamics, list(theta), found, known, clock)
         return check_slope(found, z).to(z.dtype)
 
     def flow(self, y0: State, last: int) -> tuple[Plan, State, list[Flow]]:

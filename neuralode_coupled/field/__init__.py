@@ -5,7 +5,7 @@ from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tuple
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
-from neuralode_coupled.field.later import check_not_evaluated_later
+from neuralode_coupled.field.later import check_graph, names_of, not_evolving
 from neuralode_coupled.field.per_step import PerStep, check_alike, in_force
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "PerStep",
     "check_activation",
     "check_alike",
-    "check_not_evaluated_later",
+    "check_graph",
     "check_slope",
     "in_force",
+    "names_of",
+    "not_evolving",
     "tupled",
     "with_inputs",
 ]

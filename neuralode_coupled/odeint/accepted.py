@@ -259,7 +259,8 @@ class _Watched:
 
     def __init__(self, dynamics: Dynamics, others: State, graph: bool, growing: Growing) -> None:
         self._dynamics, self._growing = dynamics, growing
-        self._known = (*others, *dynamics.shared, *dynamics.captured, *growing.y0, *growing.shared, *growing.captured)
+        # Not the shared tensors themselves: growing has others in their places.
+        self._known = (*others, *dynamics.captured, *growing.y0, *growing.shared, *growing.captured)
         self._looks = graph and dynamics.overlooked is not None and tracing() is None
         # A transform differentiates what it traces, and finds all tensors.
         self.wanted = graph and (tracing() is not None or any(x.requires_grad for x in self._known))

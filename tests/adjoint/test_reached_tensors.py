@@ -680,3 +680,78 @@ class OwnSlope(nn.Module):
 
     def forward(self, z):
         return torch.autograd.grad(torch.tanh(self.net(z)).sum(), z, create_graph=True)[0]
+
+
+class Twice(nn.Module):
+    """Dynamics that reach their own parameters where no module holds them."""
+
+    def __init__(self, way="tuple"):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        w, b = self.linear.weight, self.linear.bias
+        self.several, self.run = (w, b), None
+        if way == "closure":
+            self.several, self.run = None, lambda z: nn.functional.linear(z, w, b)
+        self.way = way
+
+    def forward(self, z):
+        if self.way == "module":
+            return torch.tanh(self.linear(z))
+        return torch.tanh(self.run(z) if self.run is not None else nn.functional.linear(z, *self.several))
+
+
+def reached_twice(name, way, evolution, method):
+    """A layer in float64 whose f still reaches its own parameters."""
+    torch.manual_seed(0)
+    grid = {"rtol": 1e-7, "atol": 1e-9} if method == "dopri5" else {"steps": 40 if name == "continuous" else 4}
+    adjoint = ADJOINTS.get(name, nc.Backprop())
+    layer = nc.CoupledODE(Twice(way).double(), evolution, method=method, adjoint=adjoint, **grid)
+    return oracle.randomize(layer.double())
+
+
+@pytest.mark.parametrize("name", ["backprop", *ADJOINTS])
+@given(st.sampled_from(["tuple", "closure"]), st.sampled_from(["midpoint", "dopri5"]))
+def test_an_evolving_parameter_that_f_also_reaches_by_itself_is_an_error(name, way, method):
+    """It would stay as it is at the start."""
+    if has_no(ADJOINTS.get(name), method, nc.Dirac()):
+        return
+    layer = reached_twice(name, way, nc.LinearEvolution(), method)
+    with pytest.raises(ValueError, match=r"'linear.weight' evolves, but Twice reaches it in another way"):
+        layer(torch.randn(2, 3, **FLOAT64)).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["backprop", *ADJOINTS])
+@given(st.sampled_from(["tuple", "closure"]), st.sampled_from(["midpoint", "dopri5"]), st.sampled_from([1, 2]))
+def test_a_static_parameter_that_f_also_reaches_by_itself_gets_its_gradient(name, way, method, order):
+    if has_no(ADJOINTS.get(name), method, nc.Dirac()) or (name == "continuous" and order == 2):
+        return
+    results, z0 = [], torch.randn(2, 3, **FLOAT64)
+    for chosen in ("module", way):
+        layer = reached_twice(name, chosen, nc.Static(), method)
+        wanted = dict(layer.named_parameters())
+        loss = layer(z0).square().sum()
+        if order == 2:
+            first = torch.autograd.grad(loss, list(wanted.values()), create_graph=True)
+            loss = sum(g.square().sum() for g in first)
+        results.append(oracle.gradients(loss, wanted))
+    assert oracle.largest_error(*results) < 1e-8
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+@pytest.mark.parametrize("more", [{}, {"memory": 0}, {"checkpoints": 1}], ids=str)
+def test_so_it_does_by_odeint_dto(solve, more):
+    results = []
+    for way in ("tuple", "module"):
+        torch.manual_seed(0)
+        f, y0 = Twice(way).double(), torch.randn(2, 3, **FLOAT64)
+        f.forward = lambda t, z, run=f.forward: run(z)
+        z = nc.odeint_dto(f, y0, T, **SOLVES[solve], **more)
+        results.append(oracle.gradients(z.square().sum(), dict(f.named_parameters())))
+    assert oracle.largest_error(*results) < 1e-8
+
+
+@pytest.mark.parametrize("adjoint", [nc.DiscreteAdjoint(), nc.DiscreteAdjoint(None)], ids=str)
+def test_an_input_may_be_an_evolving_parameter_itself(adjoint):
+    layer = nc.CoupledODE(Policed(), nc.LinearEvolution(), steps=2, adjoint=adjoint)
+    layer(torch.randn(3, 3), layer.field.dynamics.linear.weight).sum().backward()
+    assert layer.field.dynamics.linear.weight.grad is not None
