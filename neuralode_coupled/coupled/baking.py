@@ -148,12 +148,12 @@ class BakedReversibleStep(nn.Module):
     def extra_repr(self) -> str:
         return f"coupling={self.coupling:g}"
 
-    def forward(self, y: Activation, v: Activation, *args: Any, **kwargs: Any) -> tuple[Activation, Activation, Any]:
-        """y' and v', of the shape of y, and everything that a `Block` has returned; see `BakedStep.slopes`."""
+    def forward(self, y: Activation, v: Activation, *args: Any, **kwargs: Any) -> Any:
+        """y' and v', of the shape of y; then f, and everything that it has returned if it is a `Block`."""
         c = self.coupling
         y = c * y + (1 - c) * v + self.there.increment(v, *args, **kwargs)[0]
         found, result = self.back.increment(y, *args, **kwargs)
-        return y, v - found, result
+        return y, v - found, self.back.branches[-1], result
 
 
 class BakedReversibleSteps(nn.Sequential):
@@ -165,10 +165,9 @@ class BakedReversibleSteps(nn.Sequential):
         Raises TypeError as `BakedSteps`, and ValueError for a block whose other outputs are wanted.
         """
         _check_constant(args, kwargs)
-        y, v, result = z, z, None
+        y, v, block, result = z, z, None, None
         for step in self:
-            y, v, result = step(y, v, *args, **kwargs)
-        block = self[-1].back.branches[-1]
+            y, v, block, result = step(y, v, *args, **kwargs)
         return state_alone(block, structure_of(result), y) if isinstance(block, Block) else y
 
 
@@ -263,9 +262,12 @@ def _steps(
 
 def _in_mode_of(field: CoupledField, stack: Stack) -> Stack:
     """The steps in the field's mode. The branches have the flags of their originals."""
-    pairs = [(step.there, step.back) if isinstance(step, BakedReversibleStep) else (step,) for step in stack]
-    steps = [step for pair in pairs for step in pair]
-    for module in (stack, *stack, *steps, *(step.branches for step in steps)):
+    new: list[nn.Module] = [stack, *stack]
+    for step in stack:
+        for way in (step.there, step.back) if isinstance(step, BakedReversibleStep) else (step,):
+            assert isinstance(way, BakedStep)
+            new += [way, way.branches]
+    for module in new:
         module.training = field.training
     return stack
 
