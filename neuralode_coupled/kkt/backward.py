@@ -10,7 +10,7 @@ import torch
 
 from neuralode_coupled._types import Activation, StageWeights, Trajectory, WeightPath
 from neuralode_coupled.coupled.layer import CoupledODE
-from neuralode_coupled.kkt.given import Given, Inputs
+from neuralode_coupled.kkt.given import Given
 from neuralode_coupled.kkt.steps import FIELD, Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, minus
 
@@ -52,7 +52,7 @@ def multipliers(
     z0: Activation,
     loss: Loss,
     *,
-    args: Inputs = (),
+    args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Multipliers:
     """Solve the discrete optimality system (7a) to (7e) for the loss J, step by step by explicit vector-Jacobian

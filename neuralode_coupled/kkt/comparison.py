@@ -14,7 +14,7 @@ from neuralode_coupled._types import Activation
 from neuralode_coupled.adjoint import Backprop, ContinuousAdjoint, DiscreteAdjoint, GradientMethod
 from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.closed_forms import check_closed_forms
-from neuralode_coupled.kkt.given import Given, Inputs
+from neuralode_coupled.kkt.given import Given
 from neuralode_coupled.kkt.steps import FIELD, check_layer, substitute
 from neuralode_coupled.kkt.tensors import Loss, Tensors, as_leaf, by_name, dot, norm, pick, relative_error, scalar
 
@@ -100,7 +100,7 @@ def check(
     z0: Activation,
     loss: Loss | None = None,
     *,
-    args: Inputs = (),
+    args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     show: bool = True,
 ) -> Check:

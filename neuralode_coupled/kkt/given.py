@@ -14,8 +14,6 @@ from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.field import CoupledField, with_inputs
 from neuralode_coupled.kkt.tensors import Tensors
 
-Inputs = tuple[Any, ...]
-
 
 class Given:
     """z0 and the inputs of f, with other tensors in place of those that gradients are compared for.
@@ -30,7 +28,7 @@ class Given:
         tensors: ``"z0"``, and ``"inputs.0"``, ``"inputs.1"``, ... for the inputs that require a gradient.
     """
 
-    def __init__(self, z0: Activation, args: Inputs = (), kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, z0: Activation, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         self.z0, self._args, self._kwargs = z0, args, dict(kwargs or {})
         self._leaves, self._restore = flattened((args, self._kwargs))
         self.tensors: Tensors = {"z0": z0}

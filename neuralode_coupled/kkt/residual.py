@@ -11,7 +11,7 @@ from neuralode_coupled.coupled.layer import CoupledODE
 from neuralode_coupled.kkt.backward import Multipliers, check_shapes, multipliers
 from neuralode_coupled.kkt.continuous import continuous_residuals, why_not_continuous
 from neuralode_coupled.kkt.discrete import discrete_residuals
-from neuralode_coupled.kkt.given import Given, Inputs
+from neuralode_coupled.kkt.given import Given
 from neuralode_coupled.kkt.steps import Steps, substitute
 from neuralode_coupled.kkt.tensors import Loss, Regularizer, Tensors, as_leaf, by_name, scalar
 
@@ -43,7 +43,7 @@ def residuals(
     regularizer: Regularizer | None = None,
     *,
     inserted: Multipliers | None = None,
-    args: Inputs = (),
+    args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
 ) -> Residuals:
     """Measure how well multipliers, and the gradients of the layer's own gradient method, satisfy (7a) to (7e).
