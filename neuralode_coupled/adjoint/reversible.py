@@ -284,16 +284,16 @@ class _Sweep:
         y, v = self._final(ends)
         alpha_y: Gradients = [None] * len(y)
         alpha_v: Gradients = [None] * len(y)
-        sizes: list[Tensor] = []
+        y0, sizes = self._operands.y0, list[Tensor]()
+        allowed = _allowed(self._solve.scheme.coupling, plan.count, y0)
         for n in reversed(range(plan.count)):
             if plan.emits[n]:
                 alpha_y = add(alpha_y, arriving.pop())
             plan.returned(n)
-            sizes += [torch.linalg.vector_norm(part, math.inf) for part in y if part.numel() > 0]
+            if allowed < math.inf:
+                sizes += [torch.linalg.vector_norm(part, math.inf) for part in y if part.numel() > 0]
             y, v, alpha_y, alpha_v = self._undo(n, y, v, alpha_y, alpha_v)
-        y0 = self._operands.y0
-        allowed = _allowed(self._solve.scheme.coupling, plan.count, y0)
-        if sizes and allowed < math.inf:
+        if sizes:
             check_traced_back(y, v, y0, sizes, allowed)
         start = add(alpha_y, alpha_v)  # both copies begin as y0
         inputs = [grad for row in (*self._there.inputs, *self._back.inputs) for grad in row]

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, alone
 from neuralode_coupled._times import Scalar, check_followed, time_like
-from neuralode_coupled._torch import graph_clock, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.field import (
     Block,
     CoupledField,
     PerStep,
+    begin_look,
     check_alike,
     check_graph,
     check_slope,
@@ -143,8 +143,7 @@ class Stages:
         """What the dynamics return. The very first evaluation shows if f cannot take z0: the error then names z0."""
         if z.requires_grad and not torch.is_grad_enabled():
             z = z.detach()  # f may read this, and may have set it itself at an earlier evaluation
-        looks = first and bool(self.moving) and self.moving[-1] in tensors and torch.is_grad_enabled() and not tracing()
-        clock = graph_clock() if looks else 0
+        clock = begin_look() if first and self.moving and self.moving[-1] in tensors else None
         try:
             # Under autocast f may return another precision; the state keeps its own.
             with self._copies(n):
@@ -156,7 +155,7 @@ class Stages:
             raise ValueError(
                 f"dynamics cannot take a state of shape {tuple(z.shape)} and dtype {z.dtype}{inputs}: {error}"
             ) from error
-        if looks:
+        if clock is not None:
             inputs = () if self._inputs is None else self._inputs.captured
             check_graph(self.field.dynamics, self.moving, found, (z, *tensors.values(), *inputs), clock)
         return found

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import alone
-from neuralode_coupled._torch import graph_clock, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint import Flow, Plan, Stats
 from neuralode_coupled.coupled.flows import augmented_flow, explain, held_flow
 from neuralode_coupled.coupled.stages import Stages
-from neuralode_coupled.field import CoupledField, check_graph, check_slope
+from neuralode_coupled.field import CoupledField, begin_look, check_graph, check_slope
 
 Tensors = dict[str, Tensor]
 
@@ -53,10 +52,9 @@ class System(nn.Module):
 
     def slope(self, t: Tensor, z: Tensor, theta: Tensors) -> Tensor:
         """f(z, theta), of the dtype of z."""
-        looks = bool(theta) and torch.is_grad_enabled() and not self._looked and not tracing()
-        clock = graph_clock() if looks else 0
+        clock = begin_look() if theta and not self._looked else None
         found = self.field.evaluate(t, z, theta, begun=True, inputs=self._inputs)
-        if looks:
+        if clock is not None:
             self._looked = True
             known = (z, *theta.values(), *self.captured)
             check_graph(self.field.dynamics, list(theta), found, known, clock)

@@ -5,7 +5,7 @@ from neuralode_coupled.field.block import Block, Branch, Further, Outputs, tuple
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.coupled import CoupledField, with_inputs
 from neuralode_coupled.field.flat import FlatField
-from neuralode_coupled.field.later import check_graph, names_of, not_evolving
+from neuralode_coupled.field.later import begin_look, check_graph, names_of, not_evolving
 from neuralode_coupled.field.per_step import PerStep, check_alike, in_force
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Further",
     "Outputs",
     "PerStep",
+    "begin_look",
     "check_activation",
     "check_alike",
     "check_graph",

@@ -25,14 +25,14 @@ from neuralode_coupled._substitution import (
     running,
     untouched,
 )
-from neuralode_coupled._torch import graph_clock, tracing
+from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, State
 from neuralode_coupled.evolution import check_evolved, keeps_weights
 from neuralode_coupled.field.assignment import Evolution, Evolve, _assign, _key, _select
 from neuralode_coupled.field.block import Whole
 from neuralode_coupled.field.checks import check_activation, check_slope
 from neuralode_coupled.field.inputs import Inputs, Signature
-from neuralode_coupled.field.later import check_graph
+from neuralode_coupled.field.later import begin_look, check_graph
 from neuralode_coupled.field.per_step import PerStep, per_step_modules
 from neuralode_coupled.kernels import Dirac, TimeKernel
 
@@ -245,10 +245,9 @@ class CoupledField(nn.Module):
             )
         self._check_state(state)
         theta, derivatives = self.weight_side(t, self.names, state[1:])
-        looks = not self._looked and torch.is_grad_enabled() and not tracing()
-        clock = graph_clock() if looks else 0
+        clock = None if self._looked else begin_look()
         found = self.evaluate(t, state[0], theta)
-        if looks:
+        if clock is not None:
             self._looked = True
             known = (state[0], *theta.values(), *self.captured)
             check_graph(self.dynamics, self.moving(), found, known, clock)

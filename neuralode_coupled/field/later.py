@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from neuralode_coupled._substitution import DynamicsError, alone
-from neuralode_coupled._torch import of_function, reenters
+from neuralode_coupled._torch import graph_clock, of_function, reenters, tracing
 from neuralode_coupled._types import State
 from neuralode_coupled.adjoint.observation import leaves_used, places_in_graph, walk
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.field.reachable import captured
+
+
+def begin_look() -> int | None:
+    """To be called before f(z, theta): the ``clock`` of `check_graph`; None if there will be no graph to look at."""
+    return graph_clock() if torch.is_grad_enabled() and not tracing() else None
 
 
 def check_graph(dynamics: nn.Module, moving: Sequence[str], found: Any, known: State, clock: int) -> None:
@@ -33,7 +39,7 @@ def check_graph(dynamics: nn.Module, moving: Sequence[str], found: Any, known: S
         moving: the names of the parameters that evolve.
         found: what f has returned.
         known: the tensors that f was given: the state, the weights and the inputs.
-        clock: what `graph_clock` gave before f was evaluated.
+        clock: what `begin_look` gave before f was evaluated.
 
     Raises:
         DynamicsError: if there is one, and what it evaluates evolves; if f reaches an evolving parameter by itself.
