@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from neuralode_coupled.adjoint.lost import LostGradients, has_graph
 from neuralode_coupled.adjoint.observation import Observer, foreign, lasting, need_replacing, replaced
 from neuralode_coupled.adjoint.plan import Flow, Plan, Problem, Stats, require
 from neuralode_coupled.adjoint.recording import asks_for_graph, without_graph
-from neuralode_coupled.adjoint.replay import Modes
+from neuralode_coupled.adjoint.replay import Casts, Modes
 from neuralode_coupled.adjoint.step_graph import edges
 from neuralode_coupled.runge_kutta import ADAPTIVE, METHODS
 
@@ -35,8 +36,9 @@ class ContinuousAdjoint:
     discretisation error of two solves, and where the reversed state drifts away (ReLU networks, contracting dynamics)
     it can be arbitrarily wrong (arXiv:1902.10298).
     Not for stochastic dynamics: the backward solve draws other random numbers. There is no double backward. Times that
-    require a gradient also get the gradient of the continuous problem. One extra evaluation finds the tensors that the
-    dynamics use besides their parameters.
+    require a gradient also get the gradient of the continuous problem. Under autocast state and parameters are solved
+    for in the widest of their dtypes, and f computes as in the forward solve. One extra evaluation finds the tensors
+    that the dynamics use besides their parameters.
 
     Args:
         rtol: relative tolerance of the adjoint solve, for adaptive methods; None for that of the forward solve.
@@ -47,7 +49,8 @@ class ContinuousAdjoint:
         TypeError, ValueError: for tolerances that are not positive finite numbers. When a layer is made: for tolerances
             if the adjoint's method has fixed steps, for a kernel with neither finite memory nor samples to hold, or a
             method that torchdiffeq does not have (such as ``"rk4_classic"``). At the solve: for an operator that is a
-            map and not a flow, or parameters that require a gradient and have another dtype than the state.
+            map and not a flow, or (without autocast) parameters that require a gradient and have another dtype than
+            the state.
     """
 
     rtol: float | None = None
@@ -80,18 +83,21 @@ class ContinuousAdjoint:
         """See `GradientMethod`. Outputs hold z alone."""
         self.check(problem)
         plan, y0, flows = problem.continuous()
-        z, found = y0, {0: y0}
+        z = _in_one_dtype(y0, flows)
+        found = {0: z}
         fields: list[_VectorField] = []
         for flow in flows:
             marks = sorted({flow.first, flow.last, *(n for n in problem.save if flow.first < n < flow.last)})
-            field = _AdaptiveField(problem, plan, flow) if problem.tolerances else _VectorField(problem, plan, flow)
+            kind = _AdaptiveField if problem.tolerances else _VectorField
+            field = kind(problem, plan, flow, z[0].device)
             fields.append(field)
             states = self._solve(problem, field, (*z, *flow.carried), marks)
             found |= {n: tuple(part[i] for part in states[: len(y0)]) for i, n in enumerate(marks) if i > 0}
             z = found[flow.last]
         if torch.is_grad_enabled():
             _hold_buffers(plan, fields)
-        return [found[n] for n in problem.save], plan.stats
+        own = [part.dtype for part in y0]
+        return [tuple(part.to(d) for part, d in zip(found[n], own, strict=True)) for n in problem.save], plan.stats
 
     def _solve(self, problem: Problem, field: _VectorField, y: State, marks: list[int]) -> tuple[Tensor, ...]:
         flow = field.flow
@@ -162,6 +168,15 @@ class _Once(torch.autograd.Function):
         return None, *grads
 
 
+def _in_one_dtype(y0: State, flows: list[Flow]) -> State:
+    """The initial state in the dtype of everything that is solved for, if autocast takes care of the difference."""
+    if not torch.is_autocast_enabled(y0[0].device.type):
+        return y0
+    solved = [part for flow in flows for part in (*flow.carried, *flow.params) if part.requires_grad]
+    common = reduce(torch.promote_types, [part.dtype for part in (*y0, *solved)])
+    return tuple(part.to(common) for part in y0)
+
+
 def _check_one_dtype(tensors: State) -> None:
     """Raise ValueError for state and parameters of several dtypes: torchdiffeq flattens them into one tensor."""
     dtypes = list(dict.fromkeys([tensor.dtype for tensor in tensors]))
@@ -179,14 +194,14 @@ class _VectorField(nn.Module):
     torchdiffeq announces: the midpoint is far from the grid's points, where rounding would decide.
     """
 
-    def __init__(self, problem: Problem, plan: Plan, flow: Flow) -> None:
+    def __init__(self, problem: Problem, plan: Plan, flow: Flow, device: torch.device) -> None:
         super().__init__()
         self.plan, self.flow = plan, flow
         self.times = [problem.time(n) for n in range(flow.first, flow.last + 1)]
         self.direction = 1.0 if self.times[-1] > self.times[0] else -1.0
         self.n = flow.first
         self.backward = self.own_graph = self._watched = False
-        self._modes = Modes(plan.module)
+        self._casts, self._modes = Casts(device), Modes(plan.module)
         self.latest: tuple[Tensor, State, State] | None = None
         self.lost: LostGradients | None = None  # if nothing that is known requires a gradient
         # What the slope is given, the tensors that it reaches by itself, and views of these. See `observe`.
@@ -223,9 +238,11 @@ class _VectorField(nn.Module):
             self._check_closed(t, y, slope)
         return slope
 
-    def _world(self) -> AbstractContextManager:
-        """In the backward solve, the train/eval flags of the forward solve."""
-        return self._modes.again() if self.backward else nullcontext()
+    @contextmanager
+    def _world(self) -> Iterator[None]:
+        """The forward solve's autocast and, in the backward solve, its train/eval flags."""
+        with self._casts.again(), self._modes.again() if self.backward else nullcontext():
+            yield
 
     def observe(self, t: Tensor, y: State) -> None:
         """Find the tensors that the slope reaches by itself, by one extra evaluation that leaves no trace.

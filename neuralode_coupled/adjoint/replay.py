@@ -38,8 +38,7 @@ class Replay:
         self._plan = plan
         self._device, self._turn = device, turn()
         self._modes = Modes(plan.module)
-        kinds = sorted({"cpu", device.type})
-        self._autocast = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+        self._casts = Casts(device)
         # The state of a generator cannot be read while a CUDA graph is captured.
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and any(map(drops_out, self._modes.modules)):
@@ -87,12 +86,7 @@ class Replay:
     @contextmanager
     def world(self) -> Iterator[None]:
         """Restore the forward pass's autocast and train/eval flags, around all recomputation."""
-        casts = [row for row in self._autocast if row[1] or torch.is_autocast_enabled(row[0])]
-        with serving(self._turn), ExitStack() as stack:
-            for kind, enabled, dtype in casts:
-                # Without the cache: it would hand casts of the weights that have no graph to the code outside.
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            stack.enter_context(self._modes.again())
+        with serving(self._turn), self._casts.again(), self._modes.again():
             yield
 
     def again(self, n: int) -> tuple[State, AbstractContextManager]:
@@ -119,6 +113,25 @@ class Replay:
             copy = buffer.detach().clone()
             self._copies[id(buffer)] = (now, copy)
         return copy
+
+
+class Casts:
+    """Autocast as it is now, for the state's device and the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        kinds = sorted({"cpu", device.type})
+        self._rows = [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+
+    def again(self) -> AbstractContextManager:
+        """Inside of the ``with`` block autocast is as it was, without its cache: that would hand casts of the weights
+        that have no graph to the code outside."""
+        rows = [row for row in self._rows if row[1] or torch.is_autocast_enabled(row[0])]
+        if not rows:
+            return nullcontext()
+        stack = ExitStack()
+        for kind, enabled, dtype in rows:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        return stack
 
 
 class Modes:
