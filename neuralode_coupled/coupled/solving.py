@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neuralode_coupled._checks import Times, times_within
+from neuralode_coupled._checks import Times, is_finite, times_within
 from neuralode_coupled._times import time_row
 from neuralode_coupled._torch import tracing
 from neuralode_coupled._types import Activation, WeightPath
@@ -125,7 +125,7 @@ def _check_finite(z: list[Activation], wanted: tuple[float, ...]) -> None:
     if tracing():  # tracing hides the numbers
         return
     for state, t in zip(z, wanted, strict=True):
-        if state.device.type == "cpu" and not state.isfinite().all():
+        if state.device.type == "cpu" and not is_finite(state):
             raise ValueError(
                 f"the state is not finite at t = {t:g}: z0 holds nan or inf, or it overflows on the way; take more "
                 "steps, or look at the weights along the path"

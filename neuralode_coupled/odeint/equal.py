@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import is_finite
 from neuralode_coupled._types import State
 from neuralode_coupled.odeint.times import time_tensor
 from neuralode_coupled.runge_kutta import Embedded, Problem, Step, Tableau, combine, lasting
@@ -67,7 +68,7 @@ def equal_steps_of(length: float) -> Callable[[Problem, Counts], Iterator[Step]]
             moved = combine(tuple([torch.zeros_like(part) for part in y]), slopes, method.b, dt)
             y_next = tuple([a + b for a, b in zip(y, moved, strict=True)])
             slope_next = f(end, y_next)
-            if not all(bool(part.isfinite().all()) for part in y_next):
+            if not all(map(is_finite, y_next)):
                 raise ValueError(
                     f"the state is not finite at t = {end:g}: func or the solve overflows; take smaller steps"
                 )

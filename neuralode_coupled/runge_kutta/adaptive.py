@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from neuralode_coupled._checks import is_finite
 from neuralode_coupled._torch import tracing, written
 from neuralode_coupled._types import State
 from neuralode_coupled.runge_kutta.controller import IntegralController, StepController
@@ -416,11 +417,11 @@ class _Ode:
 
     def check(self, y: State, slope: State, at: float) -> None:
         """Raise ValueError for a state or slope that is not finite."""
-        if not _finite(y):
+        if not all(map(is_finite, y)):
             raise ValueError(
                 f"the state is not finite at t = {self.shown(at)}: func overflows before it, or y0 holds nan or inf"
             )
-        if not _finite(slope):
+        if not all(map(is_finite, slope)):
             raise ValueError(f"func returned a derivative that is not finite near t = {self.shown(at)}")
 
     def stuck(self, at: float, y: State, slope: State, failed: int) -> ValueError:
@@ -431,10 +432,6 @@ class _Ode:
             "discontinuous or not finite there; loosen rtol and atol, use float64, name discontinuities in "
             "options={'jump_t': ...}, or set options={'min_step': ...}"
         )
-
-
-def _finite(state: State) -> bool:
-    return all(bool(part.isfinite().all()) for part in state)
 
 
 def _read(numbers: list[Tensor]) -> list[float]:
