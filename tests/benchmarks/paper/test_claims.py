@@ -23,7 +23,8 @@ def test_runs_come_stage_by_stage_and_seed_by_seed(images, tmp_path):
     assert names[15:17] == ["resnet4-anode-5-seed0", "resnet4-anodev2-1-seed0"]
     assert names[25] == "resnet4-baseline-seed0"
     assert names[30] == "resnet4-untied-seed0"
-    assert names[35].startswith("resnet10-")
+    assert names[35:41] == [*(f"resnet4-node-seed{seed}" for seed in range(5)), "resnet4-node-5-seed0"]
+    assert names[45].startswith("resnet10-")
     assert {run.experiment.epochs for run in planned if run.experiment.model == "alexnet"} == {10}
     longer = [run for run in planned if run.experiment.epochs == 112]
     assert [run.experiment.variant for run in longer] == ["baseline"] * 5
