@@ -129,7 +129,7 @@ class Experiment:
         default=None,
         metadata={
             "help": "The images' memory format: channels-last (the default on a CPU) or contiguous (on a GPU, and for "
-            "models with a GroupNorm or a continuous adjoint)."
+            "models with a GroupNorm)."
         },
     )
     compile: bool = field(default=False, metadata={"help": "Train the model compiled by torch.compile."})

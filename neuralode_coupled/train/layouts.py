@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 from neuralode_coupled._checks import choice
-from neuralode_coupled.adjoint import ContinuousAdjoint
-from neuralode_coupled.models import coupled_layers
 
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 """The memory formats of images, by name."""
@@ -18,8 +16,8 @@ def memory_format(layout: str | None, device: torch.device, model: nn.Module | N
 
     Args:
         layout: ``"channels-last"``, ``"contiguous"``, or None for what is right and mostly faster: channels-last on the
-            CPU, whose convolutions are about twice as fast so, and contiguous elsewhere, for models with a GroupNorm,
-            and for those with a `ContinuousAdjoint`: torchdiffeq keeps the state in one row of numbers.
+            CPU, whose convolutions are about twice as fast so, and contiguous for models with a GroupNorm, and
+            elsewhere.
         device: where the images are.
         model: what is to be trained on them.
 
@@ -28,22 +26,16 @@ def memory_format(layout: str | None, device: torch.device, model: nn.Module | N
             computes the variance as E[x^2] - E[x]^2 in float32, which is wrong where the mean is large: see the page
             on precision.
     """
-    wrong = model is not None and has_group_norm(model)
+    wrong = device.type == "cpu" and model is not None and has_group_norm(model)
     if layout is None:
-        slow = model is not None and has_continuous_adjoint(model)
-        return LAYOUTS["channels-last" if device.type == "cpu" and not wrong and not slow else "contiguous"]
+        return LAYOUTS["channels-last" if device.type == "cpu" and not wrong else "contiguous"]
     choice("layout", layout, LAYOUTS)
-    if layout == "channels-last" and device.type == "cpu" and wrong:
+    if layout == "channels-last" and wrong:
         raise ValueError(
             "layout channels-last is inaccurate with a GroupNorm on the CPU (PyTorch computes its variance in one "
             "pass): use layout contiguous, or another normalisation"
         )
     return LAYOUTS[layout]
-
-
-def has_continuous_adjoint(model: nn.Module) -> bool:
-    """Whether torchdiffeq solves for a gradient of the model."""
-    return any(isinstance(layer.adjoint, ContinuousAdjoint) for layer in coupled_layers(model).values())
 
 
 def has_group_norm(model: nn.Module) -> bool:

@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-import neuralode_coupled as nc
 from neuralode_coupled.train import Experiment, RunFolder, fast, train
 from neuralode_coupled.train.allocator import LEFT_ALONE
 from neuralode_coupled.train.building import resolve
@@ -38,9 +37,6 @@ def test_images_are_channels_last_where_that_is_fast_and_right():
     assert memory_format(None, CPU, plain) is torch.channels_last
     assert memory_format(None, CPU, None) is torch.channels_last
     assert memory_format(None, CPU, GROUPED) is torch.contiguous_format
-    flow = nc.CoupledODE(nn.Conv2d(3, 3, 3, padding=1), steps=2, adjoint=nc.ContinuousAdjoint())
-    assert memory_format(None, CPU, nn.Sequential(flow)) is torch.contiguous_format
-    assert memory_format("channels-last", CPU, flow) is torch.channels_last
     assert memory_format(None, CUDA, plain) is torch.contiguous_format
     assert memory_format("channels-last", CUDA, GROUPED) is torch.channels_last
     assert memory_format("contiguous", CPU, plain) is torch.contiguous_format
