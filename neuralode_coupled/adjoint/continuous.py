@@ -101,7 +101,7 @@ class ContinuousAdjoint:
 
     def _solve(self, problem: Problem, field: _VectorField, y: State, marks: list[int]) -> tuple[Tensor, ...]:
         flow = field.flow
-        _check_one_dtype((*y, *(p for p in flow.params if p.requires_grad)))
+        _check_one_dtype(_solved_for(y, flow))
         t = problem.times(marks, y[0])
         rtol, atol = problem.tolerances or (None, None)
         if torch.is_grad_enabled() and tracing() is None:
@@ -172,9 +172,14 @@ def _in_one_dtype(y0: State, flows: list[Flow]) -> State:
     """The initial state in the dtype of everything that is solved for, if autocast takes care of the difference."""
     if not torch.is_autocast_enabled(y0[0].device.type):
         return y0
-    solved = [part for flow in flows for part in (*flow.carried, *flow.params) if part.requires_grad]
-    common = reduce(torch.promote_types, [part.dtype for part in (*y0, *solved)])
-    return tuple(part.to(common) for part in y0)
+    dtypes = [part.dtype for flow in flows for part in _solved_for((*y0, *flow.carried), flow)]
+    common = reduce(torch.promote_types, dtypes)
+    return tuple([part.to(common) for part in y0])
+
+
+def _solved_for(y: State, flow: Flow) -> State:
+    """What torchdiffeq puts into one tensor, in the forward solve or the backward one."""
+    return (*y, *[p for p in flow.params if p.requires_grad])
 
 
 def _check_one_dtype(tensors: State) -> None:
