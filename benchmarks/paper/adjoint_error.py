@@ -17,60 +17,48 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import neuralode_coupled as nc
-from benchmarks.lib import jsonl
+from benchmarks.lib import gradients, jsonl
 from benchmarks.lib.images import Batch
 from benchmarks.lib.results import RESULTS, environment
+from benchmarks.paper.solver_costs import first_batch
 from neuralode_coupled.models import coupled_layers
-from neuralode_coupled.train.building import build_data, build_model
-from neuralode_coupled.train.experiment import Experiment
+from neuralode_coupled.train.building import build_model
 from neuralode_coupled.train.folder import RunFolder
 from neuralode_coupled.train.loading import load_model
 
 PRECISIONS = ("float64", "float32", "bfloat16")
-Gradients = tuple[Tensor, Tensor]
-"""Of all parameters in a row, and of those of the ODE blocks."""
 
 
-def gradients(model: nn.Module, batch: Batch, adjoint: nc.GradientMethod, precision: str) -> Gradients:
-    """Of the training loss; bfloat16 is autocast's. The model is left as it is."""
-    model = copy.deepcopy(model).to(torch.float64 if precision == "float64" else torch.float32).train()
+def gradient(model: nn.Module, batch: Batch, adjoint: nc.GradientMethod, precision: str) -> gradients.Gradients:
+    """Of the training loss, in all parameters and in those of the ODE blocks; bfloat16 is autocast's. The model is left
+    as it is."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = copy.deepcopy(model).to(dtype).train()
     layers = coupled_layers(model).values()
     for layer in layers:
         layer.adjoint = adjoint
     images, labels = batch
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        logits = model(images.double() if precision == "float64" else images)
-        loss = functional.cross_entropy(logits, labels)
+        loss = functional.cross_entropy(model(images.to(dtype)), labels)
     loss.backward()
     inside = [p for layer in layers for p in layer.parameters()]
-    return _row(model.parameters()), _row(inside)
-
-
-def _row(parameters) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+    parts = {"all": model.parameters(), "ODE blocks": inside}
+    return {name: [p.grad for p in part if p.grad is not None] for name, part in parts.items()}
 
 
 def errors(model: nn.Module, batch: Batch) -> dict[str, list[float]]:
     """By method and precision: of all parameters, and of those of the ODE blocks. Relative, in the Euclidean norm."""
-    exact = gradients(model, batch, nc.Backprop(), "float64")
+    exact = gradient(model, batch, nc.Backprop(), "float64")
     asked = [("continuous adjoint", nc.ContinuousAdjoint(), precision) for precision in PRECISIONS]
     found = {}
     for name, adjoint, precision in [*asked, ("autograd", nc.Backprop(), "bfloat16")]:
-        parts = zip(gradients(model, batch, adjoint, precision), exact, strict=True)
-        found[f"{name}, {precision}"] = [round(float((ours - right).norm() / right.norm()), 4) for ours, right in parts]
+        off = gradients.errors(gradient(model, batch, adjoint, precision), exact)
+        found[f"{name}, {precision}"] = [round(error, 4) for error in off.values()]
     return found
-
-
-def batch_of(experiment: Experiment, count: int) -> Batch:
-    """Some training images, normalised among themselves, and their labels."""
-    data = build_data(replace(experiment, limit=count, validation=None))
-    data.setup()
-    assert data.train is not None
-    return data.normalise(data.train.pixels), data.train.labels
 
 
 def measured(folder: RunFolder, data: str, root: str | None, images: int) -> jsonl.Record:
@@ -78,10 +66,13 @@ def measured(folder: RunFolder, data: str, root: str | None, images: int) -> jso
     experiment, _ = folder.trained()
     if experiment.variant != "node":
         raise ValueError(f"{folder.path} is a run of {experiment.variant}: give runs of node")
-    batch = batch_of(replace(experiment, data=data, data_root=root), images)
+    batch = first_batch(
+        replace(experiment, data=data, data_root=root, limit=images, batch_size=images, validation=None)
+    )
     torch.manual_seed(experiment.seed)
     fresh = build_model(experiment, len(folder.class_names()))
-    best = max(range(len(rows := folder.rows())), key=lambda n: rows[n]["test/accuracy"]) + 1
+    accuracies = [row["test/accuracy"] for row in folder.rows()]
+    best = accuracies.index(max(accuracies)) + 1
     found = {"fresh weights": errors(fresh, batch), f"after epoch {best}": errors(load_model(folder), batch)}
     return {"run": folder.path.name, "images": images, "errors": found, "environment": environment("cpu")}
 
